@@ -1,0 +1,89 @@
+"""Rules between fields, torch-free: what can be refused before a model is opened.
+
+Each rule raises one `ConfigError` that names the nearest legal value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from farspan.config.load import nearest
+from farspan.config.schema import CorpusConfig, RunConfig, ServeConfig
+from farspan.errors import ConfigError
+
+TRAIN_DTYPES = ("auto", "bfloat16", "float32", "float64")
+SERVE_DTYPES = ("bfloat16", "float32", "float64")
+STRATEGIES = ("ulysses",)
+TRANSPORTS = ("auto", "nixl", "object_store")
+
+
+def check_run(config: RunConfig) -> None:
+    """Refuse a training config that no model could make legal."""
+    parallel, data, train = config.parallel, config.data, config.train
+    _one_of("model.dtype", config.model.dtype, TRAIN_DTYPES)
+    _one_of("parallel.strategy", parallel.strategy, STRATEGIES)
+    _at_least("parallel.workers", parallel.workers, 1)
+    _at_least("parallel.sp", parallel.sp, 1)
+    _at_least("train.steps", train.steps, 1)
+    _at_least("train.accumulation", train.accumulation, 1)
+    _at_least("train.loss_tile_tokens", train.loss_tile_tokens, 1)
+    _at_least("train.checkpoint_every", train.checkpoint_every, 0)
+    _at_least("data.sequence_tokens", data.sequence_tokens, 2)
+    _above("optim.lr", config.optim.lr, 0)
+    _above("optim.max_grad_norm", config.optim.max_grad_norm, 0)
+    _above("resources.cpus_per_worker", config.resources.cpus_per_worker, 0)
+    _above("resources.timeout_s", config.resources.timeout_s, 0)
+    _divides("parallel.sp", parallel.sp, "parallel.workers", parallel.workers)
+    _divides("parallel.sp", parallel.sp, "data.sequence_tokens", data.sequence_tokens)
+
+
+def check_corpus(config: CorpusConfig) -> None:
+    """Refuse a corpus config that cannot be built."""
+    if not config.sources:
+        raise ConfigError("sources", "must name at least one file or folder", [], "try sources=[python:stdlib]")
+    _at_least("vocab_size", config.vocab_size, 300)
+    _at_least("shard_tokens", config.shard_tokens, 1024)
+    _at_least("min_tokens", config.min_tokens, 2)
+    if config.max_documents is not None:
+        _at_least("max_documents", config.max_documents, 1)
+
+
+def check_serve(config: ServeConfig) -> None:
+    """Refuse a serving config that no model could make legal."""
+    engine = config.engine
+    _one_of("engine.dtype", engine.dtype, SERVE_DTYPES)
+    _one_of("transfer.transport", config.transfer.transport, TRANSPORTS)
+    _at_least("prefill.replicas", config.prefill.replicas, 1)
+    _at_least("decode.replicas", config.decode.replicas, 1)
+    _at_least("engine.page_tokens", engine.page_tokens, 1)
+    _at_least("engine.kv_bytes", engine.kv_bytes, 1024)
+    _at_least("engine.max_batch_tokens", engine.max_batch_tokens, 1)
+    _at_least("engine.max_sequences", engine.max_sequences, 1)
+    _at_least("engine.threads", engine.threads, 0)
+    _above("transfer.deadline_s", config.transfer.deadline_s, 0)
+    _above("transfer.lease_s", config.transfer.lease_s, config.transfer.deadline_s)
+    _above("start_timeout_s", config.start_timeout_s, 0)
+    _above("request_timeout_s", config.request_timeout_s, 0)
+    if not 1 <= config.port <= 65535:
+        raise ConfigError("port", "must lie in 1..65535", config.port, "use port=8000")
+
+
+def _one_of(field: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ConfigError(field, f"must be one of {', '.join(known)}", value, nearest(value, list(known)))
+
+
+def _at_least(field: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(field, f"must be at least {least}", value, f"use {field}={least}")
+
+
+def _above(field: str, value: float, bound: float) -> None:
+    if not value > bound:
+        raise ConfigError(field, f"must be more than {bound:g}", value, f"use for example {field}={bound + 1:g}")
+
+
+def _divides(field: str, value: int, total_field: str, total: int) -> None:
+    if total % value != 0:
+        legal = max(d for d in range(1, value + 1) if total % d == 0)
+        raise ConfigError(field, f"must divide {total_field} ({total})", value, f"use {field}={legal}")

@@ -1,0 +1,188 @@
+"""What a user can set: one dataclass per file a user writes.
+
+Torch-free. Every field has a default that works on a laptop, or none (`MISSING`) when no default can be right.
+Sizes are in tokens or bytes as their names say; times in seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass(kw_only=True)
+class CorpusConfig:
+    """`farspan data build`: text files in, a tokenized corpus of Arrow shards out."""
+
+    sources: list[str] = MISSING
+    """Files or folders, local or s3://. `python:stdlib` names the source files of this machine's Python."""
+    output: str = MISSING
+    """Folder the corpus is published to, local or s3://."""
+    pattern: str = "*.py"
+    """Which files of a folder are read."""
+    tokenizer: str | None = None
+    """Hugging Face tokenizer folder; none: train a byte-level BPE on the sources."""
+    vocab_size: int = 8192
+    """Entries of a tokenizer trained here."""
+    shard_tokens: int = 2_000_000
+    """A shard is closed once it holds this many tokens."""
+    max_documents: int | None = None
+    """Read only this many documents (in path order); none: all."""
+    min_tokens: int = 2
+    """Shorter documents teach nothing: they are counted and reported, not written."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Where the model comes from: a Hugging Face folder, or an architecture with random weights."""
+
+    source: str | None = None
+    """Hugging Face folder (config, safetensors), local or s3://. None: random weights from `architecture`."""
+    architecture: str = "llama"
+    """transformers' model_type when there is no `source`."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Fields of the transformers config of that architecture (hidden_size, num_hidden_layers, ...)."""
+    dtype: str = "auto"
+    """Compute type: auto (bf16 where the device multiplies it natively, else fp32), bfloat16, float32, float64."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """What a run reads."""
+
+    corpus: str = MISSING
+    """Folder written by `farspan data build`, local or s3://."""
+    sequence_tokens: int = 8192
+    """Tokens of one packed sequence."""
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How many processes, and what they split."""
+
+    workers: int = 1
+    """Training processes, one device each."""
+    sp: int = 1
+    """Processes that share one sequence. workers / sp sequences are computed side by side."""
+    strategy: str = "ulysses"
+    """How ranks of one sequence exchange attention."""
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule: linear warm-up, then cosine down to `final_lr_fraction`."""
+
+    lr: float = 3e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    warmup_steps: int = 10
+    final_lr_fraction: float = 0.1
+    max_grad_norm: float = 1.0
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 100
+    accumulation: int = 1
+    """Sequences each data-parallel rank adds up before one optimizer step."""
+    recompute: bool = False
+    """Keep only each layer's input and compute the rest again in backward."""
+    loss_tile_tokens: int = 1024
+    """Tokens whose logits exist at the same time."""
+    checkpoint_every: int = 0
+    """Steps between resumable checkpoints; 0: only at the end."""
+    resume: bool = True
+    """Go on from the newest checkpoint of this run, if there is one."""
+
+
+@dataclass(kw_only=True)
+class ResourcesConfig:
+    """What each training process asks Ray for."""
+
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    timeout_s: float = 600.0
+    """Longest wait for workers to start, and for one collective operation."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """`farspan train`."""
+
+    name: str = "run"
+    output: str = "runs/${name}"
+    """Folder of the run: events, checkpoints, the exported model; local or s3://."""
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+
+
+@dataclass(kw_only=True)
+class RoleConfig:
+    """One kind of worker."""
+
+    replicas: int = 1
+    cpus: float = 0.5
+    gpus: float = 0.0
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """The inference engine inside each worker."""
+
+    dtype: str = "float32"
+    """Compute and KV type: bfloat16, float32, float64."""
+    page_tokens: int = 16
+    """Tokens of one KV page."""
+    kv_bytes: int = 256 * 1024 * 1024
+    """Memory for KV pages in each worker; never exceeded."""
+    max_batch_tokens: int = 2048
+    """Tokens computed in one iteration; longer prompts are computed in chunks."""
+    max_sequences: int = 64
+    """Sequences decoded side by side."""
+    max_context_tokens: int | None = None
+    """Longest prompt plus answer; none: what the model's config says."""
+    threads: int = 0
+    """CPU threads of the worker; 0: its share of the machine."""
+
+
+@dataclass(kw_only=True)
+class TransferConfig:
+    """How KV pages travel from a prefill worker to a decode worker."""
+
+    transport: str = "auto"
+    """nixl, object_store (Ray's), or auto: nixl where it is installed."""
+    deadline_s: float = 30.0
+    """Longest wait for one prompt's pages."""
+    lease_s: float = 60.0
+    """How long a prefill worker keeps pages that nobody fetched."""
+
+
+@dataclass(kw_only=True)
+class ServeConfig:
+    """`farspan serve`."""
+
+    model: str = MISSING
+    """Hugging Face folder (config, safetensors, tokenizer), local or s3://."""
+    name: str | None = None
+    """Model name clients ask for; none: the last part of `model`."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key_file: str | None = None
+    """File with one key per line, mode 600; none: a key is made beside the model's run and its path is printed."""
+    max_body_bytes: int = 8 * 1024 * 1024
+    prefill: RoleConfig = field(default_factory=RoleConfig)
+    decode: RoleConfig = field(default_factory=RoleConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+    start_timeout_s: float = 300.0
+    request_timeout_s: float = 600.0

@@ -1,0 +1,82 @@
+"""Partial attention and its merge against torch's own scaled_dot_product_attention, which we did not write."""
+
+import pytest
+import torch
+
+from farspan.kernels.attention.cpu import attend_cpu, attend_cpu_backward
+from farspan.kernels.attention.reference import attend_reference, attend_reference_backward
+from farspan.kernels.merge.reference import merge_partials_reference
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
+# T, query heads, kv heads, head dim of q and k, head dim of v: odd on purpose.
+SHAPES = [(1, 1, 1, 8, 8), (63, 8, 2, 16, 16), (111, 4, 1, 40, 40), (40, 6, 6, 24, 16)]
+BACKENDS = {"reference": (attend_reference, attend_reference_backward), "cpu": (attend_cpu, attend_cpu_backward)}
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    got, want = got.detach(), want.detach()
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
+    tokens, q_heads, kv_heads, qk_dim, v_dim = shape
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(tokens, q_heads, qk_dim), (tokens, kv_heads, qk_dim), (tokens, kv_heads, v_dim), (tokens, q_heads, v_dim)]
+    return [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
+
+
+def oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
+    batched = [x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
+    out = torch.nn.functional.scaled_dot_product_attention(*batched, is_causal=causal, scale=scale, enable_gqa=True)
+    return out[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_and_its_gradients_equal_torch_sdpa(backend, shape, causal, dtype) -> None:
+    q, k, v, dout = make(shape, dtype)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    want = oracle(*leaves, scale=0.3, causal=causal)
+    want.backward(dout.double())
+    forward, backward = BACKENDS[backend]
+    out, lse = forward(q, k, v, scale=0.3, causal=causal)
+    grads = backward(dout, q, k, v, out, lse, scale=0.3, causal=causal)
+    for name, got, leaf in zip(
+        ("out", "dq", "dk", "dv"), (out, *grads), (want, *(x.grad for x in leaves)), strict=True
+    ):
+        # A softmax over one key has no gradient: q and k of a single token compare against zero.
+        if leaf.norm() < 1e-9:
+            assert got.double().norm() < TOLERANCE[dtype], name
+        else:
+            assert relative_error(got, leaf) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_key_ranges_with_the_merged_lse_equal_one_attention_over_both(backend) -> None:
+    q, k, v, dout = make((50, 8, 2, 16, 16), torch.float64)
+    forward, backward = BACKENDS[backend]
+    whole, lse = forward(q, k, v, scale=0.25, causal=False)
+    parts = [forward(q, k[s], v[s], scale=0.25, causal=False) for s in (slice(0, 17), slice(17, 50))]
+    merged, merged_lse = merge_partials_reference(*parts[0], *parts[1])
+    assert relative_error(merged, whole) < 1e-13
+    assert relative_error(merged_lse, lse) < 1e-13
+    want = backward(dout, q, k, v, whole, lse, scale=0.25, causal=False)
+    pieces = [
+        backward(dout, q, k[s], v[s], merged, merged_lse, scale=0.25, causal=False)
+        for s in (slice(0, 17), slice(17, 50))
+    ]
+    assert relative_error(pieces[0][0] + pieces[1][0], want[0]) < 1e-12
+    for index in (1, 2):
+        assert relative_error(torch.cat([pieces[0][index], pieces[1][index]]), want[index]) < 1e-12
+
+
+def test_a_query_that_saw_no_key_merges_to_the_other_range_and_never_to_nan() -> None:
+    a, b = torch.zeros(2, 1, 4), torch.ones(2, 1, 4)
+    nothing = torch.full((2, 1), float("-inf"))
+    out, lse = merge_partials_reference(a, nothing, b, torch.zeros(2, 1))
+    assert torch.equal(out, b)
+    assert torch.equal(lse, torch.zeros(2, 1))
+    out, lse = merge_partials_reference(a, nothing, b, nothing)
+    assert torch.equal(out, torch.zeros_like(out))
