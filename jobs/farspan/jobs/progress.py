@@ -8,7 +8,6 @@ from collections.abc import Callable
 from types import TracebackType
 
 import ray
-
 from farspan.telemetry.events import Event, EventBody, from_json, to_json
 
 
@@ -56,7 +55,9 @@ class EventWatcher:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop.set()
         self._thread.join(timeout=30.0)
         if kind is None or issubclass(kind, Exception):

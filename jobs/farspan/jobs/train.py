@@ -5,12 +5,13 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
+from farspan.telemetry.events import Event, RunStarted
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -19,7 +20,6 @@ from farspan.config.load import dump_config, parse_config
 from farspan.config.schema import RunConfig
 from farspan.errors import ClusterError, FarspanError
 from farspan.jobs.progress import EventSender, EventWatcher
-from farspan.telemetry.events import Event, RunStarted
 from farspan.train.build import build
 from farspan.train.loop import train
 
@@ -78,7 +78,7 @@ def _backend(config: RunConfig) -> str:
 
 
 def _ray_name(config: RunConfig) -> str:
-    return f"{config.name}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
+    return f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
 
 
 def _cause(problem: BaseException) -> FarspanError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -17,7 +17,7 @@ def _data() -> None:
 @app.command()
 def build(
     config: Annotated[str, typer.Argument(help="YAML config file.", metavar="CONFIG")],
-    overrides: Annotated[Optional[list[str]], typer.Argument(help="a.b=c overrides.", metavar="[KEY=VALUE]...")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="a.b=c overrides.", metavar="[KEY=VALUE]...")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config, read nothing.")] = False,
 ) -> None:
     """Turn text files into a tokenized corpus of Arrow shards."""

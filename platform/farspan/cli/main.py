@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 from types import FrameType
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -28,7 +28,7 @@ app = typer.Typer(
 app.add_typer(data_verbs.app, name="data")
 
 Config = Annotated[str, typer.Argument(help="YAML config file.", metavar="CONFIG")]
-Overrides = Annotated[Optional[list[str]], typer.Argument(help="a.b=c overrides of the config.", metavar="[KEY=VALUE]...")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=c overrides of the config.", metavar="[KEY=VALUE]...")]
 
 
 @app.command()
@@ -55,8 +55,10 @@ def plan(config: Config, overrides: Overrides = None) -> None:
 def train(
     config: Config,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and the plan, start nothing.")] = False,
-    cluster: Annotated[Optional[str], typer.Option(help="Submit to the Ray cluster with this dashboard address.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved config and the plan, start nothing.")
+    ] = False,
+    cluster: Annotated[str | None, typer.Option(help="Submit to the Ray cluster with this dashboard address.")] = None,
     join: Annotated[bool, typer.Option("--join", help="Run on the Ray this process belongs to.", hidden=True)] = False,
 ) -> None:
     """Train on a local Ray that is started and stopped, or submit the same run to a cluster."""
@@ -107,8 +109,8 @@ def serve(
 @app.command()
 def chat(
     url: Annotated[str, typer.Option(help="Endpoint.")] = "http://127.0.0.1:8000/v1",
-    api_key_file: Annotated[Optional[str], typer.Option(help="File with the endpoint's key.")] = None,
-    prompt: Annotated[Optional[str], typer.Option(help="Ask once and leave; otherwise a prompt is read.")] = None,
+    api_key_file: Annotated[str | None, typer.Option(help="File with the endpoint's key.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Ask once and leave; otherwise a prompt is read.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
 ) -> None:

@@ -6,13 +6,10 @@ import json
 from dataclasses import asdict
 
 import typer
-
 from farspan.storage.paths import absolute_uri
 
 
-def run_evaluate(
-    model: str, corpus: str, sequences: int, sequence_tokens: int, seed: int, *, as_json: bool
-) -> None:
+def run_evaluate(model: str, corpus: str, sequences: int, sequence_tokens: int, seed: int, *, as_json: bool) -> None:
     """Print a model's loss."""
     from farspan.jobs.evaluate import evaluate
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
+from farspan.telemetry.events import CheckpointPublished, Event, Note, RunFinished, StepReport
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-from farspan.telemetry.events import CheckpointPublished, Event, Note, RunFinished, StepReport
 
 
 class _Live:
@@ -22,7 +21,9 @@ class _Live:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
 
@@ -30,7 +31,12 @@ class TrainProgress(_Live):
     """Steps of a training run."""
 
     def __init__(self, num_steps: int) -> None:
-        super().__init__(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+        super().__init__(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+        )
         self._num_steps = num_steps
         self._task = self._bar.add_task("starting workers", total=num_steps)
 
@@ -55,7 +61,9 @@ class BuildProgressBar(_Live):
     """Documents of a corpus."""
 
     def __init__(self) -> None:
-        super().__init__(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} documents"))
+        super().__init__(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} documents")
+        )
         self._task: Any = None
 
     def __call__(self, progress: Any) -> None:

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import typer
+from farspan.storage.paths import absolute_uri
 from rich.console import Console
 
 from farspan.config.check import check_run
@@ -13,7 +14,6 @@ from farspan.config.load import dump_config, load_config
 from farspan.config.schema import RunConfig
 from farspan.errors import ConfigError
 from farspan.plan.run_plan import RunPlan
-from farspan.storage.paths import absolute_uri
 
 
 def show_plan(path: str, overrides: list[str]) -> None:
@@ -33,10 +33,11 @@ def run_train(path: str, overrides: list[str], *, dry_run: bool, cluster: str | 
     if cluster is not None:
         _submit(config, cluster)
         return
+    from farspan.telemetry.events import EventLog
+
     from farspan.cli.progress import TrainProgress
     from farspan.jobs.launch import joined_ray, local_ray
     from farspan.jobs.train import run_training
-    from farspan.telemetry.events import EventLog
 
     _print_plan(plan)
     resources = config.resources
@@ -62,8 +63,8 @@ def read_run_config(path: str, overrides: list[str]) -> RunConfig:
 def plan_of(config: RunConfig) -> RunPlan:
     """The plan of a run; opens the corpus's manifest and the model's config, nothing heavier."""
     import torch
-
     from farspan.data.reader import read_manifest
+
     from farspan.models.attention import refuse_unsupported
     from farspan.plan.facts import model_facts
     from farspan.plan.run_plan import plan_run

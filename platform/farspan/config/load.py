@@ -47,7 +47,9 @@ def load_config(schema: type[Schema], path: str | None, overrides: list[str]) ->
 
 def parse_config(schema: type[Schema], text: str) -> Schema:
     """The config that `dump_config` wrote: how a config travels to workers and clusters."""
-    return typing.cast(Schema, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(text))))
+    return typing.cast(
+        Schema, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(text)))
+    )
 
 
 def dump_config(config: object) -> str:

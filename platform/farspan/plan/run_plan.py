@@ -76,9 +76,7 @@ def plan_run(config: RunConfig, facts: ModelFacts, compute_bytes: int) -> RunPla
         state_bytes=_STATE_BYTES_PER_PARAMETER * widths * facts.num_parameters // config.parallel.workers,
         gradient_bytes=_GRADIENT_BYTES_PER_PARAMETER * widths * facts.num_parameters // config.parallel.workers,
         loss_tile_bytes=min(config.train.loss_tile_tokens, shard_tokens) * facts.vocab_size * 4 * widths,
-        exchange_bytes_per_step=ulysses_bytes(
-            facts, shard_tokens, sp, compute_bytes, recompute=config.train.recompute
-        )
+        exchange_bytes_per_step=ulysses_bytes(facts, shard_tokens, sp, compute_bytes, recompute=config.train.recompute)
         * config.train.accumulation,
     )
 
