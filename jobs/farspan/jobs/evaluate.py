@@ -13,14 +13,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from farspan.data.reader import Reader, open_corpus
-from farspan.storage.publish import fetch_folder
 from torch import Tensor
 
 from farspan.batch import IGNORED_LABEL, PackedBatch
+from farspan.data.reader import Reader, open_corpus
 from farspan.models.attention import ATTENTION_KEYWORD, trunk_and_head, use_farspan_attention
 from farspan.models.checkpoint import load_causal_lm
 from farspan.parallel.documents import attend_documents
+from farspan.storage.publish import fetch_folder
 
 _TILE_TOKENS = 1024
 

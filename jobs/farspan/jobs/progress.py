@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 import ray
+
 from farspan.telemetry.events import Event, EventBody, from_json, to_json
 
 
@@ -44,7 +45,7 @@ class EventSender:
 class EventWatcher:
     """The driver's end: a thread that fetches events and hands them to `tell`, in order, until the block ends."""
 
-    def __init__(self, tell: Callable[[Event], None], interval_s: float = 0.3) -> None:
+    def __init__(self, tell: Callable[[EventBody], None], interval_s: float = 0.3) -> None:
         self.mailbox = EventMailbox.remote()
         self._tell = tell
         self._interval_s = interval_s
@@ -74,4 +75,4 @@ class EventWatcher:
         except (ray.exceptions.RayError, TimeoutError):
             return
         for line in lines:
-            self._tell(from_json(line))
+            self._tell(from_json(line).body)

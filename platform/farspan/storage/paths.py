@@ -58,6 +58,12 @@ def _parse_s3(uri: str) -> S3Place:
     return S3Place(bucket, prefix)
 
 
+def absolute_uri(uri: str) -> str:
+    """The same place for a process that stands in another folder."""
+    place = parse_uri(uri)
+    return str(place.folder) if isinstance(place, LocalPlace) else uri
+
+
 def join_uri(uri: str, *parts: str) -> str:
     """`uri` with `parts` below it, for local and s3:// alike."""
     return "/".join([uri.rstrip("/") or "/", *parts])
