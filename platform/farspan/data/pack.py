@@ -91,7 +91,9 @@ class PackPlan:
         if epoch not in self._orders:
             # A counter-based generator: epoch n needs no epoch before it, and no state of this process.
             key = np.array([self.seed, epoch], dtype=np.uint64)
-            order = np.random.Generator(np.random.Philox(key=key)).permutation(self._lengths.size)
+            # Sorting raw draws, because numpy keeps those the same between versions, but not `permutation`.
+            draws = np.random.Philox(key=key).random_raw(self._lengths.size)
+            order = np.argsort(draws, kind="stable")
             self._orders[epoch] = (order, np.cumsum(self._lengths[order]))
             while len(self._orders) > _EPOCHS_KEPT:
                 self._orders.popitem(last=False)
