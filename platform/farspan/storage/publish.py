@@ -79,6 +79,19 @@ def is_published(uri: str) -> bool:
         return False
 
 
+def check_publishable(uri: str) -> None:
+    """Refuse early, before hours of work, a place to which `publish_folder` could not publish.
+
+    Raises:
+        UnreachableError: the bucket does not answer, or a local folder holds files that were not published.
+    """
+    store = open_store(uri)
+    if isinstance(store, LocalStore):
+        _refuse_foreign_files(store)
+    else:
+        store.list()
+
+
 def verify_folder(folder: Path, manifest: FolderManifest, *, contents: bool = True) -> None:
     """Check every file of a local folder against its manifest.
 
