@@ -22,6 +22,7 @@ from farspan.telemetry.events import (
     StepReport,
     to_json,
 )
+from farspan.telemetry.plots import Plot, draw
 from farspan.telemetry.report import TEMPLATE, write_report
 from farspan.telemetry.summary import percentile, summarize
 from farspan.telemetry.units import byte_size, count, duration, number
@@ -273,3 +274,12 @@ def test_throughput_of_a_run_weighs_steps_by_their_length() -> None:
 )
 def test_numbers_read_well(shown: str, expected: str) -> None:
     assert shown == expected
+
+
+def test_a_hostile_title_or_description_of_a_plot_stays_text() -> None:
+    plot = Plot(
+        id="plot-x", title=HOSTILE, description=HOSTILE, x_label="</text><b>", x=[1.0, 2.0], y=[1.0, 2.0], num_x=2
+    )  # fmt: skip
+    page = Page(draw(plot))
+    assert {"script", "img", "b"}.isdisjoint(tag for tag, _ in page.tags)
+    assert page.text.count(HOSTILE) == 2
