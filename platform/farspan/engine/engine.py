@@ -186,7 +186,7 @@ class Engine:
             most = self.max_context_tokens - 1
             raise RequestError(request_id, f"the prompt has {len(prompt)} tokens, the model takes at most {most}")
         # The longest this can become: the last token chosen is never computed.
-        longest = min(len(prompt) + (1 if prefill_only else params.max_tokens), self.max_context_tokens) - 1
+        longest = min(len(prompt) + params.max_tokens, self.max_context_tokens) - 1
         if self.pool.layout.num_pages(longest) > self.pool.num_pages:
             room = self.pool.num_pages * self.pool.layout.page_tokens
             raise RequestError(
