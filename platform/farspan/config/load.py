@@ -45,6 +45,13 @@ def load_config(schema: type[Schema], path: str | None, overrides: list[str]) ->
         raise ConfigError(problem.full_key or "config", "must resolve", str(problem), "fix the ${...}") from None
 
 
+def parse_config(schema: type[Schema], text: str) -> Schema:
+    """The config that `dump_config` wrote: how a config travels to workers and clusters."""
+    return typing.cast(
+        Schema, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(text)))
+    )
+
+
 def dump_config(config: object) -> str:
     """The config as YAML, everything resolved: what `--dry-run` prints and what a run keeps."""
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)

@@ -1,0 +1,45 @@
+"""A checkpoint's weights as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from farspan.storage.publish import fetch_folder, publish_folder
+from safetensors.torch import load_file
+
+from farspan.errors import CheckpointError, ConfigError
+from farspan.models.checkpoint import check_model_folder, load_tokenizer, open_config, save_causal_lm
+from farspan.train.checkpoint import list_checkpoints
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def export_checkpoint(source: str, output: str, dtype: str) -> str:
+    """Publish `source` (a checkpoint, or a run whose newest one is taken) to `output`; gives the source used.
+
+    Raises:
+        ConfigError: unknown dtype. CheckpointError: nothing to export.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError("--dtype", f"must be one of {', '.join(DTYPES)}", dtype, "use float32")
+    used = _checkpoint_of(source)
+    with tempfile.TemporaryDirectory(prefix="farspan-export-") as scratch:
+        folder = fetch_folder(used, Path(scratch) / "in", require_manifest=False)
+        check_model_folder(folder, tokenizer=True)
+        files = sorted(folder.glob("model*.safetensors"))
+        weights = {name: t.to(DTYPES[dtype]) for file in files for name, t in load_file(file).items()}
+        out = Path(scratch) / "out"
+        save_causal_lm(out, open_config(folder), weights, load_tokenizer(folder))
+        publish_folder(out, output)
+    return used
+
+
+def _checkpoint_of(source: str) -> str:
+    checkpoints = list_checkpoints(source)
+    if checkpoints:
+        return checkpoints[0]
+    if not source.rstrip("/"):
+        raise CheckpointError(source, "is not a folder")
+    return source

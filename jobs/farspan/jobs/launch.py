@@ -1,0 +1,64 @@
+"""Where Ray begins and ends: a local Ray for one command, or a running cluster.
+
+A local Ray keeps Ray's token authentication, binds to this machine and is stopped when its block ends, also by an
+exception or Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from farspan.errors import ClusterError
+
+# Ray's own switches: no usage report to the network, no upload of the working folder under `uv run`.
+_RAY_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_AUTH_MODE": "token"}
+
+
+@contextmanager
+def local_ray(num_cpus: float, num_gpus: float = 0.0) -> Iterator[None]:
+    """A Ray of our own on this machine with at least `num_cpus` logical CPUs."""
+    with ray_environment():
+        cpus = max(os.cpu_count() or 1, -(-num_cpus // 1))
+        try:
+            ray.init(
+                "local",
+                num_cpus=int(cpus),
+                num_gpus=int(num_gpus) or None,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def joined_ray(address: str | None = "auto") -> Iterator[None]:
+    """The running Ray this process belongs to (a submitted job, or a driver on a node of the cluster)."""
+    with ray_environment():
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
+        except ConnectionError as problem:
+            raise ClusterError(f"no Ray answers at {address}: {problem}; start one with `ray start --head`") from None
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def ray_environment() -> Iterator[None]:
+    """Ray's own environment switches for the length of a block; what the user set wins."""
+    added = {name: value for name, value in _RAY_ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)

@@ -1,0 +1,83 @@
+"""Hand a training run to a running Ray cluster through its job API, with farspan's wheel in the runtime environment."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from farspan.config.load import dump_config
+from farspan.config.schema import RunConfig
+from farspan.errors import ClusterError
+from farspan.jobs.launch import ray_environment
+from farspan.jobs.wheel import build_wheel
+
+_POLL_S = 1.0
+_MISSED_POLLS = 30
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job on a cluster."""
+
+    client: JobSubmissionClient
+    job_id: str
+
+
+def submit_training(config: RunConfig, address: str) -> Submitted:
+    """Submit `config` to the cluster whose dashboard listens at `address` (http://HOST:8265).
+
+    Raises:
+        ClusterError: nobody answers there, or the token is missing or wrong.
+    """
+    with ray_environment(), tempfile.TemporaryDirectory(prefix="farspan-submit-") as scratch:
+        folder = Path(scratch) / "job"
+        folder.mkdir()
+        (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        wheel = build_wheel(Path(scratch))
+        try:
+            client = JobSubmissionClient(address)
+            job_id = client.submit_job(
+                entrypoint="python -m farspan.cli.main train config.yaml --join",
+                runtime_env={"working_dir": str(folder), "py_modules": [str(wheel)]},
+                metadata={"name": config.name},
+            )
+        except Exception as problem:
+            # Ray reports every failure here as some RuntimeError, ConnectionError or requests error.
+            reason = " ".join(str(problem).split())[:300]
+            raise ClusterError(
+                f"{address} did not take the job: {reason}; give the dashboard's address "
+                "(http://HOST:8265) and the cluster's token (`ray get-auth-token`)"
+            ) from None
+    return Submitted(client, job_id)
+
+
+def follow(job: Submitted, tell: Callable[[str], None]) -> None:
+    """Print a job's log as it grows, until it ends. Stopping to watch does not stop the job.
+
+    Raises:
+        ClusterError: the job failed, or the cluster no longer answers.
+    """
+    shown, missed = 0, 0
+    while True:
+        try:
+            status, log = job.client.get_job_status(job.job_id), job.client.get_job_logs(job.job_id)
+            missed = 0
+        except Exception as problem:
+            missed += 1
+            if missed > _MISSED_POLLS:
+                raise ClusterError(f"the cluster no longer answers about job {job.job_id}: {problem}") from None
+            time.sleep(_POLL_S)
+            continue
+        for line in log[shown:].splitlines():
+            tell(line)
+        shown = len(log)
+        if status == JobStatus.SUCCEEDED:
+            return
+        if status.is_terminal():
+            raise ClusterError(f"job {job.job_id} ended as {status}; its log is above")
+        time.sleep(_POLL_S)

@@ -1,0 +1,93 @@
+"""The training job: a Ray Train TorchTrainer around `farspan.train`, local or inside a cluster."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from farspan.telemetry.events import Event, RunStarted
+from ray.train import FailureConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from farspan.config.load import dump_config, parse_config
+from farspan.config.schema import RunConfig
+from farspan.errors import ClusterError, FarspanError
+from farspan.jobs.progress import EventSender, EventWatcher
+from farspan.train.build import build
+from farspan.train.loop import train
+
+
+def run_training(config: RunConfig, plan_lines: list[tuple[str, str]], tell: Callable[[Event], None]) -> str:
+    """Run the job on the Ray this process is connected to; gives the URI of the published model.
+
+    Raises:
+        FarspanError: what stopped the run, as the worker raised it.
+    """
+    plan = "\n".join(f"{what}: {text}" for what, text in plan_lines)
+    tell(Event(time.time(), RunStarted(config=dump_config(config), plan=plan)))
+    with tempfile.TemporaryDirectory(prefix="farspan-ray-train-") as scratch, EventWatcher(tell) as watcher:
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"config": dump_config(config), "mailbox": watcher.mailbox},
+            scaling_config=_scaling(config),
+            torch_config=TorchConfig(backend=_backend(config), timeout_s=int(config.resources.timeout_s)),
+            run_config=RayRunConfig(name=_ray_name(config), storage_path=scratch, failure_config=FailureConfig()),
+        )
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as problem:
+            raise _cause(problem) from None
+    return f"{config.output.rstrip('/')}/model"
+
+
+def train_worker(payload: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    config = parse_config(RunConfig, payload["config"])
+    gpu = config.resources.gpus_per_worker > 0
+    device = ray.train.torch.get_device() if gpu else torch.device("cpu")
+    if not gpu:
+        torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
+    sender = EventSender(payload["mailbox"])
+    is_first = ray.train.get_context().get_world_rank() == 0
+    with tempfile.TemporaryDirectory(prefix="farspan-cache-") as cache:
+        training = build(config, device, Path(cache))
+        train(training, config, sender if is_first else lambda event: None)
+    sender.close()
+
+
+def _scaling(config: RunConfig) -> ScalingConfig:
+    resources = {"CPU": config.resources.cpus_per_worker}
+    if config.resources.gpus_per_worker > 0:
+        resources["GPU"] = config.resources.gpus_per_worker
+    return ScalingConfig(
+        num_workers=config.parallel.workers,
+        use_gpu=config.resources.gpus_per_worker > 0,
+        resources_per_worker=resources,
+    )
+
+
+def _backend(config: RunConfig) -> str:
+    return "nccl" if config.resources.gpus_per_worker > 0 else "gloo"
+
+
+def _ray_name(config: RunConfig) -> str:
+    return f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+
+
+def _cause(problem: BaseException) -> FarspanError:
+    """The error a worker raised on purpose, dug out of what Ray wrapped around it."""
+    seen: list[BaseException] = [problem]
+    while seen:
+        current = seen.pop()
+        if isinstance(current, FarspanError):
+            return current
+        seen.extend(getattr(current, "worker_failures", {}).values())
+        seen.extend(e for e in (current.__cause__, current.__context__, getattr(current, "cause", None)) if e)
+    return ClusterError(f"training failed: {problem}")

@@ -1,0 +1,19 @@
+"""The configs that ship with farspan: beside the code in a checkout, inside the package in a wheel."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from farspan.errors import NotFoundError
+
+
+def shipped_config(name: str) -> str:
+    """Path of a config under jobs/configs or serve/configs, relative to the working folder where that is shorter."""
+    here = Path(__file__).resolve()
+    roots = [here.parents[3] / "jobs" / "configs", here.parents[3] / "serve" / "configs", here.parent / "shipped"]
+    for root in roots:
+        if (root / name).is_file():
+            path = root / name
+            return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    raise NotFoundError(name, f"is not among the configs of {sys.prefix}; install farspan again")

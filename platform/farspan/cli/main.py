@@ -1,0 +1,172 @@
+"""The `farspan` command. Heavy libraries are imported by the verb that needs them, so that help answers at once.
+
+Exit codes: 0 done, 1 the world failed, 2 something written by the user is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from farspan.cli import data as data_verbs
+from farspan.errors import CheckpointError, ConfigError, FarspanError, ModelError, NotFoundError, PlanError
+
+USER_ERRORS = (ConfigError, NotFoundError, CheckpointError, ModelError, PlanError)
+
+app = typer.Typer(
+    name="farspan",
+    help="Train and serve long-context language models on Ray, held against one plain process.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(data_verbs.app, name="data")
+
+Config = Annotated[str, typer.Argument(help="YAML config file.", metavar="CONFIG")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=c overrides of the config.", metavar="[KEY=VALUE]...")]
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None,
+    folder: Annotated[str, typer.Option(help="Where everything is written.")] = "runs/quickstart",
+    fresh: Annotated[bool, typer.Option(help="Start over instead of resuming what is there.")] = True,
+) -> None:
+    """Data, training, serving and a report on this machine, end to end, in minutes."""
+    from farspan.cli.quickstart import run_quickstart
+
+    run_quickstart(folder, overrides or [], fresh=fresh)
+
+
+@app.command()
+def plan(config: Config, overrides: Overrides = None) -> None:
+    """Show what a training config would do and cost; starts nothing."""
+    from farspan.cli.train import show_plan
+
+    show_plan(config, overrides or [])
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved config and the plan, start nothing.")
+    ] = False,
+    cluster: Annotated[str | None, typer.Option(help="Submit to the Ray cluster with this dashboard address.")] = None,
+    join: Annotated[bool, typer.Option("--join", help="Run on the Ray this process belongs to.", hidden=True)] = False,
+) -> None:
+    """Train on a local Ray that is started and stopped, or submit the same run to a cluster."""
+    from farspan.cli.train import run_train
+
+    run_train(config, overrides or [], dry_run=dry_run, cluster=cluster, join=join)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model folder or checkpoint, local or s3://.")],
+    corpus: Annotated[str, typer.Option(help="Corpus folder from `farspan data build`.")],
+    sequences: Annotated[int, typer.Option(min=1, help="Packed sequences to score.")] = 4,
+    sequence_tokens: Annotated[int, typer.Option(min=2, help="Tokens of one sequence.")] = 8192,
+    seed: Annotated[int, typer.Option(help="Which sequences.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Mean loss and perplexity of a model, and its loss by position in the document."""
+    from farspan.cli.models import run_evaluate
+
+    run_evaluate(model, corpus, sequences, sequence_tokens, seed, as_json=as_json)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint or run folder, local or s3://.")],
+    output: Annotated[str, typer.Argument(help="Folder to publish to, local or s3://.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Publish a checkpoint's weights as an ordinary Hugging Face folder."""
+    from farspan.cli.models import run_export
+
+    run_export(checkpoint, output, dtype)
+
+
+@app.command()
+def serve(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config, start nothing.")] = False,
+) -> None:
+    """Serve a model on Ray Serve with prefill and decode workers, until Ctrl-C."""
+    from farspan.cli.serve import run_serve
+
+    run_serve(config, overrides or [], dry_run=dry_run)
+
+
+@app.command()
+def chat(
+    url: Annotated[str, typer.Option(help="Endpoint.")] = "http://127.0.0.1:8000/v1",
+    api_key_file: Annotated[str | None, typer.Option(help="File with the endpoint's key.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Ask once and leave; otherwise a prompt is read.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+) -> None:
+    """Talk to an endpoint; a model without a chat template completes text."""
+    from farspan.cli.chat import run_chat
+
+    run_chat(url, api_key_file, prompt, max_tokens, temperature)
+
+
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="attention, or all.")] = "all",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure this machine, side by side with the best peer, on the same work."""
+    from farspan.cli.bench import run_bench
+
+    run_bench(what, as_json=as_json)
+
+
+@app.command()
+def version(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Versions of farspan and of what it stands on."""
+    from farspan.cli.version import show_version
+
+    show_version(as_json=as_json)
+
+
+def main() -> None:
+    """Entry point: every deliberate error is one line, without a traceback."""
+    # SIGTERM unwinds like Ctrl-C, so that Ray and child processes are stopped on the way out.
+    signal.signal(signal.SIGTERM, _interrupt)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        app(standalone_mode=False)
+    except FarspanError as problem:
+        console.print(f"error: {problem}", style="red", markup=False)
+        sys.exit(2 if isinstance(problem, USER_ERRORS) else 1)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        console.print("interrupted", style="yellow")
+        sys.exit(130)
+    except Exception as problem:
+        usage = getattr(problem, "format_message", None)
+        if usage is None:
+            raise
+        console.print(f"error: {usage()}; try `farspan --help`", style="red", markup=False)
+        sys.exit(2)
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What a long command shows while it works: one line per step on a pipe, a live bar on a terminal."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from farspan.telemetry.events import CheckpointPublished, Event, Note, RunFinished, StepReport
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class _Live:
+    """A rich progress bar on a terminal; nothing but printed lines elsewhere."""
+
+    def __init__(self, *columns: Any) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+
+    def __enter__(self) -> Any:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+
+class TrainProgress(_Live):
+    """Steps of a training run."""
+
+    def __init__(self, num_steps: int) -> None:
+        super().__init__(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+        )
+        self._num_steps = num_steps
+        self._task = self._bar.add_task("starting workers", total=num_steps)
+
+    def show(self, event: Event) -> None:
+        """Tell the user about one event."""
+        body = event.body
+        if isinstance(body, StepReport):
+            self._bar.update(self._task, completed=body.step, description=f"loss {body.loss:.4f}")
+            self.console.print(
+                f"step {body.step:>5}/{self._num_steps}  loss {body.loss:8.4f}  {body.tokens_per_s:>9,.0f} tokens/s  "
+                f"lr {body.learning_rate:.2e}  grad {body.grad_norm:.2f}  peak {body.peak_memory_bytes / 2**20:,.0f} MiB"
+            )
+        elif isinstance(body, CheckpointPublished):
+            self.console.print(f"checkpoint after step {body.step}: {body.uri} ({body.seconds:.1f} s)", markup=False)
+        elif isinstance(body, Note):
+            self.console.print(body.text, markup=False)
+        elif isinstance(body, RunFinished):
+            self.console.print(f"{body.steps} steps, {body.tokens:,} tokens in {body.seconds:.1f} s")
+
+
+class BuildProgressBar(_Live):
+    """Documents of a corpus."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} documents")
+        )
+        self._task: Any = None
+
+    def __call__(self, progress: Any) -> None:
+        """One BuildProgress from the corpus room."""
+        if self._task is None:
+            self._task = self._bar.add_task("", total=progress.total_documents)
+        self._bar.update(
+            self._task, description=progress.stage, completed=progress.documents, total=progress.total_documents
+        )
+
+    def finish(self, manifest: Any, output: str) -> None:
+        """The last lines."""
+        self.console.print(
+            f"{manifest.documents:,} documents, {manifest.tokens:,} tokens in {len(manifest.shards)} shards: {output}",
+            markup=False,
+        )
+        for reason, count in sorted(manifest.skipped.items()):
+            self.console.print(f"  left out: {count} ({reason})", markup=False)

@@ -1,0 +1,100 @@
+"""`farspan train` and `farspan plan`."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import typer
+from farspan.storage.paths import absolute_uri
+from rich.console import Console
+
+from farspan.config.check import check_run
+from farspan.config.load import dump_config, load_config
+from farspan.config.schema import RunConfig
+from farspan.errors import ConfigError
+from farspan.plan.run_plan import RunPlan
+
+
+def show_plan(path: str, overrides: list[str]) -> None:
+    """Print the plan of a config."""
+    config = read_run_config(path, overrides)
+    _print_plan(plan_of(config))
+
+
+def run_train(path: str, overrides: list[str], *, dry_run: bool, cluster: str | None, join: bool) -> None:
+    """Run a training config here, or hand it to a cluster."""
+    config = read_run_config(path, overrides)
+    plan = plan_of(config)
+    if dry_run:
+        typer.echo(dump_config(config), nl=False)
+        _print_plan(plan)
+        return
+    if cluster is not None:
+        _submit(config, cluster)
+        return
+    from farspan.telemetry.events import EventLog
+
+    from farspan.cli.progress import TrainProgress
+    from farspan.jobs.launch import joined_ray, local_ray
+    from farspan.jobs.train import run_training
+
+    _print_plan(plan)
+    resources = config.resources
+    cpus = resources.cpus_per_worker * config.parallel.workers
+    gpus = resources.gpus_per_worker * config.parallel.workers
+    ray_here = joined_ray() if join else local_ray(cpus, gpus)
+    with EventLog.of_run(config.output) as log, TrainProgress(config.train.steps) as progress, ray_here:
+        uri = run_training(config, plan.lines(), lambda event: (log.append(event), progress.show(event))[0])
+    Console(highlight=False, soft_wrap=True).print(f"model published: {uri}", markup=False)
+
+
+def read_run_config(path: str, overrides: list[str]) -> RunConfig:
+    """A checked run config whose local paths do not depend on where a worker stands."""
+    config = load_config(RunConfig, path, overrides)
+    check_run(config)
+    config.output = absolute_uri(config.output)
+    config.data.corpus = absolute_uri(config.data.corpus)
+    if config.model.source is not None:
+        config.model.source = absolute_uri(config.model.source)
+    return config
+
+
+def plan_of(config: RunConfig) -> RunPlan:
+    """The plan of a run; opens the corpus's manifest and the model's config, nothing heavier."""
+    import torch
+    from farspan.data.reader import read_manifest
+
+    from farspan.models.attention import refuse_unsupported
+    from farspan.plan.facts import model_facts
+    from farspan.plan.run_plan import plan_run
+    from farspan.train.build import compute_dtype, model_config
+
+    vocab_size = read_manifest(config.data.corpus).vocab_size
+    with tempfile.TemporaryDirectory(prefix="farspan-plan-") as scratch:
+        model = model_config(config, vocab_size, Path(scratch))
+    refuse_unsupported(model)
+    device = torch.device("cuda" if config.resources.gpus_per_worker > 0 else "cpu")
+    return plan_run(config, model_facts(model), compute_dtype(config.model.dtype, device).itemsize)
+
+
+def _submit(config: RunConfig, address: str) -> None:
+    from farspan.jobs.submit import follow, submit_training
+
+    for field, uri in (("output", config.output), ("data.corpus", config.data.corpus)):
+        if "://" not in uri and not _is_local(address):
+            raise ConfigError(field, "must be reachable from the cluster", uri, "use s3://BUCKET/PATH")
+    submitted = submit_training(config, address)
+    typer.echo(f"submitted {submitted.job_id} to {address}")
+    follow(submitted, typer.echo)
+
+
+def _is_local(address: str) -> bool:
+    return any(host in address for host in ("127.0.0.1", "localhost", "[::1]"))
+
+
+def _print_plan(plan: RunPlan) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    console.print("plan", style="bold")
+    for what, text in plan.lines():
+        console.print(f"  {what:16} {text}", markup=False)

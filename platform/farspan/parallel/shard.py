@@ -1,0 +1,26 @@
+"""Weights, gradients and optimizer states cut over every rank (FSDP2, torch's own `fully_shard`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+
+def shard_weights(root: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+    """Shard `layers` one by one and the rest with `root`.
+
+    Weights are kept in their own type and cast to `compute_dtype` where they are used; gradients are summed in fp32
+    (or wider). They are summed, not averaged: the loss is already divided by the global number of labels.
+    """
+    reduce_dtype = torch.promote_types(compute_dtype, torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(root, mesh=mesh, mp_policy=policy)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)

@@ -1,0 +1,40 @@
+"""What a plan needs to know about a model, read from its config: no weights, no device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """A decoder in numbers."""
+
+    name: str
+    num_layers: int
+    width: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    num_parameters: int
+
+
+def model_facts(config: PretrainedConfig) -> ModelFacts:
+    """Count the model of `config` on the meta device (no memory, well under a second)."""
+    text = config.get_text_config(decoder=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return ModelFacts(
+        name=text.model_type,
+        num_layers=text.num_hidden_layers,
+        width=text.hidden_size,
+        num_q_heads=text.num_attention_heads,
+        num_kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        vocab_size=text.vocab_size,
+        # parameters() gives a tied weight once.
+        num_parameters=sum(p.numel() for p in model.parameters()),
+    )

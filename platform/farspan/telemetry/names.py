@@ -1,0 +1,77 @@
+"""Every number farspan reports: one name, one unit, one meaning.
+
+`name` is what a metrics endpoint exports (unit as suffix, as Prometheus asks); `source` is the event field it is
+read from. Reports and the documentation print this table; nothing else names a number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One number."""
+
+    name: str
+    unit: str
+    label: str
+    source: str
+    meaning: str
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("farspan_train_step", "steps", "Step", "step.step", "Optimizer steps done."),
+    Metric("farspan_train_loss_nats", "nats", "Loss", "step.loss", "Mean cross entropy over all labels of the step."),
+    Metric("farspan_train_learning_rate", "1", "Learning rate", "step.learning_rate", "Of this step."),
+    Metric("farspan_train_grad_norm", "1", "Gradient norm", "step.grad_norm", "Global L2 norm before clipping."),
+    Metric("farspan_train_tokens", "tokens", "Tokens", "step.tokens", "Tokens of the step, over all ranks."),
+    Metric("farspan_train_labels", "labels", "Labels", "step.num_labels", "Tokens that had a label."),
+    Metric("farspan_train_step_seconds", "s", "Step time", "step.step_s", "Wall time of the step."),
+    Metric("farspan_train_tokens_per_second", "tokens/s", "Throughput", "step.tokens_per_s", "Tokens over wall time."),
+    Metric("farspan_train_peak_memory_bytes", "bytes", "Peak memory", "step.peak_memory_bytes", "Of the fullest rank."),
+    Metric(
+        "farspan_train_sent_bytes", "bytes", "Bytes sent", "step.bytes_sent", "By all ranks, to exchange attention."
+    ),
+    Metric(
+        "farspan_checkpoint_step",
+        "steps",
+        "Checkpoint step",
+        "checkpoint_published.step",
+        "Steps the checkpoint holds.",
+    ),
+    Metric(
+        "farspan_checkpoint_seconds", "s", "Checkpoint time", "checkpoint_published.seconds", "Gather, write, publish."
+    ),
+    Metric("farspan_checkpoint_bytes", "bytes", "Checkpoint size", "checkpoint_published.bytes", "Of all its files."),
+    Metric("farspan_run_steps", "steps", "Steps of the run", "run_finished.steps", "Optimizer steps of the run."),
+    Metric("farspan_run_tokens", "tokens", "Tokens of the run", "run_finished.tokens", "Tokens the run trained on."),
+    Metric("farspan_run_seconds", "s", "Run time", "run_finished.seconds", "Wall time from first to last event."),
+    Metric(
+        "farspan_request_prompt_tokens", "tokens", "Prompt", "request_served.prompt_tokens", "Tokens of the prompt."
+    ),
+    Metric(
+        "farspan_request_output_tokens", "tokens", "Output", "request_served.output_tokens", "Tokens of the answer."
+    ),
+    Metric(
+        "farspan_request_ttft_seconds", "s", "Time to first token", "request_served.ttft_s", "Arrival to first token."
+    ),
+    Metric(
+        "farspan_request_inter_token_seconds",
+        "s",
+        "Inter-token latency",
+        "request_served.inter_token_s",
+        "Gap between two output tokens.",
+    ),
+    Metric(
+        "farspan_request_kv_bytes", "bytes", "KV moved", "request_served.kv_bytes", "KV pages sent, prefill to decode."
+    ),
+    Metric(
+        "farspan_request_transfer_seconds", "s", "KV transfer", "request_served.transfer_s", "First to last KV page."
+    ),
+)
+
+
+def metric(source: str) -> Metric:
+    """The metric read from an event field, for example `step.loss`."""
+    return next(m for m in METRICS if m.source == source)

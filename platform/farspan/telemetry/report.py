@@ -1,0 +1,231 @@
+"""The run report: one HTML file that needs nothing but itself.
+
+What the events say, in the order a reader asks: how it went, the curves, the requests, and at the end every event as
+it was written, so that no number is lost to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from farspan.errors import UnreachableError
+from farspan.telemetry.kinds import (
+    CheckpointPublished,
+    Event,
+    Note,
+    RequestServed,
+    RunFinished,
+    RunStarted,
+    StepReport,
+    to_json,
+)
+from farspan.telemetry.names import metric
+from farspan.telemetry.plots import Plot, draw
+from farspan.telemetry.summary import Summary, percentile, summarize
+from farspan.telemetry.units import byte_scale, byte_size, count, duration, number, plural, time_scale
+
+TEMPLATE = "report.html.jinja"
+Style = Callable[[float], str]
+
+
+def write_report(events: Sequence[Event], out: Path, title: str, facts: Mapping[str, str] | None = None) -> Path:
+    """Write the report of `events` to `out` and return it.
+
+    `facts` are what events cannot know, shown in the header in their order: model, machine, date, version.
+
+    Raises:
+        UnreachableError: `out` cannot be written; an older report stays as it was.
+    """
+    page = render_report(events, title, facts or {})
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}.unfinished")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(page, encoding="utf-8")
+        unfinished.replace(out)
+    except OSError as problem:
+        unfinished.unlink(missing_ok=True)
+        raise UnreachableError(str(out), f"the report cannot be written ({problem.strerror})") from None
+    return out
+
+
+def render_report(events: Sequence[Event], title: str, facts: Mapping[str, str]) -> str:
+    """The report as HTML."""
+    summary = summarize(events)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    source = files("farspan.telemetry").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    return environment.from_string(source).render(
+        title=title,
+        facts=facts,
+        summary=summary,
+        status=_status(summary),
+        train_tiles=_train_tiles(summary),
+        serve_tiles=_serve_tiles(summary),
+        # The SVG is ours and escapes what it was given; everything else is escaped by the template.
+        train_plots=[(plot.title, Markup(draw(plot))) for plot in _train_plots(summary)],
+        serve_plots=[(plot.title, Markup(draw(plot))) for plot in _serve_plots(summary)],
+        requests=[_request_row(request) for request in summary.requests],
+        timeline=[_timeline_row(event) for event in events if not isinstance(event.body, StepReport)],
+        steps=[_step_row(step) for step in summary.steps],
+        record="\n".join(to_json(event) for event in events),
+        num_events=len(events),
+    )
+
+
+def _status(summary: Summary) -> tuple[str, str]:
+    """A class for the style sheet and a sentence for the reader."""
+    if summary.bad_steps:
+        listed = ", ".join(str(step) for step in summary.bad_steps[:5]) + (", …" if len(summary.bad_steps) > 5 else "")
+        return "bad", f"Loss or gradient norm was not finite at step {listed}"
+    if summary.started is None:
+        return "plain", "No training in this record"
+    if summary.finished is None:
+        return "warn", f"Not finished: the record ends after {plural(len(summary.steps), 'step')}"
+    return "good", f"Finished in {duration(summary.finished.seconds)}"
+
+
+def _train_tiles(summary: Summary) -> list[tuple[str, str, str]]:
+    """(label, value, remark) of the numbers a reader wants first."""
+    if not summary.steps:
+        return []
+    first, last = summary.steps[0], summary.steps[-1]
+    return [
+        ("Final loss", number(last.loss, 4), f"from {number(first.loss, 4)}, in nats"),
+        ("Steps", number(len(summary.steps)), f"{duration(math.fsum(s.step_s for s in summary.steps))} in steps"),
+        ("Tokens", count(summary.tokens), f"{number(summary.tokens)} in all"),
+        ("Throughput", f"{count(summary.tokens_per_s)}", "tokens/s, all steps"),
+        ("Peak memory", byte_size(summary.peak_memory_bytes), "of the fullest rank"),
+        ("Sent between ranks", byte_size(sum(s.bytes_sent for s in summary.steps)), "to exchange attention"),
+    ]
+
+
+def _serve_tiles(summary: Summary) -> list[tuple[str, str, str]]:
+    if not summary.requests:
+        return []
+    ttft = [request.ttft_s for request in summary.requests]
+    gaps = summary.inter_token_s
+    recovered = sum(request.recovered for request in summary.requests)
+    return [
+        ("Requests", number(len(summary.requests)), f"{number(recovered)} recovered after a lost worker"),
+        ("Time to first token", duration(percentile(ttft, 50)), f"p50; p99 {duration(percentile(ttft, 99))}"),
+        ("Inter-token latency", duration(percentile(gaps, 50)), f"p50; p99 {duration(percentile(gaps, 99))}"),
+        ("KV moved", byte_size(sum(r.kv_bytes for r in summary.requests)), "from prefill to decode"),
+    ]
+
+
+def _train_plots(summary: Summary) -> list[Plot]:
+    x = [step.step for step in summary.steps]
+    plots = []
+    for name, style, from_zero in _TRAIN_CURVES if x else ():
+        y = [float(getattr(step, name)) for step in summary.steps]
+        what = metric(f"step.{name}")
+        plots.append(_plot(f"plot-{name}", what.label, what.unit, style, "step", x, y, len(x), from_zero=from_zero))
+    return plots
+
+
+def _serve_plots(summary: Summary) -> list[Plot]:
+    plots = []
+    for name, suffix, value in _REQUEST_BARS if summary.requests else ():
+        # A request with one output token has no gap between tokens: its place stays empty.
+        points = [(i, y) for i, r in enumerate(summary.requests, 1) if not math.isnan(y := value(r))]
+        x, heights = [i for i, _ in points], [y for _, y in points]
+        what = metric(f"request_served.{name}")
+        label, num_x = what.label + suffix, len(summary.requests)
+        plots.append(
+            _plot(f"plot-{name}", label, what.unit, duration, "request", x, heights, num_x, kind="bars", from_zero=True)
+        )
+    return plots
+
+
+_TRAIN_CURVES: tuple[tuple[str, Style, bool], ...] = (
+    ("loss", number, False),
+    ("tokens_per_s", count, True),
+    ("peak_memory_bytes", byte_size, True),
+)
+_REQUEST_BARS: tuple[tuple[str, str, Callable[[RequestServed], float]], ...] = (
+    ("ttft_s", "", lambda request: request.ttft_s),
+    ("inter_token_s", ", median", lambda request: percentile(request.inter_token_s, 50)),
+    ("transfer_s", "", lambda request: request.transfer_s),
+)
+
+
+def _plot(
+    id: str, label: str, unit: str, style: Style, x_label: str, x: list[int], y: list[float], num_x: int, **look: Any
+) -> Plot:
+    """A plot whose y axis is in the unit that fits its largest value."""
+    largest = max((abs(value) for value in y if math.isfinite(value)), default=0.0)
+    scale, shown = {"bytes": byte_scale, "s": time_scale}.get(unit, lambda _: (1.0, unit))(largest)
+    return Plot(
+        id=id,
+        title=f"{label}, {shown}",
+        description=_describe(label, y, style, plural(len(x), x_label)),
+        x_label=x_label,
+        x=x,
+        y=[value / scale for value in y],
+        num_x=num_x,
+        **look,
+    )
+
+
+def _describe(label: str, values: Sequence[float], style: Style, over: str) -> str:
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return f"{label} over {over}: no finite value."
+    missing = len(values) - len(finite)
+    remark = f" {missing} values are not finite and are marked." if missing else ""
+    return (
+        f"{label} over {over}: first {style(values[0])}, last {style(values[-1])}, "
+        f"lowest {style(min(finite))}, highest {style(max(finite))}.{remark}"
+    )
+
+
+def _request_row(request: RequestServed) -> dict[str, str]:
+    return {
+        "request": request.request_id,
+        "prompt": number(request.prompt_tokens),
+        "output": number(request.output_tokens),
+        "ttft": duration(request.ttft_s),
+        "p50": duration(percentile(request.inter_token_s, 50)) if request.inter_token_s else "–",
+        "p99": duration(percentile(request.inter_token_s, 99)) if request.inter_token_s else "–",
+        "kv": byte_size(request.kv_bytes),
+        "transfer": duration(request.transfer_s),
+        "transport": request.transport,
+        "recovered": "yes" if request.recovered else "no",
+    }
+
+
+def _step_row(step: StepReport) -> list[str]:
+    return [
+        str(step.step), number(step.loss, 5), number(step.learning_rate), number(step.grad_norm),
+        number(step.tokens), number(step.num_labels), duration(step.step_s), number(step.tokens_per_s),
+        byte_size(step.peak_memory_bytes), byte_size(step.bytes_sent),
+    ]  # fmt: skip
+
+
+def _timeline_row(event: Event) -> tuple[str, str, str]:
+    """(clock time in UTC, what, detail)."""
+    clock = datetime.fromtimestamp(event.time_s, tz=UTC).strftime("%H:%M:%S")
+    match event.body:
+        case RunStarted():
+            return clock, "Run started", ""
+        case CheckpointPublished(step=step, uri=uri, seconds=seconds, bytes=size):
+            return clock, f"Checkpoint at step {step}", f"{uri} · {byte_size(size)} in {duration(seconds)}"
+        case RunFinished(steps=steps, tokens=tokens, seconds=seconds):
+            detail = f"{plural(steps, 'step')} · {plural(tokens, 'token')} · {duration(seconds)}"
+            return clock, "Run finished", detail
+        case RequestServed(request_id=name, output_tokens=tokens):
+            return clock, "Request served", f"{name} · {plural(tokens, 'token')}"
+        case Note(text=text):
+            return clock, "Note", text
+        case StepReport(step=step, loss=loss):
+            return clock, f"Step {step}", f"loss {number(loss)}"

@@ -1,0 +1,127 @@
+"""The composition room of training: config in, a ready TrainStep out. The only file that knows every part."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from farspan.data.reader import Corpus, Reader, open_corpus
+from farspan.storage.publish import fetch_folder
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from farspan.config.schema import RunConfig
+from farspan.errors import ConfigError
+from farspan.models.attention import probe_head, use_farspan_attention
+from farspan.models.checkpoint import load_causal_lm, load_tokenizer, make_config, open_config, random_causal_lm
+from farspan.parallel.exchange import Exchange
+from farspan.parallel.layout import ContiguousLayout
+from farspan.parallel.mesh import make_mesh
+from farspan.parallel.shard import shard_weights
+from farspan.train.checkpoint import TrainState
+from farspan.train.loss import PackedLoss
+from farspan.train.step import TrainStep
+
+
+@dataclass
+class Training:
+    """A run, ready to step."""
+
+    step: TrainStep
+    tokenizer: PreTrainedTokenizerBase
+    state: TrainState
+
+
+def build(config: RunConfig, device: torch.device, cache: Path | None = None) -> Training:
+    """Build the run on this rank of the default process group.
+
+    Every rank makes the whole model on the CPU once and keeps its shard of it.
+    """
+    cache = cache or Path(tempfile.mkdtemp(prefix="farspan-cache-"))
+    corpus = open_corpus(config.data.corpus, cache / "corpus")
+    model = _model(config, corpus, cache)
+    probe_head(model.config)
+    use_farspan_attention(model)
+    if config.train.recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    mesh = make_mesh(device.type, config.parallel.sp)
+    loss = PackedLoss(model.to(device), config.train.loss_tile_tokens)
+    shard_weights(loss, decoder_layers(model), mesh.all, compute_dtype(config.model.dtype, device))
+    exchange = Exchange(mesh.sp_group)
+    step = TrainStep(
+        loss=loss.train(),
+        optimizer=_optimizer(config, loss),
+        optim=config.optim,
+        num_steps=config.train.steps,
+        accumulation=config.train.accumulation,
+        mesh=mesh,
+        exchange=exchange,
+        layout=ContiguousLayout(config.data.sequence_tokens, exchange.num_ranks),
+        reader=Reader(corpus, config.data.sequence_tokens, config.seed),
+        device=device,
+    )
+    state = TrainState(0, 0, config.seed, config.data.sequence_tokens, corpus.fingerprint)
+    return Training(step=step, tokenizer=load_tokenizer(corpus.tokenizer_folder), state=state)
+
+
+def model_config(config: RunConfig, vocab_size: int | None, cache: Path) -> PretrainedConfig:
+    """The transformers config of a run; a model made from scratch takes the corpus's vocabulary and length."""
+    if config.model.source is not None:
+        return open_config(fetch_folder(config.model.source, cache / "model", require_manifest=False))
+    settings = {
+        "vocab_size": vocab_size or 8192,
+        "max_position_embeddings": config.data.sequence_tokens,
+        **config.model.settings,
+    }
+    return make_config(config.model.architecture, settings)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The repeated layers of a decoder."""
+    layers = getattr(model.base_model, "layers", None)
+    assert layers is not None, "a model with farspan attention has layers"
+    return list(layers)
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`: bf16 where the device multiplies it natively, else fp32."""
+    if name != "auto":
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    features = torch.cpu.get_capabilities()
+    return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32
+
+
+def _model(config: RunConfig, corpus: Corpus, cache: Path) -> PreTrainedModel:
+    weights_dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
+    if config.model.source is not None:
+        folder = fetch_folder(config.model.source, cache / "model", require_manifest=False)
+        model = load_causal_lm(folder, weights_dtype)
+    else:
+        model = random_causal_lm(model_config(config, corpus.vocab_size, cache), config.seed).to(weights_dtype)
+    _refuse_small_vocabulary(model.config, corpus)
+    return model
+
+
+def _refuse_small_vocabulary(config: PretrainedConfig, corpus: Corpus) -> None:
+    if config.vocab_size < corpus.vocab_size:
+        raise ConfigError(
+            "model",
+            f"must know the corpus's {corpus.vocab_size} tokens",
+            f"vocab_size {config.vocab_size}",
+            "build the corpus with this model's tokenizer (farspan data build tokenizer=MODEL_FOLDER)",
+        )
+
+
+def _optimizer(config: RunConfig, loss: PackedLoss) -> torch.optim.Optimizer:
+    # Weight decay pulls matrices only: decaying norms and biases changes the model's scale for nothing.
+    decayed = [p for p in loss.parameters() if p.ndim >= 2]
+    others = [p for p in loss.parameters() if p.ndim < 2]
+    optim = config.optim
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+    )

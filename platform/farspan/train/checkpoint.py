@@ -1,0 +1,199 @@
+"""Resumable checkpoints: an ordinary Hugging Face folder with the optimizer's states and the cursor beside it.
+
+`<output>/checkpoints/step-00000050/` holds config, tokenizer, model.safetensors (fp32 weights), optimizer.safetensors
+and train_state.json; it appears whole or not at all (storage.publish). Tensors are gathered on rank 0.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from farspan.storage.publish import fetch_folder, publish_folder
+from farspan.storage.store import open_store
+from farspan.telemetry.events import CheckpointPublished
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from transformers import PreTrainedTokenizerBase
+
+from farspan.errors import CheckpointError, CorruptDataError, FarspanError, TrainingError
+from farspan.models.checkpoint import save_causal_lm
+from farspan.train.loss import PackedLoss
+
+Result = TypeVar("Result")
+
+_OPTIMIZER, _STATE = "optimizer.safetensors", "train_state.json"
+# Every rank calls; only rank 0 receives or provides the whole tensors.
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+_FROM_RANK_0 = StateDictOptions(
+    full_state_dict=True, broadcast_from_rank0=True, cpu_offload=False, flatten_optimizer_state_dict=True
+)
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands, and what must not change when it goes on."""
+
+    step: int
+    cursor: int
+    seed: int
+    sequence_tokens: int
+    corpus_fingerprint: str
+
+    def refuse_other_data(self, now: TrainState) -> None:
+        """Refuse to go on with data in another order: samples would be lost or repeated silently."""
+        for name in ("seed", "sequence_tokens", "corpus_fingerprint"):
+            was, is_now = getattr(self, name), getattr(now, name)
+            if was != is_now:
+                raise CheckpointError(
+                    "train.resume",
+                    f"the checkpoint was written with {name}={was}, this run has {is_now}; "
+                    "restore it, choose another output, or set train.resume=false",
+                )
+
+
+def save_checkpoint(
+    output: str,
+    loss: PackedLoss,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    tokenizer: PreTrainedTokenizerBase,
+) -> CheckpointPublished:
+    """Publish a checkpoint of all ranks; collective. Every rank returns, or every rank raises.
+
+    Raises:
+        StorageError: rank 0 could not publish; nothing half-written is visible.
+    """
+    started = time.perf_counter()
+    weights = get_model_state_dict(loss, options=_WHOLE)
+    optimizer_state = get_optimizer_state_dict(loss, optimizer, options=_WHOLE)
+    uri = f"{output.rstrip('/')}/checkpoints/step-{state.step:08d}"
+
+    def publish() -> int:
+        with tempfile.TemporaryDirectory(prefix="farspan-checkpoint-") as scratch:
+            folder = Path(scratch) / "checkpoint"
+            save_causal_lm(folder, loss.model.config, _model_names(weights), tokenizer)
+            _write_optimizer(folder, optimizer_state, state)
+            publish_folder(folder, uri)
+            return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+    num_bytes = on_rank_0(publish)
+    return CheckpointPublished(step=state.step, uri=uri, seconds=time.perf_counter() - started, bytes=num_bytes)
+
+
+def save_model(output: str, loss: PackedLoss, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Publish the weights alone as `<output>/model`, an ordinary Hugging Face folder; collective."""
+    weights = get_model_state_dict(loss, options=_WHOLE)
+    uri = f"{output.rstrip('/')}/model"
+
+    def publish() -> str:
+        with tempfile.TemporaryDirectory(prefix="farspan-model-") as scratch:
+            folder = Path(scratch) / "model"
+            save_causal_lm(folder, loss.model.config, _model_names(weights), tokenizer)
+            publish_folder(folder, uri)
+        return uri
+
+    return on_rank_0(publish)
+
+
+def load_newest(output: str, loss: PackedLoss, optimizer: torch.optim.Optimizer, now: TrainState) -> TrainState | None:
+    """Put the newest whole checkpoint of a run into the model and optimizer; None when there is none. Collective.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to other data.
+    """
+    cache = Path(tempfile.mkdtemp(prefix="farspan-resume-"))
+    try:
+        found = on_rank_0(lambda: _newest_folder(output, cache, now))
+        if found is None:
+            return None
+        folder, state = found
+        weights: dict[str, Any] = {}
+        optimizer_state: dict[str, Any] = {}
+        if dist.get_rank() == 0:
+            weights, optimizer_state = _read_weights(folder, loss), _read_optimizer(folder)
+        set_model_state_dict(loss, weights, options=_FROM_RANK_0)
+        set_optimizer_state_dict(loss, optimizer, optimizer_state, options=_FROM_RANK_0)
+        return state
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+
+
+def list_checkpoints(output: str) -> list[str]:
+    """URIs of a run's checkpoints, newest first."""
+    store = open_store(f"{output.rstrip('/')}/checkpoints")
+    steps = {file.path.split("/")[0] for file in store.list()}
+    return [f"{store.uri.rstrip('/')}/{step}" for step in sorted(steps, reverse=True) if step.startswith("step-")]
+
+
+def on_rank_0(act: Callable[[], Result]) -> Result:
+    """Run `act` on rank 0 and give its result, or its error, to every rank: nobody waits for a rank that failed."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = act()
+        except FarspanError as problem:
+            outcome[1] = problem
+        except Exception as problem:
+            outcome[1] = TrainingError(f"rank 0 failed: {type(problem).__name__}: {problem}")
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return cast(Result, outcome[0])
+
+
+def _newest_folder(output: str, cache: Path, now: TrainState) -> tuple[Path, TrainState] | None:
+    for uri in list_checkpoints(output):
+        try:
+            folder = fetch_folder(uri, cache)
+        except CorruptDataError as problem:
+            print(f"checkpoint skipped: {problem}; using the one before", flush=True)
+            continue
+        state = TrainState(**json.loads((folder / _STATE).read_text(encoding="utf-8"))["state"])
+        state.refuse_other_data(now)
+        return folder, state
+    return None
+
+
+def _model_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+
+
+def _read_weights(folder: Path, loss: PackedLoss) -> dict[str, Tensor]:
+    stored = {
+        f"model.{name}": tensor
+        for file in folder.glob("model*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+    # A tied head is stored once, under the name of the embedding.
+    for name in loss.state_dict():
+        if name not in stored:
+            stored[name] = stored[f"model.{loss.model.base_model_prefix}.embed_tokens.weight"]
+    return stored
+
+
+def _write_optimizer(folder: Path, flat: Mapping[str, Any], state: TrainState) -> None:
+    tensors = {name: value.contiguous() for name, value in flat.items() if isinstance(value, Tensor)}
+    plain = {name: value for name, value in flat.items() if not isinstance(value, Tensor)}
+    save_file(tensors, folder / _OPTIMIZER)
+    (folder / _STATE).write_text(json.dumps({"state": asdict(state), "optimizer": plain}, indent=1), encoding="utf-8")
+
+
+def _read_optimizer(folder: Path) -> dict[str, Any]:
+    plain = json.loads((folder / _STATE).read_text(encoding="utf-8"))["optimizer"]
+    return {**load_file(folder / _OPTIMIZER), **plain}

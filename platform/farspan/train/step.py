@@ -1,0 +1,124 @@
+"""One optimizer step: batches in, one StepReport out."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from farspan.data.reader import Reader
+from farspan.telemetry.events import StepReport
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from farspan.batch import IGNORED_LABEL, ShardedBatch
+from farspan.config.schema import OptimConfig
+from farspan.errors import TrainingError
+from farspan.parallel.exchange import Exchange
+from farspan.parallel.layout import ContiguousLayout
+from farspan.parallel.mesh import Mesh
+from farspan.parallel.ulysses import UlyssesAttention
+from farspan.train.loss import PackedLoss
+
+
+@dataclass
+class TrainStep:
+    """Everything one step touches. `cursor` counts the sequences the whole run has consumed."""
+
+    loss: PackedLoss
+    optimizer: torch.optim.Optimizer
+    optim: OptimConfig
+    num_steps: int
+    accumulation: int
+    mesh: Mesh
+    exchange: Exchange
+    layout: ContiguousLayout
+    reader: Reader
+    device: torch.device
+    cursor: int = 0
+
+    def run(self, step: int) -> StepReport:
+        """Consume dp * accumulation sequences and change the weights once; `step` counts from 0.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite; weights are left as they were.
+        """
+        started, sent_before = time.perf_counter(), self.exchange.bytes_sent
+        shards = list(self._shards())
+        num_labels = self._over_all_ranks(sum((s.labels_T != IGNORED_LABEL).sum() for s in shards))
+        loss = self._over_all_ranks(sum(self._forward_backward(shard, num_labels) for shard in shards))
+        grad_norm = self._clip()
+        if not (torch.isfinite(loss) and torch.isfinite(grad_norm)):
+            raise TrainingError(
+                f"step {step + 1}: loss {loss.item():g}, gradient norm {grad_norm.item():g}; weights were not changed; "
+                f"lower optim.lr ({self.optim.lr:g}) or optim.max_grad_norm and resume from the last checkpoint"
+            )
+        lr = learning_rate(self.optim, step, self.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        num_sequences = self.mesh.dp * self.accumulation
+        self.cursor += num_sequences
+        tokens = num_sequences * self.layout.num_tokens
+        seconds = time.perf_counter() - started
+        sent = self._over_all_ranks(self.exchange.bytes_sent - sent_before)
+        peak = self._over_all_ranks(peak_memory_bytes(self.device), dist.ReduceOp.MAX)
+        return StepReport(
+            step=step + 1,
+            loss=loss.item(),
+            learning_rate=lr,
+            grad_norm=grad_norm.item(),
+            tokens=tokens,
+            num_labels=int(num_labels.item()),
+            step_s=seconds,
+            tokens_per_s=tokens / seconds,
+            peak_memory_bytes=int(peak.item()),
+            bytes_sent=int(sent.item()),
+        )
+
+    def _shards(self) -> Iterator[ShardedBatch]:
+        for micro in range(self.accumulation):
+            batch = self.reader.batch(self.cursor + micro * self.mesh.dp + self.mesh.dp_rank)
+            shard = self.layout.shard(batch, self.exchange.rank)
+            yield ShardedBatch(
+                tokens_T=shard.tokens_T.to(self.device),
+                labels_T=shard.labels_T.to(self.device),
+                positions_T=shard.positions_T.to(self.device),
+                bounds=shard.bounds,
+            )
+
+    def _forward_backward(self, shard: ShardedBatch, num_labels: Tensor) -> Tensor:
+        loss = self.loss(shard, UlyssesAttention(self.exchange, shard.bounds), num_labels)
+        loss.backward()
+        return cast(Tensor, loss.detach())
+
+    def _over_all_ranks(self, value: Any, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        total = torch.as_tensor(value, dtype=torch.float64, device=self.device).clone()
+        dist.all_reduce(total, op=op, group=self.mesh.all.get_group())
+        return total
+
+    def _clip(self) -> Tensor:
+        norm = torch.nn.utils.clip_grad_norm_(self.loss.parameters(), self.optim.max_grad_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
+    """Linear warm-up, then half a cosine down to `final_lr_fraction` at the last step."""
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    progress = (step - optim.warmup_steps) / max(1, num_steps - 1 - optim.warmup_steps)
+    low = optim.lr * optim.final_lr_fraction
+    return low + (optim.lr - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process ever held on its device: allocator's peak on CUDA, resident set on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,162 @@
+"""A real S3 server (moto, over HTTP on the loopback) whose network can be made to fail.
+
+`s3_server` is the server of the whole session; `s3` is a fresh bucket on it, with the AWS environment of the test
+pointing there. Processes started by the test inherit that environment and reach the same server.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import botocore.session
+import pytest
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import WSGIRequestHandler, make_server
+
+REGION = "us-east-1"
+ACCESS_KEY = "test-access-key"
+SECRET_KEY = "test-secret-key"
+_DEADLINE_S = 30.0
+
+
+@dataclass
+class Faults:
+    """What goes wrong before a request reaches the server, for the next so many requests whose path contains `path`."""
+
+    path: str = ""
+    unavailable: int = 0
+    """Answer 503."""
+    broken_bodies: int = 0
+    """Send half of the body of an answer to GET, then close the connection."""
+    seen: int = 0
+    """Requests whose path contained `path`, since `plan`."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def plan(self, path: str = "", *, unavailable: int = 0, broken_bodies: int = 0) -> None:
+        with self._lock:
+            self.path, self.seen = path, 0
+            self.unavailable, self.broken_bodies = unavailable, broken_bodies
+
+    def take(self, path: str, method: str) -> str | None:
+        with self._lock:
+            if self.path not in path:
+                return None
+            self.seen += 1
+            if self.unavailable > 0:
+                self.unavailable -= 1
+                return "unavailable"
+            if self.broken_bodies > 0 and method == "GET":
+                self.broken_bodies -= 1
+                return "broken body"
+            return None
+
+
+class FaultyServer:
+    """WSGI application: moto behind a network that fails as planned."""
+
+    def __init__(self, faults: Faults) -> None:
+        self.faults = faults
+        self.moto = DomainDispatcherApplication(create_backend_app)
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        fault = self.faults.take(environ["PATH_INFO"], environ["REQUEST_METHOD"])
+        if fault == "unavailable":
+            start_response("503 Slow Down", [("Content-Type", "application/xml")])
+            return [b"<Error><Code>ServiceUnavailable</Code><Message>planned</Message></Error>"]
+        answer = self.moto(environ, start_response)
+        if fault == "broken body":
+            whole = b"".join(answer)
+            # The announced length is that of the whole: the client sees a connection that broke off.
+            return [whole[: len(whole) // 2]]
+        return answer
+
+
+@dataclass(frozen=True)
+class S3Server:
+    endpoint: str
+    faults: Faults
+
+    def client(self) -> Any:
+        return botocore.session.Session().create_client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name=REGION,
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=SECRET_KEY,
+        )
+
+
+@dataclass(frozen=True)
+class S3Bucket:
+    """A fresh, empty bucket."""
+
+    name: str
+    server: S3Server
+
+    @property
+    def uri(self) -> str:
+        return f"s3://{self.name}"
+
+    def keys(self) -> list[str]:
+        answer = self.server.client().list_objects_v2(Bucket=self.name)
+        return sorted(entry["Key"] for entry in answer.get("Contents", []))
+
+    def put(self, key: str, data: bytes) -> None:
+        self.server.client().put_object(Bucket=self.name, Key=key, Body=data)
+
+    def get(self, key: str) -> bytes:
+        return bytes(self.server.client().get_object(Bucket=self.name, Key=key)["Body"].read())
+
+    def deny(self, *actions: str) -> None:
+        """Attach a bucket policy that denies these actions (s3:GetObject, s3:ListBucket, ...) to everybody."""
+        resources = [f"arn:aws:s3:::{self.name}", f"arn:aws:s3:::{self.name}/*"]
+        statement = {"Effect": "Deny", "Principal": "*", "Action": list(actions), "Resource": resources}
+        policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+        self.server.client().put_bucket_policy(Bucket=self.name, Policy=policy)
+
+
+class _QuietHandler(WSGIRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log(self, type: str, message: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    faults = Faults()
+    server = make_server("127.0.0.1", 0, FaultyServer(faults), threaded=True, request_handler=_QuietHandler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, name="s3-server", daemon=True)
+    thread.start()
+    try:
+        yield S3Server(f"http://127.0.0.1:{server.server_port}", faults)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(_DEADLINE_S)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Bucket]:
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", REGION)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    bucket = S3Bucket(f"bucket-{uuid.uuid4().hex}", s3_server)
+    s3_server.client().create_bucket(Bucket=bucket.name)
+    try:
+        yield bucket
+    finally:
+        s3_server.faults.plan()

@@ -1,0 +1,275 @@
+"""The run report says everything it was told, to everybody, and nothing else."""
+
+import dataclasses
+import math
+import re
+from html.parser import HTMLParser
+from importlib.resources import files
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib
+import pytest
+
+from farspan.errors import UnreachableError
+from farspan.telemetry.events import (
+    CheckpointPublished,
+    Event,
+    Note,
+    RequestServed,
+    RunFinished,
+    RunStarted,
+    StepReport,
+    to_json,
+)
+from farspan.telemetry.report import TEMPLATE, write_report
+from farspan.telemetry.summary import percentile, summarize
+from farspan.telemetry.units import byte_size, count, duration, number
+
+TRAIN_PLOTS = {"plot-loss", "plot-tokens_per_s", "plot-peak_memory_bytes"}
+SERVE_PLOTS = {"plot-ttft_s", "plot-inter_token_s", "plot-transfer_s"}
+HOSTILE = "</pre></title><script>alert('x')</script><img src=x onerror=y>&amp;\"'"
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects what a reader and a browser would see."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len(attrs) == len(dict(attrs)), f"an attribute stands twice in <{tag}>"
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def ids(self) -> list[str]:
+        return [attrs["id"] or "" for _, attrs in self.tags if "id" in attrs]
+
+    def plots(self) -> set[str]:
+        labels = [attrs.get("aria-labelledby") for tag, attrs in self.tags if tag == "svg"]
+        return {(label or "").split()[0].removesuffix("-title") for label in labels}
+
+
+def step(i: int, loss: float) -> StepReport:
+    return StepReport(
+        step=i, loss=loss, learning_rate=3.0625e-4, grad_norm=1.5078125, tokens=8192, num_labels=8179, step_s=2.7265625,
+        tokens_per_s=3004.515625, peak_memory_bytes=1317011456 + i, bytes_sent=50331648,
+    )  # fmt: skip
+
+
+def served(i: int, gaps: tuple[float, ...]) -> RequestServed:
+    return RequestServed(
+        request_id=f"chat-{i}", prompt_tokens=2210 + i, output_tokens=len(gaps) + 1, ttft_s=0.9340625 + i,
+        inter_token_s=gaps, kv_bytes=27156480 + i, transfer_s=0.00642578125, transport="nixl", recovered=i == 2,
+    )  # fmt: skip
+
+
+def whole_run() -> list[Event]:
+    bodies = [
+        RunStarted(config="name: quickstart\nseed: 77\n", plan="2 workers, sp 2"),
+        *(step(i, 9.0 - i / 8) for i in range(1, 9)),
+        CheckpointPublished(step=8, uri="s3://bucket/run/step-8", seconds=1.828125, bytes=214000123),
+        RunFinished(steps=8, tokens=65536, seconds=171.3125),
+        served(1, (0.02109375, 0.02265625, 0.0625)),
+        served(2, ()),
+        Note(text="all equal"),
+    ]
+    return [Event(1_780_000_000.5 + i, body) for i, body in enumerate(bodies)]
+
+
+def page_of(tmp_path: Path, events: list[Event], title: str = "a run", facts: dict[str, str] | None = None) -> Page:
+    out = write_report(events, tmp_path / "deep" / "report.html", title, facts)
+    return Page(out.read_text(encoding="utf-8"))
+
+
+def test_the_template_is_in_the_package() -> None:
+    assert files("farspan.telemetry").joinpath(TEMPLATE).is_file()
+
+
+def test_the_report_shows_every_number_it_was_given(tmp_path: Path) -> None:
+    events = whole_run()
+    page = page_of(tmp_path, events, facts={"Model": "llama 12.4 M", "Machine": "2 cores", "Date": "2026-11-21"})
+    for event in events:
+        assert to_json(event) in page.text
+    for text in ("llama 12.4 M", "2 cores", "2026-11-21", "seed: 77", "2 workers, sp 2", "s3://bucket/run/step-8"):
+        assert text in page.text
+    for request in (b for e in events if isinstance(b := e.body, RequestServed)):
+        for shown in (request.request_id, number(request.prompt_tokens), duration(request.ttft_s),
+                      byte_size(request.kv_bytes), duration(request.transfer_s)):  # fmt: skip
+            assert shown in page.text
+
+
+def test_every_plot_is_there_with_a_title_and_a_description(tmp_path: Path) -> None:
+    page = page_of(tmp_path, whole_run())
+    assert page.plots() == TRAIN_PLOTS | SERVE_PLOTS
+    for name in page.plots():
+        assert {f"{name}-title", f"{name}-desc"} <= set(page.ids())
+    assert "Loss over 8 steps: first 8.88, last 8.00, lowest 8.00, highest 8.88." in page.text
+
+
+def test_no_id_stands_twice_so_that_no_plot_clips_another(tmp_path: Path) -> None:
+    ids = page_of(tmp_path, whole_run()).ids()
+    assert len(ids) == len(set(ids))
+
+
+def test_each_plot_is_well_formed_and_takes_its_colours_from_the_page(tmp_path: Path) -> None:
+    out = write_report(whole_run(), tmp_path / "report.html", "a run")
+    plots = re.findall(r"<svg.*?</svg>", out.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(plots) == 6
+    for plot in plots:
+        ElementTree.fromstring(plot.replace("xlink:href", "href"))
+        assert set(re.findall(r"(?:fill|stroke): ([^;\"]+)", plot)) <= {
+            "none", "var(--plot-ink)", "var(--plot-faint)", "var(--plot-line)", "var(--plot-warn)",
+        }  # fmt: skip
+
+
+def test_the_report_asks_the_network_for_nothing(tmp_path: Path) -> None:
+    page = page_of(tmp_path, whole_run())
+    assert {"script", "link", "img", "iframe", "object", "embed", "video"}.isdisjoint(tag for tag, _ in page.tags)
+    for _, attrs in page.tags:
+        for name in ("src", "href", "xlink:href", "action", "data"):
+            assert (attrs.get(name) or "#").startswith("#")
+    policies = [attrs["content"] for tag, attrs in page.tags if tag == "meta" and "http-equiv" in attrs]
+    assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
+    assert "url(http" not in (tmp_path / "deep" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_hostile_string_stays_text_wherever_it_comes_from(tmp_path: Path) -> None:
+    request = dataclasses.replace(served(1, (0.5,)), request_id=HOSTILE, transport=HOSTILE)
+    bodies = [
+        RunStarted(config=HOSTILE, plan=HOSTILE),
+        CheckpointPublished(step=1, uri=HOSTILE, seconds=1.0, bytes=1),
+        request,
+        Note(text=HOSTILE),
+    ]
+    plain = page_of(tmp_path, whole_run(), facts={"Model": "llama"})
+    page = page_of(tmp_path, [Event(1.0, body) for body in bodies], title=HOSTILE, facts={HOSTILE: HOSTILE})
+    assert {tag for tag, _ in page.tags} <= {tag for tag, _ in plain.tags}
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+    assert page.text.count(HOSTILE) >= 8
+
+
+@pytest.mark.parametrize(
+    ("events", "plots", "said"),
+    [
+        ([], set(), ["No training in this record", "holds no training step", "holds no served request"]),
+        (whole_run()[:9], TRAIN_PLOTS, ["Not finished: the record ends after 8 steps", "holds no served request"]),
+        (whole_run()[:2], TRAIN_PLOTS, ["ends after 1 step"]),
+        (whole_run()[11:13], SERVE_PLOTS, ["holds no training step"]),
+        (whole_run()[12:13], SERVE_PLOTS, ["no finite value"]),
+        (whole_run()[:1], set(), ["ends after 0 steps", "holds no training step"]),
+    ],
+    ids=["nothing", "only-training", "one-step", "only-serving", "one-token", "died-at-once"],
+)
+def test_a_report_of_a_part_says_what_is_missing(
+    tmp_path: Path, events: list[Event], plots: set[str], said: list[str]
+) -> None:
+    page = page_of(tmp_path, events)
+    assert page.plots() == plots
+    for sentence in said:
+        assert sentence in page.text
+
+
+def test_one_step_is_drawn_as_a_point(tmp_path: Path) -> None:
+    out = write_report(whole_run()[:2], tmp_path / "report.html", "a run")
+    loss = re.search(r'<svg[^>]*"plot-loss-title.*?</svg>', out.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert loss is not None
+    assert re.search(r"<use [^>]*var\(--plot-line\)", loss[0])
+
+
+@pytest.mark.parametrize(("value", "mark"), [(math.nan, "NaN"), (math.inf, "+inf"), (-math.inf, "-inf")])
+def test_a_loss_that_is_not_finite_is_marked_in_the_plot_and_in_the_status(
+    tmp_path: Path, value: float, mark: str
+) -> None:
+    events = [Event(float(i), step(i, value if i == 3 else 8.0 - i)) for i in range(1, 6)]
+    out = write_report(events, tmp_path / "report.html", "a run")
+    source = out.read_text(encoding="utf-8")
+    loss = re.search(r'<svg[^>]*"plot-loss-title.*?</svg>', source, flags=re.DOTALL)
+    assert loss is not None
+    assert f">{mark}</text>" in loss[0]
+    assert "var(--plot-warn)" in loss[0]
+    assert "not finite at step 3" in Page(source).text
+    assert "1 values are not finite" in Page(source).text
+
+
+def test_a_run_whose_every_loss_is_nan_still_has_its_report(tmp_path: Path) -> None:
+    page = page_of(tmp_path, [Event(float(i), step(i, math.nan)) for i in range(1, 8)])
+    assert page.plots() == TRAIN_PLOTS
+    assert "not finite at step 1, 2, 3, 4, 5, …" in page.text
+
+
+def test_the_same_events_make_the_same_bytes(tmp_path: Path) -> None:
+    one = write_report(whole_run(), tmp_path / "one.html", "a run").read_bytes()
+    two = write_report(whole_run(), tmp_path / "two.html", "a run").read_bytes()
+    assert one == two
+
+
+def test_writing_a_report_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:
+    before = dict(matplotlib.rcParams)
+    write_report(whole_run(), tmp_path / "report.html", "a run")
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_a_report_that_cannot_be_written_leaves_the_older_one_and_nothing_half_written(tmp_path: Path) -> None:
+    target = tmp_path / "report.html"
+    target.mkdir()
+    with pytest.raises(UnreachableError, match="cannot be written"):
+        write_report(whole_run(), target, "a run")
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_percentile_is_a_value_that_was_measured() -> None:
+    values = [0.4, 0.1, 0.3, 0.2]
+    assert [percentile(values, p) for p in (0, 25, 50, 75, 99, 100)] == [0.1, 0.1, 0.2, 0.3, 0.4, 0.4]
+    assert math.isnan(percentile([], 50))
+
+
+def test_throughput_of_a_run_weighs_steps_by_their_length() -> None:
+    slow = dataclasses.replace(step(1, 1.0), tokens=100, step_s=9.0, tokens_per_s=100 / 9)
+    fast = dataclasses.replace(step(2, 1.0), tokens=100, step_s=1.0, tokens_per_s=100.0)
+    assert summarize([Event(0.0, slow), Event(1.0, fast)]).tokens_per_s == 20.0
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (number(8192), "8\u202f192"),
+        (number(4.40412, 4), "4.404"),
+        (number(0.5), "0.500"),
+        (number(3.0625e-4), "3.06e-04"),
+        (number(math.nan), "NaN"),
+        (number(-math.inf), "-inf"),
+        (number(0.0), "0"),
+        (byte_size(1023), "1\u202f023 B"),
+        (byte_size(1 << 20), "1.00 MiB"),
+        (byte_size(3 << 41), "6.00 TiB"),
+        (duration(0.0), "0 s"),
+        (duration(42e-6), "42.0 µs"),
+        (duration(0.0215), "21.5 ms"),
+        (duration(1.5), "1.50 s"),
+        (duration(171.3), "2 min 51 s"),
+        (duration(7260), "2 h 1 min"),
+        (count(8192), "8.19 k"),
+        (count(12_400_000), "12.4 M"),
+    ],
+)
+def test_numbers_read_well(shown: str, expected: str) -> None:
+    assert shown == expected
