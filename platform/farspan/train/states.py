@@ -12,7 +12,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def gather_states(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`<weight>/<state>` -> whole tensor on the CPU of rank 0; other ranks get nothing. One tensor travels at a time."""
+    """`<weight>/<state>` -> whole tensor on the CPU of rank 0; other ranks get nothing.
+
+    One tensor travels at a time.
+    """
     first = dist.get_rank() == 0
     whole: dict[str, Tensor] = {}
     for name, weight in module.named_parameters():
