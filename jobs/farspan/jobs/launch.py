@@ -18,7 +18,7 @@ import ray
 from farspan.errors import ClusterError
 
 # Ray's own switches: no usage report to the network, no upload of the working folder under `uv run`.
-_RAY_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_AUTH_MODE": "token"}
+_RAY_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 _TOKEN_FILE = Path("~/.ray/auth_token")
 
 

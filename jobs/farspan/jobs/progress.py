@@ -12,9 +12,8 @@ import ray
 from farspan.telemetry.events import Event, EventBody, from_json, to_json
 
 
-@ray.remote(num_cpus=0)
 class EventMailbox:
-    """Keeps event lines until they are fetched."""
+    """The actor: keeps event lines until they are fetched."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
@@ -46,7 +45,7 @@ class EventWatcher:
     """The driver's end: a thread that fetches events and hands them to `tell`, in order, until the block ends."""
 
     def __init__(self, tell: Callable[[EventBody], None], interval_s: float = 0.3) -> None:
-        self.mailbox = EventMailbox.remote()
+        self.mailbox = ray.remote(num_cpus=0)(EventMailbox).remote()
         self._tell = tell
         self._interval_s = interval_s
         self._stop = threading.Event()

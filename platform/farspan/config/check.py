@@ -14,7 +14,7 @@ from farspan.errors import ConfigError
 TRAIN_DTYPES = ("auto", "bfloat16", "float32", "float64")
 SERVE_DTYPES = ("bfloat16", "float32", "float64")
 STRATEGIES = ("ulysses",)
-TRANSPORTS = ("auto", "nixl", "object_store")
+TRANSPORTS = ("auto", "nixl")
 
 
 def check_run(config: RunConfig) -> None:
@@ -62,6 +62,10 @@ def check_serve(config: ServeConfig) -> None:
     _at_least("engine.threads", engine.threads, 0)
     _above("transfer.deadline_s", config.transfer.deadline_s, 0)
     _above("transfer.lease_s", config.transfer.lease_s, config.transfer.deadline_s)
+    _at_least("transfer.colocate_below_tokens", config.transfer.colocate_below_tokens, 0)
+    _at_least("max_body_bytes", config.max_body_bytes, 1)
+    _above("prefill.cpus", config.prefill.cpus, 0)
+    _above("decode.cpus", config.decode.cpus, 0)
     _above("start_timeout_s", config.start_timeout_s, 0)
     _above("request_timeout_s", config.request_timeout_s, 0)
     if not 1 <= config.port <= 65535:

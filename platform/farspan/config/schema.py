@@ -160,11 +160,13 @@ class TransferConfig:
     """How KV pages travel from a prefill worker to a decode worker."""
 
     transport: str = "auto"
-    """nixl, object_store (Ray's), or auto: nixl where it is installed."""
+    """nixl, or auto, which is nixl."""
     deadline_s: float = 30.0
     """Longest wait for one prompt's pages."""
     lease_s: float = 60.0
     """How long a prefill worker keeps pages that nobody fetched."""
+    colocate_below_tokens: int = 0
+    """Shorter prompts are computed by the decode worker itself; 0: none."""
 
 
 @dataclass(kw_only=True)
@@ -178,7 +180,7 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_file: str | None = None
-    """File with one key per line, mode 600; none: a key is made beside the model's run and its path is printed."""
+    """File with one key per line, mode 600; none (loopback only): a key is made once and its path is printed."""
     max_body_bytes: int = 8 * 1024 * 1024
     prefill: RoleConfig = field(default_factory=RoleConfig)
     decode: RoleConfig = field(default_factory=RoleConfig)

@@ -6,6 +6,7 @@ first read, once per process.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from farspan.errors import CorruptDataError, NotFoundError
 from farspan.storage.local import LocalStore
 from farspan.storage.manifest import FolderManifest, describe_file
 from farspan.storage.publish import fetch_folder, read_manifest
+from farspan.storage.store import open_store
 
 _REBUILD = "run `farspan data build` again"
 
@@ -58,6 +60,11 @@ class Corpus:
     @property
     def eos_token_id(self) -> int:
         return self.manifest.eos_token_id
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when any byte of the corpus's documents or tokenizer changes."""
+        return hashlib.sha256(self.manifest.to_json().encode()).hexdigest()
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens start..stop of one document, uint32, a read-only view of the mapped shard.
@@ -139,3 +146,15 @@ def pack(pieces: tuple[Piece, ...], tokens: list[np.ndarray]) -> PackedBatch:
         positions_T[start:stop] = torch.arange(piece.num_tokens)
         bounds.append(stop)
     return PackedBatch(tokens_T, labels_T, positions_T, tuple(bounds), tuple(piece.document for piece in pieces))
+
+
+def read_corpus_manifest(uri: str) -> CorpusManifest:
+    """What the corpus at `uri` says of itself; nothing else is fetched.
+
+    Raises:
+        NotFoundError: no corpus is there.
+    """
+    store = open_store(uri)
+    if read_manifest(store) is None or not store.exists(CORPUS_MANIFEST):
+        raise NotFoundError(uri, f"no corpus is there; run `farspan data build` with output={uri}")
+    return CorpusManifest.from_json(uri, store.read_bytes(CORPUS_MANIFEST))

@@ -1,0 +1,277 @@
+"""The inference loop of one process: requests in, tokens out, one iteration per `step`.
+
+One thread owns an engine. Pages are the only thing that leaves it: `take` after a prefill, `adopt` before a decode.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from farspan.config.schema import EngineConfig
+from farspan.engine.probe import discover_layout, plain_logits, refuse_config
+from farspan.engine.request import (
+    Completion,
+    Event,
+    FailedEvent,
+    SamplingParams,
+    SequenceState,
+    TokenEvent,
+    check_prompt,
+)
+from farspan.engine.runner import Piece, Runner
+from farspan.engine.sampler import choose_token
+from farspan.engine.scheduler import Limits, Row, schedule
+from farspan.errors import EngineError, ModelError, RequestError
+from farspan.kv.pages import PagePool
+
+# Largest difference of logits, relative to the largest logit, between packed and plain attention.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 1e-1}
+_CHECK_TOKENS = 23
+
+
+class Engine:
+    """Continuous batching over one model and one page pool."""
+
+    def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
+        """Takes the model over (its attention is switched).
+
+        Raises ModelError when the model cannot be run exactly, EngineError when no page fits into kv_bytes.
+        """
+        refuse_config(model.config)
+        text = model.config.get_text_config(decoder=True)
+        self.pool = PagePool(discover_layout(model, config.page_tokens), config.kv_bytes, model.device)
+        self.vocab_size = int(model.get_input_embeddings().num_embeddings)
+        known = getattr(text, "max_position_embeddings", None) or 2**31
+        self.max_context_tokens = min(known, config.max_context_tokens or known)
+        self.eos_token_ids = _eos_token_ids(model)
+        self._limits = Limits(config.max_batch_tokens, config.max_sequences, config.page_tokens)
+        self._runner = Runner(model, self.pool)
+        self._running: list[SequenceState] = []
+        self._waiting: list[SequenceState] = []
+        self._taken: dict[str, SequenceState] = {}
+        self._num_arrived = 0
+        self._check_against(model)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._running) + len(self._waiting) + len(self._taken)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that must be computed before every request present has its next token."""
+        return sum(len(s.tokens) - s.num_computed for s in (*self._running, *self._waiting))
+
+    def add(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        answered: Sequence[int] = (),
+        prefill_only: bool = False,
+    ) -> None:
+        """Queue a request. `answered` are tokens an earlier engine already gave: this one goes on after them.
+
+        Raises RequestError when it can never be answered here.
+        """
+        self._enqueue(request_id, prompt, params, answered, prefill_only)
+
+    def adopt(
+        self, request_id: str, prompt: Sequence[int], params: SamplingParams, answered: Sequence[int], pages: list[int]
+    ) -> None:
+        """Queue a request whose prompt is already computed in `pages`, which the engine holds from now on.
+
+        Raises RequestError, with `pages` still the caller's.
+        """
+        assert answered, "a prefill gives the first token"
+        assert len(pages) == self.pool.layout.num_pages(len(prompt)), "pages of exactly the prompt"
+        sequence = self._enqueue(request_id, prompt, params, answered, False)
+        sequence.pages, sequence.num_computed = pages, len(prompt)
+
+    def take(self, request_id: str) -> tuple[list[int], int]:
+        """(pages, tokens in them) of a finished `prefill_only` request; the caller holds the pages from now on."""
+        sequence = self._taken.pop(request_id)
+        return sequence.pages, sequence.num_computed
+
+    def cancel(self, request_id: str) -> bool:
+        """Forget a request and free its pages; false when it is not here (any more)."""
+        for group in (self._running, self._waiting):
+            for sequence in group:
+                if sequence.request_id == request_id:
+                    group.remove(sequence)
+                    self.pool.free(sequence.pages)
+                    return True
+        if sequence_taken := self._taken.pop(request_id, None):
+            self.pool.free(sequence_taken.pages)
+        return sequence_taken is not None
+
+    def step(self) -> list[Event]:
+        """One iteration: at most one new token for each request."""
+        rows = {s.request_id: s for s in (*self._running, *self._waiting)}
+        decision = schedule(_rows(self._running), _rows(self._waiting), self.pool.num_free, self._limits)
+        for request_id in decision.preempted:
+            self._preempt(rows[request_id])
+        if not decision.chunks:
+            return []
+        pieces: list[Piece] = []
+        sequences: list[SequenceState] = []
+        for chunk in decision.chunks:
+            sequence = rows[chunk.request_id]
+            new_pages = self.pool.alloc(chunk.num_pages - len(sequence.pages))
+            assert new_pages is not None, "the scheduler gave away pages that are not there"
+            sequence.pages += new_pages
+            if sequence in self._waiting:
+                self._waiting.remove(sequence)
+                self._running.append(sequence)
+            end = sequence.num_computed + chunk.num_tokens
+            pieces.append(Piece(sequence.tokens[sequence.num_computed : end], sequence.num_computed, sequence.pages))
+            sequences.append(sequence)
+        self._running.sort(key=lambda s: s.arrival)
+        logits_NV = self._runner.run(pieces)
+        events: list[Event] = []
+        for sequence, piece, logits_V in zip(sequences, pieces, logits_NV, strict=True):
+            sequence.num_computed += len(piece.tokens)
+            events += self._after(sequence, logits_V)
+        return events
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
+        """Answer all prompts, batched; for offline use. Raises RequestError when one cannot be answered."""
+        answers: dict[str, list[int]] = {}
+        finished: dict[str, str] = {}
+        try:
+            for index, prompt in enumerate(prompts):
+                self.add(f"prompt-{index}", prompt, params)
+                answers[f"prompt-{index}"] = []
+            while len(finished) < len(prompts):
+                events = self.step()
+                if not events and not any(s.pages for s in self._running):
+                    raise EngineError("the KV pages are held elsewhere; nothing can be computed")
+                for event in events:
+                    if isinstance(event, FailedEvent):
+                        raise event.error
+                    answers[event.request_id].append(event.token)
+                    if event.finish:
+                        finished[event.request_id] = event.finish
+        finally:
+            for request_id in answers:
+                self.cancel(request_id)
+        return [Completion(tuple(answers[f"prompt-{i}"]), finished[f"prompt-{i}"]) for i in range(len(prompts))]
+
+    def check_integrity(self) -> None:
+        """Raises EngineError when a page is lost or doubly owned."""
+        self.pool.check_integrity()
+
+    def _enqueue(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        answered: Sequence[int],
+        prefill_only: bool,
+    ) -> SequenceState:
+        tokens = [*prompt, *answered]
+        check_prompt(request_id, tokens, len(prompt), params, self.vocab_size)
+        if any(s.request_id == request_id for s in (*self._running, *self._waiting)) or request_id in self._taken:
+            raise RequestError(request_id, "a request of this id is already being answered")
+        if len(prompt) + 1 > self.max_context_tokens:
+            most = self.max_context_tokens - 1
+            raise RequestError(request_id, f"the prompt has {len(prompt)} tokens, the model takes at most {most}")
+        # The longest this can become: the last token chosen is never computed.
+        longest = min(len(prompt) + params.max_tokens, self.max_context_tokens) - 1
+        if self.pool.layout.num_pages(longest) > self.pool.num_pages:
+            room = self.pool.num_pages * self.pool.layout.page_tokens
+            raise RequestError(
+                request_id, f"prompt and answer need {longest} tokens of KV, engine.kv_bytes holds {room}"
+            )
+        sequence = SequenceState(request_id, tokens, len(prompt), params, self._num_arrived, prefill_only)
+        self._num_arrived += 1
+        self._waiting.append(sequence)
+        return sequence
+
+    def _preempt(self, sequence: SequenceState) -> None:
+        self.pool.free(sequence.pages)
+        sequence.pages, sequence.num_computed = [], 0
+        sequence.preemptions += 1
+        if sequence in self._running:
+            self._running.remove(sequence)
+            self._waiting.append(sequence)
+            self._waiting.sort(key=lambda s: s.arrival)
+
+    def _after(self, sequence: SequenceState, logits_V: Tensor) -> list[Event]:
+        if sequence.num_computed < len(sequence.tokens):
+            return []
+        if not bool(torch.isfinite(logits_V.max())):
+            self.cancel(sequence.request_id)
+            reason = "the model computed NaN or infinite logits for this prompt"
+            return [FailedEvent(sequence.request_id, RequestError(sequence.request_id, reason))]
+        token = choose_token(logits_V, sequence.params, len(sequence.tokens))
+        sequence.tokens.append(token)
+        finish = self._finish(sequence, token)
+        if finish or sequence.prefill_only:
+            self._running.remove(sequence)
+            if sequence.prefill_only:
+                self._taken[sequence.request_id] = sequence
+            else:
+                self.pool.free(sequence.pages)
+        return [TokenEvent(sequence.request_id, token, finish)]
+
+    def _finish(self, sequence: SequenceState, token: int) -> str | None:
+        params = sequence.params
+        if token in params.stop_token_ids or (token in self.eos_token_ids and not params.ignore_eos):
+            return "stop"
+        full = len(sequence.tokens) >= self.max_context_tokens
+        return "length" if full or sequence.num_answered >= params.max_tokens else None
+
+    def _check_against(self, model: PreTrainedModel) -> None:
+        """Refuse a model whose packed, paged logits are not its plain ones."""
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, self.vocab_size, (2, _CHECK_TOKENS), generator=generator)
+        plain = torch.stack([plain_logits(model, tokens[i])[-1] for i in range(2)])
+        paged = self._paged_logits(tokens)
+        scale = float(plain.abs().max())
+        worst = float((paged - plain).abs().max())
+        # Written so that NaN is refused too.
+        if not worst <= _TOLERANCE.get(model.dtype, 1e-1) * max(scale, 1e-6):
+            raise ModelError(
+                f"{model.config.model_type}: packed and paged logits differ from transformers' by {worst:.3g} "
+                f"(largest logit {scale:.3g}); this model is not served"
+            )
+
+    def _paged_logits(self, tokens: Tensor) -> Tensor:
+        """Last logits of two prompts computed side by side: a chunk each, then one token at a time, then the rest."""
+        count = self.pool.layout.num_pages(_CHECK_TOKENS)
+        pages = [self.pool.alloc(count) for _ in range(2)]
+        if pages[0] is None or pages[1] is None:
+            raise EngineError(
+                f"engine.kv_bytes: holds {self.pool.num_pages} pages, at least {2 * count} are needed; raise it"
+            )
+        logits = torch.empty(0)
+        bounds = (0, 9, 10, 11, _CHECK_TOKENS)
+        for low, high in itertools.pairwise(bounds):
+            rows = [Piece(tokens[i, low:high].tolist(), low, pages[i] or []) for i in range(2)]
+            logits = self._runner.run(rows)
+        for held in pages:
+            self.pool.free(held or [])
+        return logits
+
+
+def _rows(sequences: Sequence[SequenceState]) -> list[Row]:
+    return [Row(s.request_id, len(s.tokens), s.num_computed, len(s.pages)) for s in sequences]
+
+
+def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    """What transformers' generate stops at: the generation config, else the config."""
+    for config in (getattr(model, "generation_config", None), model.config):
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return frozenset([found] if isinstance(found, int) else found)
+    return frozenset()

@@ -1,0 +1,77 @@
+"""Turn a decision into one packed forward. Shapes: T packed tokens, B decode rows, N pages of a row, V vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from farspan.engine.attention import DecodeRows, PagedBatch, Segment
+from farspan.engine.probe import forward
+from farspan.kernels.attention.dispatch import choose_attention
+from farspan.kv.pages import PagePool
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens of one sequence to compute: `tokens` follow `past` tokens that are already in `pages`."""
+
+    tokens: Sequence[int]
+    past: int
+    pages: Sequence[int]
+
+
+class Runner:
+    """The model and its pages."""
+
+    def __init__(self, model: PreTrainedModel, pool: PagePool) -> None:
+        self._model, self._pool = model, pool
+        self._kernel = choose_attention(pool.device)[0]
+
+    def run(self, pieces: Sequence[Piece]) -> Tensor:
+        """Logits [len(pieces), V] of the last token of each piece, in the given order."""
+        # Single tokens first: they are one batched attention, the longer pieces one each.
+        order = sorted(range(len(pieces)), key=lambda i: len(pieces[i].tokens) > 1)
+        packed = [pieces[i] for i in order]
+        batch, tokens_T, positions_T = self._pack(packed)
+        ends = torch.tensor([len(piece.tokens) for piece in packed]).cumsum(0) - 1
+        logits_NV = forward(self._model, tokens_T, positions_T, batch, ends)
+        assert logits_NV.shape[0] == len(pieces), "the model ignored logits_to_keep"
+        return logits_NV[torch.tensor(order).argsort().to(logits_NV.device)]
+
+    def _pack(self, pieces: Sequence[Piece]) -> tuple[PagedBatch, Tensor, Tensor]:
+        device, size = self._pool.device, self._pool.layout.page_tokens
+        tokens_T = torch.tensor([token for piece in pieces for token in piece.tokens])
+        positions_T = torch.cat([torch.arange(p.past, p.past + len(p.tokens)) for p in pieces])
+        pages = [torch.tensor(piece.pages, device=device) for piece in pieces]
+        slots_T = positions_T.to(device)
+        owner_T = torch.repeat_interleave(torch.tensor([len(p.tokens) for p in pieces]))
+        starts = torch.tensor([0] + [len(p) for p in pages]).cumsum(0)[:-1].to(device)
+        page_T = torch.cat(pages)[starts[owner_T.to(device)] + slots_T // size]
+        rows = [(piece, table) for piece, table in zip(pieces, pages, strict=True) if len(piece.tokens) == 1]
+        segments: list[Segment] = []
+        start = len(rows)
+        for piece, table in zip(pieces[len(rows) :], pages[len(rows) :], strict=True):
+            past_pages = table[: self._pool.layout.num_pages(piece.past)]
+            segments.append(Segment(start, len(piece.tokens), piece.past, past_pages))
+            start += len(piece.tokens)
+        batch = PagedBatch(self._pool, self._kernel, page_T, slots_T % size, self._decode_rows(rows), tuple(segments))
+        return batch, tokens_T, positions_T
+
+    def _decode_rows(self, rows: Sequence[tuple[Piece, Tensor]]) -> DecodeRows | None:
+        if not rows:
+            return None
+        layout, device = self._pool.layout, self._pool.device
+        num_keys = torch.tensor([piece.past + 1 for piece, _ in rows], device=device)
+        width = max(layout.num_pages(piece.past + 1) for piece, _ in rows)
+        # Filled up with a page of the row itself: a foreign page may hold anything, even NaN.
+        tables_BN = torch.stack([_padded(table[:width], width) for _, table in rows])
+        visible_BS = torch.arange(width * layout.page_tokens, device=device)[None, :] < num_keys[:, None]
+        return DecodeRows(tables_BN, visible_BS)
+
+
+def _padded(table: Tensor, width: int) -> Tensor:
+    return torch.cat([table, table[:1].expand(width - len(table))])

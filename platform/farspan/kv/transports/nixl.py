@@ -1,0 +1,149 @@
+"""Pages between processes by NIXL: registered memory read directly, over shared memory, TCP or RDMA.
+
+Every process start is a new agent name: re-adding a restarted peer under an old name is refused by NIXL.
+A read that is still pending is never released: releasing does not stop the bytes that are under way.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import numpy as np
+import torch
+
+from farspan.errors import TransferError
+from farspan.kv.pages import PagePool
+from farspan.kv.ticket import SourceAddress
+from farspan.kv.transports.base import EpochRead, Read, ReadStatus
+
+_STATUS = {"PROC": ReadStatus.PENDING, "DONE": ReadStatus.DONE, "ERR": ReadStatus.FAILED}
+_EPOCH_BYTES = 8
+
+
+class NixlTransport:
+    name = "nixl"
+
+    def __init__(self, pool: PagePool) -> None:
+        """Raises TransferError when NIXL is not installed or has no UCX."""
+        self._pool = pool
+        self._incarnation = uuid.uuid4().hex
+        self._agent = _make_agent(self._incarnation)
+        self._registered = [self._agent.register_memory([t]) for t in (pool.storage_PB, pool.epochs_P)]
+        self._memory = "VRAM" if pool.device.type == "cuda" else "DRAM"
+        self._device = pool.device.index or 0
+        self._peers: set[str] = set()
+
+    def address(self) -> SourceAddress:
+        pool = self._pool
+        return SourceAddress(
+            transport=self.name,
+            incarnation=self._incarnation,
+            metadata=self._agent.get_agent_metadata(),
+            pages_address=pool.storage_PB.data_ptr(),
+            epochs_address=pool.epochs_P.data_ptr(),
+            num_pages=pool.num_pages,
+        )
+
+    def read_pages(self, source: SourceAddress, remote: list[int], local: list[int]) -> Read:
+        size, base = self._pool.layout.page_bytes, self._pool.storage_PB.data_ptr()
+        runs = adjacent_runs(remote, local)
+        here = [(base + at * size, count * size, self._device) for _, at, count in runs]
+        there = [(source.pages_address + at * size, count * size, self._device) for at, _, count in runs]
+        return self._post(source, here, there, self._memory, None)
+
+    def read_epochs(self, source: SourceAddress, remote: list[int]) -> EpochRead:
+        first, count = min(remote), max(remote) - min(remote) + 1
+        # A buffer of its own for each read: one that never ends must not write into the next one's answer.
+        buffer = torch.zeros(count, dtype=torch.int64)
+        here = [(buffer.data_ptr(), count * _EPOCH_BYTES, 0)]
+        there = [(source.epochs_address + first * _EPOCH_BYTES, count * _EPOCH_BYTES, 0)]
+        return self._post(source, here, there, "DRAM", _EpochBuffer(buffer, [page - first for page in remote]))
+
+    def close(self) -> None:
+        for peer in self._peers:
+            try:
+                self._agent.remove_remote_agent(peer)
+            except Exception as problem:  # a peer that is already gone
+                del problem
+        self._peers.clear()
+        for registered in self._registered:
+            self._agent.deregister_memory(registered)
+        self._registered = []
+
+    def _post(
+        self,
+        source: SourceAddress,
+        here: list[tuple[int, int, int]],
+        there: list[tuple[int, int, int]],
+        memory: str,
+        buffer: _EpochBuffer | None,
+    ) -> _NixlRead:
+        agent = self._agent
+        try:
+            if source.incarnation not in self._peers:
+                agent.add_remote_agent(source.metadata)
+                self._peers.add(source.incarnation)
+            registered = agent.register_memory([buffer.epochs]) if buffer else None
+            local, remote = (agent.get_xfer_descs(np.array(d, dtype=np.uint64), memory) for d in (here, there))
+            handle = agent.initialize_xfer("READ", local, remote, source.incarnation)
+            first = agent.transfer(handle)
+        # NIXL's errors have no common root but Exception.
+        except Exception as problem:
+            raise TransferError(source.incarnation, f"NIXL could not start reading: {problem}") from None
+        return _NixlRead(agent, handle, _STATUS[first], registered, buffer)
+
+
+class _EpochBuffer:
+    def __init__(self, epochs: torch.Tensor, wanted: list[int]) -> None:
+        self.epochs, self.wanted = epochs, wanted
+
+
+class _NixlRead:
+    def __init__(
+        self, agent: Any, handle: Any, status: ReadStatus, registered: Any, buffer: _EpochBuffer | None
+    ) -> None:
+        self._agent, self._handle, self._status = agent, handle, status
+        self._registered, self._buffer = registered, buffer
+
+    def status(self) -> ReadStatus:
+        if self._status is ReadStatus.PENDING:
+            try:
+                self._status = _STATUS[self._agent.check_xfer_state(self._handle)]
+            # A lost peer is raised, not returned: the transfer is over, without its bytes.
+            except Exception:
+                self._status = ReadStatus.FAILED
+        return self._status
+
+    def epochs(self) -> list[int]:
+        assert self._buffer is not None, "this read fetched pages"
+        return [int(self._buffer.epochs[at]) for at in self._buffer.wanted]
+
+    def close(self) -> None:
+        assert self._status is not ReadStatus.PENDING, "releasing a pending read does not stop it"
+        self._handle.release()
+        if self._registered is not None:
+            self._agent.deregister_memory(self._registered)
+            self._registered = None
+
+
+def adjacent_runs(remote: list[int], local: list[int]) -> list[tuple[int, int, int]]:
+    """(remote, local, count) runs of pages that lie side by side on both ends: fewer, larger reads."""
+    runs: list[tuple[int, int, int]] = []
+    for there, here in zip(remote, local, strict=True):
+        if runs and runs[-1][0] + runs[-1][2] == there and runs[-1][1] + runs[-1][2] == here:
+            runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + 1)
+        else:
+            runs.append((there, here, 1))
+    return runs
+
+
+def _make_agent(name: str) -> Any:
+    try:
+        from nixl._api import nixl_agent, nixl_agent_config
+    except ImportError as problem:
+        raise TransferError(name, f"NIXL is not installed ({problem}); it comes with farspan on Linux") from None
+    agent = nixl_agent(name, nixl_agent_config(backends=["UCX"]))
+    if "UCX" not in agent.backends:
+        raise TransferError(name, "this NIXL has no UCX backend")
+    return agent

@@ -1,0 +1,328 @@
+"""An engine in a thread of its own, and the bridge to asyncio.
+
+Everything that touches pages (engine, leases, transfers) happens in that one thread. Callers leave commands in a
+queue and get items through the event loop they called from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from farspan.config.schema import TransferConfig
+from farspan.engine.engine import Engine
+from farspan.engine.request import FailedEvent, TokenEvent
+from farspan.errors import EngineError, FarspanError, TransferError
+from farspan.kv.puller import Arrival, Puller
+from farspan.kv.ticket import KvTicket, LeaseTable
+from farspan.kv.transports.base import Transport
+from farspan.serve.messages import Failed, GenerationRequest, Prefilled, Pulled, StreamItem, Tokens, WorkerInfo
+
+logger = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
+
+# How often a thread with nothing to compute looks at running transfers, and at leases.
+_TRANSFER_POLL_S = 0.0005
+_IDLE_POLL_S = 0.25
+
+
+@dataclass(slots=True)
+class _Client:
+    """Who waits for a request."""
+
+    request: GenerationRequest
+    push: Callable[[StreamItem | Prefilled], None]
+    started_s: float
+    prefill_only: bool = False
+    answered: tuple[int, ...] = ()
+    ticket: KvTicket | None = None
+    pull_started_s: float = 0.0
+
+
+class _Inbox:
+    """Items from the engine's thread to one waiting coroutine."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._items: deque[StreamItem | Prefilled] = deque()
+        self._filled = asyncio.Event()
+
+    def push(self, item: StreamItem | Prefilled) -> None:
+        self._loop.call_soon_threadsafe(self._put, item)
+
+    async def take(self) -> StreamItem | Prefilled:
+        """The next item. Tokens that piled up while the reader was slow come together."""
+        await self._filled.wait()
+        item = self._items.popleft()
+        while isinstance(item, Tokens) and self._items and isinstance(self._items[0], Tokens):
+            following = self._items.popleft()
+            assert isinstance(following, Tokens)
+            item = Tokens(item.tokens + following.tokens, following.finish)
+        if not self._items:
+            self._filled.clear()
+        return item
+
+    def _put(self, item: StreamItem | Prefilled) -> None:
+        self._items.append(item)
+        self._filled.set()
+
+
+class EngineHost:
+    """One worker's engine. `start` before use, `stop` at the end."""
+
+    def __init__(self, role: str, engine: Engine, transport: Transport, config: TransferConfig) -> None:
+        self._role, self._engine, self._transport, self._config = role, engine, transport, config
+        self._leases = LeaseTable(engine.pool, config.lease_s)
+        self._puller = Puller(engine.pool, transport, config.deadline_s)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._clients: dict[str, _Client] = {}
+        self._wanting_pages: list[_Client] = []
+        self._dead: str = ""
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"engine-{role}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; whoever still waits is told."""
+        self._stopping.set()
+        self._commands.put(lambda: None)
+        if self._thread.is_alive():
+            self._thread.join(timeout=30)
+        self._transport.close()
+
+    def check(self) -> None:
+        """Raises EngineError when the engine thread has ended."""
+        if self._dead or not self._thread.is_alive():
+            raise EngineError(f"the engine thread ended: {self._dead or 'stopped'}")
+
+    async def prefill(self, request: GenerationRequest) -> Prefilled | Failed:
+        """Compute a prompt and its first token, and hold its pages for whoever gets the ticket."""
+        async for item in self._serve(request, prefill_only=True):
+            assert isinstance(item, Prefilled | Failed)
+            return item
+        raise AssertionError("the engine answers every request")
+
+    async def stream(
+        self, request: GenerationRequest, answered: tuple[int, ...], ticket: KvTicket | None
+    ) -> AsyncIterator[StreamItem]:
+        """The tokens after `answered`. With a ticket, the prompt's pages are fetched instead of computed."""
+        async for item in self._serve(request, answered=answered, ticket=ticket):
+            assert not isinstance(item, Prefilled)
+            yield item
+
+    async def release(self, ticket_id: str) -> bool:
+        """Give the pages of a ticket back."""
+        return await self._call(lambda: self._leases.release(ticket_id))
+
+    async def cancel(self, request_id: str) -> None:
+        """Forget a request, whatever state it is in."""
+        await self._call(lambda: self._forget(request_id))
+
+    async def info(self) -> WorkerInfo:
+        return await self._call(self._describe)
+
+    async def check_integrity(self) -> None:
+        """Raises EngineError when a page is lost or doubly owned."""
+        await self._call(self._engine.check_integrity)
+
+    async def _serve(
+        self,
+        request: GenerationRequest,
+        *,
+        prefill_only: bool = False,
+        answered: tuple[int, ...] = (),
+        ticket: KvTicket | None = None,
+    ) -> AsyncIterator[StreamItem | Prefilled]:
+        self.check()
+        inbox = _Inbox()
+        client = _Client(request, inbox.push, time.monotonic(), prefill_only, answered, ticket)
+        self._commands.put(lambda: self._admit(client))
+        over = False
+        try:
+            while not over:
+                item = await inbox.take()
+                over = isinstance(item, Prefilled | Failed) or (isinstance(item, Tokens) and item.finish is not None)
+                yield item
+        finally:
+            # The client went away: nobody reads what the engine would still compute.
+            if not over:
+                self._commands.put(lambda: self._forget(request.request_id))
+
+    async def _call(self, function: Callable[[], Answer]) -> Answer:
+        self.check()
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Answer] = loop.create_future()
+
+        def settle(set_value: Callable[[], None]) -> None:
+            if not answer.done():
+                set_value()
+
+        def act() -> None:
+            try:
+                value = function()
+            except Exception as problem:
+                error = problem
+                loop.call_soon_threadsafe(settle, lambda: answer.set_exception(error))
+            else:
+                loop.call_soon_threadsafe(settle, lambda: answer.set_result(value))
+
+        self._commands.put(act)
+        return await answer
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self._turn()
+        except Exception as problem:
+            logger.exception("the engine of the %s worker failed", self._role)
+            self._dead = f"{type(problem).__name__}: {problem}"
+        self._tell_everyone(EngineError(f"the {self._role} worker stopped: {self._dead or 'shutting down'}"))
+
+    def _turn(self) -> None:
+        self._obey(self._patience())
+        self._leases.expire(time.time())
+        self._start_pulls()
+        for arrival in self._puller.poll(time.monotonic()):
+            self._after_pull(arrival)
+        if self._engine.has_work:
+            for event in self._engine.step():
+                self._after_event(event)
+
+    def _patience(self) -> float:
+        """Seconds this turn may wait for a command."""
+        if self._engine.has_work:
+            return 0.0
+        busy = self._puller.num_pulling or self._wanting_pages
+        return _TRANSFER_POLL_S if busy else _IDLE_POLL_S
+
+    def _obey(self, patience_s: float) -> None:
+        try:
+            command = self._commands.get(timeout=patience_s) if patience_s else self._commands.get_nowait()
+            while True:
+                command()
+                command = self._commands.get_nowait()
+        except queue.Empty:
+            return
+
+    def _admit(self, client: _Client) -> None:
+        request = client.request
+        if request.request_id in self._clients:
+            client.push(Failed(EngineError(f"request {request.request_id} is already here")))
+            return
+        self._clients[request.request_id] = client
+        if client.ticket is not None:
+            self._wanting_pages.append(client)
+            return
+        try:
+            self._engine.add(
+                request.request_id,
+                request.prompt,
+                request.params,
+                answered=client.answered,
+                prefill_only=client.prefill_only,
+            )
+        except FarspanError as problem:
+            self._fail(client, problem)
+
+    def _start_pulls(self) -> None:
+        for client in list(self._wanting_pages):
+            ticket = client.ticket
+            assert ticket is not None
+            pages = self._engine.pool.alloc(len(ticket.pages))
+            waited_s = time.monotonic() - client.started_s
+            if pages is None:
+                if waited_s > self._config.deadline_s:
+                    self._wanting_pages.remove(client)
+                    self._fail(client, TransferError(ticket.request_id, f"no free pages within {waited_s:.0f} s"))
+                continue
+            self._wanting_pages.remove(client)
+            client.pull_started_s = time.monotonic()
+            try:
+                self._puller.start(ticket, pages, client.pull_started_s, time.time())
+            except TransferError as problem:
+                self._engine.pool.free(pages)
+                self._fail(client, problem)
+
+    def _after_pull(self, arrival: Arrival) -> None:
+        client = self._clients.get(arrival.ticket.request_id)
+        if arrival.pages is None or client is None:
+            if arrival.pages is not None:
+                self._engine.pool.free(arrival.pages)
+            if client is not None and arrival.error is not None:
+                self._fail(client, arrival.error)
+            return
+        request, ticket = client.request, arrival.ticket
+        try:
+            self._engine.adopt(request.request_id, request.prompt, request.params, client.answered, list(arrival.pages))
+        except FarspanError as problem:
+            self._engine.pool.free(arrival.pages)
+            self._fail(client, problem)
+            return
+        seconds = time.monotonic() - client.pull_started_s
+        client.push(Pulled(len(ticket.pages), ticket.num_bytes, seconds, self._transport.name))
+
+    def _after_event(self, event: TokenEvent | FailedEvent) -> None:
+        client = self._clients[event.request_id]
+        if isinstance(event, FailedEvent):
+            self._fail(client, event.error)
+        elif client.prefill_only:
+            self._clients.pop(event.request_id)
+            client.push(self._prefilled(client, event))
+        else:
+            if event.finish:
+                self._clients.pop(event.request_id)
+            client.push(Tokens((event.token,), event.finish))
+
+    def _prefilled(self, client: _Client, event: TokenEvent) -> Prefilled:
+        pages, num_tokens = self._engine.take(event.request_id)
+        ticket = None
+        if event.finish:
+            self._engine.pool.free(pages)
+        else:
+            ticket = self._leases.offer(event.request_id, pages, num_tokens, self._transport.address(), time.time())
+        return Prefilled(event.token, event.finish, ticket, time.monotonic() - client.started_s)
+
+    def _fail(self, client: _Client, error: FarspanError) -> None:
+        self._clients.pop(client.request.request_id, None)
+        client.push(Failed(error))
+
+    def _forget(self, request_id: str) -> None:
+        client = self._clients.pop(request_id, None)
+        if client in self._wanting_pages:
+            self._wanting_pages.remove(client)
+        self._puller.abandon(request_id)
+        self._engine.cancel(request_id)
+
+    def _describe(self) -> WorkerInfo:
+        pool = self._engine.pool
+        return WorkerInfo(
+            role=self._role,
+            pid=os.getpid(),
+            layout=pool.layout.fingerprint(),
+            vocab_size=self._engine.vocab_size,
+            max_context_tokens=self._engine.max_context_tokens,
+            kv_tokens=pool.num_pages * pool.layout.page_tokens,
+            num_pages=pool.num_pages,
+            num_free=pool.num_free,
+            num_quarantined=pool.num_quarantined,
+            num_requests=len(self._clients),
+            open_leases=self._leases.num_open,
+        )
+
+    def _tell_everyone(self, error: EngineError) -> None:
+        for client in list(self._clients.values()):
+            try:
+                self._fail(client, error)
+            # The event loop of a client that is gone is closed; there is nobody to tell.
+            except RuntimeError:
+                continue

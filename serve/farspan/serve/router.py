@@ -1,0 +1,103 @@
+"""The workers as the ingress sees them: a few verbs over Serve handles."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from farspan.errors import ClusterError
+from farspan.kv.ticket import KvTicket
+from farspan.serve.messages import Failed, GenerationRequest, Prefilled, StreamItem, WorkerInfo
+
+logger = logging.getLogger(__name__)
+
+_CONTROL_TIMEOUT_S = 10.0
+
+
+class Workers(Protocol):
+    """What `answer` asks of the cluster."""
+
+    async def prefill(self, request: GenerationRequest) -> Prefilled | Failed: ...
+
+    def resume(
+        self, request: GenerationRequest, answered: tuple[int, ...], ticket: KvTicket | None
+    ) -> AsyncIterator[StreamItem]: ...
+
+    def release(self, ticket_id: str) -> None:
+        """Say that the pages are not needed any more; returns at once."""
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """Say that nobody wants the answer any more; returns at once."""
+        ...
+
+
+class Router:
+    """`Workers` over the deployments' handles. A lost worker is a `Failed` value like any other failure."""
+
+    def __init__(self, prefill: Any, decode: Any) -> None:
+        self._prefill, self._decode = prefill, decode
+        self._decode_stream = decode.options(stream=True)
+        self._errands: set[asyncio.Task[None]] = set()
+
+    async def prefill(self, request: GenerationRequest) -> Prefilled | Failed:
+        try:
+            answer: Prefilled | Failed = await self._prefill.prefill.remote(request)
+        except (RayError, RayServeException) as problem:
+            return Failed(ClusterError(f"the prefill worker was lost: {type(problem).__name__}"))
+        return answer
+
+    async def resume(
+        self, request: GenerationRequest, answered: tuple[int, ...], ticket: KvTicket | None
+    ) -> AsyncIterator[StreamItem]:
+        stream = self._decode_stream.resume.remote(request, answered, ticket)
+        over = False
+        try:
+            async for item in stream:
+                yield item
+            over = True
+        except (RayError, RayServeException) as problem:
+            over = True
+            yield Failed(ClusterError(f"the decode worker was lost: {type(problem).__name__}"))
+        finally:
+            if not over:
+                stream.cancel()
+
+    def release(self, ticket_id: str) -> None:
+        self._send(self._prefill, "release", ticket_id)
+
+    def cancel(self, request_id: str) -> None:
+        self._send(self._prefill, "cancel", request_id)
+        self._send(self._decode, "cancel", request_id)
+
+    async def info(self) -> list[WorkerInfo]:
+        """What one worker of each role says. Raises ClusterError when one does not answer in time."""
+        calls = [handle.info.remote() for handle in (self._prefill, self._decode)]
+        try:
+            return [await asyncio.wait_for(_awaited(call), _CONTROL_TIMEOUT_S) for call in calls]
+        except (TimeoutError, RayError, RayServeException) as problem:
+            raise ClusterError(f"a worker does not answer: {type(problem).__name__}") from None
+
+    def _send(self, handle: Any, method: str, argument: str) -> None:
+        # To all replicas: which one holds the request or the ticket is their business, and repeating is harmless.
+        errand = asyncio.ensure_future(_delivered(handle.broadcast(method, argument), method))
+        self._errands.add(errand)
+        errand.add_done_callback(self._errands.discard)
+
+
+async def _awaited(response: Any) -> WorkerInfo:
+    info: WorkerInfo = await response
+    return info
+
+
+async def _delivered(response: Any, method: str) -> None:
+    try:
+        await asyncio.wait_for(response.results_async(), _CONTROL_TIMEOUT_S)
+    except (TimeoutError, RayError, RayServeException, RuntimeError) as problem:
+        # A lease ends by itself and a dead worker holds nothing.
+        logger.warning("%s was not delivered: %s", method, type(problem).__name__)

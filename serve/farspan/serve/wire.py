@@ -1,0 +1,170 @@
+"""The OpenAI-compatible requests and answers, torch-free. Unknown fields are ignored; known ones we cannot honour
+are refused."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+
+class StreamOptions(_Request):
+    include_usage: bool = False
+
+
+class GenerationFields(_Request):
+    """What completions and chat completions have in common."""
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: float = Field(default=1.0, ge=0, le=2, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] = Field(default_factory=list)
+    ignore_eos: bool = False
+    n: int = 1
+
+    @field_validator("n")
+    @classmethod
+    def _one_answer(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError("only n=1 is served")
+        return value
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(value, list) and len(value) > 16:
+            raise ValueError("at most 16 stop strings")
+        return value
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(GenerationFields):
+    prompt: str | list[int] | list[str]
+    max_tokens: int | None = Field(default=16, ge=1)
+    echo: Literal[False] = False
+    logprobs: Literal[None] = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _one_prompt(cls, value: str | list[int] | list[str]) -> str | list[int] | list[str]:
+        if isinstance(value, list) and value and isinstance(value[0], str) and len(value) > 1:
+            raise ValueError("only one prompt in a request is served")
+        return value
+
+
+class ChatMessage(_Request):
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+    @property
+    def text(self) -> str:
+        """The words of the message; parts that are not text are refused by `check_messages`."""
+        if isinstance(self.content, list):
+            return "".join(str(part.get("text", "")) for part in self.content)
+        return self.content or ""
+
+
+class ChatRequest(GenerationFields):
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    tools: Literal[None] = None
+    logprobs: Literal[False] | None = None
+
+    @field_validator("messages")
+    @classmethod
+    def _text_only(cls, value: list[ChatMessage]) -> list[ChatMessage]:
+        for message in value:
+            if isinstance(message.content, list) and any(part.get("type") != "text" for part in message.content):
+                raise ValueError("only text content is served")
+        return value
+
+    @property
+    def answer_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> Usage:
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+    )
+
+
+class Reply:
+    """Builds the objects of one answer: whole, or chunk by chunk."""
+
+    def __init__(self, request_id: str, model: str, chat: bool) -> None:
+        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{request_id}"
+        self._model, self._chat, self._created = model, chat, int(time.time())
+
+    def whole(self, text: str, finish: str, counted: Usage) -> dict[str, Any]:
+        content = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+        return {**self._head(""), "choices": [self._choice(content, finish)], "usage": counted.model_dump()}
+
+    def chunk(self, text: str, finish: str | None, first: bool) -> dict[str, Any]:
+        delta: dict[str, Any] = {"content": text}
+        if first:
+            delta["role"] = "assistant"
+        content = {"delta": delta} if self._chat else {"text": text}
+        return {**self._head(".chunk"), "choices": [self._choice(content, finish)]}
+
+    def usage_chunk(self, counted: Usage) -> dict[str, Any]:
+        return {**self._head(".chunk"), "choices": [], "usage": counted.model_dump()}
+
+    def _head(self, suffix: str) -> dict[str, Any]:
+        kind = f"chat.completion{suffix}" if self._chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
+
+    def _choice(self, content: dict[str, Any], finish: str | None) -> dict[str, Any]:
+        return {"index": 0, **content, "logprobs": None, "finish_reason": finish}
+
+
+def model_list(model: str, created: int, max_context_tokens: int) -> dict[str, Any]:
+    entry = {"id": model, "object": "model", "created": created, "owned_by": "farspan"}
+    return {"object": "list", "data": [{**entry, "max_model_len": max_context_tokens}]}
+
+
+class ApiError(Exception):
+    """An answer that is an error, in OpenAI's shape."""
+
+    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+
+    def body(self) -> dict[str, Any]:
+        kinds = {401: "authentication_error", 404: "not_found_error", 413: "invalid_request_error"}
+        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def explain_invalid(problem: ValidationError) -> ApiError:
+    """The first thing that is wrong with a request, in one sentence."""
+    first = problem.errors(include_url=False, include_context=False)[0]
+    field = ".".join(str(part) for part in first["loc"]) or "body"
+    message = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{field}: {message}, got {str(first['input'])[:80]!r}", code="invalid_value", param=field)

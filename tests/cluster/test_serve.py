@@ -1,0 +1,351 @@
+"""A served answer equals transformers' generate, whatever happens to the workers on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import ray
+import torch
+from ray import serve
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from farspan.config.schema import EngineConfig, ServeConfig, TransferConfig
+from farspan.engine.request import SamplingParams
+from farspan.errors import CheckpointError
+from farspan.models.checkpoint import load_causal_lm, load_tokenizer
+from farspan.serve.app import Running, run_app
+from farspan.serve.chat import answer
+from farspan.serve.detokenize import Detokenizer, StopStrings
+from farspan.serve.messages import GenerationRequest
+from farspan.serve.policy import Route
+from farspan.serve.router import Router
+from farspan.serve.trace import RequestTrace
+
+MAX_TOKENS = 24
+BODY_LIMIT = 200_000
+TEXT = Path(threading.__file__).read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Server:
+    running: Running
+    config: ServeConfig
+    folder: Path
+    key: str
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.running.url, api_key=self.key, timeout=120, max_retries=0)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"}
+
+    def trace(self, answer_id: str) -> dict:
+        found = httpx.get(f"{self.running.url}/requests/{answer_id}/trace", headers=self.headers)
+        assert found.status_code == 200, found.text
+        return found.json()
+
+    def infos(self) -> dict:
+        handles = [serve.get_deployment_handle(name, app_name="farspan") for name in ("prefill", "decode")]
+        return {info.role: info for info in (handle.info.remote().result(timeout_s=60) for handle in handles)}
+
+
+def write_tiny_model(folder: Path) -> None:
+    """A random Llama in float64 with a byte-level BPE tokenizer trained on Python source."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([TEXT], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.3)
+    model.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    made = tmp_path_factory.mktemp("served") / "tiny"
+    write_tiny_model(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(ray_cluster, folder, tmp_path_factory) -> Iterator[Server]:
+    key_file = tmp_path_factory.mktemp("keys") / "keys"
+    key_file.touch(mode=0o600)
+    key_file.write_text("sk-first\nsk-second\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = ServeConfig(
+        model=str(folder),
+        port=port,
+        api_key_file=str(key_file),
+        max_body_bytes=BODY_LIMIT,
+        engine=EngineConfig(dtype="float64", kv_bytes=64 * 1024 * 1024, max_batch_tokens=512),
+        transfer=TransferConfig(deadline_s=10, lease_s=20),
+        start_timeout_s=120,
+    )
+    with run_app(config) as running:
+        yield Server(running, config, folder, "sk-second")
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    """Greedy text and tokens of transformers' own generate."""
+    model, tokenizer = load_causal_lm(folder, torch.float64), load_tokenizer(folder)
+
+    def generate(prompt: str) -> tuple[list[int], str, list[int]]:
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        out = model.generate(
+            torch.tensor([prompt_ids]),
+            attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
+            max_new_tokens=MAX_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        tokens = out[0, len(prompt_ids) :].tolist()
+        assert len(set(tokens)) >= 6, f"a vacuous reference: {tokens}"
+        return tokens, tokenizer.decode(tokens, skip_special_tokens=True), prompt_ids
+
+    return generate
+
+
+@pytest.mark.parametrize("num_chars", [1, 40, 300, 2000, 9000])
+def test_streamed_greedy_text_equals_generate(server, plain, num_chars):
+    prompt = TEXT[100 : 100 + num_chars]
+    _, expected, prompt_ids = plain(prompt)
+    stream = server.client.completions.create(
+        model="tiny",
+        prompt=prompt,
+        max_tokens=MAX_TOKENS,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    text = "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
+    assert text == expected
+    assert chunks[-1].usage.prompt_tokens == len(prompt_ids)
+    assert chunks[-1].usage.completion_tokens == MAX_TOKENS
+    assert chunks[-2].choices[0].finish_reason == "length"
+    if num_chars == 9000:
+        assert len(prompt_ids) > 2048
+    trace = server.trace(chunks[0].id)
+    assert (trace["recovered"], trace["transport"], trace["route"]) == (False, "nixl", "split")
+    assert trace["prompt_tokens"] == len(prompt_ids)
+    assert trace["output_tokens"] == MAX_TOKENS
+    page_bytes = 2 * 16 * 2 * (16 + 16) * 8
+    assert trace["kv_pages"] == -(-len(prompt_ids) // 16)
+    assert trace["kv_bytes"] == trace["kv_pages"] * page_bytes
+    assert trace["time_to_first_token_s"] > 0
+    assert trace["prefill_s"] > 0
+
+
+def test_chat_uses_the_models_template_and_whole_answers_equal_streamed_ones(server, plain):
+    _, expected, prompt_ids = plain("user: def\nassistant:")
+    asked = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "def"}],
+        "max_completion_tokens": MAX_TOKENS,
+        "temperature": 0,
+        "extra_body": {"some_unknown_field": {"a": 1}},
+    }
+    whole = server.client.chat.completions.create(**asked)
+    assert whole.choices[0].message.content == expected
+    assert whole.usage.prompt_tokens == len(prompt_ids)
+    streamed = server.client.chat.completions.create(**asked, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == expected
+
+
+def test_many_requests_at_once_each_get_their_own_answer(server, plain):
+    asked = [TEXT[start : start + 150 + start % 400] for start in range(0, 4000, 400)]
+    expected = [plain(prompt)[1] for prompt in asked]
+
+    async def all_at_once() -> list[str]:
+        client = openai.AsyncOpenAI(base_url=server.running.url, api_key=server.key, timeout=120, max_retries=0)
+        calls = [
+            client.completions.create(model="tiny", prompt=prompt, max_tokens=MAX_TOKENS, temperature=0)
+            for prompt in asked
+        ]
+        return [answer.choices[0].text for answer in await asyncio.gather(*calls)]
+
+    assert asyncio.run(all_at_once()) == expected
+
+
+def test_a_stop_string_ends_the_answer_before_it(server, plain):
+    _, expected, _ = plain(TEXT[500:700])
+    stop = expected[7:9]
+    answer = server.client.completions.create(
+        model="tiny", prompt=TEXT[500:700], max_tokens=MAX_TOKENS, temperature=0, stop=[stop]
+    )
+    assert answer.choices[0].text == expected[: expected.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_requests_that_cannot_be_served_are_refused_in_openais_shape(server):
+    url, good = f"{server.running.url}/completions", {"model": "tiny", "prompt": "x", "max_tokens": 2}
+
+    def post(body, headers=None):
+        sent = body if isinstance(body, bytes) else None
+        answer = httpx.post(
+            url, content=sent, json=None if sent is not None else body, headers=headers or server.headers, timeout=60
+        )
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}, answer.text
+        return answer.status_code, answer.json()["error"]["message"]
+
+    assert post(good, {"X-Nothing": "1"})[0] == 401
+    assert post(good, {"Authorization": "Bearer sk-wrong"})[0] == 401
+    assert httpx.get(f"{server.running.url}/models").status_code == 401
+    assert post({**good, "prompt": "x" * BODY_LIMIT})[0] == 413
+    assert post({**good, "model": "other"})[0] == 404
+    assert post(b"{not json")[0] == 400
+    assert post(b"\xff\xfe")[0] == 400
+    for field, value in [("temperature", 9), ("top_p", 0), ("max_tokens", 0), ("n", 2), ("prompt", {"a": 1})]:
+        status, message = post({**good, field: value})
+        assert (status, field in message) == (400, True), message
+    assert post({**good, "prompt": []}) == (400, "the prompt is empty; give at least one token")
+    assert post({**good, "prompt": [100000]})[0] == 400
+    status, message = post({**good, "prompt": [5] * 9000})
+    assert status == 400
+    assert "at most 8191" in message
+    with pytest.raises(openai.NotFoundError):
+        server.client.completions.create(model="other", prompt="x")
+    assert server.client.models.list().data[0].id == "tiny"
+
+
+def test_a_client_that_goes_away_frees_its_pages(server):
+    asked = {"model": "tiny", "prompt": TEXT[:600], "max_tokens": 6000, "stream": True, "ignore_eos": True}
+    url = f"{server.running.url}/completions"
+    with httpx.stream("POST", url, json=asked, headers=server.headers, timeout=60) as answer:
+        assert answer.status_code == 200
+        next(answer.iter_lines())
+        assert server.infos()["decode"].num_requests == 1
+    wait_until(lambda: all(idle(info) for info in server.infos().values()))
+
+
+def test_a_prefill_worker_killed_before_the_pull_is_not_noticed_by_the_client(server, plain):
+    expected_tokens, expected, prompt_ids = plain(TEXT[1000:1900])
+    killed = server.infos()["prefill"].pid
+
+    class Murderous(Router):
+        """Kills the prefill worker after it handed out its ticket."""
+
+        async def resume(self, request, answered, ticket):
+            if ticket is not None:
+                os.kill(killed, signal.SIGKILL)
+                while Path(f"/proc/{killed}").exists():
+                    await asyncio.sleep(0.01)
+            async for item in super().resume(request, answered, ticket):
+                yield item
+
+    text, trace = drive(server, prompt_ids, Murderous)
+    assert text == expected
+    assert trace.recovered, trace
+    assert "KV transfer failed" in trace.recoveries[0]
+    assert len(trace.arrivals_s) == len(expected_tokens)
+    # And the service heals: the next request over HTTP is right too.
+    again = server.client.completions.create(model="tiny", prompt=TEXT[1000:1900], max_tokens=MAX_TOKENS, temperature=0)
+    assert again.choices[0].text == expected
+    wait_until(lambda: server.infos()["prefill"].pid != killed)
+    wait_until(lambda: all(idle(info) for info in server.infos().values()))
+
+
+def test_a_ticket_that_was_taken_back_is_not_noticed_by_the_client(server, plain):
+    _, expected, prompt_ids = plain(TEXT[2000:2700])
+
+    class Forgetful(Router):
+        """Gives the pages back, and lets another prompt overwrite them, before they are fetched."""
+
+        async def resume(self, request, answered, ticket):
+            if ticket is not None:
+                assert await self._prefill.release.remote(ticket.ticket_id)
+                other = GenerationRequest("other", tuple(prompt_ids[::-1]), SamplingParams(max_tokens=2))
+                await self._prefill.prefill.remote(other)
+            async for item in super().resume(request, answered, ticket):
+                yield item
+
+    text, trace = drive(server, prompt_ids, Forgetful)
+    assert text == expected
+    assert trace.recovered
+    assert "re-used" in trace.recoveries[0]
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_an_incomplete_model_folder_is_refused_before_anything_starts(folder, tmp_path, missing):
+    for file in folder.iterdir():
+        if file.name != missing:
+            (tmp_path / file.name).symlink_to(file)
+    before = ray.is_initialized()
+    with pytest.raises(CheckpointError) as refused, run_app(ServeConfig(model=str(tmp_path), port=1)):
+        raise AssertionError("it must not start")
+    assert len(str(refused.value).splitlines()) == 1
+    assert ray.is_initialized() == before
+
+
+def drive(server: Server, prompt_ids: list[int], router: type[Router]) -> tuple[str, RequestTrace]:
+    """One answer by the real workers, with a router that does mischief between prefill and decode."""
+
+    async def run() -> tuple[str, RequestTrace]:
+        handles = [serve.get_deployment_handle(name, app_name="farspan") for name in ("prefill", "decode")]
+        trace = RequestTrace("mischief", len(prompt_ids))
+        request = GenerationRequest("mischief", tuple(prompt_ids), SamplingParams(max_tokens=MAX_TOKENS))
+        detokenizer = Detokenizer(load_tokenizer(server.folder))
+        deltas = answer(request, Route(True, "test"), router(*handles), detokenizer, StopStrings([]), trace)
+        text = "".join([delta.text async for delta in deltas])
+        await asyncio.sleep(0)
+        return text, trace
+
+    return asyncio.run(run())
+
+
+def idle(info) -> bool:
+    return info.num_free == info.num_pages and not info.num_requests and not info.num_quarantined
+
+
+def wait_until(condition, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.05)

@@ -1,0 +1,119 @@
+"""Prefill in one engine and decode in another equals one engine doing both, token for token."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+from tests.unit.engine.tiny import ARCHITECTURES, engine_config, prompts, reference, tiny_model
+
+from farspan.engine.engine import Engine
+from farspan.engine.request import SamplingParams
+from farspan.errors import TransferError
+from farspan.kv.puller import Arrival, Puller
+from farspan.kv.ticket import KvTicket, LeaseTable
+from farspan.kv.transports.memory import MemoryNetwork, MemoryTransport
+from farspan.kv.transports.nixl import NixlTransport
+
+NUM_TOKENS = 20
+
+
+class Split:
+    """Two engines of the same model, joined by a transport."""
+
+    def __init__(self, architecture: str, transport: str) -> None:
+        self.prefill = Engine(tiny_model(architecture), engine_config(max_batch_tokens=16))
+        self.decode = Engine(tiny_model(architecture), engine_config())
+        network = MemoryNetwork()
+        pools = self.prefill.pool, self.decode.pool
+        ends = [MemoryTransport(p, network) if transport == "memory" else NixlTransport(p) for p in pools]
+        self.source, self.receiver = ends
+        self.leases = LeaseTable(self.prefill.pool, lease_s=60.0)
+        self.puller = Puller(self.decode.pool, self.receiver, deadline_s=30.0)
+
+    def offer(self, prompt: list[int], params: SamplingParams) -> tuple[int, KvTicket]:
+        self.prefill.add("r", prompt, params, prefill_only=True)
+        events = []
+        while not events:
+            events = self.prefill.step()
+        pages, num_tokens = self.prefill.take("r")
+        ticket = self.leases.offer("r", pages, num_tokens, self.source.address(), time.time())
+        return events[0].token, ticket
+
+    def pull(self, ticket: KvTicket) -> Arrival:
+        pages = self.decode.pool.alloc(len(ticket.pages))
+        self.puller.start(ticket, pages, time.monotonic(), time.time())
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            if arrivals := self.puller.poll(time.monotonic()):
+                return arrivals[0]
+        raise AssertionError("the transfer did not end")
+
+    def finish(self, prompt: list[int], params: SamplingParams, first: int, pages: list[int]) -> list[int]:
+        self.decode.adopt("r", prompt, params, [first], pages)
+        return [first] + [event.token for _ in range(NUM_TOKENS - 1) for event in self.decode.step()]
+
+    def close(self) -> None:
+        self.receiver.close()
+        self.source.close()
+
+
+@pytest.fixture
+def split(request):
+    made = Split(*request.param)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    "split", [*((a, "memory") for a in ARCHITECTURES), ("llama", "nixl"), ("qwen3", "nixl")], indirect=True
+)
+@pytest.mark.parametrize("length", [1, 8, 61])
+def test_prefill_here_and_decode_there_equals_both_in_one_place(split, length):
+    (prompt,) = prompts(length)
+    sampled = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.8, seed=5)
+    for params in (SamplingParams(max_tokens=NUM_TOKENS), sampled):
+        alone = list(split.decode.generate([prompt], params)[0].tokens)
+        first, ticket = split.offer(prompt, params)
+        assert ticket.num_tokens == length
+        arrival = split.pull(ticket)
+        assert arrival.pages is not None
+        assert split.leases.release(ticket.ticket_id)
+        assert split.finish(prompt, params, first, arrival.pages) == alone
+        assert len(set(alone)) >= 6
+    for engine in (split.prefill, split.decode):
+        engine.check_integrity()
+        assert engine.pool.num_free == engine.pool.num_pages
+
+
+@pytest.mark.parametrize("split", [("llama", "memory"), ("llama", "nixl")], indirect=True)
+@pytest.mark.parametrize("damage", ["stale epoch", "flipped byte", "unknown page", "expired lease"])
+def test_a_damaged_offer_gives_no_foreign_token_and_the_answer_is_recomputed(split, damage):
+    prompt, other = prompts(30, 31)
+    params = SamplingParams(max_tokens=NUM_TOKENS)
+    expected = reference(tiny_model("llama"), prompt, NUM_TOKENS)
+    first, ticket = split.offer(prompt, params)
+    if damage == "stale epoch":
+        split.leases.release(ticket.ticket_id)
+        split.prefill.generate([other], params)
+    elif damage == "flipped byte":
+        split.prefill.pool.storage_PB[ticket.pages[3].page, 5] ^= 64
+    elif damage == "unknown page":
+        ticket = replace(ticket, pages=(*ticket.pages[:-1], replace(ticket.pages[-1], page=10**6)))
+    else:
+        ticket = replace(ticket, lease_until_s=time.time() - 1)
+    if damage in ("unknown page", "expired lease"):
+        pages = split.decode.pool.alloc(len(ticket.pages))
+        with pytest.raises(TransferError, match=r"no page|lease has expired"):
+            split.puller.start(ticket, pages, time.monotonic(), time.time())
+        split.decode.pool.free(pages)
+    else:
+        arrival = split.pull(ticket)
+        assert arrival.pages is None
+        assert isinstance(arrival.error, TransferError)
+    assert split.decode.pool.num_held == 0
+    split.decode.add("r", prompt, params, answered=[first])
+    rest = [event.token for _ in range(NUM_TOKENS - 1) for event in split.decode.step()]
+    assert [first, *rest] == expected
+    split.decode.check_integrity()
