@@ -86,13 +86,13 @@ class S3Store(Store):
 
     def list(self, prefix: str = "") -> list[FileInfo]:
         top = self._at(prefix) if prefix else self.root
-        # Asked as a prefix of the bucket: listing the bare bucket is refused where a policy allows only a part of it.
         found = self._ask("listing", lambda: self._files.find(top, detail=True))
         names = len(self.root) + 1
         files = [
             FileInfo(check_relative(self.uri, name[names:]), int(info["size"]), str(info.get("ETag", "")).strip('"'))
             for name, info in found.items()
-            if info["type"] == "file" and not name.endswith("/")
+            # A key that ends in a slash marks a folder; one that equals the prefix is an object beside the folder.
+            if info["type"] == "file" and not name.endswith("/") and name != self.root
         ]
         return sorted(files, key=lambda info: info.path)
 

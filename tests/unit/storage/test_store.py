@@ -103,7 +103,7 @@ def test_a_path_that_leads_out_of_the_folder_is_refused(path: str, store: Store)
 
 
 @pytest.mark.parametrize(
-    "uri", ["gs://bucket/x", "http://host/x", "s3://", "s3:///x", "s3://b/../c", "file://host/x", ""]
+    "uri", ["gs://bucket/x", "http://host/x", "s3://", "s3:///x", "s3://b/../c", "file://host/x", "s3:/b/x", ""]
 )
 def test_an_address_that_is_neither_local_nor_s3_is_refused_with_the_legal_ones(uri: str) -> None:
     with pytest.raises(ConfigError, match=r"s3://bucket/prefix"):
