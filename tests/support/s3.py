@@ -66,14 +66,22 @@ class FaultyServer:
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         fault = self.faults.take(environ["PATH_INFO"], environ["REQUEST_METHOD"])
         if fault == "unavailable":
-            start_response("503 Slow Down", [("Content-Type", "application/xml")])
-            return [b"<Error><Code>ServiceUnavailable</Code><Message>planned</Message></Error>"]
+            return _refuse(environ, start_response)
         answer = self.moto(environ, start_response)
         if fault == "broken body":
             whole = b"".join(answer)
             # The announced length is that of the whole: the client sees a connection that broke off.
             return [whole[: len(whole) // 2]]
         return answer
+
+
+def _refuse(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    # An unread request, or a body after HEAD, would look like a broken connection instead of a clear 503.
+    environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+    body = b"<Error><Code>ServiceUnavailable</Code><Message>planned</Message></Error>"
+    body = b"" if environ["REQUEST_METHOD"] == "HEAD" else body
+    start_response("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+    return [body]
 
 
 @dataclass(frozen=True)

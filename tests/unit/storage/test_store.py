@@ -13,6 +13,7 @@ import pytest
 from tests.support.s3 import S3Bucket
 
 from farspan.errors import ConfigError, CorruptDataError, NotFoundError, UnreachableError
+from farspan.storage.s3 import PART_BYTES
 from farspan.storage.store import Store, open_store
 
 
@@ -65,7 +66,7 @@ def test_a_listing_names_every_file_below_in_path_order(store: Store) -> None:
 def test_a_file_of_several_parts_is_carried_both_ways(s3: S3Bucket, tmp_path: Path) -> None:
     store = open_store(f"{s3.uri}/prefix")
     source, target = tmp_path / "source", tmp_path / "target"
-    source.write_bytes(os.urandom(1024) * (110 * 1024))
+    source.write_bytes(os.urandom(1024) * (2 * PART_BYTES // 1024 + 5))
     store.upload(source, "large")
     store.download("large", target)
     assert target.read_bytes() == source.read_bytes()
