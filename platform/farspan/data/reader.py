@@ -133,8 +133,8 @@ class Reader:
 
 
 def pack(pieces: tuple[Piece, ...], tokens: list[np.ndarray]) -> PackedBatch:
-    """Lay pieces end to end. A piece's last token has no label, also when its document goes on elsewhere:
-    the next token is not in this sequence, so the model could not be asked for it by attention over the same piece.
+    """Lay pieces end to end. The last token of a piece has no label, also where its document goes on elsewhere: the
+    rest begins the next sequence as a piece of its own, and what was before it is not visible there.
     """
     tokens_T = torch.from_numpy(np.concatenate(tokens).astype(np.int64))
     labels_T = torch.full_like(tokens_T, IGNORED_LABEL)

@@ -64,7 +64,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
     )
     tokenizer.train_from_iterator(texts, trainer)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / TOKENIZER_FILE))
+    # Written by Python: the library reports a full disk as a bare Exception.
+    (folder / TOKENIZER_FILE).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     _write_json(folder / _CONFIG_FILE, _config())
     _write_json(folder / _SPECIALS_FILE, dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT))
 

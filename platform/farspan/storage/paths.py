@@ -37,6 +37,8 @@ def parse_uri(uri: str) -> LocalPlace | S3Place:
         raise ConfigError("uri", "must name a folder", uri, _LEGAL)
     scheme, separator, _ = uri.partition("://")
     if not separator:
+        if uri.startswith(("s3:", "file:")):
+            raise ConfigError("uri", "a scheme is followed by ://", uri, _LEGAL)
         return LocalPlace(Path(os.path.abspath(os.path.expanduser(uri))))
     if scheme == "s3":
         return _parse_s3(uri)

@@ -16,7 +16,7 @@ from farspan.errors import CorruptDataError, NotFoundError, StorageError, Unreac
 from farspan.storage.local import LocalStore, explained, sync_path, walk_files
 from farspan.storage.manifest import MANIFEST_NAME, FileEntry, FolderManifest, describe_file
 from farspan.storage.paths import check_relative
-from farspan.storage.staging import remove_stale, reveal, staging_folder
+from farspan.storage.staging import put_back, remove_stale, reveal, staging_folder
 from farspan.storage.store import Store, open_store
 
 
@@ -57,7 +57,7 @@ def fetch_folder(uri: str, cache: Path, *, require_manifest: bool = True, conten
     store = open_store(uri)
     if isinstance(store, LocalStore):
         with explained(uri, "looking for the folder"):
-            remove_stale(store.folder)
+            put_back(store.folder)
     manifest = read_manifest(store)
     if manifest is None and require_manifest:
         raise NotFoundError(uri, f"nothing is published there (no {MANIFEST_NAME}); check the path or publish again")

@@ -167,6 +167,12 @@ def test_a_source_that_cannot_be_read_stops_the_build(texts: Path, tmp_path: Pat
     assert not (tmp_path / "corpus").exists()
 
 
+def test_a_full_disk_leaves_no_corpus_and_nothing_beside_it(small_disk: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnreachableError, match="free disk space"):
+        _build(small_disk / "corpus", STDLIB, max_documents=40)
+    assert os.listdir(small_disk) == []
+
+
 def test_another_process_builds_the_same_bytes(texts: Path, tmp_path: Path) -> None:
     manifest = _build(tmp_path / "here", texts)
     code = (
