@@ -1,6 +1,7 @@
 """The documentation is about this code: files exist, commands parse, keys are known, and the site builds alone."""
 
 import dataclasses
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -179,6 +180,17 @@ def test_the_reference_shows_every_key_every_event_and_every_decision(site: Path
     decisions = (site / "reference" / "decisions" / "index.html").read_text(encoding="utf-8")
     for path in (DOCS / "decisions").glob("[0-9]*.md"):
         assert f"decisions/{path.stem}/" in decisions
+
+
+def test_every_key_that_a_user_can_set_says_what_it_means() -> None:
+    specification = importlib.util.spec_from_file_location("reference", DOCS / "reference.py")
+    assert specification is not None
+    assert specification.loader is not None
+    reference = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(reference)
+    rows = re.findall(r"^\| `([a-z_.0-9]+)` \|.*\| (.*) \|$", reference.config_page(), flags=re.MULTILINE)
+    assert len(rows) >= 60
+    assert [key for key, meaning in rows if not meaning.strip()] == []
 
 
 def test_the_issue_forms_and_hooks_are_yaml_that_says_what_it_must() -> None:
