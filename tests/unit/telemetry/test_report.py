@@ -249,6 +249,22 @@ def test_throughput_of_a_run_weighs_steps_by_their_length() -> None:
     assert summarize([Event(0.0, slow), Event(1.0, fast)]).tokens_per_s == 20.0
 
 
+def test_a_resumed_run_counts_the_newest_report_of_each_step_and_the_newest_end() -> None:
+    bodies = [
+        RunStarted(config="first", plan=""),
+        *(step(i, 9.0) for i in (1, 2, 3)),
+        RunFinished(steps=3, tokens=3, seconds=1.0),
+        RunStarted(config="second", plan=""),
+        *(step(i, 5.0) for i in (3, 4)),
+    ]
+    died = summarize([Event(float(i), body) for i, body in enumerate(bodies)])
+    assert [(s.step, s.loss) for s in died.steps] == [(1, 9.0), (2, 9.0), (3, 5.0), (4, 5.0)]
+    assert died.started == RunStarted(config="second", plan="")
+    assert died.finished is None
+    end = RunFinished(steps=2, tokens=2, seconds=2.0)
+    assert summarize([Event(float(i), body) for i, body in enumerate([*bodies, end])]).finished == end
+
+
 @pytest.mark.parametrize(
     ("shown", "expected"),
     [
