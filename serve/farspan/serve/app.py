@@ -18,7 +18,7 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from farspan.config.check import check_serve
 from farspan.config.schema import RoleConfig, ServeConfig
 from farspan.errors import ClusterError
-from farspan.serve.api import make_ingress
+from farspan.serve.api import Api, build_http
 from farspan.serve.folder import open_model_folder
 from farspan.serve.keys import key_hashes
 from farspan.serve.worker import DecodeWorker, PrefillWorker
@@ -59,7 +59,7 @@ def build_app(config: ServeConfig, hashes: tuple[str, ...]) -> Any:
         serve.deployment(PrefillWorker).options(name="prefill", **_options(config.prefill, config)).bind(config),
         serve.deployment(DecodeWorker).options(name="decode", **_options(config.decode, config)).bind(config),
     ]
-    ingress = serve.deployment(make_ingress()).options(
+    ingress = serve.deployment(serve.ingress(build_http)(Api)).options(
         name="api",
         num_replicas=1,
         max_ongoing_requests=1000,
