@@ -7,7 +7,7 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -176,7 +176,7 @@ class Api:
         return JSONResponse(await _collect(first, deltas, reply, len(prompt)))
 
 
-async def _collect(first: Delta, deltas: AsyncIterator[Delta], reply: Reply, num_prompt: int) -> dict[str, Any]:
+async def _collect(first: Delta, deltas: AsyncGenerator[Delta], reply: Reply, num_prompt: int) -> dict[str, Any]:
     last, text = first, first.text
     async for delta in deltas:
         last, text = delta, text + delta.text
@@ -184,7 +184,7 @@ async def _collect(first: Delta, deltas: AsyncIterator[Delta], reply: Reply, num
 
 
 async def _events(
-    first: Delta, deltas: AsyncIterator[Delta], reply: Reply, num_prompt: int, include_usage: bool
+    first: Delta, deltas: AsyncGenerator[Delta], reply: Reply, num_prompt: int, include_usage: bool
 ) -> AsyncIterator[str]:
     last = first
     try:
@@ -200,7 +200,7 @@ async def _events(
         # The status line is gone: an error event and no [DONE] is how clients see that the answer is not whole.
         yield _event(as_api_error(problem).body())
     finally:
-        await deltas.aclose()  # type: ignore[attr-defined]
+        await deltas.aclose()
 
 
 def _event(content: dict[str, Any]) -> str:
@@ -213,9 +213,13 @@ def as_api_error(problem: FarspanError) -> ApiError:
     return ApiError(500, "the request could not be completed; try again", code="internal_error")
 
 
-def make_ingress() -> Any:
-    """The Serve ingress class: `Api` behind FastAPI routes."""
+def build_http() -> FastAPI:
+    """The routes, in front of the `Api` of the replica they run in."""
     http = FastAPI(title="farspan", docs_url=None, redoc_url=None)
+
+    def here() -> Api:
+        api: Api = serve.get_replica_context().servable_object
+        return api
 
     @http.exception_handler(ApiError)
     async def api_error(_: Request, problem: ApiError) -> Response:
@@ -226,30 +230,28 @@ def make_ingress() -> Any:
         error = as_api_error(problem)
         return JSONResponse(error.body(), status_code=error.status)
 
-    @serve.ingress(http)
-    class Ingress(Api):
-        @http.get("/health")
-        async def get_health(self) -> Response:
-            return await self.health()
+    @http.get("/health")
+    async def health() -> Response:
+        return await here().health()
 
-        @http.get("/ready")
-        async def get_ready(self) -> Response:
-            return await self.ready()
+    @http.get("/ready")
+    async def ready() -> Response:
+        return await here().ready()
 
-        @http.get("/v1/models")
-        async def get_models(self, request: Request) -> Response:
-            return await self.models(request)
+    @http.get("/v1/models")
+    async def models(request: Request) -> Response:
+        return await here().models(request)
 
-        @http.post("/v1/completions")
-        async def post_completions(self, request: Request) -> Response:
-            return await self.completions(request)
+    @http.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await here().completions(request)
 
-        @http.post("/v1/chat/completions")
-        async def post_chat(self, request: Request) -> Response:
-            return await self.chat(request)
+    @http.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await here().chat(request)
 
-        @http.get("/v1/requests/{request_id}/trace")
-        async def get_trace(self, request: Request, request_id: str) -> Response:
-            return await self.trace(request, request_id)
+    @http.get("/v1/requests/{request_id}/trace")
+    async def trace(request: Request, request_id: str) -> Response:
+        return await here().trace(request, request_id)
 
-    return Ingress
+    return http

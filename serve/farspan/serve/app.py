@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
-import logging
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import httpx
-import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
@@ -24,15 +18,13 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from farspan.config.check import check_serve
 from farspan.config.schema import RoleConfig, ServeConfig
 from farspan.errors import ClusterError
-from farspan.serve.api import make_ingress
+from farspan.serve.api import Api, build_http
 from farspan.serve.folder import open_model_folder
 from farspan.serve.keys import key_hashes
 from farspan.serve.worker import DecodeWorker, PrefillWorker
 
 APP_NAME = "farspan"
 _STATE = Path.home() / ".cache" / "farspan" / "serve"
-# Ray's own switches: no usage report to the network, token authentication between its processes.
-_RAY_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
 _READY_POLL_S = 0.1
 _REQUESTS_PER_SEQUENCE = 4
 
@@ -67,7 +59,7 @@ def build_app(config: ServeConfig, hashes: tuple[str, ...]) -> Any:
         serve.deployment(PrefillWorker).options(name="prefill", **_options(config.prefill, config)).bind(config),
         serve.deployment(DecodeWorker).options(name="decode", **_options(config.decode, config)).bind(config),
     ]
-    ingress = serve.deployment(make_ingress()).options(
+    ingress = serve.deployment(serve.ingress(build_http)(Api)).options(
         name="api",
         num_replicas=1,
         max_ongoing_requests=1000,
@@ -90,11 +82,8 @@ def _options(role: RoleConfig, config: ServeConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def run_app(config: ServeConfig, address: str | None = None) -> Iterator[Running]:
-    """A running server for the time of the block.
-
-    `address` is a running Ray cluster; without it, a Ray that is already connected is used, or a local one is
-    started and ended with the block.
+def run_app(config: ServeConfig) -> Iterator[Running]:
+    """A running server for the time of the block, on the Ray this process is connected to.
 
     Raises:
         ConfigError, CheckpointError, StorageError: before anything starts.
@@ -103,59 +92,18 @@ def run_app(config: ServeConfig, address: str | None = None) -> Iterator[Running
     check_app(config)
     hashes, key_file = key_hashes(config, _STATE)
     deadline_s = time.monotonic() + config.start_timeout_s
-    with _connected(config, address):
-        try:
-            _deploy(config, hashes, deadline_s)
-            url = f"http://{_in_url(config.host)}:{config.port}"
-            _wait_ready(url, deadline_s, config.start_timeout_s)
-            yield Running(f"{url}/v1", model_name(config), str(key_file))
-        finally:
-            serve.shutdown()
-
-
-def serve_forever(
-    config: ServeConfig, address: str | None = None, on_ready: Callable[[Running], None] | None = None
-) -> None:
-    """Serve until Ctrl-C or SIGTERM, then end everything that was started."""
-    stop = threading.Event()
-
-    def end(_signal: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM,)}
     try:
-        with run_app(config, address) as running:
-            if on_ready is not None:
-                on_ready(running)
-            while not stop.wait(timeout=1.0):
-                continue
-    except KeyboardInterrupt:
-        # Ctrl-C is how a server is told to end; everything is down by now.
-        return
+        _deploy(config, hashes, deadline_s)
+        url = f"http://{_in_url(config.host)}:{config.port}"
+        _wait_ready(url, deadline_s, config.start_timeout_s)
+        yield Running(f"{url}/v1", model_name(config), str(key_file))
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        serve.shutdown()
 
 
-@contextmanager
-def _connected(config: ServeConfig, address: str | None) -> Iterator[None]:
-    if ray.is_initialized():
-        yield
-        return
-    needed = config.prefill.replicas * config.prefill.cpus + config.decode.replicas * config.decode.cpus
-    # Logical CPUs: what the replicas ask for must fit, whatever the machine has.
-    local = {} if address else {"num_cpus": max(os.cpu_count() or 1, int(needed) + 1), "include_dashboard": False}
-    added = {name: value for name, value in _RAY_ENVIRONMENT.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
-        yield
-    except ConnectionError as problem:
-        raise ClusterError(f"no Ray answers at {address}: {problem}; start one with `ray start --head`") from None
-    finally:
-        ray.shutdown()
-        for name in added:
-            os.environ.pop(name, None)
+def num_cpus(config: ServeConfig) -> float:
+    """Logical CPUs the replicas ask Ray for."""
+    return config.prefill.replicas * config.prefill.cpus + config.decode.replicas * config.decode.cpus
 
 
 def _deploy(config: ServeConfig, hashes: tuple[str, ...], deadline_s: float) -> None:

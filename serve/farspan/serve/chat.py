@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 from farspan.errors import ClusterError, FarspanError, RequestError
 from farspan.kv.ticket import KvTicket
 from farspan.serve.detokenize import Detokenizer, StopStrings
-from farspan.serve.messages import Failed, GenerationRequest, Prefilled, Pulled, StreamItem, Tokens
+from farspan.serve.messages import Failed, GenerationRequest, Pulled, Tokens
 from farspan.serve.policy import Route
 from farspan.serve.router import Workers
 from farspan.serve.trace import RequestTrace
@@ -36,7 +37,7 @@ async def answer(
     detokenizer: Detokenizer,
     stops: StopStrings,
     trace: RequestTrace,
-) -> AsyncIterator[Delta]:
+) -> AsyncGenerator[Delta]:
     """One answer, in the order it happens.
 
     Raises:
@@ -46,65 +47,72 @@ async def answer(
     num_tokens = 0
     finished = False
     try:
-        async for batch in answer_tokens(request, route, workers, trace):
-            num_tokens += len(batch.tokens)
-            trace.token(len(batch.tokens))
-            text = stops.push(detokenizer.push(batch.tokens))
-            finish = batch.finish
-            if finish is not None and not stops.stopped:
-                text += stops.push(detokenizer.finish())
-                text += stops.finish()
-            if stops.stopped:
-                finish = "stop"
-            finished = batch.finish is not None
-            trace.finish = finish
-            yield Delta(text, finish, num_tokens)
-            if finish is not None:
-                return
+        async with aclosing(answer_tokens(request, route, workers, trace)) as batches:
+            async for batch in batches:
+                num_tokens += len(batch.tokens)
+                trace.token(len(batch.tokens))
+                text, finish = _text_of(batch, detokenizer, stops)
+                finished, trace.finish = batch.finish is not None, finish
+                yield Delta(text, finish, num_tokens)
+                if finish is not None:
+                    return
     finally:
         if not finished:
             # A stop string, or a client that went away: the workers must not go on.
             workers.cancel(request.request_id)
 
 
+def _text_of(batch: Tokens, detokenizer: Detokenizer, stops: StopStrings) -> tuple[str, str | None]:
+    """(text, finish) of the next tokens: a stop string ends the answer before the tokens do."""
+    text = stops.push(detokenizer.push(batch.tokens))
+    if batch.finish is not None:
+        text += stops.push(detokenizer.finish())
+        text += stops.finish()
+    return text, "stop" if stops.stopped else batch.finish
+
+
 async def answer_tokens(
     request: GenerationRequest, route: Route, workers: Workers, trace: RequestTrace
-) -> AsyncIterator[Tokens]:
+) -> AsyncGenerator[Tokens]:
     """The tokens of the answer. Whatever fails on the way, the answer goes on after the last token that was given."""
     trace.route, trace.route_reason = "split" if route.split else "colocated", route.reason
     answered: tuple[int, ...] = ()
     ticket: KvTicket | None = None
+    first: Tokens | None = None
     if route.split:
         prefilled = await workers.prefill(request)
-        if isinstance(prefilled, Prefilled):
-            answered, ticket, trace.prefill_s = (prefilled.token,), prefilled.ticket, prefilled.seconds
-        else:
+        if isinstance(prefilled, Failed):
             _recover(trace, prefilled.error)
+        else:
+            first = Tokens((prefilled.token,), prefilled.finish)
+            ticket, trace.prefill_s = prefilled.ticket, prefilled.seconds
     try:
-        if answered:
-            assert isinstance(prefilled, Prefilled)
-            yield Tokens(answered, prefilled.finish)
-            if prefilled.finish is not None:
+        if first is not None:
+            answered = first.tokens
+            yield first
+            if first.finish is not None:
                 return
         for attempt in range(_ATTEMPTS):
             # Pages are fetched once; every further attempt computes them where it decodes.
-            async for item in workers.resume(request, answered, ticket if attempt == 0 else None):
-                if isinstance(item, Failed):
-                    _recover(trace, item.error)
-                    if attempt + 1 == _ATTEMPTS:
-                        raise item.error
-                    break
-                if ticket is not None and attempt == 0:
-                    # Anything that is not a failure means that the pages are there.
-                    workers.release(ticket.ticket_id)
-                    ticket = None
-                if isinstance(item, Tokens):
+            fetched = ticket if attempt == 0 else None
+            async with aclosing(workers.resume(request, answered, fetched)) as items:
+                async for item in items:
+                    if isinstance(item, Failed):
+                        _recover(trace, item.error)
+                        if attempt + 1 == _ATTEMPTS:
+                            raise item.error
+                        break
+                    if ticket is not None:
+                        # Anything that is not a failure means that the offered pages are not needed any more.
+                        workers.release(ticket.ticket_id)
+                        ticket = None
+                    if isinstance(item, Pulled):
+                        _note(trace, item)
+                        continue
                     answered += item.tokens
                     yield item
                     if item.finish is not None:
                         return
-                else:
-                    _note(trace, item)
         raise ClusterError(f"request {request.request_id}: the decode worker ended without an answer")
     finally:
         if ticket is not None:
@@ -119,10 +127,9 @@ def _recover(trace: RequestTrace, error: FarspanError) -> None:
     trace.recoveries.append(str(error))
 
 
-def _note(trace: RequestTrace, item: StreamItem) -> None:
-    if isinstance(item, Pulled):
-        trace.transport, trace.transfer_s = item.transport, item.seconds
-        trace.kv_pages, trace.kv_bytes = item.num_pages, item.num_bytes
+def _note(trace: RequestTrace, pulled: Pulled) -> None:
+    trace.transport, trace.transfer_s = pulled.transport, pulled.seconds
+    trace.kv_pages, trace.kv_bytes = pulled.num_pages, pulled.num_bytes
 
 
 def chat_prompt(tokenizer: Any, messages: list[ChatMessage]) -> list[int]:

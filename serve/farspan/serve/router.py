@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
 from ray.exceptions import RayError
@@ -26,7 +26,7 @@ class Workers(Protocol):
 
     def resume(
         self, request: GenerationRequest, answered: tuple[int, ...], ticket: KvTicket | None
-    ) -> AsyncIterator[StreamItem]: ...
+    ) -> AsyncGenerator[StreamItem]: ...
 
     def release(self, ticket_id: str) -> None:
         """Say that the pages are not needed any more; returns at once."""
@@ -54,7 +54,7 @@ class Router:
 
     async def resume(
         self, request: GenerationRequest, answered: tuple[int, ...], ticket: KvTicket | None
-    ) -> AsyncIterator[StreamItem]:
+    ) -> AsyncGenerator[StreamItem]:
         stream = self._decode_stream.resume.remote(request, answered, ticket)
         over = False
         try:

@@ -1,0 +1,64 @@
+"""Nobody gets in without a key, and a key file others can read is not used."""
+
+from __future__ import annotations
+
+import stat
+
+import pytest
+
+from farspan.config.schema import ServeConfig
+from farspan.errors import ConfigError
+from farspan.serve.keys import is_allowed, is_loopback, key_hashes
+
+
+def test_only_bearers_of_a_key_are_let_in(tmp_path):
+    file = tmp_path / "keys"
+    file.touch(mode=0o600)
+    file.write_text("sk-one\n\n  sk-two  \n")
+    hashes, path = key_hashes(ServeConfig(model="m", host="0.0.0.0", api_key_file=str(file)), tmp_path)
+    assert path == file
+    assert is_allowed("Bearer sk-one", hashes)
+    assert is_allowed("bearer sk-two", hashes)
+    for header in (None, "", "Bearer", "Bearer ", "Basic sk-one", "Bearer sk-three", "sk-one", f"Bearer {hashes[0]}"):
+        assert not is_allowed(header, hashes)
+    assert not any("sk-" in digest for digest in hashes)
+
+
+def test_a_made_key_stands_in_a_private_file_and_is_made_once(tmp_path):
+    first, path = key_hashes(ServeConfig(model="m"), tmp_path / "state")
+    second, again = key_hashes(ServeConfig(model="m"), tmp_path / "state")
+    assert (first, path) == (second, again)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert is_allowed(f"Bearer {path.read_text().strip()}", first)
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604])
+def test_a_key_file_others_can_read_is_refused(tmp_path, mode):
+    file = tmp_path / "keys"
+    file.write_text("sk-secret\n")
+    file.chmod(mode)
+    with pytest.raises(ConfigError, match=r"mode 600.*chmod 600") as refused:
+        key_hashes(ServeConfig(model="m", api_key_file=str(file)), tmp_path)
+    assert "sk-secret" not in str(refused.value)
+
+
+def test_missing_and_empty_key_files_are_refused(tmp_path):
+    empty = tmp_path / "empty"
+    empty.touch(mode=0o600)
+    for path in (empty, tmp_path / "absent"):
+        with pytest.raises(ConfigError, match="api_key_file"):
+            key_hashes(ServeConfig(model="m", api_key_file=str(path)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("10.0.0.7", False), ("::", False)],
+)
+def test_a_host_other_machines_reach_needs_a_key_file(tmp_path, host, expected):
+    assert is_loopback(host) == expected
+    config = ServeConfig(model="m", host=host)
+    if expected:
+        assert key_hashes(config, tmp_path)
+    else:
+        with pytest.raises(ConfigError, match="must be given"):
+            key_hashes(config, tmp_path)
