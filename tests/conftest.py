@@ -6,10 +6,22 @@ import os
 import sys
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
+from tests.support.disk import small_disk
+from tests.support.local_ray import LocalRay, start_local_ray
 from tests.support.ranks import RankPool
+from tests.support.s3 import s3, s3_server
+
+__all__ = ["s3", "s3_server", "small_disk"]
+
+# The same examples every time, and no opinion about how busy the machine is.
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("fixed")
+
+RAY_RUNS = pytest.StashKey[bool]()
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +30,14 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool(4)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(request: pytest.FixtureRequest) -> Iterator[LocalRay]:
+    """One local Ray with dashboard and job server for every test that needs a cluster."""
+    with start_local_ray() as cluster:
+        request.session.stash[RAY_RUNS] = True
+        yield cluster
 
 
 @pytest.fixture(autouse=True)
@@ -36,5 +56,5 @@ def _leaves_nothing_behind() -> Iterator[None]:
 def _no_ray_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     ray = sys.modules.get("ray")
-    if ray is not None and "ray_cluster" not in request.fixturenames:
+    if ray is not None and not request.session.stash.get(RAY_RUNS, False):
         assert not ray.is_initialized(), "a Ray session was left behind"

@@ -43,8 +43,10 @@ def local_ray(num_cpus: float, num_gpus: float = 0.0) -> Iterator[None]:
 
 
 @contextmanager
-def joined_ray(address: str | None = "auto") -> Iterator[None]:
+def joined_ray() -> Iterator[None]:
     """The running Ray this process belongs to (a submitted job, or a driver on a node of the cluster)."""
+    # "auto" alone would take any Ray of this machine; a submitted job is told which one is its own.
+    address = os.environ.get("RAY_ADDRESS", "auto")
     with ray_environment():
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -42,7 +44,7 @@ def submit_training(config: RunConfig, address: str) -> Submitted:
         try:
             client = JobSubmissionClient(address)
             job_id = client.submit_job(
-                entrypoint="python -m farspan.cli.main train config.yaml --join",
+                entrypoint=f"{_python(address)} -m farspan.cli.main train config.yaml --join",
                 runtime_env={"working_dir": str(folder), "py_modules": [str(wheel)]},
                 metadata={"name": config.name},
             )
@@ -54,6 +56,16 @@ def submit_training(config: RunConfig, address: str) -> Submitted:
                 "(http://HOST:8265) and the cluster's token (`ray get-auth-token`)"
             ) from None
     return Submitted(client, job_id)
+
+
+def is_this_machine(address: str) -> bool:
+    """Whether a dashboard address is on the loopback interface."""
+    return urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1")
+
+
+def _python(address: str) -> str:
+    # A cluster's image has its Python first in PATH; this machine's PATH may lead to any other.
+    return sys.executable if is_this_machine(address) else "python"
 
 
 def follow(job: Submitted, tell: Callable[[str], None]) -> None:

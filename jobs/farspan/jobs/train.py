@@ -18,6 +18,8 @@ from farspan.config.load import dump_config, parse_config
 from farspan.config.schema import RunConfig
 from farspan.errors import ClusterError, FarspanError
 from farspan.jobs.progress import EventSender, EventWatcher
+from farspan.storage.paths import join_uri
+from farspan.storage.store import open_store
 from farspan.telemetry.events import EventBody, RunStarted
 from farspan.train.build import build
 from farspan.train.loop import train
@@ -31,13 +33,13 @@ def run_training(config: RunConfig, plan_lines: list[tuple[str, str]], tell: Cal
     """
     plan = "\n".join(f"{what}: {text}" for what, text in plan_lines)
     tell(RunStarted(config=dump_config(config), plan=plan))
-    with tempfile.TemporaryDirectory(prefix="farspan-ray-train-") as scratch, EventWatcher(tell) as watcher:
+    with EventWatcher(tell) as watcher:
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"config": dump_config(config), "mailbox": watcher.mailbox},
             scaling_config=_scaling(config),
             torch_config=TorchConfig(backend=_backend(config), timeout_s=int(config.resources.timeout_s)),
-            run_config=RayRunConfig(name=_ray_name(config), storage_path=scratch, failure_config=FailureConfig()),
+            run_config=_ray_run(config),
         )
         try:
             trainer.fit()
@@ -76,8 +78,11 @@ def _backend(config: RunConfig) -> str:
     return "nccl" if config.resources.gpus_per_worker > 0 else "gloo"
 
 
-def _ray_name(config: RunConfig) -> str:
-    return f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+def _ray_run(config: RunConfig) -> RayRunConfig:
+    # Ray Train keeps its own state beside the run; every node must reach it.
+    files, path = open_store(join_uri(config.output, "ray")).arrow
+    name = f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    return RayRunConfig(name=name, storage_path=path, storage_filesystem=files, failure_config=FailureConfig())
 
 
 def _cause(problem: BaseException) -> FarspanError:

@@ -84,18 +84,14 @@ def plan_of(config: RunConfig) -> RunPlan:
 
 
 def _submit(config: RunConfig, address: str) -> None:
-    from farspan.jobs.submit import follow, submit_training
+    from farspan.jobs.submit import follow, is_this_machine, submit_training
 
     for field, uri in (("output", config.output), ("data.corpus", config.data.corpus)):
-        if "://" not in uri and not _is_local(address):
+        if "://" not in uri and not is_this_machine(address):
             raise ConfigError(field, "must be reachable from the cluster", uri, "use s3://BUCKET/PATH")
     submitted = submit_training(config, address)
     typer.echo(f"submitted {submitted.job_id} to {address}")
     follow(submitted, typer.echo)
-
-
-def _is_local(address: str) -> bool:
-    return any(host in address for host in ("127.0.0.1", "localhost", "[::1]"))
 
 
 def _print_plan(plan: RunPlan) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
+from pyarrow.fs import FileSystem, LocalFileSystem
 
 from farspan.errors import NotFoundError, UnreachableError
 from farspan.storage.paths import check_relative
@@ -25,6 +26,10 @@ class LocalStore(Store):
     def __init__(self, uri: str, folder: Path) -> None:
         self.uri = uri
         self.folder = folder
+
+    @property
+    def arrow(self) -> tuple[FileSystem, str]:
+        return LocalFileSystem(), str(self.folder)
 
     def read_bytes(self, path: str) -> bytes:
         with explained(self.uri, f"reading {path}"):

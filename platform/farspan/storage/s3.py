@@ -19,7 +19,7 @@ from botocore.exceptions import (
     NoCredentialsError,
     PartialCredentialsError,
 )
-from pyarrow.fs import FSSpecHandler, PyFileSystem
+from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
 from farspan.errors import NotFoundError, StorageError, UnreachableError
 from farspan.storage.local import explain_os_error
@@ -56,14 +56,18 @@ class S3Store(Store):
         )
         self._files.retries = BODY_ATTEMPTS
 
+    @property
+    def arrow(self) -> tuple[FileSystem, str]:
+        return PyFileSystem(FSSpecHandler(self._files)), self.root
+
     def read_bytes(self, path: str) -> bytes:
         return self._ask(f"reading {path}", lambda: self._files.cat_file(self._at(path)))
 
     def open_input(self, path: str) -> pa.NativeFile:
         at = self._at(path)
         self.size(path)
-        arrow = PyFileSystem(FSSpecHandler(self._files))
-        return self._ask(f"opening {path}", lambda: arrow.open_input_file(at))
+        files, _ = self.arrow
+        return self._ask(f"opening {path}", lambda: files.open_input_file(at))
 
     def write_bytes(self, path: str, data: bytes) -> None:
         self._ask(f"writing {path}", lambda: self._files.pipe_file(self._at(path), data))

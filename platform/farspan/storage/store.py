@@ -11,6 +11,7 @@ from farspan.storage.paths import LocalPlace, parse_uri
 
 if TYPE_CHECKING:
     from pyarrow import NativeFile
+    from pyarrow.fs import FileSystem
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,11 @@ class Store(ABC):
     """
 
     uri: str
+
+    @property
+    @abstractmethod
+    def arrow(self) -> tuple[FileSystem, str]:
+        """(pyarrow file system, path in it) of this folder, for libraries that take one."""
 
     @abstractmethod
     def read_bytes(self, path: str) -> bytes: ...

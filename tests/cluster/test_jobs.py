@@ -1,0 +1,120 @@
+"""Jobs on a real local Ray: submission with the wheel, workers, errors that cross processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+from tests.support.corpus import REPOSITORY, small_corpus
+from tests.support.local_ray import LocalRay
+from tests.support.runs import tiny_run
+
+from farspan.errors import ClusterError, ConfigError, CorruptDataError
+from farspan.jobs.submit import follow, submit_training
+from farspan.jobs.train import run_training
+from farspan.telemetry.events import CheckpointPublished, EventBody, RunFinished, RunStarted, StepReport
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return small_corpus(tmp_path_factory.mktemp("jobs"))
+
+
+def test_the_standard_platform_module_is_not_shadowed_in_a_ray_worker(ray_cluster: LocalRay) -> None:
+    @ray.remote
+    def version() -> str:
+        import platform
+
+        return platform.python_version()
+
+    assert ray.get(version.remote(), timeout=60) == platform.python_version()
+
+
+def test_a_driver_without_the_token_is_refused(ray_cluster: LocalRay, tmp_path: Path) -> None:
+    script = f"import ray; ray.init(address={ray_cluster.gcs_address!r}, logging_level='ERROR')"
+    environment = {**os.environ, "HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled"}
+    answer = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert answer.returncode != 0
+    assert "AuthenticationError" in answer.stderr
+
+
+def test_a_run_on_two_workers_tells_every_step_and_publishes_its_model(
+    ray_cluster: LocalRay, corpus: str, tmp_path: Path
+) -> None:
+    events: list[EventBody] = []
+    config = tiny_run(corpus, str(tmp_path / "run"), "parallel.workers=2", "parallel.sp=2", "model.dtype=float32")
+    uri = run_training(config, [("mesh", "dp 1 x sp 2")], events.append)
+    kinds = [type(event) for event in events]
+    assert kinds == [RunStarted, *[StepReport] * 4, CheckpointPublished, RunFinished]
+    steps = [event for event in events if isinstance(event, StepReport)]
+    assert [step.step for step in steps] == [1, 2, 3, 4]
+    assert steps[-1].loss < steps[0].loss
+    assert (Path(uri) / "model.safetensors").is_file()
+
+
+def test_an_error_a_worker_raises_on_purpose_arrives_as_itself(
+    ray_cluster: LocalRay, corpus: str, tmp_path: Path
+) -> None:
+    config = tiny_run(corpus, str(tmp_path / "run"), vocab_size=17)
+    with pytest.raises(ConfigError, match=r"must know the corpus's 300 tokens, got 'vocab_size 17'"):
+        run_training(config, [], lambda event: None)
+
+
+def test_a_corrupt_shard_stops_the_run_with_its_name(ray_cluster: LocalRay, tmp_path: Path) -> None:
+    corpus = small_corpus(tmp_path)
+    (shard,) = (tmp_path / "corpus" / "shards").iterdir()
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.unlink()
+    shard.write_bytes(content)
+    with pytest.raises(CorruptDataError, match=rf"{shard.name} is not the file that was built"):
+        run_training(tiny_run(corpus, str(tmp_path / "run")), [], lambda event: None)
+
+
+def test_a_submitted_job_runs_the_shipped_wheel_and_its_log_is_followed(
+    ray_cluster: LocalRay, corpus: str, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    config = tiny_run(corpus, str(tmp_path / "run"), "train.steps=2", "model.dtype=float32")
+    job = submit_training(config, ray_cluster.dashboard)
+    follow(job, lines.append)
+    log = "\n".join(lines)
+    assert "step     2/2" in log
+    assert f"model published: {tmp_path / 'run' / 'model'}" in log
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["model_type"] == "llama"
+    (wheel,) = job.client.get_job_info(job.job_id).runtime_env["py_modules"]
+    assert wheel.endswith("-py3-none-any.whl")
+
+
+def test_a_job_that_fails_says_so(ray_cluster: LocalRay, tmp_path: Path) -> None:
+    lines: list[str] = []
+    job = submit_training(tiny_run(str(tmp_path / "nowhere"), str(tmp_path / "run")), ray_cluster.dashboard)
+    with pytest.raises(ClusterError, match=rf"job {job.job_id} ended as FAILED"):
+        follow(job, lines.append)
+    assert f"{tmp_path / 'nowhere'}: no corpus is there; run `farspan data build`" in "\n".join(lines)
+
+
+def test_an_address_where_nobody_listens_is_one_sentence(corpus: str, tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match=r"did not take the job: .*give the dashboard's address"):
+        submit_training(tiny_run(corpus, str(tmp_path / "run")), "http://127.0.0.1:9")
+
+
+def test_the_command_line_submits_too(ray_cluster: LocalRay, corpus: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: {settings: {hidden_size: 32, num_hidden_layers: 1}}\n")
+    overrides = [f"data.corpus={corpus}", f"output={tmp_path / 'run'}", "data.sequence_tokens=64", "train.steps=1"]
+    answer = subprocess.run(
+        [sys.executable, "-m", "farspan.cli.main", "train", "run.yaml", *overrides, "--cluster", ray_cluster.dashboard],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    assert "submitted raysubmit_" in answer.stdout
+    assert "step     1/1" in answer.stdout
+    assert REPOSITORY.exists()
