@@ -31,8 +31,8 @@ from farspan.serve.worker import DecodeWorker, PrefillWorker
 
 APP_NAME = "farspan"
 _STATE = Path.home() / ".cache" / "farspan" / "serve"
-# Ray's own switches: no usage report to the network, token authentication between its processes.
-_RAY_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
+# Ray's own switches: no usage report to the network, no upload of the working folder under `uv run`.
+_RAY_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 _READY_POLL_S = 0.1
 _REQUESTS_PER_SEQUENCE = 4
 
@@ -117,14 +117,8 @@ def serve_forever(
     config: ServeConfig, address: str | None = None, on_ready: Callable[[Running], None] | None = None
 ) -> None:
     """Serve until Ctrl-C or SIGTERM, then end everything that was started."""
-    stop = threading.Event()
-
-    def end(_signal: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM,)}
     try:
-        with run_app(config, address) as running:
+        with run_app(config, address) as running, _termination() as stop:
             if on_ready is not None:
                 on_ready(running)
             while not stop.wait(timeout=1.0):
@@ -132,9 +126,21 @@ def serve_forever(
     except KeyboardInterrupt:
         # Ctrl-C is how a server is told to end; everything is down by now.
         return
+
+
+@contextmanager
+def _termination() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets. Entered once Ray runs, because Ray puts a handler of its own in place."""
+    stop = threading.Event()
+
+    def end(_signal: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
