@@ -31,7 +31,7 @@ class FarspanError(Exception):
     # The default rebuild passes the message as the first field.
     def __reduce__(self) -> tuple[Any, ...]:
         if not self._fields:
-            return super().__reduce__()
+            return type(self), self.args
         return type(self), tuple(getattr(self, name) for name in self._fields)
 
 

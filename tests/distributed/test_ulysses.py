@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -32,7 +34,7 @@ def make(heads: tuple[int, int], dtype: torch.dtype = torch.float64) -> list[tor
 def oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """torch's attention, one document at a time."""
     parts = []
-    for start, stop in zip(BOUNDS, BOUNDS[1:], strict=False):
+    for start, stop in pairwise(BOUNDS):
         one = [x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
         out = torch.nn.functional.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True, scale=0.25)
         parts.append(out[0].transpose(0, 1))

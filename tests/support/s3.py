@@ -66,8 +66,7 @@ class FaultyServer:
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         fault = self.faults.take(environ["PATH_INFO"], environ["REQUEST_METHOD"])
         if fault == "unavailable":
-            start_response("503 Slow Down", [("Content-Type", "application/xml")])
-            return [b"<Error><Code>ServiceUnavailable</Code><Message>planned</Message></Error>"]
+            return _refuse(environ, start_response)
         answer = self.moto(environ, start_response)
         if fault == "broken body":
             whole = b"".join(answer)
@@ -76,19 +75,22 @@ class FaultyServer:
         return answer
 
 
+def _refuse(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    # An unread request, or a body after HEAD, would look like a broken connection instead of a clear 503.
+    environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+    body = b"<Error><Code>ServiceUnavailable</Code><Message>planned</Message></Error>"
+    body = b"" if environ["REQUEST_METHOD"] == "HEAD" else body
+    start_response("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+    return [body]
+
+
 @dataclass(frozen=True)
 class S3Server:
+    """Where it listens, how its network fails, and a plain client that looks at it from outside."""
+
     endpoint: str
     faults: Faults
-
-    def client(self) -> Any:
-        return botocore.session.Session().create_client(
-            "s3",
-            endpoint_url=self.endpoint,
-            region_name=REGION,
-            aws_access_key_id=ACCESS_KEY,
-            aws_secret_access_key=SECRET_KEY,
-        )
+    client: Any
 
 
 @dataclass(frozen=True)
@@ -103,21 +105,31 @@ class S3Bucket:
         return f"s3://{self.name}"
 
     def keys(self) -> list[str]:
-        answer = self.server.client().list_objects_v2(Bucket=self.name)
+        answer = self.server.client.list_objects_v2(Bucket=self.name)
         return sorted(entry["Key"] for entry in answer.get("Contents", []))
 
     def put(self, key: str, data: bytes) -> None:
-        self.server.client().put_object(Bucket=self.name, Key=key, Body=data)
+        self.server.client.put_object(Bucket=self.name, Key=key, Body=data)
 
     def get(self, key: str) -> bytes:
-        return bytes(self.server.client().get_object(Bucket=self.name, Key=key)["Body"].read())
+        return bytes(self.server.client.get_object(Bucket=self.name, Key=key)["Body"].read())
 
     def deny(self, *actions: str) -> None:
         """Attach a bucket policy that denies these actions (s3:GetObject, s3:ListBucket, ...) to everybody."""
         resources = [f"arn:aws:s3:::{self.name}", f"arn:aws:s3:::{self.name}/*"]
         statement = {"Effect": "Deny", "Principal": "*", "Action": list(actions), "Resource": resources}
         policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
-        self.server.client().put_bucket_policy(Bucket=self.name, Policy=policy)
+        self.server.client.put_bucket_policy(Bucket=self.name, Policy=policy)
+
+
+def _client(endpoint: str) -> Any:
+    return botocore.session.Session().create_client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name=REGION,
+        aws_access_key_id=ACCESS_KEY,
+        aws_secret_access_key=SECRET_KEY,
+    )
 
 
 class _QuietHandler(WSGIRequestHandler):
@@ -135,7 +147,8 @@ def s3_server() -> Iterator[S3Server]:
     thread = threading.Thread(target=server.serve_forever, name="s3-server", daemon=True)
     thread.start()
     try:
-        yield S3Server(f"http://127.0.0.1:{server.server_port}", faults)
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        yield S3Server(endpoint, faults, _client(endpoint))
     finally:
         server.shutdown()
         server.server_close()
@@ -155,7 +168,7 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Bucke
     monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
     bucket = S3Bucket(f"bucket-{uuid.uuid4().hex}", s3_server)
-    s3_server.client().create_bucket(Bucket=bucket.name)
+    s3_server.client.create_bucket(Bucket=bucket.name)
     try:
         yield bucket
     finally:

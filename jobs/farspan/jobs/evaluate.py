@@ -13,14 +13,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from farspan.data.reader import Reader, open_corpus
-from farspan.storage.publish import fetch_folder
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from farspan.batch import IGNORED_LABEL, PackedBatch
+from farspan.data.reader import Reader, open_corpus
 from farspan.models.attention import ATTENTION_KEYWORD, trunk_and_head, use_farspan_attention
 from farspan.models.checkpoint import load_causal_lm
 from farspan.parallel.documents import attend_documents
+from farspan.storage.publish import fetch_folder
 
 _TILE_TOKENS = 1024
 
@@ -67,8 +68,8 @@ def summarize(loss_T: Tensor, position_T: Tensor) -> Evaluation:
     return Evaluation(mean, math.exp(min(mean, 700.0)), loss_T.numel(), tuple(rows))
 
 
-def _token_losses(network: torch.nn.Module, batch: PackedBatch) -> Iterator[Tensor]:
-    trunk, head = trunk_and_head(network)  # type: ignore[arg-type]
+def _token_losses(network: PreTrainedModel, batch: PackedBatch) -> Iterator[Tensor]:
+    trunk, head = trunk_and_head(network)
     hidden_TE = trunk(
         input_ids=batch.tokens_T.unsqueeze(0),
         position_ids=batch.positions_T.unsqueeze(0),

@@ -6,11 +6,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from farspan.storage.publish import fetch_folder, publish_folder
 from safetensors.torch import load_file
 
 from farspan.errors import CheckpointError, ConfigError
 from farspan.models.checkpoint import check_model_folder, load_tokenizer, open_config, save_causal_lm
+from farspan.storage.publish import fetch_folder, publish_folder
 from farspan.train.checkpoint import list_checkpoints
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

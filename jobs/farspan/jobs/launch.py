@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import ray
 
 from farspan.errors import ClusterError
 
 # Ray's own switches: no usage report to the network, no upload of the working folder under `uv run`.
-_RAY_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_AUTH_MODE": "token"}
+_RAY_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+_TOKEN_FILE = Path("~/.ray/auth_token")
 
 
 @contextmanager
 def local_ray(num_cpus: float, num_gpus: float = 0.0) -> Iterator[None]:
     """A Ray of our own on this machine with at least `num_cpus` logical CPUs."""
+    make_token()
     with ray_environment():
         cpus = max(os.cpu_count() or 1, -(-num_cpus // 1))
         try:
@@ -62,3 +66,18 @@ def ray_environment() -> Iterator[None]:
     finally:
         for name in added:
             os.environ.pop(name, None)
+
+
+def make_token() -> None:
+    """Make Ray's authentication token where it looks for one, readable by its owner alone, if there is none.
+
+    Ray would make it too, but readable by everyone on the machine.
+    """
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    path = _TOKEN_FILE.expanduser()
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    with suppress(FileExistsError):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w", encoding="ascii") as file:
+            file.write(secrets.token_hex(32))

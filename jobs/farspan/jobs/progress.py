@@ -8,12 +8,12 @@ from collections.abc import Callable
 from types import TracebackType
 
 import ray
+
 from farspan.telemetry.events import Event, EventBody, from_json, to_json
 
 
-@ray.remote(num_cpus=0)
 class EventMailbox:
-    """Keeps event lines until they are fetched."""
+    """The actor: keeps event lines until they are fetched."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
@@ -44,8 +44,8 @@ class EventSender:
 class EventWatcher:
     """The driver's end: a thread that fetches events and hands them to `tell`, in order, until the block ends."""
 
-    def __init__(self, tell: Callable[[Event], None], interval_s: float = 0.3) -> None:
-        self.mailbox = EventMailbox.remote()
+    def __init__(self, tell: Callable[[EventBody], None], interval_s: float = 0.3) -> None:
+        self.mailbox = ray.remote(num_cpus=0)(EventMailbox).remote()
         self._tell = tell
         self._interval_s = interval_s
         self._stop = threading.Event()
@@ -74,4 +74,4 @@ class EventWatcher:
         except (ray.exceptions.RayError, TimeoutError):
             return
         for line in lines:
-            self._tell(from_json(line))
+            self._tell(from_json(line).body)

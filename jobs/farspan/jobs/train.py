@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import ray.train
 import torch
-from farspan.telemetry.events import Event, RunStarted
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -20,18 +18,19 @@ from farspan.config.load import dump_config, parse_config
 from farspan.config.schema import RunConfig
 from farspan.errors import ClusterError, FarspanError
 from farspan.jobs.progress import EventSender, EventWatcher
+from farspan.telemetry.events import EventBody, RunStarted
 from farspan.train.build import build
 from farspan.train.loop import train
 
 
-def run_training(config: RunConfig, plan_lines: list[tuple[str, str]], tell: Callable[[Event], None]) -> str:
+def run_training(config: RunConfig, plan_lines: list[tuple[str, str]], tell: Callable[[EventBody], None]) -> str:
     """Run the job on the Ray this process is connected to; gives the URI of the published model.
 
     Raises:
         FarspanError: what stopped the run, as the worker raised it.
     """
     plan = "\n".join(f"{what}: {text}" for what, text in plan_lines)
-    tell(Event(time.time(), RunStarted(config=dump_config(config), plan=plan)))
+    tell(RunStarted(config=dump_config(config), plan=plan))
     with tempfile.TemporaryDirectory(prefix="farspan-ray-train-") as scratch, EventWatcher(tell) as watcher:
         trainer = TorchTrainer(
             train_worker,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import typer
 from openai import APIConnectionError, APIStatusError, OpenAI
@@ -41,6 +42,7 @@ class _Talk:
 
     def say(self, text: str) -> Iterator[str]:
         if not self._chats:
+            chunk: Any
             for chunk in self._client.completions.create(
                 model=self._model,
                 prompt=text,
@@ -52,6 +54,7 @@ class _Talk:
             return
         self._messages.append({"role": "user", "content": text})
         answer = ""
+        part: Any
         for part in self._client.chat.completions.create(
             model=self._model,
             messages=self._messages,  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 
 import typer
+
 from farspan.storage.paths import absolute_uri
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
-from farspan.telemetry.events import CheckpointPublished, Event, Note, RunFinished, StepReport
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from farspan.telemetry.events import CheckpointPublished, Event, Note, RunFinished, StepReport
 
 
 class _Live:
@@ -47,7 +48,8 @@ class TrainProgress(_Live):
             self._bar.update(self._task, completed=body.step, description=f"loss {body.loss:.4f}")
             self.console.print(
                 f"step {body.step:>5}/{self._num_steps}  loss {body.loss:8.4f}  {body.tokens_per_s:>9,.0f} tokens/s  "
-                f"lr {body.learning_rate:.2e}  grad {body.grad_norm:.2f}  peak {body.peak_memory_bytes / 2**20:,.0f} MiB"
+                f"lr {body.learning_rate:.2e}  grad {body.grad_norm:.2f}  "
+                f"peak {body.peak_memory_bytes / 2**20:,.0f} MiB"
             )
         elif isinstance(body, CheckpointPublished):
             self.console.print(f"checkpoint after step {body.step}: {body.uri} ({body.seconds:.1f} s)", markup=False)
@@ -80,5 +82,5 @@ class BuildProgressBar(_Live):
             f"{manifest.documents:,} documents, {manifest.tokens:,} tokens in {len(manifest.shards)} shards: {output}",
             markup=False,
         )
-        for reason, count in sorted(manifest.skipped.items()):
-            self.console.print(f"  left out: {count} ({reason})", markup=False)
+        for entry in manifest.skipped:
+            self.console.print(f"  left out: {entry.documents} ({entry.reason})", markup=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +15,14 @@ from rich.console import Console
 from farspan.data.reader import open_corpus
 from farspan.errors import ClusterError
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
-from farspan.telemetry.events import Event, RequestServed
+from farspan.telemetry.events import RequestServed
 
 _MAX_TOKENS = 32
 _PROMPT_TOKENS = (8, 40, 200, 1000, 2500)
 _TIMEOUT_S = 300.0
 
 
-@dataclass(frozen=True)
-class ServedAnswer:
-    """One streamed answer and what it cost."""
-
-    prompt: str
-    text: str
-    event: Event
-
-
-def prove_answers(url: str, key_file: Path, model: Path, corpus: Path, console: Console) -> list[ServedAnswer]:
+def prove_answers(url: str, key_file: Path, model: Path, corpus: Path, console: Console) -> list[RequestServed]:
     """Stream one completion per prompt length and compare each with `generate`.
 
     Raises:
@@ -43,18 +34,16 @@ def prove_answers(url: str, key_file: Path, model: Path, corpus: Path, console: 
     tokenizer, network = load_tokenizer(model), load_causal_lm(model, torch.float32)
     answers = []
     for number, prompt in enumerate(_prompts(corpus, tokenizer)):
-        answer = _stream(client, url, key, name, prompt, console if number == 0 else None)
+        text, body = _stream(client, url, key, name, prompt, console if number == 0 else None)
         expected = _generate(network, tokenizer, prompt)
-        if answer.text != expected:
-            raise ClusterError(f"the served text differs from generate: {answer.text!r} instead of {expected!r}")
-        body = answer.event.body
-        assert isinstance(body, RequestServed)
+        if text != expected:
+            raise ClusterError(f"the served text differs from generate: {text!r} instead of {expected!r}")
         console.print(
             f"prompt {body.prompt_tokens:>5} tokens: equal to generate; first token {body.ttft_s * 1e3:6.0f} ms, "
             f"{body.kv_bytes / 1024:,.0f} KiB of KV by {body.transport} in {body.transfer_s * 1e3:.1f} ms",
             markup=False,
         )
-        answers.append(answer)
+        answers.append(body)
     console.print(f"{len(answers)} of {len(answers)} answers equal transformers' greedy generate", style="green")
     return answers
 
@@ -67,7 +56,9 @@ def _prompts(corpus: Path, tokenizer: Any) -> list[str]:
     return [tokenizer.decode(opened.tokens(longest, 0, min(n, room)).tolist()) for n in _PROMPT_TOKENS]
 
 
-def _stream(client: OpenAI, url: str, key: str, model: str, prompt: str, echo: Console | None) -> ServedAnswer:
+def _stream(
+    client: OpenAI, url: str, key: str, model: str, prompt: str, echo: Console | None
+) -> tuple[str, RequestServed]:
     sent, stamps, parts, request_id = time.perf_counter(), [], [], ""
     for chunk in client.completions.create(
         model=model, prompt=prompt, max_tokens=_MAX_TOKENS, temperature=0.0, stream=True
@@ -87,13 +78,13 @@ def _stream(client: OpenAI, url: str, key: str, model: str, prompt: str, echo: C
         prompt_tokens=trace["prompt_tokens"],
         output_tokens=trace["output_tokens"],
         ttft_s=stamps[0] - sent,
-        inter_token_s=tuple(b - a for a, b in zip(stamps, stamps[1:], strict=False)),
+        inter_token_s=tuple(b - a for a, b in pairwise(stamps)),
         kv_bytes=trace["kv_bytes"],
         transfer_s=trace["transfer_s"],
         transport=trace["transport"],
         recovered=trace["recovered"],
     )
-    return ServedAnswer(prompt, "".join(parts), Event(time.time(), body))
+    return "".join(parts), body
 
 
 def _trace(url: str, key: str, request_id: str) -> dict[str, Any]:

@@ -21,10 +21,13 @@ import httpx
 from rich.console import Console
 
 from farspan.cli.configs import shipped_config
-from farspan.cli.proof import ServedAnswer, prove_answers
+from farspan.cli.proof import prove_answers
+from farspan.cli.record import EVENTS_FILE, machine_facts
 from farspan.config.load import load_config
 from farspan.config.schema import CorpusConfig, RunConfig
 from farspan.errors import ClusterError, FarspanError
+from farspan.telemetry.events import EventLog, RequestServed, read_events
+from farspan.telemetry.report import write_report
 
 _START_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 60.0
@@ -59,14 +62,12 @@ def run_quickstart(folder: str, overrides: list[str], *, fresh: bool) -> None:
     console.print(f"done in {time.monotonic() - started:.0f} s", style="bold")
 
 
-def _report(run: Path, answers: list[ServedAnswer]) -> Path:
-    from farspan.telemetry.events import EventLog
-    from farspan.telemetry.report import write_report
-
-    with EventLog.of_run(str(run)) as log:
+def _report(run: Path, answers: list[RequestServed]) -> Path:
+    log = run / EVENTS_FILE
+    with EventLog(log) as opened:
         for answer in answers:
-            log.append(answer.event)
-    return write_report(EventLog.read(run / "events.jsonl"), run / "report.html", title="farspan quickstart")
+            opened.append(answer)
+    return write_report(read_events(log).events, run / "report.html", title="farspan quickstart", facts=machine_facts())
 
 
 def _headline(console: Console, text: str) -> None:

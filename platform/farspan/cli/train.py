@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 
 import typer
-from farspan.storage.paths import absolute_uri
 from rich.console import Console
 
 from farspan.config.check import check_run
@@ -14,6 +13,8 @@ from farspan.config.load import dump_config, load_config
 from farspan.config.schema import RunConfig
 from farspan.errors import ConfigError
 from farspan.plan.run_plan import RunPlan
+from farspan.storage.paths import absolute_uri
+from farspan.telemetry.events import EventBody
 
 
 def show_plan(path: str, overrides: list[str]) -> None:
@@ -33,9 +34,9 @@ def run_train(path: str, overrides: list[str], *, dry_run: bool, cluster: str | 
     if cluster is not None:
         _submit(config, cluster)
         return
-    from farspan.telemetry.events import EventLog
 
     from farspan.cli.progress import TrainProgress
+    from farspan.cli.record import run_log
     from farspan.jobs.launch import joined_ray, local_ray
     from farspan.jobs.train import run_training
 
@@ -44,8 +45,12 @@ def run_train(path: str, overrides: list[str], *, dry_run: bool, cluster: str | 
     cpus = resources.cpus_per_worker * config.parallel.workers
     gpus = resources.gpus_per_worker * config.parallel.workers
     ray_here = joined_ray() if join else local_ray(cpus, gpus)
-    with EventLog.of_run(config.output) as log, TrainProgress(config.train.steps) as progress, ray_here:
-        uri = run_training(config, plan.lines(), lambda event: (log.append(event), progress.show(event))[0])
+    with run_log(config.output) as log, TrainProgress(config.train.steps) as progress, ray_here:
+
+        def tell(body: EventBody) -> None:
+            progress.show(log.append(body))
+
+        uri = run_training(config, plan.lines(), tell)
     Console(highlight=False, soft_wrap=True).print(f"model published: {uri}", markup=False)
 
 
@@ -63,14 +68,14 @@ def read_run_config(path: str, overrides: list[str]) -> RunConfig:
 def plan_of(config: RunConfig) -> RunPlan:
     """The plan of a run; opens the corpus's manifest and the model's config, nothing heavier."""
     import torch
-    from farspan.data.reader import read_manifest
 
+    from farspan.data.reader import read_corpus_manifest
     from farspan.models.attention import refuse_unsupported
     from farspan.plan.facts import model_facts
     from farspan.plan.run_plan import plan_run
     from farspan.train.build import compute_dtype, model_config
 
-    vocab_size = read_manifest(config.data.corpus).vocab_size
+    vocab_size = read_corpus_manifest(config.data.corpus).vocab_size
     with tempfile.TemporaryDirectory(prefix="farspan-plan-") as scratch:
         model = model_config(config, vocab_size, Path(scratch))
     refuse_unsupported(model)

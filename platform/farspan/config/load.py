@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigKeyError,
     InterpolationKeyError,
@@ -154,9 +154,9 @@ def _value_at(layer: dict[str, Any], field: str) -> Any:
 
 
 def _refuse_missing(config: DictConfig, prefix: str) -> None:
-    for key in config:
+    for key in map(str, config):
         full = f"{prefix}{key}"
         if OmegaConf.is_missing(config, key):
-            raise ConfigError(full, "must be given", MISSING, f"add {full}=VALUE or set it in the config file")
+            raise ConfigError(full, "must be given", None, f"add {full}=VALUE or set it in the config file")
         if OmegaConf.is_dict(child := config._get_node(key)):
             _refuse_missing(typing.cast(DictConfig, child), f"{full}.")

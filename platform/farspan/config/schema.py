@@ -75,12 +75,19 @@ class OptimConfig:
     """AdamW and its schedule: linear warm-up, then cosine down to `final_lr_fraction`."""
 
     lr: float = 3e-4
+    """Learning rate after the warm-up."""
     beta1: float = 0.9
+    """Memory of the mean of gradients."""
     beta2: float = 0.95
+    """Memory of the mean of squared gradients."""
     weight_decay: float = 0.1
+    """Share of a weight matrix that is taken away per step, times the learning rate."""
     warmup_steps: int = 10
+    """Steps in which the learning rate grows from zero."""
     final_lr_fraction: float = 0.1
+    """Learning rate of the last step, as a fraction of `lr`."""
     max_grad_norm: float = 1.0
+    """Gradients whose global L2 norm is larger are scaled down to it."""
 
 
 @dataclass(kw_only=True)
@@ -88,6 +95,7 @@ class TrainConfig:
     """The loop."""
 
     steps: int = 100
+    """Optimizer steps of the whole run, resumed ones included."""
     accumulation: int = 1
     """Sequences each data-parallel rank adds up before one optimizer step."""
     recompute: bool = False
@@ -105,7 +113,9 @@ class ResourcesConfig:
     """What each training process asks Ray for."""
 
     cpus_per_worker: float = 1.0
+    """CPUs of a process; without a GPU also the threads it computes with."""
     gpus_per_worker: float = 0.0
+    """1 trains on GPUs over NCCL, 0 on CPUs over gloo."""
     timeout_s: float = 600.0
     """Longest wait for workers to start, and for one collective operation."""
 
@@ -115,9 +125,11 @@ class RunConfig:
     """`farspan train`."""
 
     name: str = "run"
+    """Name of the run, also of its job on a cluster."""
     output: str = "runs/${name}"
     """Folder of the run: events, checkpoints, the exported model; local or s3://."""
     seed: int = 0
+    """Decides random weights and the order of the data."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -131,8 +143,11 @@ class RoleConfig:
     """One kind of worker."""
 
     replicas: int = 1
+    """Workers of this kind."""
     cpus: float = 0.5
+    """CPUs each of them asks Ray for."""
     gpus: float = 0.0
+    """GPUs each of them asks Ray for."""
 
 
 @dataclass(kw_only=True)
@@ -178,13 +193,18 @@ class ServeConfig:
     name: str | None = None
     """Model name clients ask for; none: the last part of `model`."""
     host: str = "127.0.0.1"
+    """Address to listen on."""
     port: int = 8000
+    """Port to listen on."""
     api_key_file: str | None = None
     """File with one key per line, mode 600; none (loopback only): a key is made once and its path is printed."""
     max_body_bytes: int = 8 * 1024 * 1024
+    """Largest request body; larger ones are refused with status 413."""
     prefill: RoleConfig = field(default_factory=RoleConfig)
     decode: RoleConfig = field(default_factory=RoleConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     start_timeout_s: float = 300.0
+    """Longest wait until a worker of each kind answers."""
     request_timeout_s: float = 600.0
+    """Longest time for one request."""

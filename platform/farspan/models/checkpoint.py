@@ -133,7 +133,9 @@ def save_causal_lm(
     dtype = next(iter(state.values())).dtype
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    shell.save_pretrained(out, state_dict=dict(state), safe_serialization=True)
+    # Gathered tensors no longer share memory, so a tied weight would be written twice.
+    tied = shell.all_tied_weights_keys if config.tie_word_embeddings else {}
+    shell.save_pretrained(out, state_dict={name: t for name, t in state.items() if name not in tied})
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
 

@@ -24,3 +24,5 @@ def shard_weights(root: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            # Without it the factor is applied by a collective that gloo does not have.
+            module.set_force_sum_reduction_for_comms(True)

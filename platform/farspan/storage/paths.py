@@ -37,6 +37,8 @@ def parse_uri(uri: str) -> LocalPlace | S3Place:
         raise ConfigError("uri", "must name a folder", uri, _LEGAL)
     scheme, separator, _ = uri.partition("://")
     if not separator:
+        if uri.startswith(("s3:", "file:")):
+            raise ConfigError("uri", "a scheme is followed by ://", uri, _LEGAL)
         return LocalPlace(Path(os.path.abspath(os.path.expanduser(uri))))
     if scheme == "s3":
         return _parse_s3(uri)
@@ -56,6 +58,12 @@ def _parse_s3(uri: str) -> S3Place:
     if any(part in ("", ".", "..") for part in prefix.split("/")) and prefix:
         raise ConfigError("uri", "an s3 prefix has no empty part, '.' or '..'", uri, _LEGAL)
     return S3Place(bucket, prefix)
+
+
+def absolute_uri(uri: str) -> str:
+    """The same place for a process that stands in another folder."""
+    place = parse_uri(uri)
+    return str(place.folder) if isinstance(place, LocalPlace) else uri
 
 
 def join_uri(uri: str, *parts: str) -> str:

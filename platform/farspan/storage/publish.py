@@ -16,7 +16,7 @@ from farspan.errors import CorruptDataError, NotFoundError, StorageError, Unreac
 from farspan.storage.local import LocalStore, explained, sync_path, walk_files
 from farspan.storage.manifest import MANIFEST_NAME, FileEntry, FolderManifest, describe_file
 from farspan.storage.paths import check_relative
-from farspan.storage.staging import remove_stale, reveal, staging_folder
+from farspan.storage.staging import put_back, remove_stale, reveal, staging_folder
 from farspan.storage.store import Store, open_store
 
 
@@ -57,7 +57,7 @@ def fetch_folder(uri: str, cache: Path, *, require_manifest: bool = True, conten
     store = open_store(uri)
     if isinstance(store, LocalStore):
         with explained(uri, "looking for the folder"):
-            remove_stale(store.folder)
+            put_back(store.folder)
     manifest = read_manifest(store)
     if manifest is None and require_manifest:
         raise NotFoundError(uri, f"nothing is published there (no {MANIFEST_NAME}); check the path or publish again")
@@ -77,6 +77,19 @@ def is_published(uri: str) -> bool:
         return read_manifest(open_store(uri)) is not None
     except CorruptDataError:
         return False
+
+
+def check_publishable(uri: str) -> None:
+    """Refuse early, before hours of work, a place to which `publish_folder` could not publish.
+
+    Raises:
+        UnreachableError: the bucket does not answer, or a local folder holds files that were not published.
+    """
+    store = open_store(uri)
+    if isinstance(store, LocalStore):
+        _refuse_foreign_files(store)
+    else:
+        store.list()
 
 
 def verify_folder(folder: Path, manifest: FolderManifest, *, contents: bool = True) -> None:

@@ -30,6 +30,8 @@ ATTEMPTS = 4
 BODY_ATTEMPTS = 2
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 30
+# Large files travel in parts, ten at a time: this bounds the memory a transfer takes to ten parts.
+PART_BYTES = 16 * 1024 * 1024
 
 _Answer = TypeVar("_Answer")
 
@@ -45,6 +47,7 @@ class S3Store(Store):
         self._files = s3fs.S3FileSystem(
             skip_instance_cache=True,
             use_listings_cache=False,
+            default_block_size=PART_BYTES,
             config_kwargs={
                 "connect_timeout": CONNECT_TIMEOUT_S,
                 "read_timeout": READ_TIMEOUT_S,
@@ -66,7 +69,7 @@ class S3Store(Store):
         self._ask(f"writing {path}", lambda: self._files.pipe_file(self._at(path), data))
 
     def upload(self, source: Path, path: str) -> None:
-        self._ask(f"writing {path}", lambda: self._files.put_file(str(source), self._at(path)))
+        self._ask(f"writing {path}", lambda: self._files.put_file(str(source), self._at(path), chunksize=PART_BYTES))
 
     def download(self, path: str, target: Path) -> None:
         self._ask(f"reading {path}", lambda: self._files.get_file(self._at(path), str(target)))
@@ -86,13 +89,13 @@ class S3Store(Store):
 
     def list(self, prefix: str = "") -> list[FileInfo]:
         top = self._at(prefix) if prefix else self.root
-        # Asked as a prefix of the bucket: listing the bare bucket is refused where a policy allows only a part of it.
         found = self._ask("listing", lambda: self._files.find(top, detail=True))
         names = len(self.root) + 1
         files = [
             FileInfo(check_relative(self.uri, name[names:]), int(info["size"]), str(info.get("ETag", "")).strip('"'))
             for name, info in found.items()
-            if info["type"] == "file" and not name.endswith("/")
+            # A key that ends in a slash marks a folder; one that equals the prefix is an object beside the folder.
+            if info["type"] == "file" and not name.endswith("/") and name != self.root
         ]
         return sorted(files, key=lambda info: info.path)
 

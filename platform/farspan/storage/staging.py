@@ -59,51 +59,76 @@ def remove_stale(target: Path) -> None:
     """Clear what killed processes left beside `target`, and finish a replacement that was cut in two."""
     if not target.parent.is_dir():
         return
-    for old in _siblings(target, REPLACED):
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.rename(target)
-    for folder in _siblings(target, PUBLISHING):
-        if _owner_is_dead(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+    put_back(target)
+    for kind in (REPLACED, PUBLISHING):
+        for folder in _siblings(target, kind):
+            with _owned_when_dead(folder) as dead:
+                if dead:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def put_back(target: Path) -> None:
+    """Finish a replacement that was cut between its two renames: the old folder is visible again."""
+    if target.exists() or not target.parent.is_dir():
+        return
+    for old in _siblings(target, REPLACED)[:1]:
+        with _owned_when_dead(old) as dead:
+            if dead:
+                old.rename(target)
 
 
 def _create_locked(target: Path) -> tuple[Path, int]:
+    """A fresh folder and the descriptor that holds its lock."""
     while True:
         folder = target.parent / f"{PUBLISHING}{target.name}-{uuid.uuid4().hex}"
         folder.mkdir()
-        lock = -1
-        try:
+        # Another process may look at the folder before it is locked, take it for a dead one's and remove it.
+        with suppress(FileNotFoundError):
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            with suppress(OSError):  # A file system without locks: nobody can take the folder for a dead one's then.
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if folder.is_dir():
+            if _lock(lock) and folder.is_dir():
                 return folder, lock
-        except FileNotFoundError:
-            # Another publisher took the folder for a dead one's before it was locked.
-            pass
-        if lock >= 0:
             os.close(lock)
 
 
-def _owner_is_dead(folder: Path) -> bool:
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return False
+def _lock(handle: int) -> bool:
+    """False when somebody else holds the lock. True also where a file system has no locks: nothing there is ever
+    taken for a dead process's.
+    """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
-    finally:
-        os.close(handle)
+    except OSError:
+        return True
     return True
 
 
+@contextmanager
+def _owned_when_dead(folder: Path) -> Iterator[bool]:
+    """Whether no process owns `folder`; if so it is ours inside the context."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
 def _exchange_or_rename(folder: Path, target: Path) -> None:
-    if not target.exists():
+    try:
         folder.rename(target)
+    except OSError as problem:
+        if problem.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    else:
         return
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
@@ -115,13 +140,18 @@ def _exchange_or_rename(folder: Path, target: Path) -> None:
 
 def _step_aside(folder: Path, target: Path) -> None:
     old = target.parent / f"{REPLACED}{target.name}-{uuid.uuid4().hex}"
-    target.rename(old)
+    lock = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        folder.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        _lock(lock)
+        target.rename(old)
+        try:
+            folder.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 def _siblings(target: Path, kind: str) -> list[Path]:

@@ -73,9 +73,13 @@ class EventLog:
             raise UnreachableError(str(path), f"cannot be opened for events ({problem.strerror})") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._file.close()
-            raise UnreachableError(str(path), "another process writes this event log; give this run a folder") from None
+            reason = "another process writes this event log; give each run a folder of its own"
+            raise UnreachableError(str(path), reason) from None
+        except OSError as problem:
+            self._file.close()
+            raise UnreachableError(str(path), f"cannot be locked for events ({problem.strerror})") from None
         self._size = self._drop_torn_line()
 
     def append(self, body: EventBody) -> Event:

@@ -20,7 +20,11 @@ from farspan.telemetry.kinds import (
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Events by kind, in the order they happened."""
+    """Events by kind, in the order they happened.
+
+    A log may hold several attempts at one run. `started` is the newest, `finished` belongs to it; of a step that was
+    done again after a resume only the newest report counts, because the weights of the older one are gone.
+    """
 
     started: RunStarted | None
     finished: RunFinished | None
@@ -55,10 +59,12 @@ class Summary:
 
 def summarize(events: Sequence[Event]) -> Summary:
     bodies: list[EventBody] = [event.body for event in events]
+    newest = max((i for i, body in enumerate(bodies) if isinstance(body, RunStarted)), default=0)
+    steps = {body.step: body for body in bodies if isinstance(body, StepReport)}
     return Summary(
-        started=next((b for b in bodies if isinstance(b, RunStarted)), None),
-        finished=next((b for b in reversed(bodies) if isinstance(b, RunFinished)), None),
-        steps=tuple(b for b in bodies if isinstance(b, StepReport)),
+        started=next((b for b in bodies[newest:] if isinstance(b, RunStarted)), None),
+        finished=next((b for b in bodies[newest:] if isinstance(b, RunFinished)), None),
+        steps=tuple(steps[number] for number in sorted(steps)),
         requests=tuple(b for b in bodies if isinstance(b, RequestServed)),
         checkpoints=tuple(b for b in bodies if isinstance(b, CheckpointPublished)),
         notes=tuple(b for b in bodies if isinstance(b, Note)),

@@ -17,32 +17,29 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from farspan.storage.publish import fetch_folder, publish_folder
-from farspan.storage.store import open_store
-from farspan.telemetry.events import CheckpointPublished
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_optimizer_state_dict,
     set_model_state_dict,
-    set_optimizer_state_dict,
 )
 from transformers import PreTrainedTokenizerBase
 
 from farspan.errors import CheckpointError, CorruptDataError, FarspanError, TrainingError
 from farspan.models.checkpoint import save_causal_lm
+from farspan.storage.publish import fetch_folder, publish_folder
+from farspan.storage.store import open_store
+from farspan.telemetry.events import CheckpointPublished
 from farspan.train.loss import PackedLoss
+from farspan.train.states import gather_states, scatter_states
 
 Result = TypeVar("Result")
 
 _OPTIMIZER, _STATE = "optimizer.safetensors", "train_state.json"
 # Every rank calls; only rank 0 receives or provides the whole tensors.
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
-_FROM_RANK_0 = StateDictOptions(
-    full_state_dict=True, broadcast_from_rank0=True, cpu_offload=False, flatten_optimizer_state_dict=True
-)
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 
 @dataclass(frozen=True)
@@ -81,14 +78,15 @@ def save_checkpoint(
     """
     started = time.perf_counter()
     weights = get_model_state_dict(loss, options=_WHOLE)
-    optimizer_state = get_optimizer_state_dict(loss, optimizer, options=_WHOLE)
+    states = gather_states(loss, optimizer)
     uri = f"{output.rstrip('/')}/checkpoints/step-{state.step:08d}"
 
     def publish() -> int:
         with tempfile.TemporaryDirectory(prefix="farspan-checkpoint-") as scratch:
             folder = Path(scratch) / "checkpoint"
             save_causal_lm(folder, loss.model.config, _model_names(weights), tokenizer)
-            _write_optimizer(folder, optimizer_state, state)
+            save_file(states, folder / _OPTIMIZER)
+            (folder / _STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
             publish_folder(folder, uri)
             return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
@@ -123,12 +121,10 @@ def load_newest(output: str, loss: PackedLoss, optimizer: torch.optim.Optimizer,
         if found is None:
             return None
         folder, state = found
-        weights: dict[str, Any] = {}
-        optimizer_state: dict[str, Any] = {}
-        if dist.get_rank() == 0:
-            weights, optimizer_state = _read_weights(folder, loss), _read_optimizer(folder)
+        first = dist.get_rank() == 0
+        weights: dict[str, Any] = dict(_read_weights(folder, loss)) if first else {}
         set_model_state_dict(loss, weights, options=_FROM_RANK_0)
-        set_optimizer_state_dict(loss, optimizer, optimizer_state, options=_FROM_RANK_0)
+        scatter_states(loss, optimizer, load_file(folder / _OPTIMIZER) if first else {})
         return state
     finally:
         shutil.rmtree(cache, ignore_errors=True)
@@ -164,13 +160,13 @@ def _newest_folder(output: str, cache: Path, now: TrainState) -> tuple[Path, Tra
         except CorruptDataError as problem:
             print(f"checkpoint skipped: {problem}; using the one before", flush=True)
             continue
-        state = TrainState(**json.loads((folder / _STATE).read_text(encoding="utf-8"))["state"])
+        state = TrainState(**json.loads((folder / _STATE).read_text(encoding="utf-8")))
         state.refuse_other_data(now)
         return folder, state
     return None
 
 
-def _model_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _model_names(weights: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
 
 
@@ -180,20 +176,7 @@ def _read_weights(folder: Path, loss: PackedLoss) -> dict[str, Tensor]:
         for file in folder.glob("model*.safetensors")
         for name, tensor in load_file(file).items()
     }
-    # A tied head is stored once, under the name of the embedding.
-    for name in loss.state_dict():
-        if name not in stored:
-            stored[name] = stored[f"model.{loss.model.base_model_prefix}.embed_tokens.weight"]
+    # A tied weight is stored once, under the name of the one it is tied to.
+    for name, source in loss.model.all_tied_weights_keys.items():
+        stored.setdefault(f"model.{name}", stored[f"model.{source}"])
     return stored
-
-
-def _write_optimizer(folder: Path, flat: Mapping[str, Any], state: TrainState) -> None:
-    tensors = {name: value.contiguous() for name, value in flat.items() if isinstance(value, Tensor)}
-    plain = {name: value for name, value in flat.items() if not isinstance(value, Tensor)}
-    save_file(tensors, folder / _OPTIMIZER)
-    (folder / _STATE).write_text(json.dumps({"state": asdict(state), "optimizer": plain}, indent=1), encoding="utf-8")
-
-
-def _read_optimizer(folder: Path) -> dict[str, Any]:
-    plain = json.loads((folder / _STATE).read_text(encoding="utf-8"))["optimizer"]
-    return {**load_file(folder / _OPTIMIZER), **plain}

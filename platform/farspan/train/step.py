@@ -11,18 +11,18 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from farspan.data.reader import Reader
-from farspan.telemetry.events import StepReport
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from farspan.batch import IGNORED_LABEL, ShardedBatch
 from farspan.config.schema import OptimConfig
+from farspan.data.reader import Reader
 from farspan.errors import TrainingError
 from farspan.parallel.exchange import Exchange
 from farspan.parallel.layout import ContiguousLayout
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.ulysses import UlyssesAttention
+from farspan.telemetry.events import StepReport
 from farspan.train.loss import PackedLoss
 
 
@@ -49,9 +49,7 @@ class TrainStep:
             TrainingError: the loss or the gradient is not finite; weights are left as they were.
         """
         started, sent_before = time.perf_counter(), self.exchange.bytes_sent
-        shards = list(self._shards())
-        num_labels = self._over_all_ranks(sum((s.labels_T != IGNORED_LABEL).sum() for s in shards))
-        loss = self._over_all_ranks(sum(self._forward_backward(shard, num_labels) for shard in shards))
+        loss, num_labels = self.backward()
         grad_norm = self._clip()
         if not (torch.isfinite(loss) and torch.isfinite(grad_norm)):
             raise TrainingError(
@@ -81,6 +79,16 @@ class TrainStep:
             peak_memory_bytes=int(peak.item()),
             bytes_sent=int(sent.item()),
         )
+
+    def backward(self) -> tuple[Tensor, Tensor]:
+        """Gradients of one step into the weights' `.grad`; (mean loss, number of labels) over all ranks.
+
+        The cursor does not move: called twice, it computes the same sequences twice.
+        """
+        shards = list(self._shards())
+        num_labels = self._over_all_ranks(sum((s.labels_T != IGNORED_LABEL).sum() for s in shards))
+        loss = self._over_all_ranks(sum(self._forward_backward(shard, num_labels) for shard in shards))
+        return loss, num_labels
 
     def _shards(self) -> Iterator[ShardedBatch]:
         for micro in range(self.accumulation):

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
-import logging
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import httpx
-import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
@@ -31,8 +25,6 @@ from farspan.serve.worker import DecodeWorker, PrefillWorker
 
 APP_NAME = "farspan"
 _STATE = Path.home() / ".cache" / "farspan" / "serve"
-# Ray's own switches: no usage report to the network, no upload of the working folder under `uv run`.
-_RAY_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 _READY_POLL_S = 0.1
 _REQUESTS_PER_SEQUENCE = 4
 
@@ -90,11 +82,8 @@ def _options(role: RoleConfig, config: ServeConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def run_app(config: ServeConfig, address: str | None = None) -> Iterator[Running]:
-    """A running server for the time of the block.
-
-    `address` is a running Ray cluster; without it, a Ray that is already connected is used, or a local one is
-    started and ended with the block.
+def run_app(config: ServeConfig) -> Iterator[Running]:
+    """A running server for the time of the block, on the Ray this process is connected to.
 
     Raises:
         ConfigError, CheckpointError, StorageError: before anything starts.
@@ -103,65 +92,18 @@ def run_app(config: ServeConfig, address: str | None = None) -> Iterator[Running
     check_app(config)
     hashes, key_file = key_hashes(config, _STATE)
     deadline_s = time.monotonic() + config.start_timeout_s
-    with _connected(config, address):
-        try:
-            _deploy(config, hashes, deadline_s)
-            url = f"http://{_in_url(config.host)}:{config.port}"
-            _wait_ready(url, deadline_s, config.start_timeout_s)
-            yield Running(f"{url}/v1", model_name(config), str(key_file))
-        finally:
-            serve.shutdown()
-
-
-def serve_forever(
-    config: ServeConfig, address: str | None = None, on_ready: Callable[[Running], None] | None = None
-) -> None:
-    """Serve until Ctrl-C or SIGTERM, then end everything that was started."""
     try:
-        with run_app(config, address) as running, _termination() as stop:
-            if on_ready is not None:
-                on_ready(running)
-            while not stop.wait(timeout=1.0):
-                continue
-    except KeyboardInterrupt:
-        # Ctrl-C is how a server is told to end; everything is down by now.
-        return
-
-
-@contextmanager
-def _termination() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets. Entered once Ray runs, because Ray puts a handler of its own in place."""
-    stop = threading.Event()
-
-    def end(_signal: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield stop
+        _deploy(config, hashes, deadline_s)
+        url = f"http://{_in_url(config.host)}:{config.port}"
+        _wait_ready(url, deadline_s, config.start_timeout_s)
+        yield Running(f"{url}/v1", model_name(config), str(key_file))
     finally:
-        signal.signal(signal.SIGTERM, before)
+        serve.shutdown()
 
 
-@contextmanager
-def _connected(config: ServeConfig, address: str | None) -> Iterator[None]:
-    if ray.is_initialized():
-        yield
-        return
-    needed = config.prefill.replicas * config.prefill.cpus + config.decode.replicas * config.decode.cpus
-    # Logical CPUs: what the replicas ask for must fit, whatever the machine has.
-    local = {} if address else {"num_cpus": max(os.cpu_count() or 1, int(needed) + 1), "include_dashboard": False}
-    added = {name: value for name, value in _RAY_ENVIRONMENT.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
-        yield
-    except ConnectionError as problem:
-        raise ClusterError(f"no Ray answers at {address}: {problem}; start one with `ray start --head`") from None
-    finally:
-        ray.shutdown()
-        for name in added:
-            os.environ.pop(name, None)
+def num_cpus(config: ServeConfig) -> float:
+    """Logical CPUs the replicas ask Ray for."""
+    return config.prefill.replicas * config.prefill.cpus + config.decode.replicas * config.decode.cpus
 
 
 def _deploy(config: ServeConfig, hashes: tuple[str, ...], deadline_s: float) -> None:

@@ -13,6 +13,7 @@ import pytest
 from tests.support.s3 import S3Bucket
 
 from farspan.errors import ConfigError, CorruptDataError, NotFoundError, UnreachableError
+from farspan.storage.s3 import PART_BYTES
 from farspan.storage.store import Store, open_store
 
 
@@ -65,7 +66,7 @@ def test_a_listing_names_every_file_below_in_path_order(store: Store) -> None:
 def test_a_file_of_several_parts_is_carried_both_ways(s3: S3Bucket, tmp_path: Path) -> None:
     store = open_store(f"{s3.uri}/prefix")
     source, target = tmp_path / "source", tmp_path / "target"
-    source.write_bytes(os.urandom(1024) * (110 * 1024))
+    source.write_bytes(os.urandom(1024) * (2 * PART_BYTES // 1024 + 5))
     store.upload(source, "large")
     store.download("large", target)
     assert target.read_bytes() == source.read_bytes()
@@ -103,7 +104,7 @@ def test_a_path_that_leads_out_of_the_folder_is_refused(path: str, store: Store)
 
 
 @pytest.mark.parametrize(
-    "uri", ["gs://bucket/x", "http://host/x", "s3://", "s3:///x", "s3://b/../c", "file://host/x", ""]
+    "uri", ["gs://bucket/x", "http://host/x", "s3://", "s3:///x", "s3://b/../c", "file://host/x", "s3:/b/x", ""]
 )
 def test_an_address_that_is_neither_local_nor_s3_is_refused_with_the_legal_ones(uri: str) -> None:
     with pytest.raises(ConfigError, match=r"s3://bucket/prefix"):

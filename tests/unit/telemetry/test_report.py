@@ -22,6 +22,7 @@ from farspan.telemetry.events import (
     StepReport,
     to_json,
 )
+from farspan.telemetry.plots import Plot, draw
 from farspan.telemetry.report import TEMPLATE, write_report
 from farspan.telemetry.summary import percentile, summarize
 from farspan.telemetry.units import byte_size, count, duration, number
@@ -248,6 +249,22 @@ def test_throughput_of_a_run_weighs_steps_by_their_length() -> None:
     assert summarize([Event(0.0, slow), Event(1.0, fast)]).tokens_per_s == 20.0
 
 
+def test_a_resumed_run_counts_the_newest_report_of_each_step_and_the_newest_end() -> None:
+    bodies = [
+        RunStarted(config="first", plan=""),
+        *(step(i, 9.0) for i in (1, 2, 3)),
+        RunFinished(steps=3, tokens=3, seconds=1.0),
+        RunStarted(config="second", plan=""),
+        *(step(i, 5.0) for i in (3, 4)),
+    ]
+    died = summarize([Event(float(i), body) for i, body in enumerate(bodies)])
+    assert [(s.step, s.loss) for s in died.steps] == [(1, 9.0), (2, 9.0), (3, 5.0), (4, 5.0)]
+    assert died.started == RunStarted(config="second", plan="")
+    assert died.finished is None
+    end = RunFinished(steps=2, tokens=2, seconds=2.0)
+    assert summarize([Event(float(i), body) for i, body in enumerate([*bodies, end])]).finished == end
+
+
 @pytest.mark.parametrize(
     ("shown", "expected"),
     [
@@ -273,3 +290,12 @@ def test_throughput_of_a_run_weighs_steps_by_their_length() -> None:
 )
 def test_numbers_read_well(shown: str, expected: str) -> None:
     assert shown == expected
+
+
+def test_a_hostile_title_or_description_of_a_plot_stays_text() -> None:
+    plot = Plot(
+        id="plot-x", title=HOSTILE, description=HOSTILE, x_label="</text><b>", x=[1.0, 2.0], y=[1.0, 2.0], num_x=2
+    )  # fmt: skip
+    page = Page(draw(plot))
+    assert {"script", "img", "b"}.isdisjoint(tag for tag, _ in page.tags)
+    assert page.text.count(HOSTILE) == 2

@@ -60,8 +60,8 @@ def _farspan(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Callable[[], tupl
 def _torch(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     def run() -> tuple[Tensor, ...]:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        batched = [x.transpose(0, 1).unsqueeze(0) for x in leaves]
-        out = torch.nn.functional.scaled_dot_product_attention(*batched, is_causal=True, enable_gqa=True)
+        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in leaves)
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         out = out[0].transpose(0, 1)
         return out.detach(), *torch.autograd.grad(out, leaves, dout)
 

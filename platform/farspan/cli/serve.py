@@ -1,0 +1,40 @@
+"""`farspan serve`."""
+
+from __future__ import annotations
+
+import threading
+
+import typer
+from rich.console import Console
+
+from farspan.config.check import check_serve
+from farspan.config.load import dump_config, load_config
+from farspan.config.schema import ServeConfig
+from farspan.storage.paths import absolute_uri
+
+
+def run_serve(path: str, overrides: list[str], *, dry_run: bool) -> None:
+    """Serve a config until Ctrl-C."""
+    config = load_config(ServeConfig, path, overrides)
+    check_serve(config)
+    config.model = absolute_uri(config.model)
+    if dry_run:
+        typer.echo(dump_config(config), nl=False)
+        return
+    from farspan.jobs.launch import local_ray
+    from farspan.serve.app import check_app, num_cpus, run_app
+
+    console = Console(highlight=False, soft_wrap=True)
+    # Before Ray is started: a folder that cannot be served is refused in a second, not in twenty.
+    check_app(config)
+    console.print(
+        f"starting {config.prefill.replicas} prefill and {config.decode.replicas} decode workers for {config.model}",
+        markup=False,
+    )
+    with local_ray(num_cpus(config) + 1), run_app(config) as running:
+        console.print(f"ready: {running.url}  model {running.model}  key file {running.api_key_file}", markup=False)
+        console.print("Ctrl-C stops it", markup=False)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            console.print("stopping", markup=False)

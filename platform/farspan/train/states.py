@@ -1,0 +1,51 @@
+"""Sharded optimizer states as whole tensors on rank 0, and back onto any number of ranks. Every call is collective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def gather_states(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """`<weight>/<state>` -> whole tensor on the CPU of rank 0; other ranks get nothing.
+
+    One tensor travels at a time.
+    """
+    first = dist.get_rank() == 0
+    whole: dict[str, Tensor] = {}
+    for name, weight in module.named_parameters():
+        for key, value in optimizer.state[weight].items():
+            tensor = value.full_tensor() if isinstance(value, DTensor) else value
+            if first:
+                # A copy: what is written later must not change with the next step.
+                whole[f"{name}/{key}"] = tensor.detach().to("cpu", copy=True)
+    return whole
+
+
+def scatter_states(module: nn.Module, optimizer: torch.optim.Optimizer, whole: Mapping[str, Tensor]) -> None:
+    """Put what `gather_states` gave (read on rank 0) into the optimizer, each rank keeping its shard."""
+    names: list[Any] = [sorted(whole)]
+    dist.broadcast_object_list(names, src=0)
+    weights = dict(module.named_parameters())
+    for full_name in names[0]:
+        name, _, key = full_name.rpartition("/")
+        weight = weights[name]
+        optimizer.state[weight][key] = _received(whole.get(full_name), weight)
+
+
+def _received(tensor: Tensor | None, weight: nn.Parameter) -> Tensor:
+    """One state on this rank: cut like its weight, or, for the scalar step count, the same everywhere."""
+    shape: list[Any] = [None if tensor is None else (tuple(tensor.shape), tensor.dtype)]
+    dist.broadcast_object_list(shape, src=0)
+    size, dtype = shape[0]
+    if isinstance(weight, DTensor) and size == tuple(weight.shape):
+        full = torch.empty(size, dtype=dtype) if tensor is None else tensor
+        return distribute_tensor(full.to(weight.device), weight.device_mesh, weight.placements)
+    values: list[Any] = [tensor]
+    dist.broadcast_object_list(values, src=0)
+    return torch.as_tensor(values[0], dtype=dtype)

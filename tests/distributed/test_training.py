@@ -1,0 +1,196 @@
+"""Training over ranks against plain transformers in one process, and against itself cut differently."""
+
+from __future__ import annotations
+
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.support.corpus import small_corpus
+from tests.support.ranks import RankFailed, RankPool
+from tests.support.relative import relative_error
+from tests.support.runs import tiny_run
+
+from farspan.batch import IGNORED_LABEL
+from farspan.config.schema import RunConfig
+from farspan.data.reader import Reader, open_corpus
+from farspan.models.checkpoint import load_causal_lm, make_config, random_causal_lm
+from farspan.plan.facts import model_facts
+from farspan.plan.run_plan import plan_run
+from farspan.telemetry.events import EventBody, StepReport
+from farspan.train import checkpoint as checkpoint_room
+from farspan.train.build import build, model_config
+from farspan.train.loop import train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return small_corpus(tmp_path_factory.mktemp("training"))
+
+
+def gradients(config: RunConfig, cache: str) -> tuple[float, dict[str, torch.Tensor], int]:
+    """(loss, every whole gradient, bytes sent) of the first step, on one rank."""
+    step = build(config, CPU, Path(cache)).step
+    loss, _ = step.backward()
+    grads = {n.removeprefix("model."): p.grad.full_tensor() for n, p in step.loss.named_parameters()}
+    return loss.item(), grads, step.exchange.bytes_sent
+
+
+def by_plain_transformers(config: RunConfig, cache: Path) -> tuple[float, dict[str, torch.Tensor]]:
+    """The same step as one process that never packs: every document alone, torch's own attention and loss."""
+    corpus = open_corpus(config.data.corpus, cache)
+    model = random_causal_lm(model_config(config, corpus.vocab_size, cache), config.seed).double().train()
+    reader = Reader(corpus, config.data.sequence_tokens, config.seed)
+    num_sequences = config.parallel.workers // config.parallel.sp * config.train.accumulation
+    batches = [reader.batch(i) for i in range(num_sequences)]
+    num_labels = sum(int((b.labels_T != IGNORED_LABEL).sum()) for b in batches)
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in batches:
+        for start, stop in pairwise(batch.bounds):
+            tokens = batch.tokens_T[start:stop].unsqueeze(0)
+            logits = model(input_ids=tokens, use_cache=False).logits[0]
+            total = total + torch.nn.functional.cross_entropy(logits[:-1], tokens[0, 1:], reduction="sum")
+    (total / num_labels).backward()
+    return total.item() / num_labels, {n: p.grad for n, p in model.named_parameters()}
+
+
+LAYOUTS = {
+    "1 process": ["parallel.workers=1"],
+    "sp 2": ["parallel.workers=2", "parallel.sp=2"],
+    "sp 4": ["parallel.workers=4", "parallel.sp=4"],
+    "dp 2": ["parallel.workers=2"],
+    "dp 2 x sp 2": ["parallel.workers=4", "parallel.sp=2"],
+    "sp 2, accumulation 3": ["parallel.workers=2", "parallel.sp=2", "train.accumulation=3"],
+    "sp 2, recompute": ["parallel.workers=2", "parallel.sp=2", "train.recompute=true"],
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_loss_and_every_gradient_equal_plain_transformers(
+    ranks: RankPool, corpus: str, tmp_path: Path, name: str
+) -> None:
+    config = tiny_run(corpus, str(tmp_path / "run"), *LAYOUTS[name])
+    want_loss, want = by_plain_transformers(config, tmp_path)
+    for loss, grads, _ in ranks.run(gradients, config.parallel.workers, config, str(tmp_path / "cache")):
+        assert abs(loss - want_loss) < 1e-12 * want_loss
+        assert grads.keys() == want.keys()
+        for parameter, grad in want.items():
+            assert relative_error(grads[parameter], grad) < 1e-10, parameter
+
+
+@pytest.mark.parametrize("name", ["sp 2", "sp 4", "sp 2, accumulation 3", "sp 2, recompute"])
+def test_the_plan_predicts_the_bytes_that_are_sent(ranks: RankPool, corpus: str, tmp_path: Path, name: str) -> None:
+    config = tiny_run(corpus, str(tmp_path / "run"), *LAYOUTS[name])
+    facts = model_facts(make_config("llama", {**config.model.settings, "vocab_size": 300}))
+    answers = ranks.run(gradients, config.parallel.workers, config, str(tmp_path / "cache"))
+    assert {sent for _, _, sent in answers} == {plan_run(config, facts, compute_bytes=8).exchange_bytes_per_step}
+
+
+def run_to_end(config: RunConfig, cache: str) -> list[EventBody]:
+    events: list[EventBody] = []
+    train(build(config, CPU, Path(cache)), config, events.append)
+    return events
+
+
+def losses(events: list[EventBody]) -> dict[int, float]:
+    return {e.step: e.loss for e in events if isinstance(e, StepReport)}
+
+
+def run(ranks: RankPool, config: RunConfig, tmp_path: Path) -> list[EventBody]:
+    return ranks.run(run_to_end, config.parallel.workers, config, str(tmp_path / "cache"))[0]
+
+
+TWO_RANKS = ["parallel.workers=2", "parallel.sp=2", "model.dtype=float32"]
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(ranks: RankPool, corpus: str, tmp_path: Path) -> None:
+    whole = losses(run(ranks, tiny_run(corpus, str(tmp_path / "whole"), *TWO_RANKS), tmp_path))
+    assert list(whole) == [1, 2, 3, 4]
+    assert whole[4] < whole[1]
+    halted = tiny_run(corpus, str(tmp_path / "halted"), *TWO_RANKS, "train.checkpoint_every=2")
+    run(ranks, halted, tmp_path)
+    shutil.rmtree(tmp_path / "halted" / "checkpoints" / "step-00000004")
+    resumed = losses(run(ranks, halted, tmp_path))
+    # Bit for bit: the same ranks, the same order of arithmetic.
+    assert resumed == {3: whole[3], 4: whole[4]}
+
+
+def test_a_run_resumed_on_another_number_of_processes_reads_the_same_tokens(
+    ranks: RankPool, corpus: str, tmp_path: Path
+) -> None:
+    config = tiny_run(corpus, str(tmp_path / "run"), "parallel.workers=4", "parallel.sp=4", "train.checkpoint_every=2")
+    whole = losses(run(ranks, config, tmp_path))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    fewer = tiny_run(corpus, str(tmp_path / "run"), "parallel.workers=1")
+    resumed = losses(run(ranks, fewer, tmp_path))
+    assert resumed == pytest.approx({3: whole[3], 4: whole[4]}, rel=1e-6)
+
+
+def test_a_torn_checkpoint_is_passed_over_for_the_one_before(ranks: RankPool, corpus: str, tmp_path: Path) -> None:
+    config = tiny_run(corpus, str(tmp_path / "run"), *TWO_RANKS, "train.checkpoint_every=2")
+    first = losses(run(ranks, config, tmp_path))
+    torn = tmp_path / "run" / "checkpoints" / "step-00000004" / "optimizer.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-1] + b"x")
+    assert losses(run(ranks, config, tmp_path)) == {3: first[3], 4: first[4]}
+
+
+def test_a_run_with_other_data_does_not_resume(ranks: RankPool, corpus: str, tmp_path: Path) -> None:
+    run(ranks, tiny_run(corpus, str(tmp_path / "run"), "train.steps=1"), tmp_path)
+    with pytest.raises(RankFailed, match=r"written with seed=0, this run has 7; .*train.resume=false"):
+        run(ranks, tiny_run(corpus, str(tmp_path / "run"), "seed=7"), tmp_path)
+
+
+def test_the_published_model_is_an_ordinary_hugging_face_folder(ranks: RankPool, corpus: str, tmp_path: Path) -> None:
+    run(ranks, tiny_run(corpus, str(tmp_path / "run"), *TWO_RANKS, "train.steps=2"), tmp_path)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    ours = load_causal_lm(tmp_path / "run" / "checkpoints" / "step-00000002", torch.float32)
+    text = "def f(x):\n    return x\n"
+    ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "run" / "model")(text)["input_ids"]])
+    assert torch.equal(plain(ids).logits, ours(ids).logits)
+    assert plain.lm_head.weight.data_ptr() == plain.model.embed_tokens.weight.data_ptr()
+
+
+def fail_on_rank_0() -> str:
+    def act() -> Any:
+        raise OSError(28, "No space left on device")
+
+    try:
+        checkpoint_room.on_rank_0(act)
+    except Exception as problem:
+        return str(problem)
+    return "nothing was raised"
+
+
+def test_a_failure_on_rank_0_reaches_every_rank_instead_of_hanging_them(ranks: RankPool) -> None:
+    answers = ranks.run(fail_on_rank_0, 4)
+    assert set(answers) == {"rank 0 failed: OSError: [Errno 28] No space left on device"}
+
+
+def run_with_nan(config: RunConfig, cache: str) -> tuple[str, bool]:
+    training = build(config, CPU, Path(cache))
+    before = [p.full_tensor().clone() for p in training.step.loss.parameters()]
+    with torch.no_grad():
+        next(training.step.loss.parameters()).to_local()[0, 0] = float("nan")
+    message = "nothing was raised"
+    try:
+        training.step.run(0)
+    except Exception as problem:
+        message = str(problem)
+    after = [p.full_tensor() for p in training.step.loss.parameters()]
+    return message, all(torch.equal(a, b) for a, b in list(zip(before, after, strict=True))[1:])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_weights(
+    ranks: RankPool, corpus: str, tmp_path: Path
+) -> None:
+    config = tiny_run(corpus, str(tmp_path / "run"), "parallel.workers=2", "parallel.sp=2")
+    for message, unchanged in ranks.run(run_with_nan, 2, config, str(tmp_path / "cache")):
+        assert "weights were not changed; lower optim.lr" in message
+        assert unchanged
