@@ -41,8 +41,8 @@ def test_attention_and_its_gradients_equal_torch_sdpa(backend, shape, causal, dt
     want = oracle(*leaves, scale=0.3, causal=causal)
     want.backward(dout.double())
     forward, backward = BACKENDS[backend]
-    out, lse = forward(q, k, v, scale=0.3, causal=causal)
-    grads = backward(dout, q, k, v, out, lse, scale=0.3, causal=causal)
+    out, lse = forward(q, k, v, scale=0.3, offset=0 if causal else None)
+    grads = backward(dout, q, k, v, out, lse, scale=0.3, offset=0 if causal else None)
     for name, got, leaf in zip(
         ("out", "dq", "dk", "dv"), (out, *grads), (want, *(x.grad for x in leaves)), strict=True
     ):
@@ -57,14 +57,14 @@ def test_attention_and_its_gradients_equal_torch_sdpa(backend, shape, causal, dt
 def test_two_key_ranges_with_the_merged_lse_equal_one_attention_over_both(backend) -> None:
     q, k, v, dout = make((50, 8, 2, 16, 16), torch.float64)
     forward, backward = BACKENDS[backend]
-    whole, lse = forward(q, k, v, scale=0.25, causal=False)
-    parts = [forward(q, k[s], v[s], scale=0.25, causal=False) for s in (slice(0, 17), slice(17, 50))]
+    whole, lse = forward(q, k, v, scale=0.25, offset=None)
+    parts = [forward(q, k[s], v[s], scale=0.25, offset=None) for s in (slice(0, 17), slice(17, 50))]
     merged, merged_lse = merge_partials_reference(*parts[0], *parts[1])
     assert relative_error(merged, whole) < 1e-13
     assert relative_error(merged_lse, lse) < 1e-13
-    want = backward(dout, q, k, v, whole, lse, scale=0.25, causal=False)
+    want = backward(dout, q, k, v, whole, lse, scale=0.25, offset=None)
     pieces = [
-        backward(dout, q, k[s], v[s], merged, merged_lse, scale=0.25, causal=False)
+        backward(dout, q, k[s], v[s], merged, merged_lse, scale=0.25, offset=None)
         for s in (slice(0, 17), slice(17, 50))
     ]
     assert relative_error(pieces[0][0] + pieces[1][0], want[0]) < 1e-12
@@ -80,3 +80,35 @@ def test_a_query_that_saw_no_key_merges_to_the_other_range_and_never_to_nan() ->
     assert torch.equal(lse, torch.zeros(2, 1))
     out, lse = merge_partials_reference(a, nothing, b, nothing)
     assert torch.equal(out, torch.zeros_like(out))
+
+
+BANDS = [(40, 40, 0, 7), (33, 50, 17, None), (33, 50, 17, 12), (20, 30, -9, None), (16, 16, 40, 30), (25, 25, 0, 1)]
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("band", BANDS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_offsets_windows_and_soft_caps_equal_a_softmax_over_the_visible_keys(backend, band, softcap) -> None:
+    num_queries, num_keys, offset, window = band
+    _, k, v, _ = make((num_keys, 6, 2, 16, 16), torch.float64)
+    q, _, _, dout = make((num_queries, 6, 2, 16, 16), torch.float64, seed=1)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    behind = torch.arange(num_queries)[:, None] + offset - torch.arange(num_keys)
+    seen = (behind >= 0) & (behind < (window or 10**9))
+    wide_k, wide_v = (x.repeat_interleave(3, dim=1) for x in leaves[1:])
+    scores = torch.einsum("thd,shd->hts", leaves[0], wide_k) * 0.3
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    # Rows without a key become zero, as the contract says.
+    probs = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0)
+    want = torch.einsum("hts,shc->thc", probs, wide_v)
+    want.backward(dout)
+    forward, backward = BACKENDS[backend]
+    rule = {"scale": 0.3, "offset": offset, "window": window, "softcap": softcap}
+    out, lse = forward(q, k, v, **rule)
+    grads = backward(dout, q, k, v, out, lse, **rule)
+    assert bool((lse[~seen.any(1)] == float("-inf")).all())
+    for name, got, leaf in zip(
+        ("out", "dq", "dk", "dv"), (out, *grads), (want, *(x.grad for x in leaves)), strict=True
+    ):
+        expected = leaf.nan_to_num(0.0)
+        assert float((got.detach() - expected).norm()) < 1e-12 * max(1.0, float(expected.norm())), name

@@ -119,12 +119,12 @@ class PagedBatch:
         scale: float,
     ) -> Tensor:
         here = slice(segment.start, segment.start + segment.length)
-        out_THC, lse_TH = self.kernel(q_THD[here], k_TGD[here], v_TGC[here], scale=scale, causal=True)
+        out_THC, lse_TH = self.kernel(q_THD[here], k_TGD[here], v_TGC[here], scale=scale, offset=0)
         if segment.past == 0:
             return out_THC
         past_k_SGD = keys_PSGD[segment.pages_N].flatten(0, 1)[: segment.past]
         past_v_SGC = values_PSGC[segment.pages_N].flatten(0, 1)[: segment.past]
-        past_THC, past_lse_TH = self.kernel(q_THD[here], past_k_SGD, past_v_SGC, scale=scale, causal=False)
+        past_THC, past_lse_TH = self.kernel(q_THD[here], past_k_SGD, past_v_SGC, scale=scale, offset=None)
         return merge_partials_reference(past_THC, past_lse_TH, out_THC, lse_TH)[0]
 
 

@@ -111,4 +111,4 @@ class _ShapeProbe:
         if layer in self.shapes:
             raise ModelError(f"layer {layer} computes attention more than once")
         self.shapes[layer] = (k_TGD.shape[1], k_TGD.shape[2], v_TGC.shape[2])
-        return choose_attention(q_THD.device)[0](q_THD, k_TGD, v_TGC, scale=scale, causal=True)[0]
+        return choose_attention(q_THD.device)[0](q_THD, k_TGD, v_TGC, scale=scale, offset=0)[0]

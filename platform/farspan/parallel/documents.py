@@ -28,7 +28,7 @@ class _DocumentAttention(torch.autograd.Function):
     def forward(ctx: Any, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, bounds: tuple[int, ...], scale: float) -> Tensor:
         attend, _ = choose_attention(q_THD.device)
         parts = [
-            attend(q_THD[a:b], k_TGD[a:b], v_TGD[a:b], scale=scale, causal=True) for a, b in pairwise(bounds) if b > a
+            attend(q_THD[a:b], k_TGD[a:b], v_TGD[a:b], scale=scale, offset=0) for a, b in pairwise(bounds) if b > a
         ]
         out_THD = torch.cat([out for out, _ in parts])
         lse_TH = torch.cat([lse for _, lse in parts])
@@ -53,6 +53,6 @@ class _DocumentAttention(torch.autograd.Function):
                 out_THD[a:b],
                 lse_TH[a:b],
                 scale=ctx.scale,
-                causal=True,
+                offset=0,
             )
         return dq_THD, dk_TGD, dv_TGD, None, None

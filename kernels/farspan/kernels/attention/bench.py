@@ -51,8 +51,8 @@ def _farspan(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Callable[[], tupl
     scale = q.shape[-1] ** -0.5
 
     def run() -> tuple[Tensor, ...]:
-        out, lse = forward(q, k, v, scale=scale, causal=True)
-        return out, *backward(dout, q, k, v, out, lse, scale=scale, causal=True)
+        out, lse = forward(q, k, v, scale=scale, offset=0)
+        return out, *backward(dout, q, k, v, out, lse, scale=scale, offset=0)
 
     return run
 
