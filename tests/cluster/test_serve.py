@@ -155,7 +155,10 @@ def test_chat_uses_the_models_template_and_whole_answers_equal_streamed_ones(ser
         "temperature": 0,
         "extra_body": {"some_unknown_field": {"a": 1}},
     }
-    whole = server.client.chat.completions.create(**asked)
+    raw = server.client.chat.completions.with_raw_response.create(**asked)
+    whole = raw.parse()
+    assert whole.id == f"chatcmpl-{raw.headers['x-request-id']}"
+    assert server.trace(raw.headers["x-request-id"]) == server.trace(whole.id)
     assert whole.choices[0].message.content == expected
     assert whole.usage.prompt_tokens == len(prompt_ids)
     streamed = server.client.chat.completions.create(**asked, stream=True)
@@ -250,7 +253,7 @@ def test_a_prefill_worker_killed_before_the_pull_is_not_noticed_by_the_client(se
     assert trace.recovered, trace
     assert "KV transfer failed" in trace.recoveries[0]
     assert len(trace.arrivals_s) == len(expected_tokens)
-    # And the service heals: the next request over HTTP is right too.
+    # While no prefill worker is there, the decode worker does it all: nobody waits for the replacement.
     again = server.client.completions.create(model="tiny", prompt=TEXT[1000:1900], max_tokens=MAX_TOKENS, temperature=0)
     assert again.choices[0].text == expected
     wait_until(lambda: server.infos()["prefill"].pid != killed)

@@ -65,11 +65,6 @@ class Engine:
     def num_requests(self) -> int:
         return len(self._running) + len(self._waiting) + len(self._taken)
 
-    @property
-    def queued_tokens(self) -> int:
-        """Tokens that must be computed before every request present has its next token."""
-        return sum(len(s.tokens) - s.num_computed for s in (*self._running, *self._waiting))
-
     def add(
         self,
         request_id: str,

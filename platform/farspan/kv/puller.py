@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from farspan.errors import TransferError
+from farspan.kv.layout import KvLayout
 from farspan.kv.pages import PagePool
 from farspan.kv.ticket import KvTicket
 from farspan.kv.transfer import Event, State, Transfer
@@ -37,7 +38,6 @@ class Puller:
 
     def __init__(self, pool: PagePool, transport: Transport, deadline_s: float) -> None:
         self._pool, self._transport, self._deadline_s = pool, transport, deadline_s
-        self._layout = pool.layout.fingerprint()
         self._pulling: list[Pull] = []
         self._quarantined: list[Pull] = []
 
@@ -54,7 +54,7 @@ class Puller:
 
         Raises TransferError, with `pages` still the caller's, when the ticket is not acceptable.
         """
-        refuse_ticket(ticket, self._layout, self._transport.name, unix_s)
+        refuse_ticket(ticket, self._pool.layout, self._transport.name, unix_s)
         assert len(pages) == len(ticket.pages), "one local page for each page of the ticket"
         pull = Pull(ticket, now_s + self._deadline_s, pages)
         pull.data = self._transport.read_pages(ticket.source, [ref.page for ref in ticket.pages], pages)
@@ -149,13 +149,13 @@ class Puller:
                 read.close()
 
 
-def refuse_ticket(ticket: KvTicket, layout: str, transport: str, unix_s: float) -> None:
+def refuse_ticket(ticket: KvTicket, layout: KvLayout, transport: str, unix_s: float) -> None:
     """Raises TransferError when a ticket cannot be honoured, before a byte moves."""
 
     def refuse(reason: str) -> None:
         raise TransferError(ticket.request_id, reason)
 
-    if ticket.layout != layout:
+    if ticket.layout != layout.fingerprint():
         refuse("the source has another model or KV layout")
     if ticket.source.transport != transport:
         refuse(f"the source speaks {ticket.source.transport}, not {transport}")
@@ -163,5 +163,7 @@ def refuse_ticket(ticket: KvTicket, layout: str, transport: str, unix_s: float) 
         refuse("the lease has expired")
     if not ticket.pages:
         refuse("the ticket names no page")
+    if len(ticket.pages) != layout.num_pages(ticket.num_tokens):
+        refuse(f"the ticket names {len(ticket.pages)} pages for {ticket.num_tokens} tokens")
     if unknown := [ref.page for ref in ticket.pages if not 0 <= ref.page < ticket.source.num_pages]:
         refuse(f"the source has no page {unknown[0]}, only 0..{ticket.source.num_pages - 1}")

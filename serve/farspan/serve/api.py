@@ -64,6 +64,9 @@ class Api:
             infos = await self._router.info()
         except FarspanError as problem:
             return JSONResponse({"status": "waiting", "reason": str(problem)}, status_code=503)
+        if len({info.layout for info in infos}) != 1:
+            reason = "prefill and decode workers have different models or KV layouts"
+            return JSONResponse({"status": "mismatched", "reason": reason}, status_code=503)
         return JSONResponse({"status": "ready", "roles": [info.role for info in infos]})
 
     async def models(self, request: Request) -> Response:

@@ -17,7 +17,9 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 
 from farspan.config.check import check_serve
 from farspan.config.schema import RoleConfig, ServeConfig
+from farspan.engine.probe import refuse_config
 from farspan.errors import ClusterError
+from farspan.models.checkpoint import open_config
 from farspan.serve.api import Api, build_http
 from farspan.serve.folder import open_model_folder
 from farspan.serve.keys import key_hashes
@@ -47,10 +49,12 @@ def model_name(config: ServeConfig) -> str:
 def check_app(config: ServeConfig) -> Path:
     """Refuse what cannot be served before anything starts; the local model folder.
 
-    Raises ConfigError, CheckpointError or StorageError in one sentence.
+    Raises ConfigError, CheckpointError, StorageError or ModelError in one sentence.
     """
     check_serve(config)
-    return open_model_folder(config.model)
+    folder = open_model_folder(config.model)
+    refuse_config(open_config(folder))
+    return folder
 
 
 def build_app(config: ServeConfig, hashes: tuple[str, ...]) -> Any:
@@ -75,6 +79,8 @@ def _options(role: RoleConfig, config: ServeConfig) -> dict[str, Any]:
         "num_replicas": role.replicas,
         "max_ongoing_requests": config.engine.max_sequences * _REQUESTS_PER_SEQUENCE,
         "ray_actor_options": {"num_cpus": role.cpus, "num_gpus": role.gpus},
+        # What a constructor refuses (a model that fails its self-check) it refuses every time.
+        "max_constructor_retry_count": 2,
         "health_check_period_s": 2,
         "graceful_shutdown_wait_loop_s": 0.1,
         "graceful_shutdown_timeout_s": 5,

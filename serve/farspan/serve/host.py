@@ -221,7 +221,11 @@ class EngineHost:
             return
         self._clients[request.request_id] = client
         if client.ticket is not None:
-            self._wanting_pages.append(client)
+            if client.ticket.num_tokens == len(request.prompt) and client.answered:
+                self._wanting_pages.append(client)
+            else:
+                reason = f"the ticket is for {client.ticket.num_tokens} tokens, the prompt has {len(request.prompt)}"
+                self._fail(client, TransferError(request.request_id, reason))
             return
         try:
             self._engine.add(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack
 from typing import Any, Protocol
 
 from ray.exceptions import RayError
@@ -17,6 +18,8 @@ from farspan.serve.messages import Failed, GenerationRequest, Prefilled, StreamI
 logger = logging.getLogger(__name__)
 
 _CONTROL_TIMEOUT_S = 10.0
+# A prefill worker of its own is an optimisation: while none is there, prompts are computed where they are decoded.
+_ASSIGN_TIMEOUT_S = 3.0
 
 
 class Workers(Protocol):
@@ -47,7 +50,12 @@ class Router:
 
     async def prefill(self, request: GenerationRequest) -> Prefilled | Failed:
         try:
-            answer: Prefilled | Failed = await self._prefill.prefill.remote(request)
+            async with AsyncExitStack() as stack:
+                async with asyncio.timeout(_ASSIGN_TIMEOUT_S):
+                    chosen = await stack.enter_async_context(self._prefill.prefill.choose_replica(request))
+                answer: Prefilled | Failed = await self._prefill.dispatch(chosen, request)
+        except TimeoutError:
+            return Failed(ClusterError(f"no prefill worker was free within {_ASSIGN_TIMEOUT_S:g} s"))
         except (RayError, RayServeException) as problem:
             return Failed(ClusterError(f"the prefill worker was lost: {type(problem).__name__}"))
         return answer

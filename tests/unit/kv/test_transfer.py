@@ -121,6 +121,7 @@ def test_a_flipped_bit_on_either_side_is_seen():
         (lambda t: replace(t, pages=(replace(t.pages[0], page=6), *t.pages[1:])), "no page 6"),
         (lambda t: replace(t, pages=(replace(t.pages[0], page=-1), *t.pages[1:])), "no page -1"),
         (lambda t: replace(t, pages=()), "names no page"),
+        (lambda t: replace(t, num_tokens=13), "3 pages for 13 tokens"),
         (lambda t: replace(t, source=replace(t.source, transport="nixl")), "speaks nixl"),
         (lambda t: replace(t, source=replace(t.source, incarnation="gone")), "is gone"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tests.unit.serve.tiny_folder import write_tiny_model
 
 from farspan.config.load import load_config
 from farspan.config.schema import EngineConfig, ServeConfig
-from farspan.errors import CheckpointError, ConfigError
+from farspan.errors import CheckpointError, ConfigError, ModelError
 from farspan.serve.app import check_app, model_name, run_app
 from farspan.serve.folder import open_model_folder
 from farspan.serve.worker import worker_threads
@@ -40,6 +41,18 @@ def test_an_incomplete_model_folder_is_refused_before_ray_starts(folder, tmp_pat
 def test_a_host_beyond_this_machine_without_keys_is_refused_before_ray_starts(folder):
     config = ServeConfig(model=str(folder), host="0.0.0.0")
     with pytest.raises(ConfigError, match="api_key_file"), run_app(config):
+        raise AssertionError("it must not start")
+    assert not ray.is_initialized()
+
+
+def test_a_model_the_engine_cannot_run_is_refused_before_ray_starts(folder, tmp_path):
+    for file in folder.iterdir():
+        if file.name != "config.json":
+            (tmp_path / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="rope_type dynamic"), run_app(ServeConfig(model=str(tmp_path))):
         raise AssertionError("it must not start")
     assert not ray.is_initialized()
 

@@ -1,0 +1,189 @@
+"""An engine behind asyncio: answers are the engine's own, and nothing is held for those who left."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import replace
+
+import pytest
+from tests.unit.engine.tiny import engine_config, prompts, reference, tiny_model
+
+from farspan.config.schema import TransferConfig
+from farspan.engine.engine import Engine
+from farspan.engine.request import SamplingParams
+from farspan.errors import EngineError, RequestError, TransferError
+from farspan.kv.transports.memory import MemoryNetwork, MemoryTransport
+from farspan.serve.host import EngineHost
+from farspan.serve.messages import Failed, GenerationRequest, Prefilled, Pulled, Tokens
+
+MAX_TOKENS = 20
+
+
+def request(name: str, prompt: list[int], max_tokens: int = MAX_TOKENS) -> GenerationRequest:
+    return GenerationRequest(name, tuple(prompt), SamplingParams(max_tokens=max_tokens))
+
+
+class Hosts:
+    """A prefill and a decode host in one process."""
+
+    def __init__(self, lease_s: float = 60.0) -> None:
+        network = MemoryNetwork()
+        config = TransferConfig(deadline_s=1.0, lease_s=lease_s)
+        self.engines = [Engine(tiny_model(), engine_config()) for _ in range(2)]
+        self.prefill, self.decode = (
+            EngineHost(role, engine, MemoryTransport(engine.pool, network), config)
+            for role, engine in zip(("prefill", "decode"), self.engines, strict=True)
+        )
+        for host in (self.prefill, self.decode):
+            host.start()
+
+    async def settled(self, condition: Callable) -> None:
+        deadline = time.monotonic() + 30
+        while not all([condition(await host.info()) for host in (self.prefill, self.decode)]):
+            assert time.monotonic() < deadline, "it never settled"
+            await asyncio.sleep(0.01)
+        for host in (self.prefill, self.decode):
+            await host.check_integrity()
+
+    def stop(self) -> None:
+        for host in (self.prefill, self.decode):
+            host.stop()
+
+
+@pytest.fixture
+def hosts():
+    made = Hosts()
+    yield made
+    made.stop()
+
+
+def idle(info) -> bool:
+    return info.num_free == info.num_pages and info.num_requests == 0
+
+
+async def collect(stream) -> tuple[list[int], list]:
+    items = [item async for item in stream]
+    return [token for item in items if isinstance(item, Tokens) for token in item.tokens], items
+
+
+def test_many_split_requests_at_once_equal_generate(hosts):
+    asked = prompts(3, 50, 17, 34, 60, 9)
+    expected = [reference(tiny_model(), prompt, MAX_TOKENS) for prompt in asked]
+
+    async def one(name: str, prompt: list[int]) -> list[int]:
+        prefilled = await hosts.prefill.prefill(request(name, prompt))
+        assert isinstance(prefilled, Prefilled)
+        stream = hosts.decode.stream(request(name, prompt), (prefilled.token,), prefilled.ticket)
+        tokens, items = await collect(stream)
+        assert isinstance(items[0], Pulled)
+        assert items[0].num_bytes == prefilled.ticket.num_bytes
+        assert await hosts.prefill.release(prefilled.ticket.ticket_id)
+        return [prefilled.token, *tokens]
+
+    async def run() -> None:
+        answers = await asyncio.gather(*(one(f"r{i}", prompt) for i, prompt in enumerate(asked)))
+        assert answers == expected
+        await hosts.settled(idle)
+
+    asyncio.run(run())
+
+
+def test_a_reader_that_leaves_frees_everything_at_once(hosts):
+    (prompt,) = prompts(40)
+
+    async def run() -> None:
+        async with aclosing(hosts.decode.stream(request("gone", prompt, 400), (), None)) as stream:
+            async for _ in stream:
+                break
+        await hosts.settled(idle)
+
+    asyncio.run(run())
+
+
+def test_a_lease_nobody_claims_is_taken_back():
+    hosts = Hosts(lease_s=0.3)
+    (prompt,) = prompts(40)
+
+    async def run() -> None:
+        prefilled = await hosts.prefill.prefill(request("r", prompt))
+        assert isinstance(prefilled, Prefilled)
+        assert (await hosts.prefill.info()).open_leases == 1
+        await hosts.settled(idle)
+        stream = hosts.decode.stream(request("r", prompt), (prefilled.token,), prefilled.ticket)
+        (failed,) = (await collect(stream))[1]
+        assert isinstance(failed, Failed)
+        assert isinstance(failed.error, TransferError)
+        assert "expired" in failed.error.reason
+        await hosts.settled(idle)
+
+    try:
+        asyncio.run(run())
+    finally:
+        hosts.stop()
+
+
+def test_a_bad_ticket_or_a_bad_request_fails_alone(hosts):
+    good, prompt = prompts(20, 40)
+    expected = reference(tiny_model(), good, MAX_TOKENS)
+
+    async def run() -> None:
+        prefilled = await hosts.prefill.prefill(request("bad", prompt))
+        assert isinstance(prefilled, Prefilled)
+        forged = replace(prefilled.ticket, layout="another model")
+        answers = await asyncio.gather(
+            collect(hosts.decode.stream(request("bad", prompt), (prefilled.token,), forged)),
+            collect(hosts.decode.stream(request("good", good), (), None)),
+            collect(hosts.decode.stream(request("empty", []), (), None)),
+            collect(hosts.decode.stream(request("other", good), (prefilled.token,), prefilled.ticket)),
+        )
+        assert isinstance(answers[0][1][0].error, TransferError)
+        assert answers[1][0] == expected
+        assert isinstance(answers[2][1][0].error, RequestError)
+        assert "ticket is for 40 tokens" in str(answers[3][1][0].error)
+        assert await hosts.prefill.release(prefilled.ticket.ticket_id)
+        await hosts.settled(idle)
+
+    asyncio.run(run())
+
+
+def test_a_decode_worker_without_room_says_so_within_the_deadline(hosts):
+    (prompt,) = prompts(40)
+    pool = hosts.engines[1].pool
+
+    async def run() -> None:
+        taken = await hosts.decode._call(lambda: pool.alloc(pool.num_free - 1))
+        prefilled = await hosts.prefill.prefill(request("r", prompt))
+        stream = hosts.decode.stream(request("r", prompt), (prefilled.token,), prefilled.ticket)
+        (failed,) = (await collect(stream))[1]
+        assert "no free pages" in str(failed.error)
+        await hosts.decode._call(lambda: pool.free(taken))
+        await hosts.prefill.release(prefilled.ticket.ticket_id)
+        await hosts.settled(idle)
+
+    asyncio.run(run())
+
+
+def test_when_the_engine_breaks_everybody_is_told_and_the_host_reports_ill(hosts):
+    (prompt,) = prompts(10)
+
+    async def run() -> None:
+        def explode() -> list:
+            raise MemoryError("no memory")
+
+        stream = hosts.decode.stream(request("r", prompt, 400), (), None)
+        first = await anext(stream)
+        assert isinstance(first, Tokens)
+        hosts.engines[1].step = explode
+        last = first
+        async for item in stream:
+            last = item
+        assert isinstance(last, Failed)
+        assert "MemoryError" in str(last.error)
+        with pytest.raises(EngineError, match="MemoryError"):
+            hosts.decode.check()
+        hosts.prefill.check()
+
+    asyncio.run(run())
