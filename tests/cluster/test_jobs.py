@@ -112,7 +112,7 @@ def test_the_command_line_submits_too(ray_cluster: LocalRay, corpus: str, tmp_pa
     overrides = [f"data.corpus={corpus}", f"output={tmp_path / 'run'}", "data.sequence_tokens=64", "train.steps=1"]
     answer = subprocess.run(
         [sys.executable, "-m", "farspan.cli.main", "train", "run.yaml", *overrides, "--cluster", ray_cluster.dashboard],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        cwd=tmp_path, capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert answer.returncode == 0, answer.stderr
     assert "submitted raysubmit_" in answer.stdout

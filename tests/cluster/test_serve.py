@@ -14,7 +14,6 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-import ray
 import torch
 from ray import serve
 from tests.unit.serve.tiny_folder import TEXT, write_tiny_model
@@ -57,13 +56,6 @@ class Server:
     def infos(self) -> dict:
         handles = [serve.get_deployment_handle(name, app_name="farspan") for name in ("prefill", "decode")]
         return {info.role: info for info in (handle.info.remote().result(timeout_s=60) for handle in handles)}
-
-
-@pytest.fixture(scope="module")
-def ray_cluster() -> Iterator[None]:
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
