@@ -17,12 +17,14 @@ from tests.support.runs import tiny_run
 from farspan.batch import IGNORED_LABEL
 from farspan.config.schema import RunConfig
 from farspan.data.reader import Reader, open_corpus
+from farspan.errors import FarspanError
 from farspan.models.checkpoint import load_causal_lm, make_config, random_causal_lm
 from farspan.plan.facts import model_facts
 from farspan.plan.run_plan import plan_run
 from farspan.telemetry.events import EventBody, StepReport
 from farspan.train import checkpoint as checkpoint_room
 from farspan.train.build import build, model_config
+from farspan.train.checkpoint import list_checkpoints
 from farspan.train.loop import train
 
 CPU = torch.device("cpu")
@@ -155,6 +157,24 @@ def test_the_published_model_is_an_ordinary_hugging_face_folder(ranks: RankPool,
     ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "run" / "model")(text)["input_ids"]])
     assert torch.equal(plain(ids).logits, ours(ids).logits)
     assert plain.lm_head.weight.data_ptr() == plain.model.embed_tokens.weight.data_ptr()
+
+
+def run_refused(config: RunConfig, cache: str) -> str:
+    try:
+        run_to_end(config, cache)
+    except FarspanError as problem:
+        return str(problem)
+    return "nothing was raised"
+
+
+def test_a_full_disk_stops_every_rank_and_shows_no_checkpoint(
+    ranks: RankPool, corpus: str, tmp_path: Path, small_disk: Path
+) -> None:
+    config = tiny_run(corpus, str(small_disk / "run"), *TWO_RANKS, "train.steps=1")
+    for message in ranks.run(run_refused, 2, config, str(tmp_path / "cache")):
+        assert "full" in message or "space" in message.lower(), message
+    assert list_checkpoints(config.output) == []
+    assert [p for p in (small_disk / "run").rglob("*") if p.is_file() and not p.name.startswith(".")] == []
 
 
 def fail_on_rank_0() -> str:
