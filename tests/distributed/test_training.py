@@ -122,6 +122,20 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(ranks: RankPool, corpus:
     assert resumed == {3: whole[3], 4: whole[4]}
 
 
+@pytest.mark.soak
+def test_a_run_stopped_at_many_steps_goes_on_as_if_it_had_not_stopped(
+    ranks: RankPool, corpus: str, tmp_path: Path
+) -> None:
+    steps = "train.steps=60"
+    whole = losses(run(ranks, tiny_run(corpus, str(tmp_path / "whole"), *TWO_RANKS, steps), tmp_path))
+    halted = tiny_run(corpus, str(tmp_path / "halted"), *TWO_RANKS, steps, "train.checkpoint_every=1")
+    run(ranks, halted, tmp_path)
+    for step in (59, 41, 40, 17, 3, 1):
+        for later in range(step + 1, 61):
+            shutil.rmtree(tmp_path / "halted" / "checkpoints" / f"step-{later:08d}")
+        assert losses(run(ranks, halted, tmp_path)) == {s: whole[s] for s in range(step + 1, 61)}
+
+
 def test_a_run_resumed_on_another_number_of_processes_reads_the_same_tokens(
     ranks: RankPool, corpus: str, tmp_path: Path
 ) -> None:
