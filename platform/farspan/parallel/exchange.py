@@ -14,6 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renamed both and warns about the old names; these two lines go when 2.13 is the oldest torch we run on.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass
 class Counter:
@@ -95,7 +99,7 @@ class Exchange:
         leaving = tuple(x.contiguous() for x in tensors)
         arriving = tuple(x.new_empty((self.num_ranks, *x.shape)) for x in leaving)
         works = [
-            dist.all_gather_into_tensor(out.flatten(0, 1), x, group=self.group, async_op=True)
+            _all_gather(out.flatten(0, 1), x, group=self.group, async_op=True)
             for out, x in zip(arriving, leaving, strict=True)
         ]
         self.counter.num_bytes += sum(x.nbytes for x in leaving) * (self.num_ranks - 1)
@@ -106,7 +110,7 @@ class Exchange:
         leaving = tuple(x.contiguous() for x in tensors)
         arriving = tuple(torch.empty_like(x[0]) for x in leaving)
         works = [
-            dist.reduce_scatter_tensor(out, x.flatten(0, 1), group=self.group, async_op=True)
+            _reduce_scatter(out, x.flatten(0, 1), group=self.group, async_op=True)
             for out, x in zip(arriving, leaving, strict=True)
         ]
         self.counter.num_bytes += sum(x.nbytes for x in leaving) * (self.num_ranks - 1) // self.num_ranks
