@@ -141,7 +141,8 @@ def _rank_main(pipe: Connection, rank: int, store: str, cases: tuple[BenchCase, 
 
 def _bench_case(case: BenchCase, rounds: int) -> list[dict[str, Any]]:
     tensors = _make(case)
-    contenders = [_one_process(case, tensors), *_ours(case, tensors), *_peer(case, tensors)]
+    peers, reason = _peer(case, tensors)
+    contenders = [_one_process(case, tensors), *_ours(case, tensors), *peers]
     want = _alone(case, tensors)
     errors = {c.name: _agree(c, want) for c in contenders}
     sent = {c.name: _bytes_of_one_run(c) for c in contenders}
@@ -151,7 +152,7 @@ def _bench_case(case: BenchCase, rounds: int) -> list[dict[str, Any]]:
         for contender in contenders:
             seconds[contender.name].append(_measured(contender, _seconds))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return [
+    rows: list[dict[str, Any]] = [
         {
             "strategy": c.name,
             "documents": len(case.bounds) - 1,
@@ -166,6 +167,7 @@ def _bench_case(case: BenchCase, rounds: int) -> list[dict[str, Any]]:
         }
         for c in contenders
     ]
+    return rows if peers else [*rows, {"strategy": PEER, "documents": len(case.bounds) - 1, "not_measured": reason}]
 
 
 def _make(case: BenchCase) -> list[Tensor]:
@@ -218,15 +220,17 @@ def _alone(case: BenchCase, tensors: list[Tensor]) -> list[Tensor]:
     return _with_gradients(lambda q, k, v: attend_documents(q, k, v, case.bounds, case.scale), tensors)
 
 
-def _peer(case: BenchCase, tensors: list[Tensor]) -> list[Contender]:
-    """DeepSpeed's wrapper around torch's attention; nothing in it knows documents, so it runs whole sequences only."""
-    if importlib.util.find_spec("deepspeed") is None or len(case.bounds) > 2:
-        return []
-    with warnings.catch_warnings(action="ignore"):
-        import deepspeed
-        from deepspeed.sequence.layer import DistributedAttention
+def _peer(case: BenchCase, tensors: list[Tensor]) -> tuple[list[Contender], str]:
+    """DeepSpeed's wrapper around torch's attention, or why it is not measured."""
+    if len(case.bounds) > 2:
+        return [], "its wrapper does not know documents: they would attend to each other"
+    if importlib.util.find_spec("deepspeed") is None:
+        return [], "deepspeed is not installed; pip install 'farspan[deepspeed]'"
+    problem = _start_deepspeed()
+    if problem is not None:
+        return [], problem
+    from deepspeed.sequence.layer import DistributedAttention
 
-        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     layout = ContiguousLayout(case.num_tokens, _NUM_RANKS)
     held = [layout.take(x, dist.get_rank()).unsqueeze(0) for x in tensors]
 
@@ -243,7 +247,23 @@ def _peer(case: BenchCase, tensors: list[Tensor]) -> list[Contender]:
         return [x[0] for x in _with_gradients(lambda q, k, v: wrapper(q, k, v, 0), held)]
 
     numbers = sum(x.numel() for x in held) // _NUM_RANKS
-    return [Contender(PEER, run, layout, None, 2 * numbers * 4 * (_NUM_RANKS - 1))]
+    return [Contender(PEER, run, layout, None, 2 * numbers * 4 * (_NUM_RANKS - 1))], ""
+
+
+def _start_deepspeed() -> str | None:
+    """Why DeepSpeed could not start on every rank; it compiles an extension first, which may fail."""
+    problem = None
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            import deepspeed
+
+            deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    except Exception as found:
+        problem = f"{type(found).__name__}: {found}".splitlines()[0]
+    # A contender runs on all ranks or on none: a rank that is ready must not wait for one that is not.
+    failed = torch.tensor(0.0 if problem is None else 1.0)
+    dist.all_reduce(failed)
+    return (problem or "deepspeed did not start on the other rank") if failed > 0 else None
 
 
 def _with_gradients(attend: Callable[[Tensor, Tensor, Tensor], Tensor], tensors: list[Tensor]) -> list[Tensor]:
