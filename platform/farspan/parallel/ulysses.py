@@ -1,53 +1,92 @@
-"""Ulysses: trade sequence shards for head shards, attend over whole documents, trade back.
+"""Ulysses: trade sequence shards for head shards, attend over the whole sequence, trade back.
 
-Shapes: T tokens of the sequence, R ranks, t = T / R tokens a rank holds, H query heads, G key/value heads, D head dim.
-Between the two exchanges a rank holds every token of H / R query heads.
+Shapes: R ranks, t tokens a rank holds, T = R * t, H query heads, G key/value heads, D head dim of q and k, C of v.
+Between the two exchanges a rank holds every token of H / R query heads, in the order the ranks hold them. What is
+attended there is another strategy: on one rank alone (Ulysses), or a ring (hybrid). Where a rank holds several key
+heads they are exchanged in stages, so that the next stage travels while one is computed.
 Source: DeepSpeed-Ulysses (Jacobs et al. 2023, https://arxiv.org/abs/2309.14509).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from farspan.parallel.documents import attend_documents
-from farspan.parallel.exchange import Exchange
+from farspan.parallel.blockwise import Strategy
+from farspan.parallel.exchange import Exchange, Swap
+from farspan.parallel.heads import plan_heads
+from farspan.parallel.traffic import Block, Traffic
 
 
 @dataclass(frozen=True)
 class UlyssesAttention:
-    """Attention of one packed sequence whose tokens lie contiguously over the ranks of `exchange`."""
+    """`inside` attends over the tokens that all ranks of `exchange` hold together, laid end to end in rank order."""
 
     exchange: Exchange
-    bounds: Sequence[int]
+    inside: Strategy
+    max_stages: int = 4
 
-    def __call__(self, q_tHD: Tensor, k_tGD: Tensor, v_tGD: Tensor, *, scale: float) -> Tensor:
-        num_ranks, num_q_heads = self.exchange.num_ranks, q_tHD.shape[1]
-        if num_q_heads % num_ranks != 0:
-            raise ValueError(f"ulysses needs query heads divisible by sp, got {num_q_heads} heads on {num_ranks} ranks")
-        # Each rank must hold the key heads its query heads read: with fewer of them than ranks they are repeated.
-        copies = math.lcm(k_tGD.shape[1], num_ranks) // k_tGD.shape[1]
-        k_tGD, v_tGD = (x.repeat_interleave(copies, dim=1) if copies > 1 else x for x in (k_tGD, v_tGD))
-        q_THD, k_TGD, v_TGD = self._gather_tokens(q_tHD, k_tGD, v_tGD)
-        out_THD = attend_documents(q_THD, k_TGD, v_TGD, self.bounds, scale)
-        return self._scatter_tokens(out_THD)
-
-    def _gather_tokens(self, *tensors: Tensor) -> list[Tensor]:
-        """[t, heads, D] each -> [T, heads / R, D] each, in one exchange."""
+    def __call__(
+        self,
+        q_tHD: Tensor,
+        k_tGD: Tensor,
+        v_tGC: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        chunk: int | None = None,
+    ) -> Tensor:
         num_ranks = self.exchange.num_ranks
-        # [t, heads, D] -> [R, t, heads / R * D]: row r is what rank r needs of every tensor.
-        by_rank = [x.unflatten(1, (num_ranks, -1)).transpose(0, 1).flatten(2) for x in tensors]
-        widths = [x.shape[2] for x in by_rank]
-        gathered = self.exchange.all_to_all(torch.cat(by_rank, dim=2)).flatten(0, 1)
-        return [
-            part.unflatten(1, (-1, x.shape[2])) for part, x in zip(gathered.split(widths, dim=1), tensors, strict=True)
-        ]
+        heads = plan_heads(q_tHD.shape[1], k_tGD.shape[1], num_ranks)
+        num_stages = self._num_stages(heads.kv_heads // num_ranks)
+        spread = (heads.spread_queries(q_tHD), heads.spread_keys(k_tGD), heads.spread_keys(v_tGC))
+        # S stages: [t, heads, D] -> [t, R, S, heads / R / S, D], because neighbours go to one rank.
+        staged = [x.unflatten(1, (num_ranks, num_stages, -1)) for x in spread]
+        coming, found = self._gather([x[:, :, 0] for x in staged]), []
+        for stage in range(num_stages):
+            q_THD, k_TGD, v_TGC = coming.wait()
+            if stage + 1 < num_stages:
+                coming = self._gather([x[:, :, stage + 1] for x in staged])
+            out_THC = self.inside(q_THD, k_TGD, v_TGC, scale=scale, window=window, softcap=softcap, chunk=chunk)
+            found.append(self.exchange.swap(out_THC.unflatten(0, (num_ranks, -1))))
+        out_RtSHC = torch.stack([swap.wait() for swap in found], dim=2)
+        return heads.collect(out_RtSHC.transpose(0, 1).flatten(1, 3))
 
-    def _scatter_tokens(self, out_THD: Tensor) -> Tensor:
-        """[T, H / R, D] -> [t, H, D]."""
-        by_rank = self.exchange.all_to_all(out_THD.unflatten(0, (self.exchange.num_ranks, -1)))
-        return by_rank.transpose(0, 1).flatten(1, 2)
+    def _num_stages(self, kv_heads: int) -> int:
+        return max(n for n in range(1, self.max_stages + 1) if kv_heads % n == 0)
+
+    def _gather(self, tensors: Sequence[Tensor]) -> _Gathering:
+        """Start [t, R, heads, D] each -> [T, heads, D] each, in one exchange."""
+        # Row r is what rank r needs of every tensor.
+        by_rank = [x.transpose(0, 1).flatten(2) for x in tensors]
+        return _Gathering(self.exchange.swap(torch.cat(by_rank, dim=2)), [x.shape[2:] for x in tensors])
+
+
+@dataclass(frozen=True)
+class _Gathering:
+    """Queries, keys and values on their way; `shapes` are (heads, head dim) of each."""
+
+    swap: Swap
+    shapes: list[torch.Size]
+
+    def wait(self) -> list[Tensor]:
+        parts = self.swap.wait().flatten(0, 1).split([shape.numel() for shape in self.shapes], dim=1)
+        return [part.unflatten(1, tuple(shape)) for part, shape in zip(parts, self.shapes, strict=True)]
+
+
+def inner_block(block: Block, num_ranks: int) -> Block:
+    """What a rank holds between the two exchanges."""
+    heads = plan_heads(block.num_q_heads, block.num_kv_heads, num_ranks)
+    return block.with_heads(block.num_tokens * num_ranks, heads.q_heads // num_ranks, heads.kv_heads // num_ranks)
+
+
+def bytes_sent(block: Block, num_ranks: int) -> Traffic:
+    """q, k, v there and out back, all but a rank's own part; the same again in backward."""
+    inside = inner_block(block, num_ranks)
+    numbers = inside.q_numbers + inside.kv_numbers + inside.out_numbers
+    one_way = numbers * block.itemsize * (num_ranks - 1) // num_ranks
+    return Traffic(forward=one_way, backward=one_way)
