@@ -65,14 +65,13 @@ def test_a_wrong_override_is_answered_with_field_rule_value_and_way_out(
     assert refused(capsys, "train", TRAIN, f"data.corpus={corpus}", override, "--dry-run").startswith(message)
 
 
-def test_sp_that_does_not_divide_the_heads_names_the_nearest_legal_one(
+def test_a_sequence_that_stripes_do_not_divide_names_the_nearest_legal_length(
     capsys: pytest.CaptureFixture[str], corpus: str
 ) -> None:
-    heads = "model.settings.num_attention_heads=6"
-    arguments = ["train", TRAIN, f"data.corpus={corpus}", heads, "parallel.workers=8", "parallel.sp=4"]
-    message = refused(capsys, *arguments)
-    assert message.startswith("parallel.sp: must divide the model's 6 query heads for strategy=ulysses, got 4; ")
-    assert message.endswith("use parallel.sp=2")
+    shape = ["parallel.workers=4", "parallel.sp=4", "parallel.strategy=ring", "data.sequence_tokens=1004"]
+    message = refused(capsys, "train", TRAIN, f"data.corpus={corpus}", *shape)
+    assert message.startswith("data.sequence_tokens: must be divisible by 8 for a zigzag over 4 ranks, got 1004; ")
+    assert message.endswith("use data.sequence_tokens=1008 or parallel.layout=document_zigzag")
 
 
 def test_a_corpus_that_is_not_there_names_the_command_that_builds_it(

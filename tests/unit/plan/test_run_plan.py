@@ -6,7 +6,6 @@ import pytest
 import torch
 from tests.support.runs import tiny_run
 
-from farspan.errors import ConfigError
 from farspan.models.checkpoint import make_config, random_causal_lm
 from farspan.plan.facts import model_facts
 from farspan.plan.run_plan import plan_run
@@ -51,8 +50,8 @@ def test_tokens_of_a_step_count_every_sequence_side_by_side_and_in_turn() -> Non
     assert (plan.dp, plan.sp, plan.shard_tokens, plan.tokens_per_step) == (2, 3, 22, 66 * 2 * 5)
 
 
-def test_heads_that_cannot_be_cut_are_refused_with_a_legal_sp() -> None:
+def test_heads_that_do_not_divide_are_padded_and_the_plan_says_so() -> None:
     config = tiny_run("c", "o", "parallel.workers=4", "parallel.sp=4")
-    with pytest.raises(ConfigError, match="6 query heads") as refusal:
-        plan_run(config, model_facts(make_config("llama", SETTINGS)), compute_bytes=2)
-    assert refusal.value.way_out == "use parallel.sp=2"
+    plan = plan_run(config, model_facts(make_config("llama", SETTINGS)), compute_bytes=2)
+    assert plan.q_heads_per_rank == 2
+    assert dict(plan.lines())["query heads"].startswith("2 of 8 are padding")
