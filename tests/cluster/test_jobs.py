@@ -68,6 +68,14 @@ def test_an_error_a_worker_raises_on_purpose_arrives_as_itself(
         run_training(config, [], lambda event: None)
 
 
+def test_workers_that_do_not_fit_are_refused_within_the_deadline(
+    ray_cluster: LocalRay, corpus: str, tmp_path: Path
+) -> None:
+    config = tiny_run(corpus, str(tmp_path / "run"), "resources.cpus_per_worker=64", "resources.timeout_s=3")
+    with pytest.raises(ClusterError, match=r"no room for 1 workers of {'CPU': 64.0} within resources.timeout_s=3"):
+        run_training(config, [], lambda event: None)
+
+
 def test_a_corrupt_shard_stops_the_run_with_its_name(ray_cluster: LocalRay, tmp_path: Path) -> None:
     corpus = small_corpus(tmp_path)
     (shard,) = (tmp_path / "corpus" / "shards").iterdir()

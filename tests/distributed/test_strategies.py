@@ -126,7 +126,7 @@ def names_on(num_ranks: int) -> list[tuple[str, int]]:
 
 def on_one_rank(name: str, ulysses: int, cases: list[Case]) -> list[tuple[list[torch.Tensor], int]]:
     """(out, dq, dk, dv of the tokens held, bytes sent) of every case."""
-    ranks = SequenceRanks.of(make_mesh("cpu", torch.distributed.get_world_size(), ulysses))
+    ranks = SequenceRanks.of(make_mesh("cpu", torch.distributed.get_world_size(), ulysses, timeout_s=120))
     answers = []
     for case in cases:
         layout = layout_of(name, ulysses, case, ranks.all.num_ranks)
@@ -186,7 +186,7 @@ def test_bf16_on_many_ranks_is_as_good_as_bf16_in_one_process(ranks: RankPool, n
 
 def leak(name: str, ulysses: int, case: Case, place: int) -> list[int]:
     """Which global positions of out change when one token changes."""
-    ranks = SequenceRanks.of(make_mesh("cpu", torch.distributed.get_world_size(), ulysses))
+    ranks = SequenceRanks.of(make_mesh("cpu", torch.distributed.get_world_size(), ulysses, timeout_s=120))
     layout = layout_of(name, ulysses, case, ranks.all.num_ranks)
     attention = make_strategy(name, ranks, layout, case.bounds)
     tensors = make(case)[:3]

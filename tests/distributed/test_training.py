@@ -12,16 +12,18 @@ import torch
 from tests.support.corpus import small_corpus
 from tests.support.ranks import RankFailed, RankPool
 from tests.support.relative import relative_error
-from tests.support.runs import tiny_run
+from tests.support.runs import TINY, tiny_run
 
 from farspan.batch import IGNORED_LABEL
+from farspan.config.load import load_config
 from farspan.config.schema import RunConfig
 from farspan.data.reader import Reader, open_corpus
 from farspan.errors import FarspanError
 from farspan.models.checkpoint import load_causal_lm, make_config, random_causal_lm
+from farspan.parallel.mesh import make_mesh
 from farspan.plan.facts import model_facts
 from farspan.plan.run_plan import plan_run
-from farspan.telemetry.events import EventBody, StepReport
+from farspan.telemetry.events import EventBody, Note, RunFinished, StepReport
 from farspan.train import checkpoint as checkpoint_room
 from farspan.train.build import build, model_config
 from farspan.train.checkpoint import list_checkpoints
@@ -163,6 +165,52 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(ranks: RankPool, co
     torn = tmp_path / "run" / "checkpoints" / "step-00000004" / "optimizer.safetensors"
     torn.write_bytes(torn.read_bytes()[:-1] + b"x")
     assert losses(run(ranks, config, tmp_path)) == {3: first[3], 4: first[4]}
+
+
+def test_a_checkpoint_whose_upload_was_cut_off_is_not_there(ranks: RankPool, corpus: str, tmp_path: Path) -> None:
+    config = tiny_run(corpus, str(tmp_path / "run"), *TWO_RANKS, "train.checkpoint_every=2")
+    first = losses(run(ranks, config, tmp_path))
+    (tmp_path / "run" / "checkpoints" / "step-00000004" / "farspan_manifest.json").unlink()
+    assert [uri[-8:] for uri in list_checkpoints(config.output)] == ["00000002"]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    assert losses(run(ranks, config, tmp_path)) == {3: first[3], 4: first[4]}
+
+
+def test_a_mixture_of_experts_resumes_although_its_weights_are_renamed_when_saved(
+    ranks: RankPool, corpus: str, tmp_path: Path
+) -> None:
+    settings = [
+        f"data.corpus={corpus}",
+        "data.sequence_tokens=64",
+        "model.architecture=mixtral",
+        "model.dtype=float32",
+        "train.steps=4",
+        "train.checkpoint_every=2",
+        *[f"model.settings.{name}={value}" for name, value in TINY.items()],
+        "model.settings.num_local_experts=2",
+        "model.settings.sliding_window=null",
+    ]
+    config = load_config(RunConfig, None, [*settings, f"output={tmp_path / 'run'}"])
+    whole = losses(run(ranks, config, tmp_path))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    assert losses(run(ranks, config, tmp_path)) == {3: whole[3], 4: whole[4]}
+
+
+def test_steps_already_reached_are_said_and_not_counted_backwards(ranks: RankPool, corpus: str, tmp_path: Path) -> None:
+    run(ranks, tiny_run(corpus, str(tmp_path / "run"), "train.steps=2"), tmp_path)
+    events = run(ranks, tiny_run(corpus, str(tmp_path / "run"), "train.steps=1"), tmp_path)
+    assert [e.text for e in events if isinstance(e, Note)][-1].startswith("train.steps=1 is already reached")
+    assert [e.steps for e in events if isinstance(e, RunFinished)] == [0]
+
+
+def timeouts_of_groups() -> set[float]:
+    mesh = make_mesh("cpu", 2, 2, timeout_s=77)
+    groups = [*mesh.axes.get_all_groups(), *mesh.sequence.get_all_groups(), *mesh.all.get_all_groups()]
+    return {group._get_backend(CPU).options._timeout.total_seconds() for group in groups}
+
+
+def test_every_group_of_the_mesh_has_the_deadline_of_the_config(ranks: RankPool) -> None:
+    assert ranks.run(timeouts_of_groups, 4) == [{77.0}] * 4
 
 
 def test_a_run_with_other_data_does_not_resume(ranks: RankPool, corpus: str, tmp_path: Path) -> None:

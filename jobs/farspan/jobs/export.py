@@ -6,10 +6,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from farspan.errors import CheckpointError, ConfigError
-from farspan.models.checkpoint import check_model_folder, load_tokenizer, open_config, save_causal_lm
+from farspan.models.checkpoint import check_model_folder, load_causal_lm, load_tokenizer, save_causal_lm
 from farspan.storage.publish import fetch_folder, publish_folder
 from farspan.train.checkpoint import list_checkpoints
 
@@ -28,10 +27,9 @@ def export_checkpoint(source: str, output: str, dtype: str) -> str:
     with tempfile.TemporaryDirectory(prefix="farspan-export-") as scratch:
         folder = fetch_folder(used, Path(scratch) / "in", require_manifest=False)
         check_model_folder(folder, tokenizer=True)
-        files = sorted(folder.glob("model*.safetensors"))
-        weights = {name: t.to(DTYPES[dtype]) for file in files for name, t in load_file(file).items()}
+        model = load_causal_lm(folder, DTYPES[dtype])
         out = Path(scratch) / "out"
-        save_causal_lm(out, open_config(folder), weights, load_tokenizer(folder))
+        save_causal_lm(out, model.config, model.state_dict(), load_tokenizer(folder))
         publish_folder(out, output)
     return used
 

@@ -8,11 +8,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import torch
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from farspan.config.load import dump_config, parse_config
 from farspan.config.schema import RunConfig
@@ -41,6 +43,7 @@ def run_training(config: RunConfig, plan_lines: list[tuple[str, str]], tell: Cal
             torch_config=TorchConfig(backend=_backend(config), timeout_s=int(config.resources.timeout_s)),
             run_config=_ray_run(config),
         )
+        _wait_for_room(config)
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as problem:
@@ -63,14 +66,35 @@ def train_worker(payload: dict[str, Any]) -> None:
     sender.close()
 
 
+def _wait_for_room(config: RunConfig) -> None:
+    """Wait until every worker fits: Ray Train itself would wait for ever, and say nothing.
+
+    Raises:
+        ClusterError: they do not fit within resources.timeout_s.
+    """
+    wanted = _worker_resources(config)
+    group = placement_group([wanted] * config.parallel.workers)
+    try:
+        if not group.wait(timeout_seconds=config.resources.timeout_s):
+            has = {name: ray.cluster_resources().get(name, 0) for name in wanted}
+            raise ClusterError(
+                f"no room for {config.parallel.workers} workers of {wanted} within resources.timeout_s="
+                f"{config.resources.timeout_s:g}; the cluster has {has} in all; ask for fewer, or add nodes"
+            )
+    finally:
+        remove_placement_group(group)
+
+
+def _worker_resources(config: RunConfig) -> dict[str, float]:
+    gpus = config.resources.gpus_per_worker
+    return {"CPU": config.resources.cpus_per_worker, **({"GPU": gpus} if gpus > 0 else {})}
+
+
 def _scaling(config: RunConfig) -> ScalingConfig:
-    resources = {"CPU": config.resources.cpus_per_worker}
-    if config.resources.gpus_per_worker > 0:
-        resources["GPU"] = config.resources.gpus_per_worker
     return ScalingConfig(
         num_workers=config.parallel.workers,
         use_gpu=config.resources.gpus_per_worker > 0,
-        resources_per_worker=resources,
+        resources_per_worker=_worker_resources(config),
     )
 
 
@@ -82,7 +106,9 @@ def _ray_run(config: RunConfig) -> RayRunConfig:
     # Ray Train keeps its own state beside the run; every node must reach it.
     files, path = open_store(join_uri(config.output, "ray")).arrow
     name = f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    return RayRunConfig(name=name, storage_path=path, storage_filesystem=files, failure_config=FailureConfig())
+    return RayRunConfig(
+        name=name, storage_path=path, storage_filesystem=files, failure_config=FailureConfig(controller_failure_limit=3)
+    )
 
 
 def _cause(problem: BaseException) -> FarspanError:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from openai import APIConnectionError, APIStatusError, OpenAI
+from openai import APIConnectionError, APIStatusError, OpenAI, OpenAIError
 
+from farspan.cli.client import open_client
 from farspan.errors import ClusterError, NotFoundError
 
 _TIMEOUT_S = 600.0
@@ -17,7 +18,7 @@ _TIMEOUT_S = 600.0
 
 def run_chat(url: str, api_key_file: str | None, prompt: str | None, max_tokens: int, temperature: float) -> None:
     """Stream answers to one prompt, or to each prompt that is typed until an empty line or Ctrl-D."""
-    client = OpenAI(base_url=url, api_key=_read_key(api_key_file), timeout=_TIMEOUT_S, max_retries=0)
+    client = open_client(url, _read_key(api_key_file), _TIMEOUT_S)
     try:
         model = client.models.list().data[0]
         chats = bool((model.model_extra or {}).get("chat_template"))
@@ -30,6 +31,11 @@ def run_chat(url: str, api_key_file: str | None, prompt: str | None, max_tokens:
         raise ClusterError(f"no endpoint answers at {url}; start one with `farspan serve CONFIG`") from None
     except APIStatusError as problem:
         raise ClusterError(f"{url} answered {problem.status_code}: {problem.message}") from None
+    except Exception as problem:
+        # A stream that breaks off raises the HTTP library's own error, and openai has changed that library.
+        if not isinstance(problem, OpenAIError) and not type(problem).__module__.startswith("httpx"):
+            raise
+        raise ClusterError(f"the answer of {url} broke off: {problem}") from None
 
 
 class _Talk:

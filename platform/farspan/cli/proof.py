@@ -13,6 +13,7 @@ from openai import OpenAI
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
+from farspan.cli.client import open_client
 from farspan.data.reader import open_corpus
 from farspan.errors import ClusterError
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
@@ -30,7 +31,7 @@ def prove_answers(url: str, key_file: Path, model: Path, corpus: Path, console: 
         ClusterError: an answer differs.
     """
     key = key_file.read_text(encoding="utf-8").split()[0]
-    client = OpenAI(base_url=url, api_key=key, timeout=_TIMEOUT_S, max_retries=0)
+    client = open_client(url, key, _TIMEOUT_S)
     name = client.models.list().data[0].id
     disable_progress_bar()
     tokenizer, network = load_tokenizer(model), load_causal_lm(model, torch.float32)
@@ -91,7 +92,10 @@ def _stream(
 
 def _trace(url: str, key: str, request_id: str) -> dict[str, Any]:
     answer = httpx.get(
-        f"{url}/requests/{request_id}/trace", headers={"Authorization": f"Bearer {key}"}, timeout=_TIMEOUT_S
+        f"{url}/requests/{request_id}/trace",
+        headers={"Authorization": f"Bearer {key}"},
+        timeout=_TIMEOUT_S,
+        trust_env=False,
     )
     answer.raise_for_status()
     return dict(answer.json())

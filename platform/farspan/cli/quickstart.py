@@ -25,7 +25,7 @@ from farspan.cli.proof import prove_answers
 from farspan.cli.record import EVENTS_FILE, machine_facts
 from farspan.config.load import load_config
 from farspan.config.schema import CorpusConfig, RunConfig
-from farspan.errors import ClusterError, FarspanError
+from farspan.errors import ClusterError, ConfigError, FarspanError
 from farspan.telemetry.events import EventLog, RequestServed, read_events
 from farspan.telemetry.report import write_report
 
@@ -42,7 +42,7 @@ def run_quickstart(folder: str, overrides: list[str], *, fresh: bool) -> None:
     load_config(RunConfig, shipped_config("quickstart.yaml"), overrides)
     load_config(CorpusConfig, shipped_config("corpus_quickstart.yaml"), [])
     if fresh:
-        shutil.rmtree(run, ignore_errors=True)
+        _remove_old_run(run)
     started = time.monotonic()
     _headline(console, "1. a corpus from Python's own source files")
     _run(console, ["data", "build", shipped_config("corpus_quickstart.yaml"), f"output={corpus}"])
@@ -73,6 +73,17 @@ def _report(run: Path, answers: list[RequestServed]) -> Path:
     model = model_facts(open_config(run / "model"))
     facts = {"model": f"{model.name}, {model.num_parameters / 1e6:.1f} M parameters", **machine_facts()}
     return write_report(read_events(log).events, run / "report.html", title="farspan quickstart", facts=facts)
+
+
+def _remove_old_run(run: Path) -> None:
+    """Start over, but only where an earlier quickstart was: nobody else's folder is deleted."""
+    if not run.exists():
+        return
+    if not (run / EVENTS_FILE).is_file():
+        raise ConfigError(
+            "--folder", "must be new or hold an earlier quickstart", str(run.parent), "give another folder"
+        )
+    shutil.rmtree(run)
 
 
 def _headline(console: Console, text: str) -> None:
@@ -114,7 +125,7 @@ def _wait_ready(process: subprocess.Popen[bytes], url: str) -> None:
         if process.poll() is not None:
             raise ClusterError(f"`farspan serve` ended with exit code {process.returncode}; its message is above")
         try:
-            if httpx.get(f"{url}/ready", timeout=5.0).status_code == 200:
+            if httpx.get(f"{url}/ready", timeout=5.0, trust_env=False).status_code == 200:
                 return
         except httpx.TransportError:
             pass

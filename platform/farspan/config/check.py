@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 from farspan.config.load import nearest
-from farspan.config.schema import CorpusConfig, ParallelConfig, RunConfig, ServeConfig
+from farspan.config.schema import CorpusConfig, OptimConfig, ParallelConfig, RunConfig, ServeConfig
 from farspan.errors import ConfigError
 
 TRAIN_DTYPES = ("auto", "bfloat16", "float32", "float64")
@@ -33,10 +33,11 @@ def check_run(config: RunConfig) -> None:
     _at_least("train.loss_tile_tokens", train.loss_tile_tokens, 1)
     _at_least("train.checkpoint_every", train.checkpoint_every, 0)
     _at_least("data.sequence_tokens", data.sequence_tokens, 2)
-    _above("optim.lr", config.optim.lr, 0)
-    _above("optim.max_grad_norm", config.optim.max_grad_norm, 0)
+    _check_optim(config.optim)
+    _within("seed", config.seed, 0, 2**63 - 1)
     _above("resources.cpus_per_worker", config.resources.cpus_per_worker, 0)
-    _above("resources.timeout_s", config.resources.timeout_s, 0)
+    _within("resources.gpus_per_worker", config.resources.gpus_per_worker, 0, math.inf)
+    _at_least("resources.timeout_s", config.resources.timeout_s, 1)
     _divides("parallel.sp", parallel.sp, "parallel.workers", parallel.workers)
     _divides("parallel.sp", parallel.sp, "data.sequence_tokens", data.sequence_tokens)
     _divides("parallel.ulysses", parallel.ulysses, "parallel.sp", parallel.sp)
@@ -48,6 +49,17 @@ def check_run(config: RunConfig) -> None:
             "use parallel.strategy=hybrid or leave parallel.ulysses out",
         )
     _refuse_ragged_stripes(parallel, data.sequence_tokens)
+
+
+def _check_optim(optim: OptimConfig) -> None:
+    _above("optim.lr", optim.lr, 0)
+    _above("optim.max_grad_norm", optim.max_grad_norm, 0)
+    _within("optim.lr", optim.lr, 0, 1e3)
+    _within("optim.beta1", optim.beta1, 0, 0.999999)
+    _within("optim.beta2", optim.beta2, 0, 0.999999)
+    _within("optim.weight_decay", optim.weight_decay, 0, 1e3)
+    _within("optim.final_lr_fraction", optim.final_lr_fraction, 0, 1)
+    _at_least("optim.warmup_steps", optim.warmup_steps, 0)
 
 
 def check_corpus(config: CorpusConfig) -> None:
@@ -105,7 +117,13 @@ def _one_of(field: str, value: str, known: Sequence[str]) -> None:
         raise ConfigError(field, f"must be one of {', '.join(known)}", value, nearest(value, list(known)))
 
 
-def _at_least(field: str, value: int, least: int) -> None:
+def _within(field: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        nearest_legal = min(max(value, low), high) if not math.isnan(value) else low
+        raise ConfigError(field, f"must lie in {low:g}..{high:g}", value, f"use {field}={nearest_legal:g}")
+
+
+def _at_least(field: str, value: float, least: int) -> None:
     if value < least:
         raise ConfigError(field, f"must be at least {least}", value, f"use {field}={least}")
 

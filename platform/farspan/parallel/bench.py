@@ -183,7 +183,7 @@ def _ours(case: BenchCase, tensors: list[Tensor]) -> list[Contender]:
     contenders = []
     for name in STRATEGIES:
         num_ulysses = _NUM_RANKS if name == "hybrid" else 1
-        ranks = SequenceRanks.of(make_mesh("cpu", _NUM_RANKS, num_ulysses))
+        ranks = SequenceRanks.of(make_mesh("cpu", _NUM_RANKS, num_ulysses, timeout_s=600))
         sequence = SequenceParallel(ranks, name)
         layout = sequence.lay_out(case.num_tokens, case.bounds)
         attention = sequence.attention(layout, case.bounds)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
@@ -47,12 +49,20 @@ class Mesh:
         return self.sequence["sp"].size()
 
 
-def make_mesh(device_type: str, sp: int, ulysses: int = 1) -> Mesh:
-    """The mesh of every rank of the default process group; `ulysses` of the `sp` ranks exchange heads."""
+def make_mesh(device_type: str, sp: int, ulysses: int = 1, *, timeout_s: float) -> Mesh:
+    """The mesh of every rank of the default process group; `ulysses` of the `sp` ranks exchange heads.
+
+    `timeout_s` bounds every collective of every group of the mesh.
+    """
     world = dist.get_world_size()
     axes = (world // sp, sp // ulysses, ulysses)
-    return Mesh(
+    mesh = Mesh(
         axes=init_device_mesh(device_type, axes, mesh_dim_names=("dp", "ring", "ulysses")),
         sequence=init_device_mesh(device_type, (world // sp, sp), mesh_dim_names=("dp", "sp")),
         all=init_device_mesh(device_type, (world,), mesh_dim_names=("all",)),
     )
+    # A mesh makes its groups with torch's default of half an hour, whatever the default group was given.
+    for part in (mesh.axes, mesh.sequence, mesh.all):
+        for group in part.get_all_groups():
+            distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+    return mesh

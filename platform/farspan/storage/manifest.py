@@ -15,6 +15,8 @@ from farspan.errors import CorruptDataError
 from farspan.storage.paths import check_relative
 
 MANIFEST_NAME = "farspan_manifest.json"
+UNFINISHED_NAME = "farspan_publishing"
+"""Stands in a remote folder from before its manifest is taken away until after the new one is there."""
 _VERSION = 1
 _CHUNK_BYTES = 4 * 1024 * 1024
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from farspan.errors import CorruptDataError, NotFoundError, StorageError, UnreachableError
 from farspan.storage.door import open_store
 from farspan.storage.local import LocalStore, explained, sync_path, walk_files
-from farspan.storage.manifest import MANIFEST_NAME, FileEntry, FolderManifest, describe_file
+from farspan.storage.manifest import MANIFEST_NAME, UNFINISHED_NAME, FileEntry, FolderManifest, describe_file
 from farspan.storage.paths import check_relative
 from farspan.storage.staging import put_back, remove_stale, reveal, staging_folder
 from farspan.storage.store import Store
@@ -33,7 +33,7 @@ def publish_folder(source: Path, uri: str, *, frozen: bool = False) -> FolderMan
     """
     with explained(str(source), "reading the folder to publish"):
         names = [file.relative_to(source).as_posix() for file in walk_files(source)]
-    names = [check_relative(str(source), name) for name in names if name != MANIFEST_NAME]
+    names = [check_relative(str(source), name) for name in names if name not in (MANIFEST_NAME, UNFINISHED_NAME)]
     if not names:
         raise NotFoundError(str(source), "holds no file to publish; check the path")
     store = open_store(uri)
@@ -189,6 +189,8 @@ def _publish_remote(source: Path, names: list[str], store: Store) -> FolderManif
         old = read_manifest(store)
     except CorruptDataError:
         old = None
+    # Without it a half-replaced folder would look like one that somebody else wrote without a manifest.
+    store.write_bytes(UNFINISHED_NAME, b"publishing; the folder is not whole\n")
     store.delete(MANIFEST_NAME)
     for entry in manifest.files:
         store.upload(source / entry.path, entry.path)
@@ -197,6 +199,7 @@ def _publish_remote(source: Path, names: list[str], store: Store) -> FolderManif
         if arrived.get(entry.path) != entry.size:
             raise StorageError(store.uri, f"{entry.path} did not arrive whole; publish the folder again")
     store.write_bytes(MANIFEST_NAME, manifest.to_json())
+    store.delete(UNFINISHED_NAME)
     kept = {entry.path for entry in manifest.files}
     for entry in old.files if old else ():
         if entry.path not in kept:
@@ -209,6 +212,8 @@ def _fetch_remote(store: Store, manifest: FolderManifest | None, cache: Path) ->
     listing = None if manifest else store.list()
     if listing is not None and not listing:
         raise NotFoundError(store.uri, "no such folder, or an empty one; check the path")
+    if listing is not None and any(info.path == UNFINISHED_NAME for info in listing):
+        raise CorruptDataError(store.uri, "an upload to it was cut off; publish the folder again")
     identity = manifest.digest if manifest else repr(listing)
     target = cache / hashlib.sha256(f"{store.uri}\n{identity}".encode()).hexdigest()[:32]
     if (kept := _kept_copy(target)) is not None:

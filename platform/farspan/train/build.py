@@ -44,7 +44,7 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
     use_farspan_attention(model)
     if config.train.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    mesh = make_mesh(device.type, config.parallel.sp, config.parallel.ulysses)
+    mesh = make_mesh(device.type, config.parallel.sp, config.parallel.ulysses, timeout_s=config.resources.timeout_s)
     loss = PackedLoss(model.to(device), config.train.loss_tile_tokens)
     shard_weights(loss, decoder_layers(model), mesh.all, compute_dtype(config.model.dtype, device))
     step = TrainStep(

@@ -7,7 +7,6 @@ and train_state.json; it appears whole or not at all (storage.publish). Tensors 
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -26,10 +25,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PreTrainedTokenizerBase
 
-from farspan.errors import CheckpointError, CorruptDataError, FarspanError, TrainingError
-from farspan.models.checkpoint import save_causal_lm
+from farspan.errors import CheckpointError, CorruptDataError, FarspanError, NotFoundError, TrainingError
+from farspan.models.checkpoint import load_causal_lm, save_causal_lm
 from farspan.storage.door import open_store
-from farspan.storage.publish import fetch_folder, publish_folder
+from farspan.storage.publish import fetch_folder, is_published, publish_folder
 from farspan.telemetry.events import CheckpointPublished
 from farspan.train.loss import PackedLoss
 from farspan.train.states import gather_states, scatter_states
@@ -40,6 +39,14 @@ _OPTIMIZER, _STATE = "optimizer.safetensors", "train_state.json"
 # Every rank calls; only rank 0 receives or provides the whole tensors.
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The state a run goes on from, and why newer checkpoints were passed over."""
+
+    state: TrainState
+    skipped: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -109,32 +116,40 @@ def save_model(output: str, loss: PackedLoss, tokenizer: PreTrainedTokenizerBase
     return on_rank_0(publish)
 
 
-def load_newest(output: str, loss: PackedLoss, optimizer: torch.optim.Optimizer, now: TrainState) -> TrainState | None:
+def load_newest(output: str, loss: PackedLoss, optimizer: torch.optim.Optimizer, now: TrainState) -> Resumed | None:
     """Put the newest whole checkpoint of a run into the model and optimizer; None when there is none. Collective.
 
     Raises:
         CheckpointError: the checkpoint belongs to other data.
     """
-    cache = Path(tempfile.mkdtemp(prefix="farspan-resume-"))
-    try:
-        found = on_rank_0(lambda: _newest_folder(output, cache, now))
-        if found is None:
-            return None
-        folder, state = found
-        first = dist.get_rank() == 0
-        weights: dict[str, Any] = dict(_read_weights(folder, loss)) if first else {}
+    weights: dict[str, Any] = {}
+    states: dict[str, Tensor] = {}
+
+    def read() -> Resumed | None:
+        # Everything that can fail happens here, on rank 0, so that every rank hears of it.
+        with tempfile.TemporaryDirectory(prefix="farspan-resume-") as cache:
+            found = _newest_folder(output, Path(cache), now)
+            if found is None:
+                return None
+            folder, resumed = found
+            weights.update(_read_weights(folder, loss))
+            states.update(load_file(folder / _OPTIMIZER))
+            return resumed
+
+    resumed = on_rank_0(read)
+    if resumed is not None:
         set_model_state_dict(loss, weights, options=_FROM_RANK_0)
-        scatter_states(loss, optimizer, load_file(folder / _OPTIMIZER) if first else {})
-        return state
-    finally:
-        shutil.rmtree(cache, ignore_errors=True)
+        scatter_states(loss, optimizer, states)
+    return resumed
 
 
 def list_checkpoints(output: str) -> list[str]:
     """URIs of a run's checkpoints, newest first."""
     store = open_store(f"{output.rstrip('/')}/checkpoints")
     steps = {file.path.split("/")[0] for file in store.list()}
-    return [f"{store.uri.rstrip('/')}/{step}" for step in sorted(steps, reverse=True) if step.startswith("step-")]
+    uris = [f"{store.uri.rstrip('/')}/{step}" for step in sorted(steps, reverse=True) if step.startswith("step-")]
+    # A step whose upload was cut off has files but no manifest: it is not there.
+    return [uri for uri in uris if is_published(uri)]
 
 
 def on_rank_0(act: Callable[[], Result]) -> Result:
@@ -153,16 +168,17 @@ def on_rank_0(act: Callable[[], Result]) -> Result:
     return cast(Result, outcome[0])
 
 
-def _newest_folder(output: str, cache: Path, now: TrainState) -> tuple[Path, TrainState] | None:
+def _newest_folder(output: str, cache: Path, now: TrainState) -> tuple[Path, Resumed] | None:
+    skipped: list[str] = []
     for uri in list_checkpoints(output):
         try:
             folder = fetch_folder(uri, cache)
-        except CorruptDataError as problem:
-            print(f"checkpoint skipped: {problem}; using the one before", flush=True)
+            state = TrainState(**json.loads((folder / _STATE).read_text(encoding="utf-8")))
+        except (CorruptDataError, NotFoundError) as problem:
+            skipped.append(f"checkpoint passed over: {problem}")
             continue
-        state = TrainState(**json.loads((folder / _STATE).read_text(encoding="utf-8")))
         state.refuse_other_data(now)
-        return folder, state
+        return folder, Resumed(state, tuple(skipped))
     return None
 
 
@@ -171,12 +187,6 @@ def _model_names(weights: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _read_weights(folder: Path, loss: PackedLoss) -> dict[str, Tensor]:
-    stored = {
-        f"model.{name}": tensor
-        for file in folder.glob("model*.safetensors")
-        for name, tensor in load_file(file).items()
-    }
-    # A tied weight is stored once, under the name of the one it is tied to.
-    for name, source in loss.model.all_tied_weights_keys.items():
-        stored.setdefault(f"model.{name}", stored[f"model.{source}"])
-    return stored
+    # Through transformers, which renames some models' weights when it saves and back when it loads.
+    dtype = next(loss.parameters()).dtype
+    return {f"model.{name}": tensor for name, tensor in load_causal_lm(folder, dtype).state_dict().items()}

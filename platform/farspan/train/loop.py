@@ -26,7 +26,7 @@ def train(training: Training, config: RunConfig, tell: Callable[[EventBody], Non
         if due or done == config.train.steps:
             tell(save_checkpoint(config.output, step.loss, step.optimizer, _state(training, done), training.tokenizer))
     uri = save_model(config.output, step.loss, training.tokenizer)
-    tell(RunFinished(steps=config.train.steps - first, tokens=tokens, seconds=time.perf_counter() - started))
+    tell(RunFinished(steps=max(0, config.train.steps - first), tokens=tokens, seconds=time.perf_counter() - started))
     return uri
 
 
@@ -37,9 +37,14 @@ def _resume(training: Training, config: RunConfig, tell: Callable[[EventBody], N
     found = load_newest(config.output, step.loss, step.optimizer, training.state)
     if found is None:
         return 0
-    step.cursor = found.cursor
-    tell(Note(text=f"resumed after step {found.step}, {found.cursor} sequences consumed"))
-    return found.step
+    for reason in found.skipped:
+        tell(Note(text=reason))
+    state = found.state
+    step.cursor = state.cursor
+    tell(Note(text=f"resumed after step {state.step}, {state.cursor} sequences consumed"))
+    if state.step >= config.train.steps:
+        tell(Note(text=f"train.steps={config.train.steps} is already reached; raise it to go on"))
+    return state.step
 
 
 def _state(training: Training, done: int) -> TrainState:

@@ -47,6 +47,10 @@ def test_a_missing_config_file_names_the_nearest_one(capsys: pytest.CaptureFixtu
         ("parallel.sp=3", "parallel.sp: must divide parallel.workers (2), got 3; use parallel.sp=2"),
         ("model.dtype=bf16", "model.dtype: must be one of auto, bfloat16, float32, float64, got 'bf16'; "),
         ("optim.lr=0", "optim.lr: must be more than 0, got 0.0; use for example optim.lr=1"),
+        ("optim.final_lr_fraction=-1", "optim.final_lr_fraction: must lie in 0..1, got -1.0; use "),
+        ("optim.beta1=2", "optim.beta1: must lie in 0..0.999999, got 2.0; use optim.beta1=0.999999"),
+        ("seed=-1", "seed: must lie in 0..9.22337e+18, got -1; use seed=0"),
+        ("optim.lr=inf", "optim.lr: must lie in 0..1000, got inf; use optim.lr=1000"),
         ("train", "train: an override is written key=value, got 'train'; write train=VALUE"),
         ("model=3", "model: is a section, got 3; set one of its keys, for example model.source"),
         (
@@ -118,6 +122,14 @@ def test_pickled_weights_are_never_opened(capsys: pytest.CaptureFixture[str], tm
 def test_unknown_verbs_and_options_are_answered_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert "No such command 'trian'" in refused(capsys, "trian")
     assert "No such option: --fats" in refused(capsys, "train", TRAIN, "--fats")
+
+
+def test_quickstart_deletes_nobody_elses_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    message = refused(capsys, "quickstart", "--folder", str(tmp_path))
+    assert message.startswith("--folder: must be new or hold an earlier quickstart")
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
 
 
 def test_a_dry_run_prints_the_resolved_config_and_the_plan(capsys: pytest.CaptureFixture[str], corpus: str) -> None:
