@@ -213,6 +213,16 @@ def test_every_group_of_the_mesh_has_the_deadline_of_the_config(ranks: RankPool)
     assert ranks.run(timeouts_of_groups, 4) == [{77.0}] * 4
 
 
+def test_a_model_and_a_corpus_of_different_tokenizers_are_refused(ranks: RankPool, corpus: str, tmp_path: Path) -> None:
+    run(ranks, tiny_run(corpus, str(tmp_path / "run"), "train.steps=1", vocab_size=400), tmp_path)
+    source = f"model.source={tmp_path / 'run' / 'model'}"
+    again = tiny_run(corpus, str(tmp_path / "again"), source, "train.steps=1")
+    assert len(losses(run(ranks, again, tmp_path))) == 1
+    other = small_corpus(tmp_path / "other", vocab_size=310)
+    with pytest.raises(RankFailed, match="must be built with the tokenizer of model.source"):
+        run(ranks, tiny_run(other, str(tmp_path / "third"), source), tmp_path)
+
+
 def test_a_run_with_other_data_does_not_resume(ranks: RankPool, corpus: str, tmp_path: Path) -> None:
     run(ranks, tiny_run(corpus, str(tmp_path / "run"), "train.steps=1"), tmp_path)
     with pytest.raises(RankFailed, match=r"written with seed=0, this run has 7; .*train.resume=false"):

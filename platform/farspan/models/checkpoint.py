@@ -85,8 +85,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def make_config(architecture: str, settings: Mapping[str, Any]) -> PretrainedConfig:
+def make_config(
+    architecture: str, settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> PretrainedConfig:
     """A transformers config from its model_type and fields; an unknown field is refused.
+
+    `defaults` are taken where `settings` is silent and the architecture has such a field.
 
     Raises:
         ConfigError: unknown architecture or field, or values transformers rejects.
@@ -108,11 +112,16 @@ def make_config(architecture: str, settings: Mapping[str, Any]) -> PretrainedCon
                 value,
                 nearest(name, list(known)),
             )
+    fitting = {name: value for name, value in (defaults or {}).items() if name in known}
     try:
-        config = config_class(**settings)
-    except (ValueError, TypeError, StrictDataclassError) as problem:
-        raise ConfigError("model.settings", _one_line(problem), dict(settings), "change that field") from None
-    _require_causal_lm(config)
+        config = config_class(**{**fitting, **settings})
+        _require_causal_lm(config)
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError, StrictDataclassError) as problem:
+        # transformers checks little of a config before it builds the model; the meta device builds it for nothing.
+        reason = f"transformers cannot build it ({type(problem).__name__}: {_one_line(problem)})"
+        raise ConfigError("model.settings", reason, dict(settings), "change that field") from None
     return config
 
 

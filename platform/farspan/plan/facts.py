@@ -20,6 +20,8 @@ class ModelFacts:
     head_dim: int
     vocab_size: int
     num_parameters: int
+    max_positions: int | None
+    """Longest position the model was made for; none: the config does not say."""
 
 
 def model_facts(config: PretrainedConfig) -> ModelFacts:
@@ -37,4 +39,5 @@ def model_facts(config: PretrainedConfig) -> ModelFacts:
         vocab_size=text.vocab_size,
         # parameters() gives a tied weight once.
         num_parameters=sum(p.numel() for p in model.parameters()),
+        max_positions=getattr(text, "max_position_embeddings", None),
     )

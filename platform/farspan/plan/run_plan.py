@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from farspan.config.schema import RunConfig
+from farspan.errors import ConfigError
 from farspan.parallel.heads import HeadPlan, plan_heads
 from farspan.parallel.strategy import bytes_sent, choose_layout
 from farspan.parallel.traffic import Block
@@ -59,7 +60,18 @@ class RunPlan:
 
 
 def plan_run(config: RunConfig, facts: ModelFacts, compute_bytes: int) -> RunPlan:
-    """The plan of `config`; `compute_bytes` is the size of one number in the compute type."""
+    """The plan of `config`; `compute_bytes` is the size of one number in the compute type.
+
+    Raises:
+        ConfigError: a sequence longer than the model's positions.
+    """
+    if facts.max_positions is not None and config.data.sequence_tokens > facts.max_positions:
+        raise ConfigError(
+            "data.sequence_tokens",
+            f"must not exceed the model's max_position_embeddings ({facts.max_positions})",
+            config.data.sequence_tokens,
+            f"use data.sequence_tokens={facts.max_positions // config.parallel.sp * config.parallel.sp}",
+        )
     sp, dp, strategy = config.parallel.sp, config.parallel.workers // config.parallel.sp, config.parallel.strategy
     # Processes that exchange heads, and those that a ring (or a gathering of keys) is made of.
     inner = {"ulysses": sp, "hybrid": config.parallel.ulysses}.get(strategy, 1)

@@ -62,16 +62,12 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
     return Training(step=step, tokenizer=load_tokenizer(corpus.tokenizer_folder), state=state)
 
 
-def model_config(config: RunConfig, vocab_size: int | None, cache: Path) -> PretrainedConfig:
+def model_config(config: RunConfig, vocab_size: int, cache: Path) -> PretrainedConfig:
     """The transformers config of a run; a model made from scratch takes the corpus's vocabulary and length."""
     if config.model.source is not None:
         return open_config(fetch_folder(config.model.source, cache / "model", require_manifest=False))
-    settings = {
-        "vocab_size": vocab_size or 8192,
-        "max_position_embeddings": config.data.sequence_tokens,
-        **config.model.settings,
-    }
-    return make_config(config.model.architecture, settings)
+    fitting = {"vocab_size": vocab_size, "max_position_embeddings": config.data.sequence_tokens}
+    return make_config(config.model.architecture, config.model.settings, fitting)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
@@ -96,10 +92,22 @@ def _model(config: RunConfig, corpus: Corpus, cache: Path) -> PreTrainedModel:
     if config.model.source is not None:
         folder = fetch_folder(config.model.source, cache / "model", require_manifest=False)
         model = load_causal_lm(folder, weights_dtype)
+        _refuse_other_tokenizer(folder, corpus)
     else:
         model = random_causal_lm(model_config(config, corpus.vocab_size, cache), config.seed).to(weights_dtype)
     _refuse_small_vocabulary(model.config, corpus)
     return model
+
+
+def _refuse_other_tokenizer(folder: Path, corpus: Corpus) -> None:
+    """A model fed the ids of another tokenizer trains without an error, on nonsense."""
+    if load_tokenizer(folder).get_vocab() != load_tokenizer(corpus.tokenizer_folder).get_vocab():
+        raise ConfigError(
+            "data.corpus",
+            f"must be built with the tokenizer of model.source ({folder})",
+            corpus.uri,
+            f"run `farspan data build` with tokenizer={folder}",
+        )
 
 
 def _refuse_small_vocabulary(config: PretrainedConfig, corpus: Corpus) -> None:

@@ -96,6 +96,21 @@ def test_an_encoder_decoder_is_refused() -> None:
         make_config("t5", {})
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"hidden_size": 0},
+        {"num_attention_heads": 0},
+        {"rope_parameters": {"rope_type": "foo", "rope_theta": 1.0}},
+        {"num_hidden_layers": "many"},
+    ],
+    ids=str,
+)
+def test_settings_no_model_can_be_built_of_are_one_config_error(settings: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"model.settings: transformers cannot build it"):
+        make_config("llama", settings)
+
+
 def test_settings_transformers_rejects_are_one_config_error() -> None:
     with pytest.raises(ConfigError, match="hidden size \\(33\\) is not a multiple"):
         make_config("llama", {"hidden_size": 33, "num_attention_heads": 4})

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.support.runs import tiny_run
 
+from farspan.errors import ConfigError
 from farspan.models.checkpoint import make_config, random_causal_lm
 from farspan.plan.facts import model_facts
 from farspan.plan.run_plan import plan_run
@@ -40,6 +41,12 @@ def test_state_bytes_equal_the_bytes_adamw_really_keeps() -> None:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     plan = plan_run(tiny_run("c", "o", "model.dtype=float32"), model_facts(config), compute_bytes=4)
     assert plan.state_bytes == moments + weights
+
+
+def test_a_sequence_longer_than_the_models_positions_is_refused() -> None:
+    facts = model_facts(make_config("llama", {**SETTINGS, "max_position_embeddings": 60}))
+    with pytest.raises(ConfigError, match=r"max_position_embeddings \(60\), got 64; use data.sequence_tokens=60"):
+        plan_run(tiny_run("c", "o"), facts, compute_bytes=4)
 
 
 def test_tokens_of_a_step_count_every_sequence_side_by_side_and_in_turn() -> None:
