@@ -12,7 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farspan.parallel.blockwise import BlockwiseAttention, Gradients, Partial, Rule, add_gradients, wide_dtype
+from farspan.parallel.blockwise import (
+    BlockwiseAttention,
+    Gradients,
+    Partial,
+    Rule,
+    add_gradients,
+    attend_pair,
+    gradients_of,
+    wide_dtype,
+)
 from farspan.parallel.pairs import Pair, PairTable
 
 
@@ -42,6 +51,8 @@ class LocalAttention(BlockwiseAttention):
 
     def forward(self, q_tHD: Tensor, k_tGD: Tensor, v_tGC: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
         met = self.table.between(0, 0, rule.window, rule.chunk)
+        if _whole(met, q_tHD.shape[0]):
+            return attend_pair(q_tHD, k_tGD, v_tGC, met[0], rule)
         dtype = q_tHD.dtype if _once(met, q_tHD.shape[0]) else wide_dtype(q_tHD.dtype)
         partial = Partial(q_tHD, v_tGC.shape[2], dtype=dtype)
         partial.add(q_tHD, k_tGD, v_tGC, met, rule)
@@ -51,10 +62,17 @@ class LocalAttention(BlockwiseAttention):
         self, dout_tHC: Tensor, q_tHD: Tensor, k_tGD: Tensor, v_tGC: Tensor, out_tHC: Tensor, lse_tH: Tensor, rule: Rule
     ) -> tuple[Tensor, Tensor, Tensor]:
         met = self.table.between(0, 0, rule.window, rule.chunk)
+        if _whole(met, q_tHD.shape[0]):
+            return gradients_of(dout_tHC, q_tHD, k_tGD, v_tGC, out_tHC, lse_tH, met[0], rule)
         dtype = q_tHD.dtype if _once(met, q_tHD.shape[0]) else wide_dtype(q_tHD.dtype)
         into = Gradients(*(torch.zeros_like(x, dtype=dtype) for x in (q_tHD, k_tGD, v_tGC)))
         add_gradients(into, dout_tHC, q_tHD, k_tGD, v_tGC, out_tHC, lse_tH, met, rule)
         return into
+
+
+def _whole(met: Sequence[Pair], num_tokens: int) -> bool:
+    """Whether one pair is everything, so that its results need no buffer to be put into."""
+    return len(met) == 1 and met[0].queries == met[0].keys == slice(0, num_tokens)
 
 
 def _once(met: Sequence[Pair], num_tokens: int) -> bool:
