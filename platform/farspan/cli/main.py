@@ -124,11 +124,12 @@ def chat(
 def bench(
     what: Annotated[str, typer.Argument(help="attention, or all.")] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    save: Annotated[bool, typer.Option("--save", help="Write benchmarks/baselines/<bench>-<machine>.json.")] = False,
 ) -> None:
     """Measure this machine, side by side with the best peer, on the same work."""
     from farspan.cli.bench import run_bench
 
-    run_bench(what, as_json=as_json)
+    run_bench(what, as_json=as_json, save=save)
 
 
 @app.command()
