@@ -114,10 +114,9 @@ def attend_pair(q_tHD: Tensor, k_sGD: Tensor, v_sGC: Tensor, pair: Pair, rule: R
 class Partial:
     """Out and log-sum-exp of t queries over the keys met so far."""
 
-    def __init__(self, q_tHD: Tensor, value_dim: int, *, dtype: torch.dtype | None = None) -> None:
-        """`dtype` of the sum; the default is wide."""
+    def __init__(self, q_tHD: Tensor, value_dim: int) -> None:
         wide = wide_dtype(q_tHD.dtype)
-        self.out_tHC = q_tHD.new_zeros((*q_tHD.shape[:2], value_dim), dtype=dtype or wide)
+        self.out_tHC = q_tHD.new_zeros((*q_tHD.shape[:2], value_dim), dtype=wide)
         self.lse_tH = q_tHD.new_full(q_tHD.shape[:2], float("-inf"), dtype=wide)
         self._met = bytearray(q_tHD.shape[0])
 
