@@ -53,7 +53,9 @@ class UlyssesAttention:
                 coming = self._gather([x[:, :, stage + 1] for x in staged])
             out_THC = self.inside(q_THD, k_TGD, v_TGC, scale=scale, window=window, softcap=softcap, chunk=chunk)
             found.append(self.exchange.swap(out_THC.unflatten(0, (num_ranks, -1))))
-        out_RtSHC = torch.stack([swap.wait() for swap in found], dim=2)
+        parts = [swap.wait() for swap in found]
+        # One stage is a view: stacking it would copy the whole output.
+        out_RtSHC = parts[0].unsqueeze(2) if num_stages == 1 else torch.stack(parts, dim=2)
         return heads.collect(out_RtSHC.transpose(0, 1).flatten(1, 3))
 
     def _num_stages(self, kv_heads: int) -> int:
