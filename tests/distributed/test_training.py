@@ -219,7 +219,7 @@ def test_a_model_and_a_corpus_of_different_tokenizers_are_refused(ranks: RankPoo
     again = tiny_run(corpus, str(tmp_path / "again"), source, "train.steps=1")
     assert len(losses(run(ranks, again, tmp_path))) == 1
     other = small_corpus(tmp_path / "other", vocab_size=310)
-    with pytest.raises(RankFailed, match="must be built with the tokenizer of model.source"):
+    with pytest.raises(RankFailed, match=r"must be built with the tokenizer of model\.source"):
         run(ranks, tiny_run(other, str(tmp_path / "third"), source), tmp_path)
 
 

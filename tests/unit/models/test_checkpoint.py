@@ -112,5 +112,5 @@ def test_settings_no_model_can_be_built_of_are_one_config_error(settings: dict[s
 
 
 def test_settings_transformers_rejects_are_one_config_error() -> None:
-    with pytest.raises(ConfigError, match="hidden size \\(33\\) is not a multiple"):
+    with pytest.raises(ConfigError, match=r"hidden size \(33\) is not a multiple"):
         make_config("llama", {"hidden_size": 33, "num_attention_heads": 4})
