@@ -37,6 +37,9 @@ CASES = [
     ((48, 48, 2, 1, 16, 16), (48, 48, None)),
     ((20, 40, 2, 1, 128, 128), (20, None, None)),
     ((18, 18, 1, 1, 256, 200), (0, None, None)),
+    # One row more taken for visible to all would fill a whole tile that is computed without a mask.
+    ((100, 100, 1, 1, 16, 16), (0, 46, None)),
+    ((48, 62, 1, 1, 16, 16), (14, None, None)),
 ]
 
 

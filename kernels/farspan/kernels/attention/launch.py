@@ -69,7 +69,8 @@ def choose_tiles(head_dim: int, element_bytes: int, *, backward: bool = False) -
     if backward:
         # Four operands and two accumulators live at once.
         side = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-        return Tiles(side, side, num_warps=4, num_stages=2 if row_bytes <= 256 else 1)
+        # Two fp32 accumulators of 64 x 128 spill out of the registers of four warps.
+        return Tiles(side, side, num_warps=8 if row_bytes == 256 else 4, num_stages=2 if row_bytes <= 256 else 1)
     if row_bytes <= 128:
         return Tiles(128, 64, num_warps=4, num_stages=3)
     if row_bytes <= 256:
@@ -101,5 +102,5 @@ def tile_table(bounds: Sequence[int] | None, rows_per_tile: int, device: torch.d
 
 
 def with_plain_heads(x: Tensor) -> Tensor:
-    """The tensor with head dims contiguous in memory: kernels step through a head by one element."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """The tensor with head dims contiguous in memory, and rows so near that offsets inside a tile fit 32 bits."""
+    return x if x.stride(-1) == 1 and x.stride(0) < 2**24 else x.contiguous()

@@ -113,18 +113,33 @@ def load_tile(table_ptr, tile, num_rows, num_others, shift, ROWS: tl.constexpr, 
 
 
 @triton.jit
-def load_rows(ptr, offs_r, stop, stride, COLUMNS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """A tile of rows; zeros past `stop` and past the last column."""
-    offs_c = tl.arange(0, BLOCK_COLUMNS)
-    mask = (offs_r[:, None] < stop) & (offs_c[None, :] < COLUMNS)
-    return tl.load(ptr + offs_r[:, None].to(tl.int64) * stride + offs_c[None, :], mask=mask, other=0.0)
+def row_offsets(stride, ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Offsets of a tile from its first row. 32 bits: only the first row is far away, and registers are scarce."""
+    return tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, BLOCK_COLUMNS)[None, :]
 
 
 @triton.jit
-def store_rows(ptr, x, offs_r, stop, stride, COLUMNS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    offs_c = tl.arange(0, BLOCK_COLUMNS)
-    mask = (offs_r[:, None] < stop) & (offs_c[None, :] < COLUMNS)
-    tl.store(ptr + offs_r[:, None].to(tl.int64) * stride + offs_c[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+def row_mask(row, stop, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    return (row + tl.arange(0, ROWS)[:, None] < stop) & (tl.arange(0, BLOCK_COLUMNS)[None, :] < COLUMNS)
+
+
+@triton.jit
+def load_rows(
+    ptr, row, stop, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Rows row .. row + ROWS; zeros past `stop` and past the last column."""
+    first_ptr = ptr + tl.cast(row, tl.int64) * stride
+    mask = row_mask(row, stop, ROWS, COLUMNS, BLOCK_COLUMNS)
+    return tl.load(first_ptr + row_offsets(stride, ROWS, BLOCK_COLUMNS), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(
+    ptr, x, row, stop, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):  # fmt: skip
+    first_ptr = ptr + tl.cast(row, tl.int64) * stride
+    mask = row_mask(row, stop, ROWS, COLUMNS, BLOCK_COLUMNS)
+    tl.store(first_ptr + row_offsets(stride, ROWS, BLOCK_COLUMNS), x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -163,8 +178,8 @@ def _attend_keys(
     """Online softmax over the keys first..stop."""
     for key in range(first, stop, KEYS):
         offs_s = key + tl.arange(0, KEYS)
-        k = load_rows(k_ptr, offs_s, stop, stride_k, D, BLOCK_D)
-        v = load_rows(v_ptr, offs_s, stop, stride_v, C, BLOCK_C)
+        k = load_rows(k_ptr, key, stop, stride_k, KEYS, D, BLOCK_D)
+        v = load_rows(v_ptr, key, stop, stride_v, KEYS, C, BLOCK_C)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=WIDE) * SCALE
         if CAP > 0.0:
             scores = bend(scores, CAP)
@@ -210,7 +225,7 @@ def _forward_kernel(
         low = last + shift - window + 1
     begin, end = whole_range(first, stop, low, high, KEYS)
 
-    q = load_rows(q_ptr + head * stride_qh, offs_t, query_stop, stride_qt, D, BLOCK_D)
+    q = load_rows(q_ptr + head * stride_qh, query, query_stop, stride_qt, QUERIES, D, BLOCK_D)
     k_ptr += group * stride_kg
     v_ptr += group * stride_vg
     out = tl.zeros([QUERIES, BLOCK_C], dtype=WIDE)
@@ -233,5 +248,5 @@ def _forward_kernel(
     empty = total == 0.0
     safe_total = tl.where(empty, 1.0, total)
     lse = tl.where(empty, float("-inf"), (top + tl.log2(safe_total)) * LN2)
-    store_rows(out_ptr + head * stride_oh, out / safe_total[:, None], offs_t, query_stop, stride_ot, C, BLOCK_C)
+    store_rows(out_ptr + head * stride_oh, out / safe_total[:, None], query, query_stop, stride_ot, QUERIES, C, BLOCK_C)
     tl.store(lse_ptr + offs_t.to(tl.int64) * stride_lt + head * stride_lh, lse, mask=offs_t < query_stop)

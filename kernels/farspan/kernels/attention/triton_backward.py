@@ -129,8 +129,8 @@ def _dq_keys(
 ):  # fmt: skip
     for key in range(first, stop, KEYS):
         offs_s = key + tl.arange(0, KEYS)
-        k = load_rows(k_ptr, offs_s, stop, stride_k, D, BLOCK_D)
-        v = load_rows(v_ptr, offs_s, stop, stride_v, C, BLOCK_C)
+        k = load_rows(k_ptr, key, stop, stride_k, KEYS, D, BLOCK_D)
+        v = load_rows(v_ptr, key, stop, stride_v, KEYS, C, BLOCK_C)
         probs, slope = _probs(
             q, k, lse, offs_t, offs_s, query_stop, stop, shift, window,
             BAND, WINDOWED, SCALE, CAP, MASKED, WIDE,
@@ -169,9 +169,9 @@ def _dq_kernel(
         low = last + shift - window + 1
     begin, end = whole_range(first, stop, low, high, KEYS)
 
-    q = load_rows(q_ptr + head * stride_qh, offs_t, query_stop, stride_qt, D, BLOCK_D)
-    dout = load_rows(dout_ptr + head * stride_oh, offs_t, query_stop, stride_ot, C, BLOCK_C)
-    out = load_rows(out_ptr + head * stride_yh, offs_t, query_stop, stride_yt, C, BLOCK_C)
+    q = load_rows(q_ptr + head * stride_qh, query, query_stop, stride_qt, QUERIES, D, BLOCK_D)
+    dout = load_rows(dout_ptr + head * stride_oh, query, query_stop, stride_ot, QUERIES, C, BLOCK_C)
+    out = load_rows(out_ptr + head * stride_yh, query, query_stop, stride_yt, QUERIES, C, BLOCK_C)
     lse = tl.load(lse_ptr + offs_t.to(tl.int64) * stride_lt + head * stride_lh, mask=mask_t, other=0.0)
     delta = tl.sum(dout.to(WIDE) * out.to(WIDE), 1)
     tl.store(delta_ptr + offs_t.to(tl.int64) * stride_et + head * stride_eh, delta, mask=mask_t)
@@ -191,7 +191,7 @@ def _dq_kernel(
         dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, end, stop, offs_t, query_stop, shift,
         window, D, C, BLOCK_D, BLOCK_C, KEYS, BAND, WINDOWED, SCALE, CAP, True, WIDE,
     )  # fmt: skip
-    store_rows(dq_ptr + head * stride_dh, dq, offs_t, query_stop, stride_dt, D, BLOCK_D)
+    store_rows(dq_ptr + head * stride_dh, dq, query, query_stop, stride_dt, QUERIES, D, BLOCK_D)
 
 
 @triton.jit
@@ -205,8 +205,8 @@ def _dkv_queries(
     for query in range(first, stop, QUERIES):
         offs_t = query + tl.arange(0, QUERIES)
         mask_t = offs_t < stop
-        q = load_rows(q_ptr, offs_t, stop, stride_q, D, BLOCK_D)
-        dout = load_rows(dout_ptr, offs_t, stop, stride_o, C, BLOCK_C)
+        q = load_rows(q_ptr, query, stop, stride_q, QUERIES, D, BLOCK_D)
+        dout = load_rows(dout_ptr, query, stop, stride_o, QUERIES, C, BLOCK_C)
         lse = tl.load(lse_ptr + offs_t.to(tl.int64) * stride_l, mask=mask_t, other=0.0)
         delta = tl.load(delta_ptr + offs_t.to(tl.int64) * stride_e, mask=mask_t, other=0.0)
         probs, slope = _probs(
@@ -246,8 +246,8 @@ def _dkv_kernel(
         high = key - shift + window
     begin, end = whole_range(first, stop, low, high, QUERIES)
 
-    k = load_rows(k_ptr + group * stride_kg, offs_s, key_stop, stride_ks, D, BLOCK_D)
-    v = load_rows(v_ptr + group * stride_vg, offs_s, key_stop, stride_vs, C, BLOCK_C)
+    k = load_rows(k_ptr + group * stride_kg, key, key_stop, stride_ks, KEYS, D, BLOCK_D)
+    v = load_rows(v_ptr + group * stride_vg, key, key_stop, stride_vs, KEYS, C, BLOCK_C)
     dk = tl.zeros([KEYS, BLOCK_D], dtype=WIDE)
     dv = tl.zeros([KEYS, BLOCK_C], dtype=WIDE)
     for member in range(0, GROUP):
@@ -272,5 +272,5 @@ def _dkv_kernel(
             stride_lt, stride_et, end, stop, offs_s, key_stop, shift, window,
             D, C, BLOCK_D, BLOCK_C, QUERIES, BAND, WINDOWED, SCALE, CAP, True, WIDE,
         )  # fmt: skip
-    store_rows(dk_ptr + group * stride_xg, dk, offs_s, key_stop, stride_xs, D, BLOCK_D)
-    store_rows(dv_ptr + group * stride_yg, dv, offs_s, key_stop, stride_ys, C, BLOCK_C)
+    store_rows(dk_ptr + group * stride_xg, dk, key, key_stop, stride_xs, KEYS, D, BLOCK_D)
+    store_rows(dv_ptr + group * stride_yg, dv, key, key_stop, stride_ys, KEYS, C, BLOCK_C)
