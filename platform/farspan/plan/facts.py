@@ -20,7 +20,7 @@ class ModelFacts:
     head_dim: int
     vocab_size: int
     num_parameters: int
-    max_positions: int | None
+    max_positions: int | None = None
     """Longest position the model was made for; none: the config does not say."""
 
 
