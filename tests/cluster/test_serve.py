@@ -24,7 +24,7 @@ from farspan.models.checkpoint import load_causal_lm, load_tokenizer
 from farspan.serve.app import Running, run_app
 from farspan.serve.chat import answer
 from farspan.serve.detokenize import Detokenizer, StopStrings
-from farspan.serve.messages import GenerationRequest
+from farspan.serve.messages import GenerationRequest, Tokens
 from farspan.serve.policy import Route
 from farspan.serve.router import Router
 from farspan.serve.trace import RequestTrace
@@ -249,6 +249,34 @@ def test_a_prefill_worker_killed_before_the_pull_is_not_noticed_by_the_client(se
     again = server.client.completions.create(model="tiny", prompt=TEXT[1000:1900], max_tokens=MAX_TOKENS, temperature=0)
     assert again.choices[0].text == expected
     wait_until(lambda: server.infos()["prefill"].pid != killed)
+    wait_until(lambda: all(idle(info) for info in server.infos().values()))
+
+
+def test_a_decode_worker_killed_in_the_middle_of_an_answer_is_not_noticed_by_the_client(server, plain):
+    expected_tokens, expected, prompt_ids = plain(TEXT[3000:3900])
+    killed = server.infos()["decode"].pid
+    given: list[int] = []
+
+    class Murderous(Router):
+        """Kills the decode worker after it gave a few tokens."""
+
+        async def resume(self, request, answered, ticket):
+            given.append(len(answered))
+            async for item in super().resume(request, answered, ticket):
+                yield item
+                if len(given) == 1 and isinstance(item, Tokens) and Path(f"/proc/{killed}").exists():
+                    os.kill(killed, signal.SIGKILL)
+                    while Path(f"/proc/{killed}").exists():
+                        await asyncio.sleep(0.01)
+
+    text, trace = drive(server, prompt_ids, Murderous)
+    assert text == expected
+    assert trace.recovered, trace
+    assert "decode worker was lost" in trace.recoveries[0]
+    # The second attempt went on after tokens that the killed worker had given.
+    assert 1 < given[1] < len(expected_tokens)
+    assert len(trace.arrivals_s) == len(expected_tokens)
+    wait_until(lambda: server.infos()["decode"].pid != killed)
     wait_until(lambda: all(idle(info) for info in server.infos().values()))
 
 

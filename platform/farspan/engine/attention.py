@@ -77,8 +77,9 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRows:
-    """The first B packed tokens, one per sequence."""
+    """B packed tokens from `start` on, one per sequence, attended in one call."""
 
+    start: int
     tables_BN: Tensor
     """Pages of each row, short rows filled up with their own first page."""
     visible_BS: Tensor
@@ -93,7 +94,7 @@ class PagedBatch:
     kernel: Forward
     page_T: Tensor
     slot_T: Tensor
-    decode: DecodeRows | None
+    decode: tuple[DecodeRows, ...]
     segments: tuple[Segment, ...]
 
     def __call__(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGC: Tensor, scale: float) -> Tensor:
@@ -101,9 +102,9 @@ class PagedBatch:
         keys_PSGD[self.page_T, self.slot_T] = k_TGD
         values_PSGC[self.page_T, self.slot_T] = v_TGC
         parts: list[Tensor] = []
-        if self.decode is not None:
-            num_rows = self.decode.tables_BN.shape[0]
-            parts.append(_attend_rows(q_THD[:num_rows], keys_PSGD, values_PSGC, self.decode, scale))
+        for rows in self.decode:
+            here = slice(rows.start, rows.start + len(rows.tables_BN))
+            parts.append(_attend_rows(q_THD[here], keys_PSGD, values_PSGC, rows, scale))
         for segment in self.segments:
             parts.append(self._attend_segment(segment, keys_PSGD, values_PSGC, q_THD, k_TGD, v_TGC, scale))
         return torch.cat(parts)
@@ -129,7 +130,7 @@ class PagedBatch:
 
 
 def _attend_rows(q_BHD: Tensor, keys_PSGD: Tensor, values_PSGC: Tensor, rows: DecodeRows, scale: float) -> Tensor:
-    """One query per row against its own pages, all rows in one call."""
+    """One query per row against its own pages, the rows of a group in one call."""
     k_BGSD = keys_PSGD[rows.tables_BN].flatten(1, 2).transpose(1, 2)
     v_BGSC = values_PSGC[rows.tables_BN].flatten(1, 2).transpose(1, 2)
     # The N query heads that share a key head are the queries of one attention: keys are not repeated.

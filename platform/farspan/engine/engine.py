@@ -55,11 +55,17 @@ class Engine:
         self._waiting: list[SequenceState] = []
         self._taken: dict[str, SequenceState] = {}
         self._num_arrived = 0
+        self._stalled = False
         self._check_against(model)
 
     @property
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
+
+    @property
+    def stalled(self) -> bool:
+        """The last step could do nothing: pages that are held outside must come back first."""
+        return self._stalled
 
     @property
     def num_requests(self) -> int:
@@ -113,6 +119,7 @@ class Engine:
         """One iteration: at most one new token for each request."""
         rows = {s.request_id: s for s in (*self._running, *self._waiting)}
         decision = schedule(_rows(self._running), _rows(self._waiting), self.pool.num_free, self._limits)
+        self._stalled = not decision.chunks and not decision.preempted
         for request_id in decision.preempted:
             self._preempt(rows[request_id])
         if not decision.chunks:
@@ -148,7 +155,7 @@ class Engine:
                 answers[f"prompt-{index}"] = []
             while len(finished) < len(prompts):
                 events = self.step()
-                if not events and not any(s.pages for s in self._running):
+                if self.stalled:
                     raise EngineError("the KV pages are held elsewhere; nothing can be computed")
                 for event in events:
                     if isinstance(event, FailedEvent):

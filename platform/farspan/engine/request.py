@@ -22,7 +22,7 @@ class SamplingParams:
     """0: all."""
     seed: int = 0
     """With the position of a token, all that its random number depends on."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
 
 

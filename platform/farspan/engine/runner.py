@@ -14,6 +14,9 @@ from farspan.engine.probe import forward
 from farspan.kernels.attention.dispatch import choose_attention
 from farspan.kv.pages import PagePool
 
+# Decode gathers the pages of a group of rows side by side, one layer at a time: at most this much, or one row.
+_GATHER_BYTES = 64 * 1024 * 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -27,14 +30,15 @@ class Piece:
 class Runner:
     """The model and its pages."""
 
-    def __init__(self, model: PreTrainedModel, pool: PagePool) -> None:
+    def __init__(self, model: PreTrainedModel, pool: PagePool, gather_bytes: int = _GATHER_BYTES) -> None:
         self._model, self._pool = model, pool
+        self._gather_pages = gather_bytes * pool.layout.num_layers // pool.layout.page_bytes
         self._kernel = choose_attention(pool.device)[0]
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """Logits [len(pieces), V] of the last token of each piece, in the given order."""
-        # Single tokens first: they are one batched attention, the longer pieces one each.
-        order = sorted(range(len(pieces)), key=lambda i: len(pieces[i].tokens) > 1)
+        # Single tokens first, shortest context first: neighbours are attended together, the longer pieces one each.
+        order = sorted(range(len(pieces)), key=lambda i: (len(pieces[i].tokens) > 1, pieces[i].past))
         packed = [pieces[i] for i in order]
         batch, tokens_T, positions_T = self._pack(packed)
         ends = torch.tensor([len(piece.tokens) for piece in packed]).cumsum(0) - 1
@@ -61,16 +65,33 @@ class Runner:
         batch = PagedBatch(self._pool, self._kernel, page_T, slots_T % size, self._decode_rows(rows), tuple(segments))
         return batch, tokens_T, positions_T
 
-    def _decode_rows(self, rows: Sequence[tuple[Piece, Tensor]]) -> DecodeRows | None:
-        if not rows:
-            return None
+    def _decode_rows(self, rows: Sequence[tuple[Piece, Tensor]]) -> tuple[DecodeRows, ...]:
+        widths = [self._pool.layout.num_pages(piece.past + 1) for piece, _ in rows]
+        groups = group_rows(widths, self._gather_pages)
+        return tuple(self._decode_group(rows[group.start : group.stop], group.start) for group in groups)
+
+    def _decode_group(self, rows: Sequence[tuple[Piece, Tensor]], start: int) -> DecodeRows:
         layout, device = self._pool.layout, self._pool.device
         num_keys = torch.tensor([piece.past + 1 for piece, _ in rows], device=device)
         width = max(layout.num_pages(piece.past + 1) for piece, _ in rows)
         # Filled up with a page of the row itself: a foreign page may hold anything, even NaN.
         tables_BN = torch.stack([_padded(table[:width], width) for _, table in rows])
         visible_BS = torch.arange(width * layout.page_tokens, device=device)[None, :] < num_keys[:, None]
-        return DecodeRows(tables_BN, visible_BS)
+        return DecodeRows(start, tables_BN, visible_BS)
+
+
+def group_rows(widths: Sequence[int], most_pages: int) -> list[range]:
+    """Rows to gather together, given the pages of each row in ascending order.
+
+    Every row of a group is filled up to its widest: a group is at most `most_pages` so filled up, or one row.
+    """
+    groups: list[range] = []
+    for row, width in enumerate(widths):
+        if groups and (row + 1 - groups[-1].start) * width <= most_pages:
+            groups[-1] = range(groups[-1].start, row + 1)
+        else:
+            groups.append(range(row, row + 1))
+    return groups
 
 
 def _padded(table: Tensor, width: int) -> Tensor:

@@ -27,7 +27,9 @@ def choose_token(logits_V: Tensor, params: SamplingParams, position: int) -> int
 
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) that depends on nothing but its arguments."""
-    generator = np.random.Philox(key=[seed % 2**64, 0], counter=[0, 0, 0, position])
+    # Typed: a list that holds a number of 2**63 or more goes through float64, where neighbouring seeds are one.
+    key, counter = (np.array(words, dtype=np.uint64) for words in ([seed % 2**64, 0], [0, 0, 0, position]))
+    generator = np.random.Philox(key=key, counter=counter)
     return float(np.random.Generator(generator).random())
 
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import re
 import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any, TypeVar
+from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ValidationError
-from ray import serve
 
 from farspan.config.schema import ServeConfig
 from farspan.engine.request import SamplingParams
 from farspan.errors import FarspanError, RequestError
 from farspan.models.checkpoint import load_tokenizer
+from farspan.serve.body import Body, read_body
 from farspan.serve.chat import Delta, answer, chat_prompt
 from farspan.serve.detokenize import Detokenizer, StopStrings
 from farspan.serve.folder import open_model_folder
@@ -33,12 +34,11 @@ from farspan.serve.wire import (
     CompletionRequest,
     GenerationFields,
     Reply,
-    explain_invalid,
     model_list,
     usage,
 )
 
-Body = TypeVar("Body", bound=BaseModel)
+logger = logging.getLogger(__name__)
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -71,7 +71,9 @@ class Api:
 
     async def models(self, request: Request) -> Response:
         self._authorize(request)
-        return JSONResponse(model_list(self._model, self._created, (await self._limits()).max_context_tokens))
+        longest = (await self._limits()).max_context_tokens
+        chats = bool(getattr(self._tokenizer, "chat_template", None))
+        return JSONResponse(model_list(self._model, self._created, longest, chat_template=chats))
 
     async def trace(self, request: Request, request_id: str) -> Response:
         self._authorize(request)
@@ -83,13 +85,16 @@ class Api:
     async def completions(self, request: Request) -> Response:
         self._authorize(request)
         asked = await self._body(request, CompletionRequest)
-        return await self._generate(request, asked, self._prompt_tokens(asked), asked.max_tokens, chat=False)
+        self._check_model(asked.model)
+        # In a thread: millions of characters take seconds, and other answers are on their way.
+        prompt = await asyncio.to_thread(self._prompt_tokens, asked)
+        return await self._generate(request, asked, prompt, asked.max_tokens, chat=False)
 
     async def chat(self, request: Request) -> Response:
         self._authorize(request)
         asked = await self._body(request, ChatRequest)
         self._check_model(asked.model)
-        prompt = chat_prompt(self._tokenizer, asked.messages)
+        prompt = await asyncio.to_thread(chat_prompt, self._tokenizer, asked.messages)
         return await self._generate(request, asked, prompt, asked.answer_tokens, chat=True)
 
     def _authorize(self, request: Request) -> None:
@@ -115,15 +120,9 @@ class Api:
             content += piece
             if len(content) > limit:
                 raise too_large
-        try:
-            return shape.model_validate(json.loads(content))
-        except ValidationError as problem:
-            raise explain_invalid(problem) from None
-        except (ValueError, RecursionError):
-            raise ApiError(400, "the body is not JSON", code="invalid_json") from None
+        return read_body(content, shape)
 
     def _prompt_tokens(self, asked: CompletionRequest) -> list[int]:
-        self._check_model(asked.model)
         prompt = asked.prompt
         if isinstance(prompt, list) and all(isinstance(token, int) for token in prompt):
             return [int(token) for token in prompt]
@@ -147,6 +146,10 @@ class Api:
         self, http: Request, asked: GenerationFields, prompt: list[int], max_tokens: int | None, *, chat: bool
     ) -> Response:
         info = await self._limits()
+        # Before it travels: the engine's thread would look at every token first.
+        if len(prompt) >= info.max_context_tokens:
+            most = info.max_context_tokens - 1
+            raise RequestError("", f"the prompt has {len(prompt)} tokens, the model takes at most {most}")
         room = min(info.max_context_tokens, info.kv_tokens) - len(prompt)
         params = SamplingParams(
             max_tokens=max_tokens or max(1, room),
@@ -154,7 +157,7 @@ class Api:
             top_p=asked.top_p,
             top_k=asked.top_k,
             seed=secrets.randbits(63) if asked.seed is None else asked.seed,
-            stop_token_ids=(*asked.stop_token_ids, *self._end_of_text(asked)),
+            stop_token_ids=frozenset((*asked.stop_token_ids, *self._end_of_text(asked))),
             ignore_eos=asked.ignore_eos,
         )
         given = http.headers.get("x-request-id") or ""
@@ -167,7 +170,7 @@ class Api:
             choose_route(len(prompt), self._config.transfer.colocate_below_tokens),
             self._router,
             Detokenizer(self._tokenizer),
-            StopStrings(asked.stops),
+            StopStrings(asked.stop),
             trace,
         )
         reply = Reply(public_id, self._model, chat)
@@ -202,6 +205,9 @@ async def _events(
     except FarspanError as problem:
         # The status line is gone: an error event and no [DONE] is how clients see that the answer is not whole.
         yield _event(as_api_error(problem).body())
+    except Exception:
+        logger.exception("an answer broke off")
+        yield _event(internal_error().body())
     finally:
         await deltas.aclose()
 
@@ -213,48 +219,9 @@ def _event(content: dict[str, Any]) -> str:
 def as_api_error(problem: FarspanError) -> ApiError:
     if isinstance(problem, RequestError):
         return ApiError(400, problem.reason, code="invalid_request")
+    return internal_error()
+
+
+def internal_error() -> ApiError:
+    """What a client may know about what we got wrong."""
     return ApiError(500, "the request could not be completed; try again", code="internal_error")
-
-
-def build_http() -> FastAPI:
-    """The routes, in front of the `Api` of the replica they run in."""
-    http = FastAPI(title="farspan", docs_url=None, redoc_url=None)
-
-    def here() -> Api:
-        api: Api = serve.get_replica_context().servable_object
-        return api
-
-    @http.exception_handler(ApiError)
-    async def api_error(_: Request, problem: ApiError) -> Response:
-        return JSONResponse(problem.body(), status_code=problem.status)
-
-    @http.exception_handler(FarspanError)
-    async def farspan_error(_: Request, problem: FarspanError) -> Response:
-        error = as_api_error(problem)
-        return JSONResponse(error.body(), status_code=error.status)
-
-    @http.get("/health")
-    async def health() -> Response:
-        return await here().health()
-
-    @http.get("/ready")
-    async def ready() -> Response:
-        return await here().ready()
-
-    @http.get("/v1/models")
-    async def models(request: Request) -> Response:
-        return await here().models(request)
-
-    @http.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        return await here().completions(request)
-
-    @http.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        return await here().chat(request)
-
-    @http.get("/v1/requests/{request_id}/trace")
-    async def trace(request: Request, request_id: str) -> Response:
-        return await here().trace(request, request_id)
-
-    return http

@@ -14,19 +14,21 @@ import httpx
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.exceptions import RayServeException
 
 from farspan.config.check import check_serve
 from farspan.config.schema import RoleConfig, ServeConfig
 from farspan.engine.probe import refuse_config
 from farspan.errors import ClusterError
 from farspan.models.checkpoint import open_config
-from farspan.serve.api import Api, build_http
+from farspan.serve.api import Api
 from farspan.serve.folder import open_model_folder
 from farspan.serve.keys import key_hashes
+from farspan.serve.port import refuse_taken_port
+from farspan.serve.routes import build_http
 from farspan.serve.worker import DecodeWorker, PrefillWorker
 
 APP_NAME = "farspan"
-_STATE = Path.home() / ".cache" / "farspan" / "serve"
 _READY_POLL_S = 0.1
 _REQUESTS_PER_SEQUENCE = 4
 
@@ -54,6 +56,7 @@ def check_app(config: ServeConfig) -> Path:
     check_serve(config)
     folder = open_model_folder(config.model)
     refuse_config(open_config(folder))
+    refuse_taken_port(config.host, config.port)
     return folder
 
 
@@ -96,7 +99,7 @@ def run_app(config: ServeConfig) -> Iterator[Running]:
         ClusterError: the application did not become ready within start_timeout_s.
     """
     check_app(config)
-    hashes, key_file = key_hashes(config, _STATE)
+    hashes, key_file = key_hashes(config)
     deadline_s = time.monotonic() + config.start_timeout_s
     try:
         _deploy(config, hashes, deadline_s)
@@ -113,48 +116,59 @@ def num_cpus(config: ServeConfig) -> float:
 
 
 def _deploy(config: ServeConfig, hashes: tuple[str, ...], deadline_s: float) -> None:
-    serve.start(
-        proxy_location=ProxyLocation.HeadOnly,
-        http_options=HTTPOptions(
-            host=config.host, port=config.port, request_timeout_s=config.request_timeout_s, keep_alive_timeout_s=75
-        ),
-    )
     # serve.run has no deadline of its own.
     pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="deploy")
-    deployed = pool.submit(serve.run, build_app(config, hashes), name=APP_NAME, route_prefix="/")
     try:
+        serve.start(
+            proxy_location=ProxyLocation.HeadOnly,
+            http_options=HTTPOptions(
+                host=config.host, port=config.port, request_timeout_s=config.request_timeout_s, keep_alive_timeout_s=75
+            ),
+        )
+        deployed = pool.submit(serve.run, build_app(config, hashes), name=APP_NAME, route_prefix="/")
         deployed.result(timeout=max(1.0, deadline_s - time.monotonic()))
     except concurrent.futures.TimeoutError:
         raise ClusterError(
             f"the workers did not start within start_timeout_s={config.start_timeout_s:g}: {_status()}; raise it, or "
             "ask for fewer replicas or CPUs"
         ) from None
-    except (RayError, RuntimeError) as problem:
-        raise ClusterError(f"the workers could not start: {_status() or problem}") from None
+    except (RayError, RayServeException, RuntimeError, ValueError) as problem:
+        raise ClusterError(f"the workers could not start: {_status() or _last_line(problem)}") from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _status() -> str:
     """The last line of what Serve says is wrong with each deployment."""
-    found = serve.status().applications.get(APP_NAME)
+    try:
+        found = serve.status().applications.get(APP_NAME)
+    except (RayError, RayServeException, RuntimeError):
+        return ""
     if found is None:
         return ""
     said = {name: d.message.strip().splitlines() for name, d in found.deployments.items() if d.message.strip()}
     return "; ".join(f"{name}: {lines[-1].strip()}" for name, lines in said.items())
 
 
+def _last_line(problem: Exception) -> str:
+    """What an error of Ray's comes down to: its text is a traceback of the other process."""
+    lines = str(problem).strip().splitlines()
+    return lines[-1].strip() if lines else type(problem).__name__
+
+
 def _wait_ready(url: str, deadline_s: float, timeout_s: float) -> None:
     last = "no answer"
-    while time.monotonic() < deadline_s:
-        try:
-            answer = httpx.get(f"{url}/ready", timeout=15.0)
-            if answer.status_code == 200:
-                return
-            last = answer.text[:200]
-        except httpx.HTTPError as problem:
-            last = type(problem).__name__
-        time.sleep(_READY_POLL_S)
+    # Not through the proxy of the environment: no other machine reaches this one's loopback.
+    with httpx.Client(trust_env=False, timeout=15.0) as client:
+        while time.monotonic() < deadline_s:
+            try:
+                answer = client.get(f"{url}/ready")
+                if answer.status_code == 200:
+                    return
+                last = answer.text[:200]
+            except httpx.HTTPError as problem:
+                last = type(problem).__name__
+            time.sleep(_READY_POLL_S)
     raise ClusterError(f"{url} was not ready within start_timeout_s={timeout_s:g} ({last}); is the port in use?")
 
 

@@ -47,10 +47,15 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Ends a text before the first of some strings, wherever the deltas cut them."""
+    """Ends a text before the first of some strings, wherever the deltas cut them.
+
+    First is the one that is complete first; of two that end together, the one that begins first. Each character is
+    looked at once for each stop string, however long they are.
+    Source: Knuth, Morris, Pratt 1977, https://doi.org/10.1137/0206024.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = [stop for stop in stops if stop]
+        self._searches = [_Search(stop) for stop in stops if stop]
         self._held = ""
         self.stopped = False
 
@@ -58,14 +63,15 @@ class StopStrings:
         """The part of the text that cannot belong to a stop string; sets `stopped` once one is complete."""
         if self.stopped:
             return ""
-        text = self._held + delta
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        hold = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - hold :]
-        return text[: len(text) - hold]
+        text, before = self._held + delta, len(self._held)
+        for end, letter in enumerate(delta, before + 1):
+            found = [search.length for search in self._searches if search.feed(letter)]
+            if found:
+                self.stopped, self._held = True, ""
+                return text[: end - max(found)]
+        kept = len(text) - max((search.matched for search in self._searches), default=0)
+        self._held = text[kept:]
+        return text[:kept]
 
     def finish(self) -> str:
         """What was held back in case a stop string would follow."""
@@ -73,7 +79,30 @@ class StopStrings:
         return rest
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+class _Search:
+    """One string looked for in a text that comes letter by letter."""
+
+    def __init__(self, wanted: str) -> None:
+        self._wanted = wanted
+        self.matched = 0
+        """Length of the longest end of the text that begins the string."""
+        # For each beginning of the string: the longest shorter beginning that also ends it.
+        self._shorter = [0, 0]
+        size = 0
+        for letter in wanted[1:]:
+            size = self._next(size, letter)
+            self._shorter.append(size)
+
+    @property
+    def length(self) -> int:
+        return len(self._wanted)
+
+    def feed(self, letter: str) -> bool:
+        """Whether the string is complete with this letter; nothing may be fed after that."""
+        self.matched = self._next(self.matched, letter)
+        return self.matched == self.length
+
+    def _next(self, size: int, letter: str) -> int:
+        while size and self._wanted[size] != letter:
+            size = self._shorter[size]
+        return size + 1 if self._wanted[size] == letter else 0

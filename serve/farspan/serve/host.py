@@ -9,11 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import queue
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -24,6 +23,7 @@ from farspan.errors import EngineError, FarspanError, TransferError
 from farspan.kv.puller import Arrival, Puller
 from farspan.kv.ticket import KvTicket, LeaseTable
 from farspan.kv.transports.base import Transport
+from farspan.serve.mailbox import Command, Inbox, Mailbox, tell
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, Pulled, StreamItem, Tokens, WorkerInfo
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ Answer = TypeVar("Answer")
 
 # How often a thread with nothing to compute looks at running transfers, and at leases.
 _TRANSFER_POLL_S = 0.0005
+# While every page it needs is held elsewhere: they come back by a command or at the end of a lease.
+_STALLED_POLL_S = 0.01
 _IDLE_POLL_S = 0.25
 
 
@@ -47,34 +49,6 @@ class _Client:
     pull_started_s: float = 0.0
 
 
-class _Inbox:
-    """Items from the engine's thread to one waiting coroutine."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._items: deque[StreamItem | Prefilled] = deque()
-        self._filled = asyncio.Event()
-
-    def push(self, item: StreamItem | Prefilled) -> None:
-        self._loop.call_soon_threadsafe(self._put, item)
-
-    async def take(self) -> StreamItem | Prefilled:
-        """The next item. Tokens that piled up while the reader was slow come together."""
-        await self._filled.wait()
-        item = self._items.popleft()
-        while isinstance(item, Tokens) and self._items and isinstance(self._items[0], Tokens):
-            following = self._items.popleft()
-            assert isinstance(following, Tokens)
-            item = Tokens(item.tokens + following.tokens, following.finish)
-        if not self._items:
-            self._filled.clear()
-        return item
-
-    def _put(self, item: StreamItem | Prefilled) -> None:
-        self._items.append(item)
-        self._filled.set()
-
-
 class EngineHost:
     """One worker's engine. `start` before use, `stop` at the end."""
 
@@ -82,7 +56,7 @@ class EngineHost:
         self._role, self._engine, self._transport, self._config = role, engine, transport, config
         self._leases = LeaseTable(engine.pool, config.lease_s)
         self._puller = Puller(engine.pool, transport, config.deadline_s)
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._commands = Mailbox()
         self._clients: dict[str, _Client] = {}
         self._wanting_pages: list[_Client] = []
         self._dead: str = ""
@@ -95,15 +69,17 @@ class EngineHost:
     def stop(self) -> None:
         """End the thread; whoever still waits is told."""
         self._stopping.set()
-        self._commands.put(lambda: None)
+        with suppress(EngineError):
+            self._commands.put(Command(lambda: None))
         if self._thread.is_alive():
             self._thread.join(timeout=30)
+        self._commands.close(self._ended())
         self._transport.close()
 
     def check(self) -> None:
         """Raises EngineError when the engine thread has ended."""
         if self._dead or not self._thread.is_alive():
-            raise EngineError(f"the engine thread ended: {self._dead or 'stopped'}")
+            raise EngineError(f"the engine thread of the {self._role} worker ended: {self._dead or 'stopped'}")
 
     async def prefill(self, request: GenerationRequest) -> Prefilled | Failed:
         """Compute a prompt and its first token, and hold its pages for whoever gets the ticket."""
@@ -144,9 +120,9 @@ class EngineHost:
         ticket: KvTicket | None = None,
     ) -> AsyncIterator[StreamItem | Prefilled]:
         self.check()
-        inbox = _Inbox()
+        inbox = Inbox()
         client = _Client(request, inbox.push, time.monotonic(), prefill_only, answered, ticket)
-        self._commands.put(lambda: self._admit(client))
+        self._commands.put(Command(lambda: self._admit(client), lambda error: inbox.push(Failed(error))))
         over = False
         try:
             while not over:
@@ -156,7 +132,8 @@ class EngineHost:
         finally:
             # The client went away: nobody reads what the engine would still compute.
             if not over:
-                self._commands.put(lambda: self._forget(request.request_id))
+                with suppress(EngineError):
+                    self._commands.put(Command(lambda: self._forget(request.request_id)))
 
     async def _call(self, function: Callable[[], Answer]) -> Answer:
         self.check()
@@ -164,19 +141,21 @@ class EngineHost:
         answer: asyncio.Future[Answer] = loop.create_future()
 
         def settle(set_value: Callable[[], None]) -> None:
-            if not answer.done():
-                set_value()
+            # A caller that was cancelled wants no answer.
+            tell(loop, lambda: None if answer.done() else set_value())
 
         def act() -> None:
             try:
                 value = function()
             except Exception as problem:
-                error = problem
-                loop.call_soon_threadsafe(settle, lambda: answer.set_exception(error))
+                refuse(problem)
             else:
-                loop.call_soon_threadsafe(settle, lambda: answer.set_result(value))
+                settle(lambda: answer.set_result(value))
 
-        self._commands.put(act)
+        def refuse(problem: Exception) -> None:
+            settle(lambda: answer.set_exception(problem))
+
+        self._commands.put(Command(act, refuse))
         return await answer
 
     def _run(self) -> None:
@@ -186,10 +165,18 @@ class EngineHost:
         except Exception as problem:
             logger.exception("the engine of the %s worker failed", self._role)
             self._dead = f"{type(problem).__name__}: {problem}"
-        self._tell_everyone(EngineError(f"the {self._role} worker stopped: {self._dead or 'shutting down'}"))
+        finally:
+            # First closed, then told: whoever comes in between is refused by the mailbox.
+            self._commands.close(self._ended())
+            for client in list(self._clients.values()):
+                self._fail(client, self._ended())
+
+    def _ended(self) -> EngineError:
+        return EngineError(f"the {self._role} worker stopped: {self._dead or 'shutting down'}")
 
     def _turn(self) -> None:
-        self._obey(self._patience())
+        for command in self._commands.take(self._patience()):
+            command.act()
         self._leases.expire(time.time())
         self._start_pulls()
         for arrival in self._puller.poll(time.monotonic()):
@@ -200,19 +187,11 @@ class EngineHost:
 
     def _patience(self) -> float:
         """Seconds this turn may wait for a command."""
-        if self._engine.has_work:
+        if self._engine.has_work and not self._engine.stalled:
             return 0.0
-        busy = self._puller.num_pulling or self._wanting_pages
-        return _TRANSFER_POLL_S if busy else _IDLE_POLL_S
-
-    def _obey(self, patience_s: float) -> None:
-        try:
-            command = self._commands.get(timeout=patience_s) if patience_s else self._commands.get_nowait()
-            while True:
-                command()
-                command = self._commands.get_nowait()
-        except queue.Empty:
-            return
+        if self._puller.num_pulling or self._wanting_pages:
+            return _TRANSFER_POLL_S
+        return _STALLED_POLL_S if self._engine.has_work else _IDLE_POLL_S
 
     def _admit(self, client: _Client) -> None:
         request = client.request
@@ -322,11 +301,3 @@ class EngineHost:
             num_requests=len(self._clients),
             open_leases=self._leases.num_open,
         )
-
-    def _tell_everyone(self, error: EngineError) -> None:
-        for client in list(self._clients.values()):
-            try:
-                self._fail(client, error)
-            # The event loop of a client that is gone is closed; there is nobody to tell.
-            except RuntimeError:
-                continue

@@ -14,9 +14,13 @@ from pathlib import Path
 from farspan.config.schema import ServeConfig
 from farspan.errors import ConfigError
 
+_WAY_OUT = "write a key into a file of mode 600 and name it with api_key_file=..."
 
-def key_hashes(config: ServeConfig, folder: Path) -> tuple[tuple[str, ...], Path]:
-    """(sha256 of every key, the file they stand in). Makes one key in `folder` when the config names no file.
+
+def key_hashes(config: ServeConfig, folder: Path | None = None) -> tuple[tuple[str, ...], Path]:
+    """(sha256 of every key, the file they stand in).
+
+    Makes one key when the config names no file: in `folder`, or else in the cache of the user's home.
 
     Raises ConfigError when a key file cannot be used, or when a server beyond this machine has none.
     """
@@ -28,7 +32,7 @@ def key_hashes(config: ServeConfig, folder: Path) -> tuple[tuple[str, ...], Path
                 None,
                 "write a key into a file of mode 600 and name it, or use host=127.0.0.1",
             )
-        path = _make_key(folder)
+        path = _make_key(folder or _home_folder())
     else:
         path = Path(config.api_key_file)
     keys = _read_keys(path)
@@ -57,24 +61,42 @@ def _hash(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
+def _home_folder() -> Path:
+    try:
+        return Path.home() / ".cache" / "farspan" / "serve"
+    except RuntimeError:
+        raise ConfigError("api_key_file", "must be given for a user without a home folder", None, _WAY_OUT) from None
+
+
 def _make_key(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / "api_key"
-    if not path.exists():
-        # Created with its final mode: it is never readable by others, not even for a moment.
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w") as file:
-            file.write(f"sk-{secrets.token_urlsafe(32)}\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not path.exists():
+            # Created with its final mode: it is never readable by others, not even for a moment.
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "w") as file:
+                file.write(f"sk-{secrets.token_urlsafe(32)}\n")
+    except OSError as problem:
+        rule = f"must be given when no key can be written to {path} ({problem.strerror})"
+        raise ConfigError("api_key_file", rule, None, _WAY_OUT) from None
     return path
 
 
 def _read_keys(path: Path) -> list[str]:
-    if not path.is_file():
+    try:
+        is_file, mode, text = path.is_file(), 0, ""
+        if is_file:
+            mode = stat.S_IMODE(path.stat().st_mode)
+            text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        reason = problem.strerror if isinstance(problem, OSError) else "not text"
+        raise ConfigError("api_key_file", f"must be readable ({reason})", str(path), _WAY_OUT) from None
+    if not is_file:
         raise ConfigError("api_key_file", "must be a file with one key per line", str(path), "write one key into it")
-    mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
         raise ConfigError("api_key_file", "must be mode 600", f"{mode:o}", f"run chmod 600 {path}")
-    keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    keys = [line.strip() for line in text.splitlines() if line.strip()]
     if not keys:
         raise ConfigError("api_key_file", "must hold at least one key", str(path), "write one key into it")
     return keys

@@ -1,12 +1,16 @@
-"""The OpenAI-compatible requests and answers, torch-free. Unknown fields are ignored; known ones we cannot honour
-are refused."""
+"""The OpenAI-compatible requests and answers, torch-free. What is known and not served is refused in body.py."""
 
 from __future__ import annotations
 
 import time
-from typing import Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+# Every token of every answer is compared with these.
+_MOST_STOPS, _LONGEST_STOP, _MOST_STOP_TOKENS = 16, 1000, 1000
+
+StopString = Annotated[str, Field(max_length=_LONGEST_STOP)]
 
 
 class _Request(BaseModel):
@@ -27,28 +31,14 @@ class GenerationFields(_Request):
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] = Field(default_factory=list)
+    stop: list[StopString] = Field(default_factory=list, max_length=_MOST_STOPS)
+    stop_token_ids: list[int] = Field(default_factory=list, max_length=_MOST_STOP_TOKENS)
     ignore_eos: bool = False
-    n: int = 1
 
-    @field_validator("n")
+    @field_validator("stop", mode="before")
     @classmethod
-    def _one_answer(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError("only n=1 is served")
-        return value
-
-    @field_validator("stop")
-    @classmethod
-    def _few_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(value, list) and len(value) > 16:
-            raise ValueError("at most 16 stop strings")
-        return value
-
-    @property
-    def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+    def _as_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @property
     def include_usage(self) -> bool:
@@ -57,9 +47,7 @@ class GenerationFields(_Request):
 
 class CompletionRequest(GenerationFields):
     prompt: str | list[int] | list[str]
-    max_tokens: int | None = Field(default=16, ge=1)
-    echo: Literal[False] = False
-    logprobs: Literal[None] = None
+    max_tokens: int = Field(default=16, ge=1)
 
     @field_validator("prompt")
     @classmethod
@@ -75,9 +63,9 @@ class ChatMessage(_Request):
 
     @property
     def text(self) -> str:
-        """The words of the message; parts that are not text are refused by `check_messages`."""
+        """The words of the message."""
         if isinstance(self.content, list):
-            return "".join(str(part.get("text", "")) for part in self.content)
+            return "".join(part["text"] for part in self.content)
         return self.content or ""
 
 
@@ -85,14 +73,13 @@ class ChatRequest(GenerationFields):
     messages: list[ChatMessage] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    tools: Literal[None] = None
-    logprobs: Literal[False] | None = None
 
     @field_validator("messages")
     @classmethod
     def _text_only(cls, value: list[ChatMessage]) -> list[ChatMessage]:
         for message in value:
-            if isinstance(message.content, list) and any(part.get("type") != "text" for part in message.content):
+            parts = message.content if isinstance(message.content, list) else []
+            if any(part.get("type") != "text" or not isinstance(part.get("text"), str) for part in parts):
                 raise ValueError("only text content is served")
         return value
 
@@ -144,9 +131,11 @@ class Reply:
         return {"index": 0, **content, "logprobs": None, "finish_reason": finish}
 
 
-def model_list(model: str, created: int, max_context_tokens: int) -> dict[str, Any]:
+def model_list(model: str, created: int, max_context_tokens: int, *, chat_template: bool) -> dict[str, Any]:
+    """The one model served here. `chat_template`: whether it answers chat completions."""
     entry = {"id": model, "object": "model", "created": created, "owned_by": "farspan"}
-    return {"object": "list", "data": [{**entry, "max_model_len": max_context_tokens}]}
+    more = {"max_model_len": max_context_tokens, "chat_template": chat_template}
+    return {"object": "list", "data": [{**entry, **more}]}
 
 
 class ApiError(Exception):
@@ -160,11 +149,3 @@ class ApiError(Exception):
         kinds = {401: "authentication_error", 404: "not_found_error", 413: "invalid_request_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-
-def explain_invalid(problem: ValidationError) -> ApiError:
-    """The first thing that is wrong with a request, in one sentence."""
-    first = problem.errors(include_url=False, include_context=False)[0]
-    field = ".".join(str(part) for part in first["loc"]) or "body"
-    message = first["msg"].removeprefix("Value error, ")
-    return ApiError(400, f"{field}: {message}, got {str(first['input'])[:80]!r}", code="invalid_value", param=field)

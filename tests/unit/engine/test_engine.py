@@ -147,7 +147,7 @@ def test_text_ends_at_eos_and_stop_tokens_unless_told_otherwise():
     answer = engine.generate([prompt], GREEDY)[0]
     assert (list(answer.tokens), answer.finish) == (expected, "stop")
     assert list(engine.generate([prompt], SamplingParams(max_tokens=20, ignore_eos=True))[0].tokens) == free
-    stop = SamplingParams(max_tokens=20, ignore_eos=True, stop_token_ids=(free[2],))
+    stop = SamplingParams(max_tokens=20, ignore_eos=True, stop_token_ids=frozenset({free[2]}))
     assert list(engine.generate([prompt], stop)[0].tokens) == free[: free.index(free[2]) + 1]
 
 

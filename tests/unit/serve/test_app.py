@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import socket
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,8 @@ from tests.unit.serve.tiny_folder import write_tiny_model
 
 from farspan.config.load import load_config
 from farspan.config.schema import EngineConfig, ServeConfig
-from farspan.errors import CheckpointError, ConfigError, ModelError
+from farspan.errors import CheckpointError, ClusterError, ConfigError, ModelError
+from farspan.serve import app
 from farspan.serve.app import check_app, model_name, run_app
 from farspan.serve.folder import open_model_folder
 from farspan.serve.worker import worker_threads
@@ -39,7 +44,7 @@ def test_an_incomplete_model_folder_is_refused_before_ray_starts(folder, tmp_pat
 
 
 def test_a_host_beyond_this_machine_without_keys_is_refused_before_ray_starts(folder):
-    config = ServeConfig(model=str(folder), host="0.0.0.0")
+    config = ServeConfig(model=str(folder), host="0.0.0.0", port=free_port())
     with pytest.raises(ConfigError, match="api_key_file"), run_app(config):
         raise AssertionError("it must not start")
     assert not ray.is_initialized()
@@ -59,11 +64,11 @@ def test_a_model_the_engine_cannot_run_is_refused_before_ray_starts(folder, tmp_
 
 def test_a_complete_folder_is_opened_where_it_lies(folder):
     assert open_model_folder(str(folder)) == folder
-    assert check_app(ServeConfig(model=str(folder))) == folder
+    assert check_app(ServeConfig(model=str(folder), port=free_port())) == folder
 
 
 def test_the_example_config_is_legal_but_for_the_model_it_leaves_open(folder):
-    config = load_config(ServeConfig, "serve/configs/local.yaml", [f"model={folder}"])
+    config = load_config(ServeConfig, "serve/configs/local.yaml", [f"model={folder}", f"port={free_port()}"])
     assert check_app(config) == folder
     assert model_name(config) == "tiny"
     with pytest.raises(ConfigError, match="model"):
@@ -74,3 +79,66 @@ def test_the_example_config_is_legal_but_for_the_model_it_leaves_open(folder):
 def test_workers_share_the_cores_of_the_machine(cpus, given, expected):
     config = ServeConfig(model="m", engine=EngineConfig(threads=given))
     assert worker_threads(config, cpus) == expected
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_a_port_in_use_is_refused_in_one_sentence_before_ray_starts(folder, host):
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError) as refused:
+            check_app(ServeConfig(model=str(folder), host=host, port=port))
+    assert str(refused.value) == f"port: must be free on this machine, got {port}; use port=<a free one>"
+    assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no such host"])
+def test_a_host_that_is_not_this_machine_is_refused_before_ray_starts(folder, host):
+    with pytest.raises(ConfigError, match="host: must be an address of this machine"):
+        check_app(ServeConfig(model=str(folder), host=host, port=free_port()))
+
+
+@pytest.mark.parametrize("problem", [RuntimeError("a\nlong\ntraceback: it broke"), ValueError("it broke")])
+def test_serve_that_cannot_start_is_one_sentence(folder, tmp_path, monkeypatch, problem):
+    def broken(**_):
+        raise problem
+
+    stopped = []
+    monkeypatch.setattr(app.serve, "start", broken)
+    monkeypatch.setattr(app.serve, "shutdown", lambda: stopped.append(True))
+    monkeypatch.setattr(app, "_status", lambda: "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = ServeConfig(model=str(folder), port=free_port())
+    with pytest.raises(ClusterError, match=r"could not start.*it broke") as refused, run_app(config):
+        raise AssertionError("it must not start")
+    assert len(str(refused.value).splitlines()) == 1
+    assert stopped
+
+
+def test_the_wait_for_a_server_on_this_machine_takes_no_proxy(monkeypatch):
+    class Ready(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            return
+
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with http.server.HTTPServer(("127.0.0.1", 0), Ready) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            app._wait_ready(f"http://127.0.0.1:{server.server_port}", time.monotonic() + 20, 20)
+        finally:
+            server.shutdown()
+            thread.join(timeout=30)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -79,3 +79,35 @@ def test_the_stop_string_that_comes_first_ends_the_text():
     assert finder.push("xxabb") == "xx"
     assert finder.stopped
     assert finder.push("more") == ""
+
+
+def test_where_an_answer_stops_does_not_depend_on_how_its_text_is_cut():
+    chance = random.Random(3)
+    for _ in range(500):
+        text = "".join(chance.choice("ab") for _ in range(40))
+        stops = ["".join(chance.choice("ab") for _ in range(chance.randint(2, 7))) for _ in range(3)]
+        ends = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
+        finder, shown, at = StopStrings(stops), "", 0
+        while at < len(text):
+            step = chance.randint(1, 6)
+            shown += finder.push(text[at : at + step])
+            at += step
+        assert shown + finder.finish() == (text[: min(ends)[1]] if ends else text)
+        assert finder.stopped == bool(ends)
+
+
+def test_a_long_stop_string_that_almost_comes_costs_no_more_than_the_text_is_long():
+    class Letters(str):
+        __slots__ = ()
+        compared = 0
+
+        def __getitem__(self, key):
+            Letters.compared += 1
+            return str.__getitem__(self, key)
+
+    size = 20_000
+    finder = StopStrings([Letters("a" * size + "b")])
+    Letters.compared = 0
+    shown = "".join(finder.push("a") for _ in range(2 * size))
+    assert shown + finder.finish() == "a" * 2 * size
+    assert 0 < Letters.compared < 10 * 2 * size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from contextlib import aclosing
@@ -185,5 +186,101 @@ def test_when_the_engine_breaks_everybody_is_told_and_the_host_reports_ill(hosts
         with pytest.raises(EngineError, match="MemoryError"):
             hosts.decode.check()
         hosts.prefill.check()
+
+    asyncio.run(run())
+
+
+def test_whoever_still_waits_in_the_queue_when_the_engine_dies_is_told(hosts):
+    (prompt,) = prompts(10)
+    host = hosts.decode
+
+    async def run() -> None:
+        held, go = threading.Event(), threading.Event()
+
+        def die() -> list:
+            held.set()
+            assert go.wait(timeout=30)
+            raise MemoryError("no memory")
+
+        hosts.engines[1].step = die
+        running = asyncio.ensure_future(collect(host.stream(request("running", prompt), (), None)))
+        await asyncio.to_thread(held.wait, 30)
+        # The thread is inside its last step: these are left in the queue.
+        late = asyncio.ensure_future(collect(host.stream(request("late", prompt), (), None)))
+        calls = [asyncio.ensure_future(call) for call in (host.info(), host.cancel("late"), host.release("t"))]
+        await asyncio.sleep(0)
+        go.set()
+        async with asyncio.timeout(30):
+            for stream in (running, late):
+                (failed,) = (await stream)[1]
+                assert "MemoryError" in str(failed.error)
+            for outcome in await asyncio.gather(*calls, return_exceptions=True):
+                assert isinstance(outcome, EngineError)
+
+    asyncio.run(run())
+
+
+def test_whoever_passes_the_check_just_before_the_engine_dies_is_told(hosts):
+    (prompt,) = prompts(10)
+    host = hosts.decode
+    host.stop()
+    # As seen by a caller whose look at the thread came before its end.
+    host.check = lambda: None
+
+    async def run() -> None:
+        async with asyncio.timeout(30):
+            with pytest.raises(EngineError, match="stopped"):
+                await collect(host.stream(request("late", prompt), (), None))
+            with pytest.raises(EngineError, match="stopped"):
+                await host.info()
+
+    asyncio.run(run())
+
+
+def test_a_caller_whose_event_loop_is_gone_harms_nobody(hosts):
+    (prompt,) = prompts(20)
+    expected = reference(tiny_model(), prompt, MAX_TOKENS)
+
+    async def ask_and_leave() -> None:
+        client = hosts.decode.stream(request("gone", prompt, 400), (), None)
+        await anext(client)
+        # Never closed: the engine goes on telling a loop that has ended.
+        kept.append(client)
+        hooks = asyncio.get_running_loop()
+        hooks._asyncgens.clear()
+
+    kept: list = []
+    asyncio.run(ask_and_leave())
+    tokens, _ = asyncio.run(collect(hosts.decode.stream(request("next", prompt), (), None)))
+    assert tokens == expected
+
+
+def test_an_engine_whose_pages_are_all_held_elsewhere_waits_without_spinning(hosts):
+    (prompt,) = prompts(40)
+    engine = hosts.engines[1]
+    expected = reference(tiny_model(), prompt, MAX_TOKENS)
+    steps: list[int] = []
+    step = engine.step
+
+    def counted() -> list:
+        events = step()
+        steps.append(len(events))
+        return events
+
+    async def run() -> None:
+        engine.step = counted
+        taken = await hosts.decode._call(lambda: engine.pool.alloc(engine.pool.num_free))
+        answer = asyncio.ensure_future(collect(hosts.decode.stream(request("r", prompt), (), None)))
+        deadline = time.monotonic() + 30
+        while not engine.stalled:
+            assert time.monotonic() < deadline, "it never had to wait"
+            await asyncio.sleep(0.005)
+        before, began = len(steps), time.monotonic()
+        await asyncio.sleep(0.5)
+        most = (time.monotonic() - began) / 0.01 + 5
+        assert len(steps) - before <= most
+        await hosts.decode._call(lambda: engine.pool.free(taken))
+        assert (await answer)[0] == expected
+        await hosts.settled(idle)
 
     asyncio.run(run())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +63,35 @@ def test_a_host_other_machines_reach_needs_a_key_file(tmp_path, host, expected):
     else:
         with pytest.raises(ConfigError, match="must be given"):
             key_hashes(config, tmp_path)
+
+
+def test_a_home_that_cannot_be_written_is_refused_in_one_sentence_with_the_way_out(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    home.touch()
+    monkeypatch.setenv("HOME", str(home))
+    with pytest.raises(ConfigError, match=r"api_key_file=\.\.\.") as refused:
+        key_hashes(ServeConfig(model="m"))
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_user_without_a_home_is_refused_in_one_sentence_with_the_way_out(monkeypatch):
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(ConfigError, match=r"without a home folder.*api_key_file=\.\.\."):
+        key_hashes(ServeConfig(model="m"))
+
+
+def test_the_home_is_the_one_of_the_moment(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "later"))
+    _, path = key_hashes(ServeConfig(model="m"))
+    assert path.is_relative_to(tmp_path / "later")
+
+
+def test_a_key_file_that_is_no_text_is_refused(tmp_path):
+    file = tmp_path / "keys"
+    file.touch(mode=0o600)
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="must be readable"):
+        key_hashes(ServeConfig(model="m", api_key_file=str(file)))

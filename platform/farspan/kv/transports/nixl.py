@@ -7,6 +7,10 @@ A read that is still pending is never released: releasing does not stop the byte
 from __future__ import annotations
 
 import uuid
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +23,8 @@ from farspan.kv.transports.base import EpochRead, Read, ReadStatus
 
 _STATUS = {"PROC": ReadStatus.PENDING, "DONE": ReadStatus.DONE, "ERR": ReadStatus.FAILED}
 _EPOCH_BYTES = 8
+# Workers restart under new names: those not read from for longest are forgotten beyond this many.
+_MOST_PEERS = 256
 
 
 class NixlTransport:
@@ -32,7 +38,7 @@ class NixlTransport:
         self._registered = [self._agent.register_memory([t]) for t in (pool.storage_PB, pool.epochs_P)]
         self._memory = "VRAM" if pool.device.type == "cuda" else "DRAM"
         self._device = pool.device.index or 0
-        self._peers: set[str] = set()
+        self._peers = _Peers(self._agent)
 
     def address(self) -> SourceAddress:
         pool = self._pool
@@ -61,12 +67,7 @@ class NixlTransport:
         return self._post(source, here, there, "DRAM", _EpochBuffer(buffer, [page - first for page in remote]))
 
     def close(self) -> None:
-        for peer in self._peers:
-            try:
-                self._agent.remove_remote_agent(peer)
-            except Exception as problem:  # a peer that is already gone
-                del problem
-        self._peers.clear()
+        self._peers.forget_all()
         for registered in self._registered:
             self._agent.deregister_memory(registered)
         self._registered = []
@@ -79,19 +80,73 @@ class NixlTransport:
         memory: str,
         buffer: _EpochBuffer | None,
     ) -> _NixlRead:
-        agent = self._agent
+        agent, held = self._agent, ExitStack()
+        # NIXL's errors have no common root but Exception.
         try:
-            if source.incarnation not in self._peers:
-                agent.add_remote_agent(source.metadata)
-                self._peers.add(source.incarnation)
-            registered = agent.register_memory([buffer.epochs]) if buffer else None
+            peer = self._peers.meet(source)
+            held.callback(self._peers.leave, peer)
+            if buffer:
+                held.callback(agent.deregister_memory, agent.register_memory([buffer.epochs]))
             local, remote = (agent.get_xfer_descs(np.array(d, dtype=np.uint64), memory) for d in (here, there))
             handle = agent.initialize_xfer("READ", local, remote, source.incarnation)
+            held.callback(handle.release)
             first = agent.transfer(handle)
-        # NIXL's errors have no common root but Exception.
         except Exception as problem:
+            self._peers.lose(source.incarnation)
+            with suppress(Exception):
+                held.close()
             raise TransferError(source.incarnation, f"NIXL could not start reading: {problem}") from None
-        return _NixlRead(agent, handle, _STATUS[first], registered, buffer)
+        return _NixlRead(agent, handle, _STATUS[first], held, buffer, lambda: self._peers.lose(source.incarnation))
+
+
+@dataclass(slots=True)
+class _Peer:
+    name: str
+    num_reads: int = 0
+    lost: bool = False
+
+
+class _Peers:
+    """The processes NIXL knows. One that broke is forgotten, but never while a read from it may still write here."""
+
+    def __init__(self, agent: Any) -> None:
+        self._agent = agent
+        # The one that was read from last comes last.
+        self._known: OrderedDict[str, _Peer] = OrderedDict()
+
+    def meet(self, source: SourceAddress) -> _Peer:
+        """The process behind `source`, with one more read."""
+        if source.incarnation not in self._known:
+            self._agent.add_remote_agent(source.metadata)
+            self._known[source.incarnation] = _Peer(source.incarnation)
+            excess = max(0, len(self._known) - _MOST_PEERS)
+            for old in [peer for peer in self._known.values() if not peer.num_reads][:excess]:
+                self._forget(old)
+        self._known.move_to_end(source.incarnation)
+        peer = self._known[source.incarnation]
+        peer.num_reads += 1
+        return peer
+
+    def leave(self, peer: _Peer) -> None:
+        """One of its reads is over."""
+        peer.num_reads -= 1
+        if peer.lost and not peer.num_reads:
+            self._forget(peer)
+
+    def lose(self, name: str) -> None:
+        """A read from it failed: it is forgotten once its last read is over."""
+        if name in self._known:
+            self._known[name].lost = True
+
+    def forget_all(self) -> None:
+        for peer in list(self._known.values()):
+            self._forget(peer)
+
+    def _forget(self, peer: _Peer) -> None:
+        if self._known.pop(peer.name, None) is not None:
+            # One that is already gone cannot be removed, and need not be.
+            with suppress(Exception):
+                self._agent.remove_remote_agent(peer.name)
 
 
 class _EpochBuffer:
@@ -101,10 +156,18 @@ class _EpochBuffer:
 
 class _NixlRead:
     def __init__(
-        self, agent: Any, handle: Any, status: ReadStatus, registered: Any, buffer: _EpochBuffer | None
+        self,
+        agent: Any,
+        handle: Any,
+        status: ReadStatus,
+        held: ExitStack,
+        buffer: _EpochBuffer | None,
+        on_failure: Callable[[], None],
     ) -> None:
         self._agent, self._handle, self._status = agent, handle, status
-        self._registered, self._buffer = registered, buffer
+        self._held, self._buffer, self._on_failure = held, buffer, on_failure
+        if status is ReadStatus.FAILED:
+            on_failure()
 
     def status(self) -> ReadStatus:
         if self._status is ReadStatus.PENDING:
@@ -113,6 +176,8 @@ class _NixlRead:
             # A lost peer is raised, not returned: the transfer is over, without its bytes.
             except Exception:
                 self._status = ReadStatus.FAILED
+            if self._status is ReadStatus.FAILED:
+                self._on_failure()
         return self._status
 
     def epochs(self) -> list[int]:
@@ -121,10 +186,7 @@ class _NixlRead:
 
     def close(self) -> None:
         assert self._status is not ReadStatus.PENDING, "releasing a pending read does not stop it"
-        self._handle.release()
-        if self._registered is not None:
-            self._agent.deregister_memory(self._registered)
-            self._registered = None
+        self._held.close()
 
 
 def adjacent_runs(remote: list[int], local: list[int]) -> list[tuple[int, int, int]]:

@@ -1,0 +1,28 @@
+"""Whether this machine can listen where a config says, before anything is started."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from farspan.errors import ConfigError
+
+
+def refuse_taken_port(host: str, port: int) -> None:
+    """Raises ConfigError when `port` of `host` cannot be listened on here."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError):
+        raise ConfigError("host", "must be an address of this machine", host, "use host=127.0.0.1") from None
+    with socket.socket(family, kind, protocol) as probe:
+        # As the server does: what a server that just ended left behind is not in the way.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+            probe.listen(1)
+        except OSError as problem:
+            if problem.errno == errno.EADDRNOTAVAIL:
+                raise ConfigError("host", "must be an address of this machine", host, "use host=127.0.0.1") from None
+            if problem.errno == errno.EACCES:
+                raise ConfigError("port", "must be one this user may open", port, "use port=8000") from None
+            raise ConfigError("port", "must be free on this machine", port, "use port=<a free one>") from None

@@ -1,0 +1,142 @@
+"""A request asks for what is served, or is told which field is not and what to do."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from farspan.serve.body import read_body
+from farspan.serve.wire import ApiError, ChatRequest, CompletionRequest, model_list
+
+GOOD = {"model": "m", "prompt": "x"}
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+
+
+def refused(content: bytes, shape=CompletionRequest) -> ApiError:
+    with pytest.raises(ApiError) as problem:
+        read_body(content, shape)
+    error = problem.value
+    # What is sent must be sendable.
+    json.dumps(error.body(), ensure_ascii=False).encode("utf-8")
+    assert error.status == 400
+    return error
+
+
+UNSERVED = [
+    ("presence_penalty", 0.5),
+    ("frequency_penalty", -1),
+    ("logit_bias", {"50256": -100}),
+    ("response_format", {"type": "json_object"}),
+    ("best_of", 3),
+    ("suffix", "end"),
+    ("echo", True),
+    ("logprobs", 0),
+    ("logprobs", 5),
+    ("logprobs", True),
+    ("top_logprobs", 2),
+    ("tools", [{"type": "function"}]),
+    ("tool_choice", "required"),
+    ("functions", [{"name": "f"}]),
+    ("n", 2),
+    ("n", True),
+    ("reasoning_effort", "high"),
+    ("min_p", 0.1),
+    ("repetition_penalty", 1.2),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), UNSERVED)
+@pytest.mark.parametrize(("good", "shape"), [(GOOD, CompletionRequest), (CHAT, ChatRequest)])
+def test_a_known_field_that_is_not_served_is_refused_by_name_with_the_way_out(good, shape, field, value):
+    error = refused(json.dumps({**good, field: value}).encode(), shape)
+    assert error.param == field
+    assert error.message.startswith(f"{field}: ")
+    assert "leave it out" in error.message
+
+
+@pytest.mark.parametrize(("good", "shape"), [(GOOD, CompletionRequest), (CHAT, ChatRequest)])
+def test_neutral_values_unknown_fields_and_nulls_ask_for_the_default(good, shape):
+    neutral = {
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0,
+        "logit_bias": {},
+        "response_format": {"type": "text"},
+        "best_of": 1,
+        "suffix": "",
+        "echo": False,
+        "logprobs": False,
+        "tools": [],
+        "n": 1,
+        "nobody_knows_this": [1],
+    }
+    names = [*shape.model_fields, *neutral]
+    nulls = {name: None for name in names if name not in good}
+    plain = read_body(json.dumps(good).encode(), shape)
+    assert read_body(json.dumps({**good, **neutral}).encode(), shape) == plain
+    assert read_body(json.dumps({**good, **nulls}).encode(), shape) == plain
+    assert plain.temperature == 1.0
+    assert plain.stop == []
+
+
+def test_a_field_that_is_needed_may_not_be_null():
+    assert refused(json.dumps({**GOOD, "prompt": None}).encode()).param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("good", "shape", "field", "value"),
+    [
+        (GOOD, CompletionRequest, "prompt", "a\ud800b"),
+        (GOOD, CompletionRequest, "prompt", ["\udfff"]),
+        (GOOD, CompletionRequest, "stop", ["ok", "\udc00"]),
+        (GOOD, CompletionRequest, "model", "\ud83d"),
+        (CHAT, ChatRequest, "messages", [{"role": "user", "content": "\ud83d"}]),
+        (CHAT, ChatRequest, "messages", [{"role": "user", "content": [{"type": "text", "text": "\ude00"}]}]),
+    ],
+)
+def test_half_a_character_is_refused_and_a_whole_one_is_taken(good, shape, field, value):
+    error = refused(json.dumps({**good, field: value}).encode(), shape)
+    assert (error.param, "surrogate" in error.message) == (field, True)
+    whole = read_body(json.dumps({**GOOD, "prompt": "\U0001f600"}).encode(), CompletionRequest)
+    assert whole.prompt == "\U0001f600"
+
+
+def test_a_name_that_is_half_a_character_and_bytes_that_are_no_text_are_refused():
+    assert refused(json.dumps({**GOOD, "\ud800": 1}).encode()).param == "body"
+    assert refused(b'{"model": "m", "prompt": "\xed\xa0\x80"}').code == "invalid_json"
+    assert refused(b"{not json").code == "invalid_json"
+    assert refused(b"[" * 100_000).code == "invalid_json"
+    assert refused(b"[1]").param == "body"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stop", ["a"] * 17),
+        ("stop", "a" * 1001),
+        ("stop", ["a", "b" * 1001]),
+        ("stop_token_ids", list(range(1001))),
+        ("temperature", 9),
+        ("top_p", 0),
+        ("max_tokens", 0),
+        ("prompt", {"a": 1}),
+        ("prompt", ["a", "b"]),
+    ],
+)
+def test_what_is_out_of_bounds_is_refused_by_name(field, value):
+    error = refused(json.dumps({**GOOD, field: value}).encode())
+    assert str(error.param).startswith(field)
+    assert len(error.message) < 400
+
+
+def test_content_that_is_not_text_is_refused():
+    for part in ({"type": "image_url"}, {"type": "text"}, {"type": "text", "text": None}):
+        messages = [{"role": "user", "content": [part]}]
+        assert refused(json.dumps({**CHAT, "messages": messages}).encode(), ChatRequest).param == "messages"
+
+
+@pytest.mark.parametrize("chats", [True, False])
+def test_the_model_list_says_whether_the_model_chats(chats):
+    (entry,) = model_list("m", 1, 64, chat_template=chats)["data"]
+    assert SimpleNamespace(**entry).chat_template is chats
