@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from farspan.batch import PackedBatch, ShardedBatch
 
 
@@ -32,6 +35,18 @@ class ContiguousLayout:
     def tokens_of(self, rank: int) -> slice:
         """The token range of `rank`."""
         return slice(rank * self.shard_tokens, (rank + 1) * self.shard_tokens)
+
+    def take(self, x_T: Tensor, rank: int) -> Tensor:
+        """The rows of `x_T` [T, ...] that `rank` holds."""
+        return x_T[self.tokens_of(rank)]
+
+    def inverse(self) -> Tensor:
+        """inverse_T: where each global token is when the shards are laid end to end."""
+        return torch.arange(self.num_tokens)
+
+    def index_of(self, rank: int) -> Tensor:
+        """index_t: the global position of every token `rank` holds."""
+        return torch.arange(self.num_tokens)[self.tokens_of(rank)]
 
     def shard(self, batch: PackedBatch, rank: int) -> ShardedBatch:
         """What `rank` holds of `batch`. Labels were shifted before: a shard's last label needs no neighbour."""

@@ -25,7 +25,17 @@ class UlyssesAttention:
     exchange: Exchange
     bounds: Sequence[int]
 
-    def __call__(self, q_tHD: Tensor, k_tGD: Tensor, v_tGD: Tensor, *, scale: float) -> Tensor:
+    def __call__(
+        self,
+        q_tHD: Tensor,
+        k_tGD: Tensor,
+        v_tGD: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        chunk: int | None = None,
+    ) -> Tensor:
         num_ranks, num_q_heads = self.exchange.num_ranks, q_tHD.shape[1]
         if num_q_heads % num_ranks != 0:
             raise ValueError(f"ulysses needs query heads divisible by sp, got {num_q_heads} heads on {num_ranks} ranks")
@@ -33,7 +43,7 @@ class UlyssesAttention:
         copies = math.lcm(k_tGD.shape[1], num_ranks) // k_tGD.shape[1]
         k_tGD, v_tGD = (x.repeat_interleave(copies, dim=1) if copies > 1 else x for x in (k_tGD, v_tGD))
         q_THD, k_TGD, v_TGD = self._gather_tokens(q_tHD, k_tGD, v_tGD)
-        out_THD = attend_documents(q_THD, k_TGD, v_TGD, self.bounds, scale)
+        out_THD = attend_documents(q_THD, k_TGD, v_TGD, self.bounds, scale, window, softcap, chunk)
         return self._scatter_tokens(out_THD)
 
     def _gather_tokens(self, *tensors: Tensor) -> list[Tensor]:

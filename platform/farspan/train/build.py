@@ -7,21 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from farspan.data.reader import Corpus, Reader, open_corpus
-from farspan.storage.publish import fetch_folder
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from farspan.config.schema import RunConfig
+from farspan.data.reader import Corpus, Reader, open_corpus
 from farspan.errors import ConfigError
-from farspan.models.attention import probe_head, use_farspan_attention
+from farspan.models.attention import use_farspan_attention
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer, make_config, open_config, random_causal_lm
+from farspan.models.parts import decoder_layers
 from farspan.parallel.exchange import Exchange
 from farspan.parallel.layout import ContiguousLayout
 from farspan.parallel.mesh import make_mesh
 from farspan.parallel.shard import shard_weights
+from farspan.storage.publish import fetch_folder
 from farspan.train.checkpoint import TrainState
 from farspan.train.loss import PackedLoss
 from farspan.train.step import TrainStep
+from farspan.verify.selfcheck import check_model
 
 
 @dataclass
@@ -41,7 +43,7 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
     cache = cache or Path(tempfile.mkdtemp(prefix="farspan-cache-"))
     corpus = open_corpus(config.data.corpus, cache / "corpus")
     model = _model(config, corpus, cache)
-    probe_head(model.config)
+    check_model(model.config)
     use_farspan_attention(model)
     if config.train.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -75,13 +77,6 @@ def model_config(config: RunConfig, vocab_size: int | None, cache: Path) -> Pret
         **config.model.settings,
     }
     return make_config(config.model.architecture, settings)
-
-
-def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The repeated layers of a decoder."""
-    layers = getattr(model.base_model, "layers", None)
-    assert layers is not None, "a model with farspan attention has layers"
-    return list(layers)
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -22,6 +22,7 @@ from farspan.parallel.exchange import Exchange
 from farspan.parallel.layout import ContiguousLayout
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.ulysses import UlyssesAttention
+from farspan.parallel.whole import WholeSequence
 from farspan.telemetry.events import StepReport
 from farspan.train.loss import PackedLoss
 
@@ -102,7 +103,8 @@ class TrainStep:
             )
 
     def _forward_backward(self, shard: ShardedBatch, num_labels: Tensor) -> Tensor:
-        loss = self.loss(shard, UlyssesAttention(self.exchange, shard.bounds), num_labels)
+        whole = WholeSequence(shard.bounds, self.exchange, self.layout)
+        loss = self.loss(shard, UlyssesAttention(self.exchange, shard.bounds), num_labels, whole)
         loss.backward()
         return cast(Tensor, loss.detach())
 
