@@ -67,6 +67,16 @@ LAYOUTS = {
     "dp 2 x sp 2": ["parallel.workers=4", "parallel.sp=2"],
     "sp 2, accumulation 3": ["parallel.workers=2", "parallel.sp=2", "train.accumulation=3"],
     "sp 2, recompute": ["parallel.workers=2", "parallel.sp=2", "train.recompute=true"],
+    "ring 2": ["parallel.workers=2", "parallel.sp=2", "parallel.strategy=ring"],
+    "ring 4, zigzag of each document": [
+        *["parallel.workers=4", "parallel.sp=4", "parallel.strategy=ring", "parallel.layout=document_zigzag"]
+    ],
+    "ring 2, recompute": ["parallel.workers=2", "parallel.sp=2", "parallel.strategy=ring", "train.recompute=true"],
+    "tokenring 4": ["parallel.workers=4", "parallel.sp=4", "parallel.strategy=tokenring"],
+    "dp 2 x tokenring 2": ["parallel.workers=4", "parallel.sp=2", "parallel.strategy=tokenring"],
+    "hybrid 2 x 2": ["parallel.workers=4", "parallel.sp=4", "parallel.strategy=hybrid", "parallel.ulysses=2"],
+    "allgather 2": ["parallel.workers=2", "parallel.sp=2", "parallel.strategy=allgather", "train.accumulation=2"],
+    "allgather 4": ["parallel.workers=4", "parallel.sp=4", "parallel.strategy=allgather"],
 }
 
 
@@ -83,7 +93,7 @@ def test_loss_and_every_gradient_equal_plain_transformers(
             assert relative_error(grads[parameter], grad) < 1e-10, parameter
 
 
-@pytest.mark.parametrize("name", ["sp 2", "sp 4", "sp 2, accumulation 3", "sp 2, recompute"])
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in ("1 process", "dp 2", "dp 2 x sp 2")])
 def test_the_plan_predicts_the_bytes_that_are_sent(ranks: RankPool, corpus: str, tmp_path: Path, name: str) -> None:
     config = tiny_run(corpus, str(tmp_path / "run"), *LAYOUTS[name])
     facts = model_facts(make_config("llama", {**config.model.settings, "vocab_size": 300}))

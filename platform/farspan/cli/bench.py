@@ -15,8 +15,9 @@ from farspan.errors import ConfigError
 def run_bench(what: str, *, as_json: bool) -> None:
     """Print the rows of one bench, or of all."""
     from farspan.kernels.attention.bench import bench_attention
+    from farspan.parallel.bench import bench_parallel
 
-    benches: dict[str, Callable[[], list[dict[str, Any]]]] = {"attention": bench_attention}
+    benches: dict[str, Callable[[], list[dict[str, Any]]]] = {"attention": bench_attention, "parallel": bench_parallel}
     if what != "all" and what not in benches:
         raise ConfigError("bench", f"must be all or one of {', '.join(benches)}", what, nearest(what, list(benches)))
     chosen = benches if what == "all" else {what: benches[what]}

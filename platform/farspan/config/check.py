@@ -5,15 +5,17 @@ Each rule raises one `ConfigError` that names the nearest legal value.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from farspan.config.load import nearest
-from farspan.config.schema import CorpusConfig, RunConfig, ServeConfig
+from farspan.config.schema import CorpusConfig, ParallelConfig, RunConfig, ServeConfig
 from farspan.errors import ConfigError
 
 TRAIN_DTYPES = ("auto", "bfloat16", "float32", "float64")
 SERVE_DTYPES = ("bfloat16", "float32", "float64")
-STRATEGIES = ("ulysses",)
+STRATEGIES = ("ulysses", "ring", "tokenring", "hybrid", "allgather")
+LAYOUTS = ("auto", "contiguous", "zigzag", "document_zigzag")
 TRANSPORTS = ("auto", "nixl")
 
 
@@ -22,8 +24,10 @@ def check_run(config: RunConfig) -> None:
     parallel, data, train = config.parallel, config.data, config.train
     _one_of("model.dtype", config.model.dtype, TRAIN_DTYPES)
     _one_of("parallel.strategy", parallel.strategy, STRATEGIES)
+    _one_of("parallel.layout", parallel.layout, LAYOUTS)
     _at_least("parallel.workers", parallel.workers, 1)
     _at_least("parallel.sp", parallel.sp, 1)
+    _at_least("parallel.ulysses", parallel.ulysses, 1)
     _at_least("train.steps", train.steps, 1)
     _at_least("train.accumulation", train.accumulation, 1)
     _at_least("train.loss_tile_tokens", train.loss_tile_tokens, 1)
@@ -35,6 +39,15 @@ def check_run(config: RunConfig) -> None:
     _above("resources.timeout_s", config.resources.timeout_s, 0)
     _divides("parallel.sp", parallel.sp, "parallel.workers", parallel.workers)
     _divides("parallel.sp", parallel.sp, "data.sequence_tokens", data.sequence_tokens)
+    _divides("parallel.ulysses", parallel.ulysses, "parallel.sp", parallel.sp)
+    if parallel.ulysses > 1 and parallel.strategy != "hybrid":
+        raise ConfigError(
+            "parallel.ulysses",
+            f"is the inner group of strategy=hybrid and must be 1 for {parallel.strategy}",
+            parallel.ulysses,
+            "use parallel.strategy=hybrid or leave parallel.ulysses out",
+        )
+    _refuse_ragged_stripes(parallel, data.sequence_tokens)
 
 
 def check_corpus(config: CorpusConfig) -> None:
@@ -70,6 +83,21 @@ def check_serve(config: ServeConfig) -> None:
     _above("request_timeout_s", config.request_timeout_s, 0)
     if not 1 <= config.port <= 65535:
         raise ConfigError("port", "must lie in 1..65535", config.port, "use port=8000")
+
+
+def _refuse_ragged_stripes(parallel: ParallelConfig, sequence_tokens: int) -> None:
+    """A zigzag cuts a sequence into two equal stripes for each rank of its ring."""
+    num_ring = parallel.sp // (parallel.ulysses if parallel.strategy == "hybrid" else 1)
+    zigzag = parallel.layout == "zigzag" or (parallel.layout == "auto" and parallel.strategy != "ulysses")
+    multiple = math.lcm(2 * num_ring, parallel.sp)
+    if zigzag and num_ring > 1 and sequence_tokens % multiple != 0:
+        legal = -(-sequence_tokens // multiple) * multiple
+        raise ConfigError(
+            "data.sequence_tokens",
+            f"must be divisible by {multiple} for a zigzag over {num_ring} ranks",
+            sequence_tokens,
+            f"use data.sequence_tokens={legal} or parallel.layout=document_zigzag",
+        )
 
 
 def _one_of(field: str, value: str, known: Sequence[str]) -> None:

@@ -67,7 +67,11 @@ class ParallelConfig:
     sp: int = 1
     """Processes that share one sequence. workers / sp sequences are computed side by side."""
     strategy: str = "ulysses"
-    """How ranks of one sequence exchange attention."""
+    """How processes of one sequence exchange attention: ulysses, ring, tokenring, hybrid, allgather."""
+    ulysses: int = 1
+    """strategy=hybrid: neighbouring processes that exchange heads; sp / ulysses such groups form a ring."""
+    layout: str = "auto"
+    """Tokens of a process: contiguous, zigzag, document_zigzag, or auto (contiguous for ulysses, else zigzag)."""
 
 
 @dataclass(kw_only=True)

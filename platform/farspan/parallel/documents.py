@@ -1,75 +1,64 @@
-"""Causal attention inside each document of a packed sequence, with its backward.
+"""Causal attention inside each document when one rank holds all tokens: the one-rank case of every strategy.
 
-Shapes: T tokens of the whole sequence, H query heads, G key/value heads, D head dim, N documents.
+Shapes: T tokens of the whole sequence, H query heads, G key/value heads, D head dim of q and k, C of v.
 Documents never see each other because a pair is only ever computed inside one document: there is no mask to lose.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any, cast
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from farspan.kernels.attention.dispatch import choose_attention
+from farspan.parallel.blockwise import BlockwiseAttention, Gradients, Partial, Rule, add_gradients, wide_dtype
+from farspan.parallel.pairs import Pair, PairTable
 
 
 def attend_documents(
     q_THD: Tensor,
     k_TGD: Tensor,
-    v_TGD: Tensor,
+    v_TGC: Tensor,
     bounds: Sequence[int],
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """out_THD of causal attention inside each document; `bounds` are the N + 1 offsets of the documents."""
+    """out_THC of causal attention inside each document; `bounds` are the N + 1 offsets of the documents."""
+    num_tokens = q_THD.shape[0]
     assert bounds[0] == 0, "documents start at token 0"
-    assert bounds[-1] == q_THD.shape[0], "documents cover the sequence"
-    rule = {"scale": scale, "window": window, "softcap": softcap}
-    return cast(Tensor, _DocumentAttention.apply(q_THD, k_TGD, v_TGD, _chunked(bounds, chunk), rule))
+    assert bounds[-1] == num_tokens, "documents cover the sequence"
+    local = LocalAttention(PairTable((((0, num_tokens),),), tuple(bounds)))
+    return local(q_THD, k_TGD, v_TGC, scale=scale, window=window, softcap=softcap, chunk=chunk)
 
 
-def _chunked(bounds: Sequence[int], chunk: int | None) -> tuple[int, ...]:
-    """Bounds of the chunks that see each other, counted from the first token of each document."""
-    if chunk is None:
-        return tuple(bounds)
-    return (0, *(min(at + chunk, b) for a, b in pairwise(bounds) for at in range(a, b, chunk)))
+@dataclass(frozen=True)
+class LocalAttention(BlockwiseAttention):
+    """Attention among the tokens of one rank; `table` has that rank only. Nothing is sent."""
+
+    table: PairTable
+
+    def forward(self, q_tHD: Tensor, k_tGD: Tensor, v_tGC: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+        met = self.table.between(0, 0, rule.window, rule.chunk)
+        dtype = q_tHD.dtype if _once(met, q_tHD.shape[0]) else wide_dtype(q_tHD.dtype)
+        partial = Partial(q_tHD, v_tGC.shape[2], dtype=dtype)
+        partial.add(q_tHD, k_tGD, v_tGC, met, rule)
+        return partial.out_tHC.to(q_tHD.dtype), partial.lse_tH
+
+    def backward(
+        self, dout_tHC: Tensor, q_tHD: Tensor, k_tGD: Tensor, v_tGC: Tensor, out_tHC: Tensor, lse_tH: Tensor, rule: Rule
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        met = self.table.between(0, 0, rule.window, rule.chunk)
+        dtype = q_tHD.dtype if _once(met, q_tHD.shape[0]) else wide_dtype(q_tHD.dtype)
+        into = Gradients(*(torch.zeros_like(x, dtype=dtype) for x in (q_tHD, k_tGD, v_tGC)))
+        add_gradients(into, dout_tHC, q_tHD, k_tGD, v_tGC, out_tHC, lse_tH, met, rule)
+        return into
 
 
-class _DocumentAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, bounds: tuple[int, ...], rule: dict[str, Any]
-    ) -> Tensor:
-        attend, _ = choose_attention(q_THD.device)
-        parts = [attend(q_THD[a:b], k_TGD[a:b], v_TGD[a:b], offset=0, **rule) for a, b in pairwise(bounds) if b > a]
-        out_THD = torch.cat([out for out, _ in parts])
-        lse_TH = torch.cat([lse for _, lse in parts])
-        ctx.save_for_backward(q_THD, k_TGD, v_TGD, out_THD, lse_TH)
-        ctx.bounds, ctx.rule = bounds, rule
-        return out_THD
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dout_THD,) = grads
-        q_THD, k_TGD, v_TGD, out_THD, lse_TH = ctx.saved_tensors
-        _, attend_backward = choose_attention(q_THD.device)
-        dq_THD, dk_TGD, dv_TGD = torch.empty_like(q_THD), torch.empty_like(k_TGD), torch.empty_like(v_TGD)
-        for a, b in pairwise(ctx.bounds):
-            if b == a:
-                continue
-            dq_THD[a:b], dk_TGD[a:b], dv_TGD[a:b] = attend_backward(
-                dout_THD[a:b],
-                q_THD[a:b],
-                k_TGD[a:b],
-                v_TGD[a:b],
-                out_THD[a:b],
-                lse_TH[a:b],
-                offset=0,
-                **ctx.rule,
-            )
-        return dq_THD, dk_TGD, dv_TGD, None, None
+def _once(met: Sequence[Pair], num_tokens: int) -> bool:
+    """Whether every token meets one pair only, so that nothing is summed and no wide copy is needed."""
+    queries = sum(p.queries.stop - p.queries.start for p in met)
+    keys = sum(p.keys.stop - p.keys.start for p in met)
+    return queries <= num_tokens and keys <= num_tokens

@@ -1,27 +1,60 @@
-"""The only place where ranks of one sequence talk: differentiable collectives that count what they send.
+"""The only place where ranks of one sequence talk: collectives that count what they send.
 
 Shapes: R ranks. The process group is passed in; nothing here is process-wide.
+Waits end: every operation carries the deadline its process group was made with.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renamed both and warns about the old names; these two lines go when 2.13 is the oldest torch we run on.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass
+class Counter:
+    """Bytes sent to other ranks. Exchanges of one sequence may share one."""
+
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Tensors on their way. Both ends stay alive here, and unchanged, until `wait`."""
+
+    works: Sequence[dist.Work]
+    arriving: tuple[Tensor, ...]
+    leaving: tuple[Tensor, ...]
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """What arrived."""
+        for work in self.works:
+            work.wait()
+        return self.arriving
+
 
 @dataclass
 class Exchange:
     """One group of ranks that share a sequence.
 
-    `bytes_sent` counts what this rank sent to the others, backward included.
+    `bytes_sent` counts what this rank sent to the others, backward included; of a collective it counts what a rank
+    must give away at least (an all-gather: its own part to each of the others).
     """
 
     group: dist.ProcessGroup
-    bytes_sent: int = 0
+    counter: Counter = field(default_factory=Counter)
+
+    @property
+    def bytes_sent(self) -> int:
+        return self.counter.num_bytes
 
     @property
     def rank(self) -> int:
@@ -42,8 +75,46 @@ class Exchange:
         x = x.contiguous()
         out = torch.empty_like(x)
         dist.all_to_all_single(out, x, group=self.group)
-        self.bytes_sent += x.numel() * x.element_size() * (self.num_ranks - 1) // self.num_ranks
+        self.counter.num_bytes += x.nbytes * (self.num_ranks - 1) // self.num_ranks
         return out
+
+    def pass_on(self, tensors: Sequence[Tensor], distance: int = 1) -> Transfer:
+        """Start sending `tensors` to the rank `distance` further on; as many of the same shapes arrive from behind.
+
+        Every rank passes on at the same time by the same distance: what two ranks send each other stays in order.
+        """
+        num_ranks, leaving = self.num_ranks, tuple(x.contiguous() for x in tensors)
+        if distance % num_ranks == 0:
+            return Transfer((), leaving, ())
+        arriving = tuple(torch.empty_like(x) for x in leaving)
+        ahead, behind = (self.rank + distance) % num_ranks, (self.rank - distance) % num_ranks
+        sends = [dist.P2POp(dist.isend, x, group=self.group, group_peer=ahead) for x in leaving]
+        receives = [dist.P2POp(dist.irecv, x, group=self.group, group_peer=behind) for x in arriving]
+        works = dist.batch_isend_irecv(sends + receives)
+        self.counter.num_bytes += sum(x.nbytes for x in leaving)
+        return Transfer(works, arriving, leaving)
+
+    def gather(self, tensors: Sequence[Tensor]) -> Transfer:
+        """Start collecting `tensors` of every rank: [R, *shape] each, row r from rank r."""
+        leaving = tuple(x.contiguous() for x in tensors)
+        arriving = tuple(x.new_empty((self.num_ranks, *x.shape)) for x in leaving)
+        works = [
+            _all_gather(out.flatten(0, 1), x, group=self.group, async_op=True)
+            for out, x in zip(arriving, leaving, strict=True)
+        ]
+        self.counter.num_bytes += sum(x.nbytes for x in leaving) * (self.num_ranks - 1)
+        return Transfer([work for work in works if work is not None], arriving, leaving)
+
+    def sum_rows(self, tensors: Sequence[Tensor]) -> Transfer:
+        """Start summing `tensors` [R, ...] over ranks, row r of the sums arriving at rank r (a reduce-scatter)."""
+        leaving = tuple(x.contiguous() for x in tensors)
+        arriving = tuple(torch.empty_like(x[0]) for x in leaving)
+        works = [
+            _reduce_scatter(out, x.flatten(0, 1), group=self.group, async_op=True)
+            for out, x in zip(arriving, leaving, strict=True)
+        ]
+        self.counter.num_bytes += sum(x.nbytes for x in leaving) * (self.num_ranks - 1) // self.num_ranks
+        return Transfer([work for work in works if work is not None], arriving, leaving)
 
 
 class _AllToAll(torch.autograd.Function):

@@ -12,7 +12,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from farspan.parallel.exchange import Exchange
-from farspan.parallel.layout import ContiguousLayout
+from farspan.parallel.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class WholeSequence:
 
     bounds: Sequence[int]
     exchange: Exchange | None = None
-    layout: ContiguousLayout | None = None
+    layout: Layout | None = None
 
     def documents(self, x_tE: Tensor) -> list[Tensor]:
         """Every document [L, E], in order. Collective; gradients are summed over ranks on their way back."""

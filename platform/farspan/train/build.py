@@ -15,10 +15,9 @@ from farspan.errors import ConfigError
 from farspan.models.attention import use_farspan_attention
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer, make_config, open_config, random_causal_lm
 from farspan.models.parts import decoder_layers
-from farspan.parallel.exchange import Exchange
-from farspan.parallel.layout import ContiguousLayout
 from farspan.parallel.mesh import make_mesh
 from farspan.parallel.shard import shard_weights
+from farspan.parallel.strategy import SequenceParallel, SequenceRanks
 from farspan.storage.publish import fetch_folder
 from farspan.train.checkpoint import TrainState
 from farspan.train.loss import PackedLoss
@@ -47,10 +46,9 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
     use_farspan_attention(model)
     if config.train.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    mesh = make_mesh(device.type, config.parallel.sp)
+    mesh = make_mesh(device.type, config.parallel.sp, config.parallel.ulysses)
     loss = PackedLoss(model.to(device), config.train.loss_tile_tokens)
     shard_weights(loss, decoder_layers(model), mesh.all, compute_dtype(config.model.dtype, device))
-    exchange = Exchange(mesh.sp_group)
     step = TrainStep(
         loss=loss.train(),
         optimizer=_optimizer(config, loss),
@@ -58,8 +56,7 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
         num_steps=config.train.steps,
         accumulation=config.train.accumulation,
         mesh=mesh,
-        exchange=exchange,
-        layout=ContiguousLayout(config.data.sequence_tokens, exchange.num_ranks),
+        sequence=SequenceParallel(SequenceRanks.of(mesh), config.parallel.strategy, config.parallel.layout),
         reader=Reader(corpus, config.data.sequence_tokens, config.seed),
         device=device,
     )

@@ -6,9 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from farspan.telemetry.events import EventBody, Note, RunFinished
-
 from farspan.config.schema import RunConfig
+from farspan.telemetry.events import EventBody, Note, RunFinished
 from farspan.train.build import Training
 from farspan.train.checkpoint import TrainState, load_newest, save_checkpoint, save_model
 

@@ -18,10 +18,10 @@ from farspan.batch import IGNORED_LABEL, ShardedBatch
 from farspan.config.schema import OptimConfig
 from farspan.data.reader import Reader
 from farspan.errors import TrainingError
+from farspan.parallel.blockwise import Strategy
 from farspan.parallel.exchange import Exchange
-from farspan.parallel.layout import ContiguousLayout
 from farspan.parallel.mesh import Mesh
-from farspan.parallel.ulysses import UlyssesAttention
+from farspan.parallel.strategy import SequenceParallel
 from farspan.parallel.whole import WholeSequence
 from farspan.telemetry.events import StepReport
 from farspan.train.loss import PackedLoss
@@ -37,11 +37,15 @@ class TrainStep:
     num_steps: int
     accumulation: int
     mesh: Mesh
-    exchange: Exchange
-    layout: ContiguousLayout
+    sequence: SequenceParallel
     reader: Reader
     device: torch.device
     cursor: int = 0
+
+    @property
+    def exchange(self) -> Exchange:
+        """What the ranks of this sequence send each other, counted."""
+        return self.sequence.ranks.all
 
     def run(self, step: int) -> StepReport:
         """Consume dp * accumulation sequences and change the weights once; `step` counts from 0.
@@ -64,7 +68,7 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         num_sequences = self.mesh.dp * self.accumulation
         self.cursor += num_sequences
-        tokens = num_sequences * self.layout.num_tokens
+        tokens = num_sequences * self.reader.plan.sequence_tokens
         seconds = time.perf_counter() - started
         sent = self._over_all_ranks(self.exchange.bytes_sent - sent_before)
         peak = self._over_all_ranks(peak_memory_bytes(self.device), dist.ReduceOp.MAX)
@@ -87,24 +91,28 @@ class TrainStep:
         The cursor does not move: called twice, it computes the same sequences twice.
         """
         shards = list(self._shards())
-        num_labels = self._over_all_ranks(sum((s.labels_T != IGNORED_LABEL).sum() for s in shards))
-        loss = self._over_all_ranks(sum(self._forward_backward(shard, num_labels) for shard in shards))
+        num_labels = self._over_all_ranks(sum((s.labels_T != IGNORED_LABEL).sum() for s, *_ in shards))
+        loss = self._over_all_ranks(sum(self._forward_backward(*shard, num_labels) for shard in shards))
         return loss, num_labels
 
-    def _shards(self) -> Iterator[ShardedBatch]:
+    def _shards(self) -> Iterator[tuple[ShardedBatch, Strategy, WholeSequence]]:
         for micro in range(self.accumulation):
             batch = self.reader.batch(self.cursor + micro * self.mesh.dp + self.mesh.dp_rank)
-            shard = self.layout.shard(batch, self.exchange.rank)
-            yield ShardedBatch(
+            layout = self.sequence.lay_out(batch.num_tokens, batch.bounds)
+            shard = layout.shard(batch, self.exchange.rank)
+            on_device = ShardedBatch(
                 tokens_T=shard.tokens_T.to(self.device),
                 labels_T=shard.labels_T.to(self.device),
                 positions_T=shard.positions_T.to(self.device),
                 bounds=shard.bounds,
             )
+            whole = WholeSequence(batch.bounds, self.exchange, layout)
+            yield on_device, self.sequence.attention(layout, batch.bounds), whole
 
-    def _forward_backward(self, shard: ShardedBatch, num_labels: Tensor) -> Tensor:
-        whole = WholeSequence(shard.bounds, self.exchange, self.layout)
-        loss = self.loss(shard, UlyssesAttention(self.exchange, shard.bounds), num_labels, whole)
+    def _forward_backward(
+        self, shard: ShardedBatch, attention: Strategy, whole: WholeSequence, num_labels: Tensor
+    ) -> Tensor:
+        loss = self.loss(shard, attention, num_labels, whole)
         loss.backward()
         return cast(Tensor, loss.detach())
 

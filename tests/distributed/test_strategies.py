@@ -1,0 +1,237 @@
+"""Attention over several ranks against one process: every strategy, layout, head count and layer rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+import torch
+from tests.support.ranks import RankPool
+from tests.support.relative import relative_error
+
+from farspan.parallel import switch
+from farspan.parallel.documents import attend_documents
+from farspan.parallel.exchange import Exchange
+from farspan.parallel.layout import Layout, make_layout
+from farspan.parallel.mesh import make_mesh
+from farspan.parallel.strategy import STRATEGIES, SequenceRanks, bytes_sent, lay_out, make_strategy
+from farspan.parallel.switch import LayoutSwitch
+from farspan.parallel.traffic import Block
+
+NUM_TOKENS, HEAD_DIM, SCALE = 96, 16, 0.25
+# Ragged on purpose: a document of one token, documents that end inside, at and far from the edges of shards.
+BOUNDS = (0, 5, 6, 47, 48, 91, 96)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention: how many heads, which documents, which layer rule."""
+
+    heads: tuple[int, int] = (8, 2)
+    bounds: tuple[int, ...] = BOUNDS
+    layout: str = "auto"
+    value_dim: int = HEAD_DIM
+    window: int | None = None
+    softcap: float | None = None
+    chunk: int | None = None
+    dtype: torch.dtype = torch.float64
+
+    @property
+    def rule(self) -> dict[str, float | int | None]:
+        return {"scale": SCALE, "window": self.window, "softcap": self.softcap, "chunk": self.chunk}
+
+
+CASES = [
+    Case(),
+    Case(bounds=(0, NUM_TOKENS)),
+    Case(layout="contiguous"),
+    Case(layout="zigzag"),
+    Case(layout="document_zigzag"),
+    Case(heads=(4, 1)),
+    Case(heads=(8, 8)),
+    Case(heads=(6, 3)),
+    Case(heads=(5, 1)),
+    Case(heads=(6, 2)),
+    Case(heads=(3, 3), value_dim=24),
+    Case(window=7),
+    Case(window=7, bounds=(0, NUM_TOKENS), layout="document_zigzag"),
+    Case(window=40, bounds=(0, NUM_TOKENS)),
+    Case(softcap=1.5),
+    Case(softcap=1.5, window=7, heads=(4, 1), layout="document_zigzag"),
+    Case(chunk=16),
+    Case(chunk=16, bounds=(0, NUM_TOKENS), layout="contiguous", heads=(4, 1)),
+]
+
+
+def make(case: Case) -> list[torch.Tensor]:
+    """q, k, v and the gradient of out, of the whole sequence."""
+    generator = torch.Generator().manual_seed(1)
+    q_heads, kv_heads = case.heads
+    sizes = [(q_heads, HEAD_DIM), (kv_heads, HEAD_DIM), (kv_heads, case.value_dim), (q_heads, case.value_dim)]
+    return [torch.randn((NUM_TOKENS, *s), generator=generator, dtype=torch.float64).to(case.dtype) for s in sizes]
+
+
+def oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case) -> torch.Tensor:
+    """A softmax over the visible keys, written out, one document at a time; torch's own where it knows the rule."""
+    parts = []
+    for start, stop in pairwise(case.bounds):
+        one = [x[start:stop].transpose(0, 1) for x in (q, k, v)]
+        if (case.window, case.softcap, case.chunk) == (None, None, None):
+            batched = [x.unsqueeze(0) for x in one]
+            out = torch.nn.functional.scaled_dot_product_attention(
+                *batched, is_causal=True, enable_gqa=True, scale=SCALE
+            )[0]
+        else:
+            out = written_out(*one, case)
+        parts.append(out.transpose(0, 1))
+    return torch.cat(parts)
+
+
+def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case) -> torch.Tensor:
+    k, v = (x.repeat_interleave(case.heads[0] // case.heads[1], dim=0) for x in (k, v))
+    place = torch.arange(q.shape[1])
+    behind = place[:, None] - place
+    seen = behind >= 0
+    if case.window is not None:
+        seen &= behind < case.window
+    if case.chunk is not None:
+        seen &= place[:, None] // case.chunk == place // case.chunk
+    scores = q @ k.transpose(1, 2) * SCALE
+    if case.softcap is not None:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v
+
+
+def with_gradients(attend, q, k, v, dout) -> list[torch.Tensor]:
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = attend(*leaves)
+    out.backward(dout)
+    return [out.detach(), *(x.grad for x in leaves)]
+
+
+def whole(case: Case) -> list[torch.Tensor]:
+    return with_gradients(lambda q, k, v: oracle(q, k, v, case), *make(case))
+
+
+def names_on(num_ranks: int) -> list[tuple[str, int]]:
+    """(strategy, ulysses ranks) on `num_ranks`; four ranks make a true hybrid, 2 x 2."""
+    inner = {"hybrid": 2 if num_ranks == 4 else 1, "ulysses": num_ranks}
+    return [(name, inner.get(name, 1)) for name in STRATEGIES]
+
+
+def on_one_rank(name: str, ulysses: int, cases: list[Case]) -> list[tuple[list[torch.Tensor], int]]:
+    """(out, dq, dk, dv of the tokens held, bytes sent) of every case."""
+    ranks = SequenceRanks.of(make_mesh("cpu", torch.distributed.get_world_size(), ulysses))
+    answers = []
+    for case in cases:
+        layout = layout_of(name, ulysses, case, ranks.all.num_ranks)
+        attention = make_strategy(name, ranks, layout, case.bounds)
+        before = ranks.all.bytes_sent
+        shards = [layout.take(x, ranks.all.rank) for x in make(case)]
+        got = with_gradients(lambda q, k, v, a=attention, c=case: a(q, k, v, **c.rule), *shards)
+        answers.append((got, ranks.all.bytes_sent - before))
+    return answers
+
+
+def layout_of(name: str, ulysses: int, case: Case, num_ranks: int) -> Layout:
+    return lay_out(name, case.layout, NUM_TOKENS, num_ranks, ulysses, case.bounds)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_process_equals_torch_attention_one_document_at_a_time(case: Case) -> None:
+    got = with_gradients(lambda q, k, v: attend_documents(q, k, v, case.bounds, **case.rule), *make(case))
+    for ours, theirs in zip(got, whole(case), strict=True):
+        assert relative_error(ours, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_equals_one_process_and_sends_what_its_formula_says(
+    ranks: RankPool, name: str, num_ranks: int
+) -> None:
+    ulysses = dict(names_on(num_ranks))[name]
+    answers = ranks.run(on_one_rank, num_ranks, name, ulysses, CASES)
+    for index, case in enumerate(CASES):
+        layout = layout_of(name, ulysses, case, num_ranks)
+        block = Block(NUM_TOKENS // num_ranks, *case.heads, HEAD_DIM, case.value_dim, itemsize=8)
+        assert {answer[index][1] for answer in answers} == {sum(bytes_sent(name, block, num_ranks, ulysses))}, case
+        for part, theirs in enumerate(whole(case)):
+            ours = layout.join([answer[index][0][part] for answer in answers])
+            assert relative_error(ours, theirs) < 1e-12, (case, ("out", "dq", "dk", "dv")[part])
+
+
+BF16 = [Case(dtype=torch.bfloat16), Case(dtype=torch.bfloat16, bounds=(0, NUM_TOKENS), heads=(4, 1))]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_bf16_on_many_ranks_is_as_good_as_bf16_in_one_process(ranks: RankPool, name: str, num_ranks: int) -> None:
+    ulysses = dict(names_on(num_ranks))[name]
+    answers = ranks.run(on_one_rank, num_ranks, name, ulysses, BF16)
+    for index, case in enumerate(BF16):
+        layout = layout_of(name, ulysses, case, num_ranks)
+        block = Block(NUM_TOKENS // num_ranks, *case.heads, HEAD_DIM, case.value_dim, itemsize=2)
+        assert {answer[index][1] for answer in answers} == {sum(bytes_sent(name, block, num_ranks, ulysses))}
+        exact = with_gradients(lambda q, k, v, c=case: oracle(q, k, v, c), *(x.double() for x in make(case)))
+        for part, theirs in enumerate(exact):
+            ours = layout.join([answer[index][0][part] for answer in answers])
+            alone = with_gradients(lambda q, k, v, c=case: oracle(q, k, v, c), *make(case))[part]
+            assert relative_error(ours, theirs) < 1.5 * relative_error(alone, theirs), (name, case, part)
+
+
+def leak(name: str, ulysses: int, case: Case, place: int) -> list[int]:
+    """Which global positions of out change when one token changes."""
+    ranks = SequenceRanks.of(make_mesh("cpu", torch.distributed.get_world_size(), ulysses))
+    layout = layout_of(name, ulysses, case, ranks.all.num_ranks)
+    attention = make_strategy(name, ranks, layout, case.bounds)
+    tensors = make(case)[:3]
+    before = attention(*(layout.take(x, ranks.all.rank) for x in tensors), **case.rule)
+    for x in tensors:
+        x[place] += 1.0
+    after = attention(*(layout.take(x, ranks.all.rank) for x in tensors), **case.rule)
+    changed = (before != after).flatten(1).any(1)
+    return layout.index_of(ranks.all.rank)[changed].tolist()
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_changed_token_changes_only_what_may_see_it(ranks: RankPool, name: str, num_ranks: int) -> None:
+    ulysses = dict(names_on(num_ranks))[name]
+    for case, last in ((Case(layout="document_zigzag"), 47), (Case(window=7), 18), (Case(chunk=16), 22)):
+        changed = [place for part in ranks.run(leak, num_ranks, name, ulysses, case, 11) for place in part]
+        assert sorted(changed) == list(range(11, last)), case
+
+
+def switched(layout: Layout) -> tuple[bool, bool, bool, int]:
+    """(channels hold the sequence, tokens come back, gradient comes back, bytes sent) of a switch there and back."""
+    exchange = Exchange(torch.distributed.group.WORLD)
+    generator = torch.Generator().manual_seed(0)
+    whole_TWX, weight_TWX = (torch.randn(NUM_TOKENS, 8, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    held = layout.take(whole_TWX, exchange.rank).requires_grad_()
+    there_and_back = LayoutSwitch(exchange, layout)
+    channels = there_and_back.to_channels(held)
+    width = 8 // exchange.num_ranks
+    mine = slice(exchange.rank * width, (exchange.rank + 1) * width)
+    # What a recurrent layer does: mix along the whole sequence, each channel alone.
+    mixed = there_and_back.to_tokens(channels.cumsum(0))
+    mixed.backward(layout.take(weight_TWX, exchange.rank))
+    want = weight_TWX.flip(0).cumsum(0).flip(0)
+    return (
+        torch.equal(channels, whole_TWX[:, mine]),
+        torch.equal(mixed, layout.take(whole_TWX.cumsum(0), exchange.rank)),
+        relative_error(held.grad, layout.take(want, exchange.rank)) < 1e-14,
+        exchange.bytes_sent,
+    )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "document_zigzag"])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_a_layout_switch_gives_a_recurrent_layer_the_sequence_and_its_gradient_back(
+    ranks: RankPool, layout: str, num_ranks: int
+) -> None:
+    laid = make_layout(layout, NUM_TOKENS, num_ranks, BOUNDS)
+    one_way = switch.bytes_sent(NUM_TOKENS // num_ranks, 8 * 3, 8, num_ranks)
+    for forward, back, gradient, sent in ranks.run(switched, num_ranks, laid):
+        assert (forward, back, gradient) == (True, True, True)
+        assert sent == 2 * sum(one_way)

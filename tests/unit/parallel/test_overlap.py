@@ -1,0 +1,102 @@
+"""What travels is under way while something is computed: the order of events, without processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from farspan.parallel.allgather import AllGatherAttention
+from farspan.parallel.layout import ZigzagLayout
+from farspan.parallel.pairs import Pair, PairTable
+from farspan.parallel.ring import RingAttention
+from farspan.parallel.tokenring import TokenRingAttention
+
+NUM_RANKS = 4
+
+
+@dataclass
+class Loop:
+    """An exchange whose every rank is this one; it writes down what happens."""
+
+    events: list[str]
+    rank: int = 0
+    num_ranks: int = NUM_RANKS
+
+    def pass_on(self, tensors: Sequence[Tensor], distance: int = 1) -> Arrival:
+        return self._start(f"{distance:+d}", tuple(tensors))
+
+    def gather(self, tensors: Sequence[Tensor]) -> Arrival:
+        return self._start("gather", tuple(torch.stack([x] * NUM_RANKS) for x in tensors))
+
+    def sum_rows(self, tensors: Sequence[Tensor]) -> Arrival:
+        return self._start("sum", tuple(x[0] for x in tensors))
+
+    def _start(self, name: str, tensors: tuple[Tensor, ...]) -> Arrival:
+        self.events.append(f"start {name}")
+        return Arrival(self.events, name, tensors)
+
+
+@dataclass
+class Arrival:
+    """A transfer that arrived at once."""
+
+    events: list[str]
+    name: str
+    tensors: tuple[Tensor, ...]
+
+    def wait(self) -> tuple[Tensor, ...]:
+        self.events.append(f"wait {self.name}")
+        return self.tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Watched(PairTable):
+    """Says when pairs are about to be computed."""
+
+    events: list[str] = field(default_factory=list, compare=False)
+
+    def between(self, query_rank: int, key_rank: int, window: int | None, chunk: int | None) -> list[Pair]:
+        self.events.append("compute")
+        return PairTable.between(self, query_rank, key_rank, window, chunk)
+
+
+def events_of(strategy: type, *, backward: bool) -> list[str]:
+    events: list[str] = []
+    layout = ZigzagLayout(64, NUM_RANKS)
+    table = Watched(tuple(layout.ranges_of(r) for r in range(NUM_RANKS)), (0, 64), events=events)
+    q, k, v = (torch.randn(16, heads, 8).requires_grad_() for heads in (4, 2, 2))
+    out = strategy(Loop(events), table)(q, k, v, scale=0.3)
+    if backward:
+        events.clear()
+        out.sum().backward()
+    return events
+
+
+def test_a_ring_starts_the_next_block_before_it_computes_the_current_one() -> None:
+    events = events_of(RingAttention, backward=False)
+    assert events == ["start +1", "compute", "wait +1"] * 3 + ["compute"]
+
+
+def test_a_ring_computes_while_gradients_travel() -> None:
+    events = events_of(RingAttention, backward=True)
+    first = ["start +1", "compute", "start +1", "wait +1"]
+    middle = ["start +1", "compute", "wait +1", "start +1", "wait +1"]
+    assert events == [*first, *middle, *middle, "compute", "wait +1", "start +1", "wait +1"]
+
+
+def test_a_token_ring_returns_what_it_found_while_the_next_queries_are_computed() -> None:
+    events = events_of(TokenRingAttention, backward=False)
+    for hop in (1, 2):
+        sent, received = events.index(f"start -{hop}"), events.index(f"wait -{hop}")
+        assert "compute" in events[sent:received], hop
+    assert events[:3] == ["start +1", "compute", "wait +1"]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_an_all_gather_computes_its_own_block_while_the_others_arrive(backward: bool) -> None:
+    events = events_of(AllGatherAttention, backward=backward)
+    assert events[:3] == ["start gather", "compute", "wait gather"]
