@@ -1,6 +1,6 @@
 """farspan's attention inside transformers models, through their public registries.
 
-Shapes: T tokens this rank holds, H query heads, G key/value heads, D head dim of q and k, C of v, E model width.
+Shapes: T tokens (t where only this rank's are meant), H query heads, G key/value heads, D head dim of q and k, C of v, E model width.
 
 A model is switched with `use_farspan_attention(model)`. Every forward (`packed_hidden`) then carries two keywords,
 which transformers hands down to each layer: the attention of this batch, and, for recurrent layers, the whole
@@ -37,9 +37,9 @@ class PackedAttention(Protocol):
 
     def __call__(
         self,
-        q_THD: Tensor,
-        k_TGD: Tensor,
-        v_TGC: Tensor,
+        q_tHD: Tensor,
+        k_tGD: Tensor,
+        v_tGC: Tensor,
         *,
         scale: float,
         window: int | None = None,

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -21,8 +20,10 @@ from farspan.verify.cases import PACKED, SINGLE, Case, document_of
 from farspan.verify.probe import RankAnswer
 from farspan.verify.reference import StepAnswer
 
-# fp64 on both sides; some models compute norms or states in fp32, where a last bit may fall the other way.
+# fp64 on both sides, and the same arithmetic for every token.
 ALLOWED = 1e-9
+# transformers computes recurrent layers in fp32 whatever the model's type; gradients summed over shards show it.
+RECURRENT_GRADIENTS_ALLOWED = 2e-5
 _FP64_BYTES = 8
 
 
@@ -62,10 +63,12 @@ def judge(
         Check(f"logits, {name}", relative(first.logits[name], reference.logits[name]), ALLOWED)
         for name in (PACKED, SINGLE)
     ]
+    recurrent = any(rule.recurrent for rule in layer_rules(small))
+    allowed = RECURRENT_GRADIENTS_ALLOWED if recurrent else ALLOWED
     for case in cases:
         got, want = first.steps[case.name], reference.steps[case.name]
         checks.append(Check(f"loss, {case.name}", abs(got.loss - want.loss) / abs(want.loss), ALLOWED))
-        checks.append(_gradients(f"gradients, {case.name}", got.gradients, want.gradients))
+        checks.append(_gradients(f"gradients, {case.name}", got.gradients, want.gradients, allowed))
     packed = next(case for case in cases if case.name == PACKED)
     checks.append(_leaks(first, packed))
     if parallel.sp > 1:
@@ -78,14 +81,14 @@ def relative(got: Tensor, want: Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max().clamp_min(1e-30))
 
 
-def _gradients(name: str, got: dict[str, Tensor], want: dict[str, Tensor]) -> Check:
+def _gradients(name: str, got: dict[str, Tensor], want: dict[str, Tensor], allowed: float) -> Check:
     if got.keys() != want.keys():
-        return Check(name, float("inf"), ALLOWED, f"other weights: {sorted(got.keys() ^ want.keys())[0]}")
+        return Check(name, float("inf"), allowed, f"other weights: {sorted(got.keys() ^ want.keys())[0]}")
     # Some gradients are zero in exact arithmetic (a key bias without rotation): they are held on the model's scale.
     floor = 1e-3 * max(float(g.abs().max()) for g in want.values())
     errors = {n: float((got[n] - g).abs().max()) / max(float(g.abs().max()), floor) for n, g in want.items()}
     worst = max(errors, key=lambda n: errors[n] if errors[n] == errors[n] else float("inf"))
-    return Check(name, errors[worst], ALLOWED, worst)
+    return Check(name, errors[worst], allowed, worst)
 
 
 def _leaks(answer: RankAnswer, packed: Case) -> Check:
@@ -112,8 +115,3 @@ def _bytes(answers: Sequence[RankAnswer], parallel: ParallelConfig, small: Pretr
     wanted += 2 * recurrent * whole.bytes_sent(shard_tokens, width, _FP64_BYTES, parallel.sp)
     off = max(abs(answer.bytes_sent - wanted) for answer in answers)
     return Check("bytes sent beside the formula", off, 0, f"{wanted} bytes per rank and step")
-
-
-def finite(reference: Reference) -> bool:
-    """Whether the one process itself gives numbers."""
-    return all(bool(torch.isfinite(logits).all()) for logits in reference.logits.values())

@@ -17,8 +17,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from farspan.batch import IGNORED_LABEL, PackedBatch, ShardedBatch
 from farspan.config.schema import ParallelConfig
-from farspan.models.attention import PackedAttention, packed_hidden, use_farspan_attention
+from farspan.models.attention import packed_hidden, use_farspan_attention
 from farspan.models.parts import trunk_and_head
+from farspan.parallel.blockwise import Strategy
 from farspan.parallel.layout import Layout
 from farspan.parallel.strategy import lay_out
 from farspan.parallel.whole import WholeSequence
@@ -93,7 +94,7 @@ class _Watch:
     """An attention that remembers the shapes it was given."""
 
     shapes: list[Shape] = field(default_factory=list)
-    inner: PackedAttention | None = None
+    inner: Strategy | None = None
 
     def clear(self) -> None:
         self.shapes.clear()

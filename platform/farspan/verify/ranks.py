@@ -5,6 +5,7 @@ Answers come back through pipes that only these processes hold.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 import traceback
@@ -35,7 +36,7 @@ def ask_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, deadline
     with tempfile.TemporaryDirectory(prefix="farspan-ranks-") as scratch:
         try:
             for rank in range(num_ranks):
-                ours, theirs = context.Pipe(duplex=False)
+                ours, theirs = context.Pipe()
                 given = (theirs, rank, num_ranks, f"{scratch}/store", deadline_s, function, args)
                 process = context.Process(target=_serve, args=given, daemon=True)
                 process.start()
@@ -69,6 +70,7 @@ def _received(pipe: Connection, rank: int) -> Any:
         problem, value = pipe.recv()
     except EOFError:
         raise PlanError(f"rank {rank} died; look for an out-of-memory message of the system") from None
+    pipe.send(None)
     if isinstance(problem, FarspanError):
         raise problem
     if problem is not None:
@@ -92,11 +94,15 @@ def _serve(
     torch.set_num_threads(1)
     timeout = timedelta(seconds=deadline_s)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=timeout)
+    answer: tuple[Any, Any]
     try:
-        pipe.send((None, function(*args)))
+        answer = None, function(*args)
     except FarspanError as problem:
-        pipe.send((problem, None))
+        answer = problem, None
     except Exception:
-        pipe.send((traceback.format_exc(), None))
-    finally:
-        dist.destroy_process_group()
+        answer = traceback.format_exc(), None
+    dist.destroy_process_group()
+    pipe.send(answer)
+    # Tensors travel as shared memory of this process: it must live until they were taken.
+    with contextlib.suppress(EOFError):
+        pipe.recv()
