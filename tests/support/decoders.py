@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 SETTINGS: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 8},
     "qwen2": {"num_attention_heads": 28, "num_key_value_heads": 4},
-    "qwen3": {},
+    "qwen3": {"num_attention_heads": 32, "num_key_value_heads": 8},
     "mistral": {"sliding_window": 4096},
     "gemma2": {},
     "gemma3_text": {"sliding_window_pattern": 2},

@@ -1,6 +1,7 @@
 """farspan's attention inside transformers models, through their public registries.
 
-Shapes: T tokens (t where only this rank's are meant), H query heads, G key/value heads, D head dim of q and k, C of v, E model width.
+Shapes: T tokens this rank holds (t in the call shape of strategies), H query heads, G key/value heads, D head dim of
+q and k, C of v, E model width.
 
 A model is switched with `use_farspan_attention(model)`. Every forward (`packed_hidden`) then carries two keywords,
 which transformers hands down to each layer: the attention of this batch, and, for recurrent layers, the whole

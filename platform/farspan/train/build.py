@@ -22,6 +22,7 @@ from farspan.storage.publish import fetch_folder
 from farspan.train.checkpoint import TrainState
 from farspan.train.loss import PackedLoss
 from farspan.train.step import TrainStep
+from farspan.verify.certificate import read_certificate, refuse_certificate
 from farspan.verify.selfcheck import check_model
 
 
@@ -32,6 +33,8 @@ class Training:
     step: TrainStep
     tokenizer: PreTrainedTokenizerBase
     state: TrainState
+    certificate: str | None = None
+    """What the doctor found about this model and layout, as JSON; kept beside checkpoints."""
 
 
 def build(config: RunConfig, device: torch.device, cache: Path | None = None) -> Training:
@@ -43,6 +46,7 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
     corpus = open_corpus(config.data.corpus, cache / "corpus")
     model = _model(config, corpus, cache)
     check_model(model.config)
+    certificate = required_certificate(config, model.config)
     use_farspan_attention(model)
     if config.train.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -61,7 +65,21 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
         device=device,
     )
     state = TrainState(0, 0, config.seed, config.data.sequence_tokens, corpus.fingerprint)
-    return Training(step=step, tokenizer=load_tokenizer(corpus.tokenizer_folder), state=state)
+    return Training(step=step, tokenizer=load_tokenizer(corpus.tokenizer_folder), state=state, certificate=certificate)
+
+
+def required_certificate(config: RunConfig, model: PretrainedConfig) -> str | None:
+    """The text of the certificate the run names; none when it names none.
+
+    Raises:
+        NotFoundError, CorruptDataError: there is none.
+        ConfigError: it does not vouch for this model and layout.
+    """
+    if config.train.certificate is None:
+        return None
+    text = read_certificate(config.train.certificate)
+    refuse_certificate(config.train.certificate, text, model, config.parallel)
+    return text
 
 
 def model_config(config: RunConfig, vocab_size: int | None, cache: Path) -> PretrainedConfig:

@@ -33,6 +33,7 @@ from farspan.storage.store import open_store
 from farspan.telemetry.events import CheckpointPublished
 from farspan.train.loss import PackedLoss
 from farspan.train.states import gather_states, scatter_states
+from farspan.verify.certificate import CERTIFICATE
 
 Result = TypeVar("Result")
 
@@ -70,6 +71,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: TrainState,
     tokenizer: PreTrainedTokenizerBase,
+    certificate: str | None = None,
 ) -> CheckpointPublished:
     """Publish a checkpoint of all ranks; collective. Every rank returns, or every rank raises.
 
@@ -87,6 +89,8 @@ def save_checkpoint(
             save_causal_lm(folder, loss.model.config, _model_names(weights), tokenizer)
             save_file(states, folder / _OPTIMIZER)
             (folder / _STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+            if certificate is not None:
+                (folder / CERTIFICATE).write_text(certificate, encoding="utf-8")
             publish_folder(folder, uri)
             return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 

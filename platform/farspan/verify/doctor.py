@@ -14,7 +14,7 @@ from farspan.verify.certificate import Certificate, certify
 from farspan.verify.judge import Reference, judge
 from farspan.verify.probe import RankAnswer, Subject, examine_rank, probe_cases
 from farspan.verify.ranks import ask_ranks
-from farspan.verify.reference import reference_logits, reference_step, use_reference_attention
+from farspan.verify.reference import reference_logits, reference_step, rounding, use_reference_attention
 from farspan.verify.selfcheck import check_model
 from farspan.verify.shrink import small_model
 
@@ -44,7 +44,8 @@ def reference_of(config: PretrainedConfig, cases: Sequence[Case]) -> Reference:
     use_reference_attention(model)
     with torch.no_grad():
         logits = {c.name: reference_logits(model, c.sequences[0]) for c in cases if c.name in (PACKED, SINGLE)}
-    return Reference(logits, {case.name: reference_step(model, case) for case in cases})
+    steps = {case.name: reference_step(model, case) for case in cases}
+    return Reference(logits, steps, rounding(model, cases[0].sequences[0]))
 
 
 def same_layout(parallel: ParallelConfig) -> ParallelConfig:

@@ -18,12 +18,13 @@ from farspan.parallel.strategy import bytes_sent
 from farspan.parallel.traffic import Block
 from farspan.verify.cases import PACKED, SINGLE, Case, document_of
 from farspan.verify.probe import RankAnswer
-from farspan.verify.reference import StepAnswer
+from farspan.verify.reference import StepAnswer, gradient_error
 
 # fp64 on both sides, and the same arithmetic for every token.
 ALLOWED = 1e-9
-# transformers computes recurrent layers in fp32 whatever the model's type; gradients summed over shards show it.
-RECURRENT_GRADIENTS_ALLOWED = 2e-5
+# Sums over shards run in another order than in one process: so much room on what reordering does there.
+_ROUNDINGS = 30
+_ALLOWED_AT_MOST = 1e-4
 _FP64_BYTES = 8
 
 
@@ -44,10 +45,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Reference:
-    """One process's answers."""
+    """One process's answers, and how much its gradients differ from themselves summed in another order."""
 
     logits: dict[str, Tensor]
     steps: dict[str, StepAnswer]
+    rounding: float
 
 
 def judge(
@@ -63,14 +65,13 @@ def judge(
         Check(f"logits, {name}", relative(first.logits[name], reference.logits[name]), ALLOWED)
         for name in (PACKED, SINGLE)
     ]
-    recurrent = any(rule.recurrent for rule in layer_rules(small))
-    allowed = RECURRENT_GRADIENTS_ALLOWED if recurrent else ALLOWED
+    allowed = min(max(ALLOWED, _ROUNDINGS * reference.rounding), _ALLOWED_AT_MOST)
     for case in cases:
         got, want = first.steps[case.name], reference.steps[case.name]
         checks.append(Check(f"loss, {case.name}", abs(got.loss - want.loss) / abs(want.loss), ALLOWED))
         checks.append(_gradients(f"gradients, {case.name}", got.gradients, want.gradients, allowed))
     packed = next(case for case in cases if case.name == PACKED)
-    checks.append(_leaks(first, packed))
+    checks += _leaks(first, packed)
     if parallel.sp > 1:
         checks.append(_bytes(answers, parallel, small))
     return tuple(checks)
@@ -84,24 +85,24 @@ def relative(got: Tensor, want: Tensor) -> float:
 def _gradients(name: str, got: dict[str, Tensor], want: dict[str, Tensor], allowed: float) -> Check:
     if got.keys() != want.keys():
         return Check(name, float("inf"), allowed, f"other weights: {sorted(got.keys() ^ want.keys())[0]}")
-    # Some gradients are zero in exact arithmetic (a key bias without rotation): they are held on the model's scale.
-    floor = 1e-3 * max(float(g.abs().max()) for g in want.values())
-    errors = {n: float((got[n] - g).abs().max()) / max(float(g.abs().max()), floor) for n, g in want.items()}
-    worst = max(errors, key=lambda n: errors[n] if errors[n] == errors[n] else float("inf"))
-    return Check(name, errors[worst], allowed, worst)
+    error, worst = gradient_error(got, want)
+    return Check(name, error, allowed, worst)
 
 
-def _leaks(answer: RankAnswer, packed: Case) -> Check:
-    """Positions outside a document, or before the token, that changed when one token of it was another one."""
+def _leaks(answer: RankAnswer, packed: Case) -> list[Check]:
+    """What one changed token changes: its own position, and nothing outside its document or before it."""
     before_TV = answer.logits[PACKED]
     scale = before_TV.abs().max()
-    changed = 0
+    changed, unseen = 0, 0
     for at, after_TV in answer.leaks.items():
         _, end = document_of(packed.sequences[0].bounds, at)
         moved_T = ~((after_TV - before_TV).abs().amax(-1) <= ALLOWED * scale)
-        assert bool(moved_T[at:end].any()), "the probe changed nothing"
+        unseen += int(not bool(moved_T[at]))
         changed += int(moved_T[:at].sum() + moved_T[end:].sum())
-    return Check("positions changed by a token they must not see", changed, 0)
+    return [
+        Check("positions changed by a token they must not see", changed, 0),
+        Check("changed tokens that change nothing in their place", unseen, 0),
+    ]
 
 
 def _bytes(answers: Sequence[RankAnswer], parallel: ParallelConfig, small: PretrainedConfig) -> Check:

@@ -56,6 +56,25 @@ def reference_step(model: PreTrainedModel, case: Case) -> StepAnswer:
     return StepAnswer(total.item(), whole_gradients(model.named_parameters()))
 
 
+def rounding(model: PreTrainedModel, sequence: ProbeSequence) -> float:
+    """How much gradients of the plain process differ from themselves when their sums run in another order.
+
+    Every document is computed once, and as two equal rows that count half. In fp64 it is 1e-15; transformers computes
+    some norms and states in fp32 whatever the model's type, and there it is what fp32 sums are worth.
+    """
+    once, twice = (_row_gradients(model, sequence, rows) for rows in (1, 2))
+    return gradient_error(twice, once)[0]
+
+
+def gradient_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
+    """(largest relative error of a weight's gradient, that weight)."""
+    # Some gradients are zero in exact arithmetic (a key bias without rotation): they are held on the model's scale.
+    floor = 1e-3 * max(float(g.abs().max()) for g in want.values())
+    errors = {n: float((got[n] - g).abs().max()) / max(float(g.abs().max()), floor) for n, g in want.items()}
+    worst = max(errors, key=lambda n: errors[n] if errors[n] == errors[n] else float("inf"))
+    return errors[worst], worst
+
+
 def whole_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
     """Gradients by name; a weight nothing reached has zeros."""
     return {n: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for n, p in parameters}
@@ -71,6 +90,16 @@ def _document_losses(model: PreTrainedModel, sequence: ProbeSequence) -> tuple[T
         return logits_TV.sum() * 0.0, 0
     at = torch.tensor(taught)
     return nn.functional.cross_entropy(logits_TV[at], tokens_T[at + 1], reduction="sum"), len(taught)
+
+
+def _row_gradients(model: PreTrainedModel, sequence: ProbeSequence, rows: int) -> dict[str, Tensor]:
+    tokens_T = sequence.tokens(_vocab(model))
+    model.zero_grad(set_to_none=True)
+    for a, b in pairwise(sequence.bounds):
+        tokens = tokens_T[a:b].expand(rows, -1)
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
+        (nn.functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum") / rows).backward()
+    return whole_gradients(model.named_parameters())
 
 
 def _attention(

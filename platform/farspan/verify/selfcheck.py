@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,9 +83,9 @@ class _Counting:
     def __init__(self, attention: Callable[..., Tensor]) -> None:
         self._attention, self.calls = attention, 0
 
-    def __call__(self, q_THD: Tensor, k_TGD: Tensor, v_TGC: Tensor, **rule: object) -> Tensor:
+    def __call__(self, q_tHD: Tensor, k_tGD: Tensor, v_tGC: Tensor, **rule: Any) -> Tensor:
         self.calls += 1
-        return self._attention(q_THD, k_TGD, v_TGC, **rule)
+        return self._attention(q_tHD, k_tGD, v_tGC, **rule)
 
 
 def _watched(model: PreTrainedModel, run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
