@@ -99,10 +99,14 @@ def _print(found: Certificate, file: str | None) -> None:
     table = Table("check", "measured", "allowed", "", "where", title=f"{found.model_type}: {layout}", box=None)
     for check in found.checks:
         verdict = "[green]ok[/green]" if check.passed else "[bold red]FAIL[/bold red]"
-        table.add_row(check.name, f"{check.measured:.1e}", f"{check.allowed:.0e}", verdict, check.about)
+        table.add_row(check.name, _number(check.measured), _number(check.allowed), verdict, check.about)
     console.print(table)
     failed = sum(not check.passed for check in found.checks)
     verdict = "every check passed" if found.passed else f"{failed} of {len(found.checks)} checks failed"
     console.print(verdict, style="green" if found.passed else "bold red")
     if file is not None:
         console.print(f"certificate: {file}", markup=False, soft_wrap=True)
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value in (0.0, float("inf")) or value >= 1 else f"{value:.0e}"
