@@ -54,7 +54,7 @@ quickstart: setup
 	@exec $(BIN)/farspan quickstart
 
 lock: setup
-	@$(BIN)/python -m pip freeze --exclude-editable | sed -e 's/+cpu$$//' | grep -viE '^nvidia|^cuda|^triton' > requirements.lock
+	@$(BIN)/python -m pip freeze --exclude-editable | sed -e 's/+cpu$$//' | grep -viE '^nvidia|^cuda' > requirements.lock
 
 clean:
 	rm -rf .venv site dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

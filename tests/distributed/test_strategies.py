@@ -11,12 +11,16 @@ from tests.support.ranks import RankPool
 from tests.support.relative import relative_error
 
 from farspan.parallel import switch
+from farspan.parallel.allgather import AllGatherAttention
 from farspan.parallel.documents import attend_documents
 from farspan.parallel.exchange import Exchange
 from farspan.parallel.layout import Layout, make_layout
 from farspan.parallel.mesh import make_mesh
+from farspan.parallel.pairs import PairTable
+from farspan.parallel.ring import RingAttention
 from farspan.parallel.strategy import STRATEGIES, SequenceRanks, bytes_sent, lay_out, make_strategy
 from farspan.parallel.switch import LayoutSwitch
+from farspan.parallel.tokenring import TokenRingAttention
 from farspan.parallel.traffic import Block
 
 NUM_TOKENS, HEAD_DIM, SCALE = 96, 16, 0.25
@@ -235,3 +239,31 @@ def test_a_layout_switch_gives_a_recurrent_layer_the_sequence_and_its_gradient_b
     for forward, back, gradient, sent in ranks.run(switched, num_ranks, laid):
         assert (forward, back, gradient) == (True, True, True)
         assert sent == 2 * sum(one_way)
+
+
+ONE_AND_THREE = (((0,), (0, 30, 48)), ((1, 2, 3), BOUNDS))
+
+
+def on_my_own_ranks(strategy: type) -> tuple[list[torch.Tensor], int]:
+    """Two sequences at the same time: a short one on rank 0 alone, a long one on ranks 1 to 3."""
+    groups = [torch.distributed.new_group(list(members)) for members, _ in ONE_AND_THREE]
+    mine = 0 if torch.distributed.get_rank() == 0 else 1
+    exchange, case = Exchange(groups[mine]), Case(bounds=ONE_AND_THREE[mine][1])
+    layout = make_layout("document_zigzag", case.bounds[-1], exchange.num_ranks, case.bounds)
+    attention = strategy(exchange, PairTable.of(layout, case.bounds))
+    shards = [layout.take(x[: case.bounds[-1]], exchange.rank) for x in make(case)]
+    return with_gradients(lambda q, k, v: attention(q, k, v, **case.rule), *shards), exchange.bytes_sent
+
+
+@pytest.mark.parametrize("strategy", [RingAttention, TokenRingAttention, AllGatherAttention])
+def test_sequences_on_rank_sets_of_their_own_equal_one_process(ranks: RankPool, strategy: type) -> None:
+    answers = ranks.run(on_my_own_ranks, 4, strategy)
+    assert answers[0][1] == 0
+    for members, bounds in ONE_AND_THREE:
+        case = Case(bounds=bounds)
+        layout = make_layout("document_zigzag", bounds[-1], len(members), bounds)
+        cut = [x[: bounds[-1]] for x in make(case)]
+        want = with_gradients(lambda q, k, v, c=case: oracle(q, k, v, c), *cut)
+        for part, theirs in enumerate(want):
+            ours = layout.join([answers[rank][0][part] for rank in members])
+            assert relative_error(ours, theirs) < 1e-12

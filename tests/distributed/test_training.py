@@ -17,12 +17,14 @@ from tests.support.runs import tiny_run
 from farspan.batch import IGNORED_LABEL
 from farspan.config.schema import RunConfig
 from farspan.data.reader import Reader, open_corpus
+from farspan.errors import FarspanError
 from farspan.models.checkpoint import load_causal_lm, make_config, random_causal_lm
 from farspan.plan.facts import model_facts
 from farspan.plan.run_plan import plan_run
 from farspan.telemetry.events import EventBody, StepReport
 from farspan.train import checkpoint as checkpoint_room
 from farspan.train.build import build, model_config
+from farspan.train.checkpoint import list_checkpoints
 from farspan.train.loop import train
 
 CPU = torch.device("cpu")
@@ -130,6 +132,20 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(ranks: RankPool, corpus:
     assert resumed == {3: whole[3], 4: whole[4]}
 
 
+@pytest.mark.soak
+def test_a_run_stopped_at_many_steps_goes_on_as_if_it_had_not_stopped(
+    ranks: RankPool, corpus: str, tmp_path: Path
+) -> None:
+    steps = "train.steps=60"
+    whole = losses(run(ranks, tiny_run(corpus, str(tmp_path / "whole"), *TWO_RANKS, steps), tmp_path))
+    halted = tiny_run(corpus, str(tmp_path / "halted"), *TWO_RANKS, steps, "train.checkpoint_every=1")
+    run(ranks, halted, tmp_path)
+    for step in (59, 41, 40, 17, 3, 1):
+        for later in range(step + 1, 61):
+            shutil.rmtree(tmp_path / "halted" / "checkpoints" / f"step-{later:08d}")
+        assert losses(run(ranks, halted, tmp_path)) == {s: whole[s] for s in range(step + 1, 61)}
+
+
 def test_a_run_resumed_on_another_number_of_processes_reads_the_same_tokens(
     ranks: RankPool, corpus: str, tmp_path: Path
 ) -> None:
@@ -165,6 +181,24 @@ def test_the_published_model_is_an_ordinary_hugging_face_folder(ranks: RankPool,
     ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "run" / "model")(text)["input_ids"]])
     assert torch.equal(plain(ids).logits, ours(ids).logits)
     assert plain.lm_head.weight.data_ptr() == plain.model.embed_tokens.weight.data_ptr()
+
+
+def run_refused(config: RunConfig, cache: str) -> str:
+    try:
+        run_to_end(config, cache)
+    except FarspanError as problem:
+        return str(problem)
+    return "nothing was raised"
+
+
+def test_a_full_disk_stops_every_rank_and_shows_no_checkpoint(
+    ranks: RankPool, corpus: str, tmp_path: Path, small_disk: Path
+) -> None:
+    config = tiny_run(corpus, str(small_disk / "run"), *TWO_RANKS, "train.steps=1")
+    for message in ranks.run(run_refused, 2, config, str(tmp_path / "cache")):
+        assert "full" in message or "space" in message.lower(), message
+    assert list_checkpoints(config.output) == []
+    assert [p for p in (small_disk / "run").rglob("*") if p.is_file() and not p.name.startswith(".")] == []
 
 
 def fail_on_rank_0() -> str:

@@ -2,15 +2,21 @@
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from farspan.kernels.attention.cpu import attend_cpu, attend_cpu_backward
 from farspan.kernels.attention.reference import attend_reference, attend_reference_backward
+from farspan.kernels.attention.tiled import attend_tiled, attend_tiled_backward
 from farspan.kernels.merge.reference import merge_partials_reference
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
 # T, query heads, kv heads, head dim of q and k, head dim of v: odd on purpose.
 SHAPES = [(1, 1, 1, 8, 8), (63, 8, 2, 16, 16), (111, 4, 1, 40, 40), (40, 6, 6, 24, 16)]
-BACKENDS = {"reference": (attend_reference, attend_reference_backward), "cpu": (attend_cpu, attend_cpu_backward)}
+BACKENDS = {
+    "reference": (attend_reference, attend_reference_backward),
+    "cpu": (attend_cpu, attend_cpu_backward),
+    "tiled": (attend_tiled, attend_tiled_backward),
+}
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -82,7 +88,19 @@ def test_a_query_that_saw_no_key_merges_to_the_other_range_and_never_to_nan() ->
     assert torch.equal(out, torch.zeros_like(out))
 
 
-BANDS = [(40, 40, 0, 7), (33, 50, 17, None), (33, 50, 17, 12), (20, 30, -9, None), (16, 16, 40, 30), (25, 25, 0, 1)]
+# Queries, keys, offset, window: every kind of piece, alone and together.
+BANDS = [
+    (40, 40, 0, 7),
+    (33, 50, 17, None),
+    (33, 50, 17, 12),
+    (20, 30, -9, None),
+    (16, 16, 40, 30),
+    (25, 25, 0, 1),
+    (32, 32, 32, 32),
+    (64, 20, -3, 9),
+    (600, 700, 100, 64),
+    (300, 20, 0, None),
+]
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -108,7 +126,74 @@ def test_offsets_windows_and_soft_caps_equal_a_softmax_over_the_visible_keys(bac
     grads = backward(dout, q, k, v, out, lse, **rule)
     assert bool((lse[~seen.any(1)] == float("-inf")).all())
     for name, got, leaf in zip(
-        ("out", "dq", "dk", "dv"), (out, *grads), (want, *(x.grad for x in leaves)), strict=True
+        ("out", "dq", "dk", "dv"), (out, *grads), (want.detach(), *(x.grad for x in leaves)), strict=True
     ):
         expected = leaf.nan_to_num(0.0)
         assert float((got.detach() - expected).norm()) < 1e-12 * max(1.0, float(expected.norm())), name
+
+
+@pytest.mark.parametrize("band", [(128, 128, 0, 32), (96, 128, 32, None), (100, 128, 60, 50)], ids=str)
+def test_bf16_pieces_are_as_exact_as_one_bf16_softmax(band) -> None:
+    num_queries, num_keys, offset, window = band
+    _, k, v, _ = make((num_keys, 8, 2, 32, 32), torch.bfloat16)
+    q, _, _, dout = make((num_queries, 8, 2, 32, 32), torch.bfloat16, seed=1)
+    rule = {"scale": 0.2, "offset": offset, "window": window}
+    wide = [x.double() for x in (q, k, v)]
+    want, want_lse = attend_reference(*wide, **rule)
+    want_grads = attend_reference_backward(dout.double(), *wide, want, want_lse, **rule)
+    # The bar: torch's own bf16 kernel on the same tensors, its mask written out.
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    behind = torch.arange(num_queries)[:, None] + offset - torch.arange(num_keys)
+    mask = (behind >= 0) & (behind < (window or 10**9))
+    batched = [x.transpose(0, 1).unsqueeze(0) for x in leaves]
+    one = torch.nn.functional.scaled_dot_product_attention(*batched, attn_mask=mask, scale=0.2, enable_gqa=True)
+    one = one[0].transpose(0, 1)
+    one.backward(dout)
+    out, lse = attend_cpu(q, k, v, **rule)
+    grads = attend_cpu_backward(dout, q, k, v, out, lse, **rule)
+    assert relative_error(lse, want_lse) < 1e-5
+    bars = (one, *(x.grad for x in leaves))
+    for name, got, exact, bar in zip(("out", "dq", "dk", "dv"), (out, *grads), (want, *want_grads), bars, strict=True):
+        assert relative_error(got, exact) < 1.5 * relative_error(bar, exact), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tensors_with_strange_strides_give_what_their_contiguous_copies_give(backend) -> None:
+    q, k, v, dout = make((30, 4, 2, 8, 8), torch.float64)
+    rule = {"scale": 0.3, "offset": 0, "window": 9}
+    forward, backward = BACKENDS[backend]
+    want = forward(q, k, v, **rule)
+    want_grads = backward(dout, q, k, v, *want, **rule)
+    # Heads stored column by column; the fused kernel would read them row by row without a word.
+    strange = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, dout)]
+    got = forward(*strange[:3], **rule)
+    grads = backward(strange[3], *strange[:3], *got, **rule)
+    for a, b in zip((*got, *grads), (*want, *want_grads), strict=True):
+        assert relative_error(a, b) < 1e-14
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pair_that_sees_nothing_is_zero_with_zero_gradients(backend) -> None:
+    q, k, v, dout = make((5, 2, 1, 8, 8), torch.float32)
+    forward, backward = BACKENDS[backend]
+    rule = {"scale": 0.3, "offset": -5}
+    out, lse = forward(q, k, v, **rule)
+    assert not out.any()
+    assert bool((lse == float("-inf")).all())
+    assert not any(x.any() for x in backward(dout, q, k, v, out, lse, **rule))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [{"window": None}, {"window": 100}, {"window": 100, "softcap": 5.0}, {"window": None, "softcap": 5.0}],
+    ids=str,
+)
+def test_attention_on_cpu_never_holds_scores_of_all_queries_and_keys(rule) -> None:
+    tokens = 4500
+    q, k, v, dout = make((tokens, 1, 1, 8, 8), torch.float32)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        out, lse = attend_cpu(q, k, v, scale=0.3, offset=0, **rule)
+        attend_cpu_backward(dout, q, k, v, out, lse, scale=0.3, offset=0, **rule)
+    largest = max(event.cpu_memory_usage for event in profiler.events())
+    # The profiler has seen the output; a mask of one byte per pair would be the largest allocation.
+    assert out.nbytes <= largest <= 18 * 1024 * 1024 < tokens * tokens

@@ -18,8 +18,8 @@ from farspan.config.load import dump_config, parse_config
 from farspan.config.schema import RunConfig
 from farspan.errors import ClusterError, FarspanError
 from farspan.jobs.progress import EventSender, EventWatcher
+from farspan.storage.door import open_store
 from farspan.storage.paths import join_uri
-from farspan.storage.store import open_store
 from farspan.telemetry.events import EventBody, RunStarted
 from farspan.train.build import build
 from farspan.train.loop import train

@@ -3,32 +3,81 @@
 from __future__ import annotations
 
 import json
+import platform
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from farspan.config.load import nearest
-from farspan.errors import ConfigError
+from farspan.errors import ConfigError, FarspanError
+
+BASELINES = Path("benchmarks") / "baselines"
 
 
-def run_bench(what: str, *, as_json: bool) -> None:
-    """Print the rows of one bench, or of all."""
+def run_bench(what: str, *, as_json: bool, save: bool = False) -> None:
+    """Run one bench, or all, and show the rows; see `show_results`."""
     from farspan.kernels.attention.bench import bench_attention
     from farspan.parallel.bench import bench_parallel
 
     benches: dict[str, Callable[[], list[dict[str, Any]]]] = {"attention": bench_attention, "parallel": bench_parallel}
     if what != "all" and what not in benches:
         raise ConfigError("bench", f"must be all or one of {', '.join(benches)}", what, nearest(what, list(benches)))
-    chosen = benches if what == "all" else {what: benches[what]}
-    results = {name: bench() for name, bench in chosen.items()}
+    if save and not BASELINES.parent.is_dir():
+        raise ConfigError("--save", "must be used in farspan's own repository", str(Path.cwd()), "change to its root")
+    show_results({name: bench() for name, bench in benches.items() if what in ("all", name)}, as_json, save)
+
+
+def show_results(results: dict[str, list[dict[str, Any]]], as_json: bool, save: bool) -> None:
+    """Print the rows; `save` also writes benchmarks/baselines/<bench>-<machine>.json.
+
+    Raises FarspanError after printing when results were wrong: a wrong answer has no speed, and no baseline.
+    """
     if as_json:
         typer.echo(json.dumps(results))
-        return
-    for name, rows in results.items():
-        typer.echo(name)
-        for row in rows:
-            typer.echo("  " + "  ".join(f"{key} {_text(value)}" for key, value in row.items()))
+    else:
+        for name, rows in results.items():
+            typer.echo(name)
+            for row in rows:
+                typer.echo("  " + "  ".join(f"{key} {_text(value)}" for key, value in row.items()))
+    if wrong := [row["wrong"] for rows in results.values() for row in rows if "wrong" in row]:
+        raise FarspanError(f"{len(wrong)} rows of the bench are wrong ({wrong[0]}); nothing is faster than right")
+    if save:
+        for name, rows in results.items():
+            _save(name, rows)
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement was made on, without the name of the host."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    """The processor's model and instruction width, as the kernel of the operating system knows them."""
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return f"{model[1].strip() if model else platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _save(name: str, rows: list[dict[str, Any]]) -> None:
+    BASELINES.mkdir(exist_ok=True)
+    here = machine()
+    label = re.sub(r"[^a-z0-9]+", "-", f"{here['device']} {here['threads']} threads".lower()).strip("-")
+    path = BASELINES / f"{name}-{label}.json"
+    path.write_text(json.dumps({"machine": here, "rows": rows}, indent=1) + "\n")
+    typer.echo(f"saved {path}", err=True)
 
 
 def _text(value: Any) -> str:

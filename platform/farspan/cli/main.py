@@ -124,11 +124,12 @@ def chat(
 def bench(
     what: Annotated[str, typer.Argument(help="attention, or all.")] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    save: Annotated[bool, typer.Option("--save", help="Write benchmarks/baselines/<bench>-<machine>.json.")] = False,
 ) -> None:
     """Measure this machine, side by side with the best peer, on the same work."""
     from farspan.cli.bench import run_bench
 
-    run_bench(what, as_json=as_json)
+    run_bench(what, as_json=as_json, save=save)
 
 
 @app.command()
@@ -155,28 +156,34 @@ def version(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:
-    """Entry point: every deliberate error is one line, without a traceback."""
+    """Entry point."""
     # SIGTERM unwinds like Ctrl-C, so that Ray and child processes are stopped on the way out.
     signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line; gives its exit code. Every deliberate error is one line, without a traceback."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        app(standalone_mode=False)
+        # The parser turns Ctrl-C into an exit code of its own and gives it back.
+        code = app(arguments, standalone_mode=False)
     except FarspanError as problem:
         console.print(f"error: {problem}", style="red", markup=False)
-        sys.exit(2 if isinstance(problem, USER_ERRORS) else 1)
+        return 2 if isinstance(problem, USER_ERRORS) else 1
     except typer.Exit as done:
-        sys.exit(done.exit_code)
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
+        return done.exit_code
+    except (KeyboardInterrupt, typer.Abort):
         console.print("interrupted", style="yellow")
-        sys.exit(130)
+        return 130
     except Exception as problem:
+        # What the argument parser refuses; anything else is a bug and keeps its traceback.
         usage = getattr(problem, "format_message", None)
         if usage is None:
             raise
         console.print(f"error: {usage()}; try `farspan --help`", style="red", markup=False)
-        sys.exit(2)
+        return 2
+    return code if isinstance(code, int) else 0
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -12,7 +12,11 @@ from farspan.storage.paths import absolute_uri
 
 def run_evaluate(model: str, corpus: str, sequences: int, sequence_tokens: int, seed: int, *, as_json: bool) -> None:
     """Print a model's loss."""
+    from transformers.utils.logging import disable_progress_bar
+
     from farspan.jobs.evaluate import evaluate
+
+    disable_progress_bar()
 
     def tell(done: int) -> None:
         typer.echo(f"sequence {done}/{sequences}", err=True)
@@ -29,7 +33,11 @@ def run_evaluate(model: str, corpus: str, sequences: int, sequence_tokens: int, 
 
 def run_export(checkpoint: str, output: str, dtype: str) -> None:
     """Publish a checkpoint as a Hugging Face folder."""
+    from transformers.utils.logging import disable_progress_bar
+
     from farspan.jobs.export import export_checkpoint
+
+    disable_progress_bar()
 
     used = export_checkpoint(absolute_uri(checkpoint), absolute_uri(output), dtype)
     typer.echo(f"{used} -> {absolute_uri(output)} ({dtype})")

@@ -11,6 +11,7 @@ import httpx
 import torch
 from openai import OpenAI
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from farspan.data.reader import open_corpus
 from farspan.errors import ClusterError
@@ -31,6 +32,7 @@ def prove_answers(url: str, key_file: Path, model: Path, corpus: Path, console: 
     key = key_file.read_text(encoding="utf-8").split()[0]
     client = OpenAI(base_url=url, api_key=key, timeout=_TIMEOUT_S, max_retries=0)
     name = client.models.list().data[0].id
+    disable_progress_bar()
     tokenizer, network = load_tokenizer(model), load_causal_lm(model, torch.float32)
     answers = []
     for number, prompt in enumerate(_prompts(corpus, tokenizer)):

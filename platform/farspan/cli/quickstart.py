@@ -63,11 +63,16 @@ def run_quickstart(folder: str, overrides: list[str], *, fresh: bool) -> None:
 
 
 def _report(run: Path, answers: list[RequestServed]) -> Path:
+    from farspan.models.checkpoint import open_config
+    from farspan.plan.facts import model_facts
+
     log = run / EVENTS_FILE
     with EventLog(log) as opened:
         for answer in answers:
             opened.append(answer)
-    return write_report(read_events(log).events, run / "report.html", title="farspan quickstart", facts=machine_facts())
+    model = model_facts(open_config(run / "model"))
+    facts = {"model": f"{model.name}, {model.num_parameters / 1e6:.1f} M parameters", **machine_facts()}
+    return write_report(read_events(log).events, run / "report.html", title="farspan quickstart", facts=facts)
 
 
 def _headline(console: Console, text: str) -> None:

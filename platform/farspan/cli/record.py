@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from datetime import UTC
 from pathlib import Path
 
+from farspan.storage.door import open_store
 from farspan.storage.paths import LocalPlace, parse_uri
-from farspan.storage.store import open_store
 from farspan.telemetry.events import EventLog
 
 EVENTS_FILE = "events.jsonl"

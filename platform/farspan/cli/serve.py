@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 
 import typer
@@ -24,6 +25,8 @@ def run_serve(path: str, overrides: list[str], *, dry_run: bool) -> None:
     from farspan.jobs.launch import local_ray
     from farspan.serve.app import check_app, num_cpus, run_app
 
+    # This command says itself when it is ready; Serve's own lines would say it twice.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     console = Console(highlight=False, soft_wrap=True)
     # Before Ray is started: a folder that cannot be served is refused in a second, not in twenty.
     check_app(config)

@@ -19,10 +19,10 @@ from farspan.data.manifest import CORPUS_MANIFEST, TOKENIZER_FOLDER, CorpusManif
 from farspan.data.pack import PackPlan, Piece
 from farspan.data.shards import INDEX_FILE, INDEX_SCHEMA, Shard, read_batch
 from farspan.errors import CorruptDataError, NotFoundError
+from farspan.storage.door import open_store
 from farspan.storage.local import LocalStore
 from farspan.storage.manifest import FolderManifest, describe_file
 from farspan.storage.publish import fetch_folder, read_manifest
-from farspan.storage.store import open_store
 
 _REBUILD = "run `farspan data build` again"
 

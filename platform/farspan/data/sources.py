@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from farspan.errors import ConfigError, NotFoundError
+from farspan.storage.door import open_store
 from farspan.storage.paths import LocalPlace, S3Place, parse_uri
-from farspan.storage.store import Store, open_store
+from farspan.storage.store import Store
 
 STDLIB = "python:stdlib"
 # Installed packages are not the standard library; its tests are mostly tables of cases, and some are meant to be

@@ -79,8 +79,6 @@ class _Attend(torch.autograd.Function):
     def forward(
         ctx: Any, q_tHD: Tensor, k_tGD: Tensor, v_tGC: Tensor, attention: BlockwiseAttention, rule: Rule
     ) -> Tensor:
-        # Blocks are sent as they are, and sending needs them contiguous; transformers hands over transposed views.
-        q_tHD, k_tGD, v_tGC = q_tHD.contiguous(), k_tGD.contiguous(), v_tGC.contiguous()
         out_tHC, lse_tH = attention.forward(q_tHD, k_tGD, v_tGC, rule)
         ctx.save_for_backward(q_tHD, k_tGD, v_tGC, out_tHC, lse_tH)
         ctx.attention, ctx.rule = attention, rule
@@ -89,7 +87,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q_tHD, k_tGD, v_tGC, out_tHC, lse_tH = ctx.saved_tensors
-        found = ctx.attention.backward(grads[0].contiguous(), q_tHD, k_tGD, v_tGC, out_tHC, lse_tH, ctx.rule)
+        found = ctx.attention.backward(grads[0], q_tHD, k_tGD, v_tGC, out_tHC, lse_tH, ctx.rule)
         narrow = (g.to(x.dtype) for g, x in zip(found, (q_tHD, k_tGD, v_tGC), strict=True))
         return *narrow, None, None
 
@@ -99,30 +97,33 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def attend_pair(q_tHD: Tensor, k_sGD: Tensor, v_sGC: Tensor, pair: Pair, rule: Rule) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the queries of one pair over its keys."""
+    attend, _ = choose_attention(q_tHD.device)
+    return attend(
+        q_tHD[pair.queries],
+        k_sGD[pair.keys],
+        v_sGC[pair.keys],
+        scale=rule.scale,
+        offset=pair.offset,
+        window=pair.window,
+        softcap=rule.softcap,
+    )
+
+
 class Partial:
     """Out and log-sum-exp of t queries over the keys met so far."""
 
-    def __init__(self, q_tHD: Tensor, value_dim: int, *, dtype: torch.dtype | None = None) -> None:
-        """`dtype` of the sum; the default is wide."""
+    def __init__(self, q_tHD: Tensor, value_dim: int) -> None:
         wide = wide_dtype(q_tHD.dtype)
-        self.out_tHC = q_tHD.new_zeros((*q_tHD.shape[:2], value_dim), dtype=dtype or wide)
+        self.out_tHC = q_tHD.new_zeros((*q_tHD.shape[:2], value_dim), dtype=wide)
         self.lse_tH = q_tHD.new_full(q_tHD.shape[:2], float("-inf"), dtype=wide)
         self._met = bytearray(q_tHD.shape[0])
 
     def add(self, q_tHD: Tensor, k_sGD: Tensor, v_sGC: Tensor, met: Sequence[Pair], rule: Rule) -> None:
         """Attend over the pairs `met` and merge."""
-        attend, _ = choose_attention(q_tHD.device)
         for pair in met:
-            part_out, part_lse = attend(
-                q_tHD[pair.queries],
-                k_sGD[pair.keys],
-                v_sGC[pair.keys],
-                scale=rule.scale,
-                offset=pair.offset,
-                window=pair.window,
-                softcap=rule.softcap,
-            )
-            self.merge(pair.queries, part_out, part_lse)
+            self.merge(pair.queries, *attend_pair(q_tHD, k_sGD, v_sGC, pair, rule))
 
     def merge(self, queries: slice, part_tHC: Tensor, part_lse_tH: Tensor) -> None:
         """Merge what `queries` found among other keys."""
@@ -156,23 +157,38 @@ def add_gradients(
     rule: Rule,
 ) -> None:
     """Add the gradients of the pairs `met`; out and lse are final."""
-    _, attend_backward = choose_attention(q_tHD.device)
     for pair in met:
-        dq, dk, dv = attend_backward(
-            dout_tHC[pair.queries],
-            q_tHD[pair.queries],
-            k_sGD[pair.keys],
-            v_sGC[pair.keys],
-            out_tHC[pair.queries],
-            lse_tH[pair.queries],
-            scale=rule.scale,
-            offset=pair.offset,
-            window=pair.window,
-            softcap=rule.softcap,
-        )
-        into.dq_tHD[pair.queries] += dq
-        into.dk_sGD[pair.keys] += dk
-        into.dv_sGC[pair.keys] += dv
+        found = gradients_of(dout_tHC, q_tHD, k_sGD, v_sGC, out_tHC, lse_tH, pair, rule)
+        into.dq_tHD[pair.queries] += found.dq_tHD
+        into.dk_sGD[pair.keys] += found.dk_sGD
+        into.dv_sGC[pair.keys] += found.dv_sGC
+
+
+def gradients_of(
+    dout_tHC: Tensor,
+    q_tHD: Tensor,
+    k_sGD: Tensor,
+    v_sGC: Tensor,
+    out_tHC: Tensor,
+    lse_tH: Tensor,
+    pair: Pair,
+    rule: Rule,
+) -> Gradients:
+    """Gradients of the queries and keys of one pair."""
+    _, attend_backward = choose_attention(q_tHD.device)
+    found = attend_backward(
+        dout_tHC[pair.queries],
+        q_tHD[pair.queries],
+        k_sGD[pair.keys],
+        v_sGC[pair.keys],
+        out_tHC[pair.queries],
+        lse_tH[pair.queries],
+        scale=rule.scale,
+        offset=pair.offset,
+        window=pair.window,
+        softcap=rule.softcap,
+    )
+    return Gradients(*found)
 
 
 def zeros_wide(like: Tensor) -> Tensor:

@@ -8,12 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from farspan.parallel.blockwise import BlockwiseAttention, Gradients, Partial, Rule, add_gradients, wide_dtype
-from farspan.parallel.pairs import Pair, PairTable
+from farspan.kernels.attention.dispatch import choose_backend
+from farspan.parallel.blockwise import (
+    BlockwiseAttention,
+    Gradients,
+    Partial,
+    Rule,
+    add_gradients,
+    attend_pair,
+    gradients_of,
+    zeros_wide,
+)
+from farspan.parallel.pairs import Pair, PairTable, chunk_bounds
 
 
 def attend_documents(
@@ -36,14 +46,22 @@ def attend_documents(
 
 @dataclass(frozen=True)
 class LocalAttention(BlockwiseAttention):
-    """Attention among the tokens of one rank; `table` has that rank only. Nothing is sent."""
+    """Attention among the tokens of one rank; `table` has that rank only. Nothing is sent.
+
+    Tokens in the order of the sequence are one packed call (one launch on a GPU); tokens in another order, which
+    Ulysses gathers from a zigzag, are computed pair by pair.
+    """
 
     table: PairTable
 
     def forward(self, q_tHD: Tensor, k_tGD: Tensor, v_tGC: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
         met = self.table.between(0, 0, rule.window, rule.chunk)
-        dtype = q_tHD.dtype if _once(met, q_tHD.shape[0]) else wide_dtype(q_tHD.dtype)
-        partial = Partial(q_tHD, v_tGC.shape[2], dtype=dtype)
+        if _whole(met, q_tHD.shape[0]):
+            return attend_pair(q_tHD, k_tGD, v_tGC, met[0], rule)
+        if self._in_order:
+            attend = choose_backend(q_tHD.device).packed_forward
+            return attend(q_tHD, k_tGD, v_tGC, **self._packed(rule))
+        partial = Partial(q_tHD, v_tGC.shape[2])
         partial.add(q_tHD, k_tGD, v_tGC, met, rule)
         return partial.out_tHC.to(q_tHD.dtype), partial.lse_tH
 
@@ -51,14 +69,24 @@ class LocalAttention(BlockwiseAttention):
         self, dout_tHC: Tensor, q_tHD: Tensor, k_tGD: Tensor, v_tGC: Tensor, out_tHC: Tensor, lse_tH: Tensor, rule: Rule
     ) -> tuple[Tensor, Tensor, Tensor]:
         met = self.table.between(0, 0, rule.window, rule.chunk)
-        dtype = q_tHD.dtype if _once(met, q_tHD.shape[0]) else wide_dtype(q_tHD.dtype)
-        into = Gradients(*(torch.zeros_like(x, dtype=dtype) for x in (q_tHD, k_tGD, v_tGC)))
+        if _whole(met, q_tHD.shape[0]):
+            return gradients_of(dout_tHC, q_tHD, k_tGD, v_tGC, out_tHC, lse_tH, met[0], rule)
+        if self._in_order:
+            attend_backward = choose_backend(q_tHD.device).packed_backward
+            return attend_backward(dout_tHC, q_tHD, k_tGD, v_tGC, out_tHC, lse_tH, **self._packed(rule))
+        into = Gradients(*(zeros_wide(x) for x in (q_tHD, k_tGD, v_tGC)))
         add_gradients(into, dout_tHC, q_tHD, k_tGD, v_tGC, out_tHC, lse_tH, met, rule)
         return into
 
+    @property
+    def _in_order(self) -> bool:
+        return self.table.ranges == (((0, self.table.bounds[-1]),),)
 
-def _once(met: Sequence[Pair], num_tokens: int) -> bool:
-    """Whether every token meets one pair only, so that nothing is summed and no wide copy is needed."""
-    queries = sum(p.queries.stop - p.queries.start for p in met)
-    keys = sum(p.keys.stop - p.keys.start for p in met)
-    return queries <= num_tokens and keys <= num_tokens
+    def _packed(self, rule: Rule) -> dict[str, Any]:
+        bounds = chunk_bounds(self.table.bounds, rule.chunk)
+        return {"bounds": bounds, "scale": rule.scale, "window": rule.window, "softcap": rule.softcap}
+
+
+def _whole(met: Sequence[Pair], num_tokens: int) -> bool:
+    """Whether one pair is everything, so that its results need no buffer to be put into."""
+    return len(met) == 1 and met[0].queries == met[0].keys == slice(0, num_tokens)

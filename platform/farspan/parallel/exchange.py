@@ -66,17 +66,22 @@ class Exchange:
 
     def all_to_all(self, x: Tensor) -> Tensor:
         """Row r of `x` [R, ...] goes to rank r; row r of the result came from rank r. Its own transpose in backward."""
-        if self.num_ranks == 1:
-            return x
-        return cast(Tensor, _AllToAll.apply(x, self))
+        return self.swap(x).wait()
 
-    def swap_rows(self, x: Tensor) -> Tensor:
+    def swap(self, x: Tensor) -> Swap:
+        """The same, started only: what is computed before `wait` hides it, in forward and again in backward."""
+        if self.num_ranks == 1:
+            return Swap(x, None)
+        journey = _Journey(self)
+        return Swap(cast(Tensor, _Depart.apply(x, journey)), journey)
+
+    def swap_rows(self, x: Tensor) -> Transfer:
         """The collective itself, outside autograd."""
         x = x.contiguous()
         out = torch.empty_like(x)
-        dist.all_to_all_single(out, x, group=self.group)
+        work = dist.all_to_all_single(out, x, group=self.group, async_op=True)
         self.counter.num_bytes += x.nbytes * (self.num_ranks - 1) // self.num_ranks
-        return out
+        return Transfer([work], (out,), (x,))
 
     def pass_on(self, tensors: Sequence[Tensor], distance: int = 1) -> Transfer:
         """Start sending `tensors` to the rank `distance` further on; as many of the same shapes arrive from behind.
@@ -117,12 +122,56 @@ class Exchange:
         return Transfer([work for work in works if work is not None], arriving, leaving)
 
 
-class _AllToAll(torch.autograd.Function):
+@dataclass
+class _Journey:
+    """One differentiable swap: the transfer under way, first of the values, in backward of their gradients."""
+
+    exchange: Exchange
+    transfer: Transfer | None = None
+
+    def depart(self, x: Tensor) -> Tensor:
+        assert self.transfer is None, "a swap is waited for before it starts again"
+        self.transfer = self.exchange.swap_rows(x)
+        return self.transfer.arriving[0]
+
+    def arrive(self) -> None:
+        assert self.transfer is not None, "a swap is started before it is waited for"
+        self.transfer.wait()
+        self.transfer = None
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A tensor on its way, not to be looked at before `wait`."""
+
+    arriving: Tensor
+    journey: _Journey | None
+
+    def wait(self) -> Tensor:
+        """What arrived."""
+        return self.arriving if self.journey is None else cast(Tensor, _Arrive.apply(self.arriving, self.journey))
+
+
+class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.swap_rows(x)
+    def forward(ctx: Any, x: Tensor, journey: _Journey) -> Tensor:
+        ctx.journey = journey
+        return journey.depart(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.swap_rows(grads[0]), None
+        ctx.journey.arrive()
+        return grads[0], None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, journey: _Journey) -> Tensor:
+        ctx.journey = journey
+        journey.arrive()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        # Autograd runs later nodes first: other stages' backward is computed before _Depart's waits for this.
+        return ctx.journey.depart(grads[0]), None

@@ -22,7 +22,9 @@ from farspan.parallel.ulysses import UlyssesAttention
 
 def hybrid_attention(ulysses: Exchange, ring: Exchange, layout: Layout, bounds: Sequence[int]) -> UlyssesAttention:
     """Ulysses over `ulysses` around a ring over `ring`."""
-    return UlyssesAttention(ulysses, RingAttention(ring, group_table(layout, bounds, ulysses.num_ranks)))
+    inside = RingAttention(ring, group_table(layout, bounds, ulysses.num_ranks))
+    # One stage: the ring hides its own hops, and two kinds of transfer at once would only share the links.
+    return UlyssesAttention(ulysses, inside, max_stages=1)
 
 
 def group_table(layout: Layout, bounds: Sequence[int], inner: int) -> PairTable:

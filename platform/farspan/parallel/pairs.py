@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from farspan.parallel.layout import Layout, Range
 
@@ -53,6 +54,13 @@ def pairs(
         for keys in keys_of.get(segment, ())
     ]
     return [pair for pair in found if pair is not None]
+
+
+def chunk_bounds(bounds: Sequence[int], chunk: int | None) -> tuple[int, ...]:
+    """`bounds` with every document cut into chunks of `chunk` tokens: chunked attention is packed attention."""
+    if chunk is None:
+        return tuple(bounds)
+    return (*(at for start, stop in pairwise(bounds) for at in range(start, stop, chunk)), bounds[-1])
 
 
 @dataclass(frozen=True, slots=True)

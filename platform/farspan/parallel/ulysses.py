@@ -2,19 +2,21 @@
 
 Shapes: R ranks, t tokens a rank holds, T = R * t, H query heads, G key/value heads, D head dim of q and k, C of v.
 Between the two exchanges a rank holds every token of H / R query heads, in the order the ranks hold them. What is
-attended there is another strategy: on one rank alone (Ulysses), or a ring (hybrid).
+attended there is another strategy: on one rank alone (Ulysses), or a ring (hybrid). Where a rank holds several key
+heads they are exchanged in stages, so that the next stage travels while one is computed.
 Source: DeepSpeed-Ulysses (Jacobs et al. 2023, https://arxiv.org/abs/2309.14509).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from farspan.parallel.blockwise import Strategy
-from farspan.parallel.exchange import Exchange
+from farspan.parallel.exchange import Exchange, Swap
 from farspan.parallel.heads import plan_heads
 from farspan.parallel.traffic import Block, Traffic
 
@@ -25,6 +27,7 @@ class UlyssesAttention:
 
     exchange: Exchange
     inside: Strategy
+    max_stages: int = 4
 
     def __call__(
         self,
@@ -37,28 +40,44 @@ class UlyssesAttention:
         softcap: float | None = None,
         chunk: int | None = None,
     ) -> Tensor:
-        heads = plan_heads(q_tHD.shape[1], k_tGD.shape[1], self.exchange.num_ranks)
-        q_THD, k_TGD, v_TGC = self._gather_tokens(
-            heads.spread_queries(q_tHD), heads.spread_keys(k_tGD), heads.spread_keys(v_tGC)
-        )
-        out_THC = self.inside(q_THD, k_TGD, v_TGC, scale=scale, window=window, softcap=softcap, chunk=chunk)
-        return heads.collect(self._scatter_tokens(out_THC))
-
-    def _gather_tokens(self, *tensors: Tensor) -> list[Tensor]:
-        """[t, heads, D] each -> [T, heads / R, D] each, in one exchange."""
         num_ranks = self.exchange.num_ranks
-        # [t, heads, D] -> [R, t, heads / R * D]: row r is what rank r needs of every tensor.
-        by_rank = [x.unflatten(1, (num_ranks, -1)).transpose(0, 1).flatten(2) for x in tensors]
-        widths = [x.shape[2] for x in by_rank]
-        gathered = self.exchange.all_to_all(torch.cat(by_rank, dim=2)).flatten(0, 1)
-        return [
-            part.unflatten(1, (-1, x.shape[2])) for part, x in zip(gathered.split(widths, dim=1), tensors, strict=True)
-        ]
+        heads = plan_heads(q_tHD.shape[1], k_tGD.shape[1], num_ranks)
+        num_stages = self._num_stages(heads.kv_heads // num_ranks)
+        spread = (heads.spread_queries(q_tHD), heads.spread_keys(k_tGD), heads.spread_keys(v_tGC))
+        # S stages: [t, heads, D] -> [t, R, S, heads / R / S, D], because neighbours go to one rank.
+        staged = [x.unflatten(1, (num_ranks, num_stages, -1)) for x in spread]
+        coming, found = self._gather([x[:, :, 0] for x in staged]), []
+        for stage in range(num_stages):
+            q_THD, k_TGD, v_TGC = coming.wait()
+            if stage + 1 < num_stages:
+                coming = self._gather([x[:, :, stage + 1] for x in staged])
+            out_THC = self.inside(q_THD, k_TGD, v_TGC, scale=scale, window=window, softcap=softcap, chunk=chunk)
+            found.append(self.exchange.swap(out_THC.unflatten(0, (num_ranks, -1))))
+        parts = [swap.wait() for swap in found]
+        # One stage is a view: stacking it would copy the whole output.
+        out_RtSHC = parts[0].unsqueeze(2) if num_stages == 1 else torch.stack(parts, dim=2)
+        return heads.collect(out_RtSHC.transpose(0, 1).flatten(1, 3))
 
-    def _scatter_tokens(self, out_THC: Tensor) -> Tensor:
-        """[T, H / R, C] -> [t, H, C]."""
-        by_rank = self.exchange.all_to_all(out_THC.unflatten(0, (self.exchange.num_ranks, -1)))
-        return by_rank.transpose(0, 1).flatten(1, 2)
+    def _num_stages(self, kv_heads: int) -> int:
+        return max(n for n in range(1, self.max_stages + 1) if kv_heads % n == 0)
+
+    def _gather(self, tensors: Sequence[Tensor]) -> _Gathering:
+        """Start [t, R, heads, D] each -> [T, heads, D] each, in one exchange."""
+        # Row r is what rank r needs of every tensor.
+        by_rank = [x.transpose(0, 1).flatten(2) for x in tensors]
+        return _Gathering(self.exchange.swap(torch.cat(by_rank, dim=2)), [x.shape[2:] for x in tensors])
+
+
+@dataclass(frozen=True)
+class _Gathering:
+    """Queries, keys and values on their way; `shapes` are (heads, head dim) of each."""
+
+    swap: Swap
+    shapes: list[torch.Size]
+
+    def wait(self) -> list[Tensor]:
+        parts = self.swap.wait().flatten(0, 1).split([shape.numel() for shape in self.shapes], dim=1)
+        return [part.unflatten(1, tuple(shape)) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
 def inner_block(block: Block, num_ranks: int) -> Block:

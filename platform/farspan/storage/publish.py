@@ -13,11 +13,12 @@ import shutil
 from pathlib import Path
 
 from farspan.errors import CorruptDataError, NotFoundError, StorageError, UnreachableError
+from farspan.storage.door import open_store
 from farspan.storage.local import LocalStore, explained, sync_path, walk_files
 from farspan.storage.manifest import MANIFEST_NAME, FileEntry, FolderManifest, describe_file
 from farspan.storage.paths import check_relative
 from farspan.storage.staging import put_back, remove_stale, reveal, staging_folder
-from farspan.storage.store import Store, open_store
+from farspan.storage.store import Store
 
 
 def publish_folder(source: Path, uri: str, *, frozen: bool = False) -> FolderManifest:

@@ -1,4 +1,4 @@
-"""One door to the files of a folder, wherever it is: a local path or s3://."""
+"""What can be done with the files of a folder, wherever it is."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from farspan.storage.paths import LocalPlace, parse_uri
 
 if TYPE_CHECKING:
     from pyarrow import NativeFile
@@ -75,20 +73,3 @@ class Store(ABC):
     @abstractmethod
     def delete_all(self) -> None:
         """Remove every file of the folder."""
-
-
-def open_store(uri: str) -> Store:
-    """The folder at `uri`. Nothing is read yet, and the folder need not exist.
-
-    Raises:
-        ConfigError: neither a local path, nor file://, nor s3://.
-    """
-    place = parse_uri(uri)
-    if isinstance(place, LocalPlace):
-        from farspan.storage.local import LocalStore
-
-        return LocalStore(uri, place.folder)
-    # Importing the S3 client costs half a second that local runs need not pay.
-    from farspan.storage.s3 import S3Store
-
-    return S3Store(uri, place.bucket, place.prefix)

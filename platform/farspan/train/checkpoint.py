@@ -28,8 +28,8 @@ from transformers import PreTrainedTokenizerBase
 
 from farspan.errors import CheckpointError, CorruptDataError, FarspanError, TrainingError
 from farspan.models.checkpoint import save_causal_lm
+from farspan.storage.door import open_store
 from farspan.storage.publish import fetch_folder, publish_folder
-from farspan.storage.store import open_store
 from farspan.telemetry.events import CheckpointPublished
 from farspan.train.loss import PackedLoss
 from farspan.train.states import gather_states, scatter_states

@@ -87,14 +87,15 @@ def test_preemption_under_a_tiny_pool_changes_no_token():
     assert engine.pool.num_free == engine.pool.num_pages == 14
 
 
-def test_one_thousand_random_events_leave_no_page_lost_and_answer_everyone_once():
+@pytest.mark.parametrize("num_events", [1000, pytest.param(30_000, marks=pytest.mark.soak)])
+def test_random_events_leave_no_page_lost_and_answer_everyone_once(num_events):
     model = tiny_model()
     page_bytes = Engine(tiny_model(), engine_config()).pool.layout.page_bytes
     engine = Engine(model, engine_config(kv_bytes=40 * page_bytes, max_batch_tokens=24, max_sequences=5))
     chance = random.Random(7)
     open_requests: set[str] = set()
     finished: list[str] = []
-    for number in range(1000):
+    for number in range(num_events):
         action = chance.random()
         if action < 0.15:
             prompt = [chance.randrange(VOCAB) for _ in range(chance.randint(1, 40))]

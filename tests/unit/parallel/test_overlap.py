@@ -14,6 +14,7 @@ from farspan.parallel.layout import ZigzagLayout
 from farspan.parallel.pairs import Pair, PairTable
 from farspan.parallel.ring import RingAttention
 from farspan.parallel.tokenring import TokenRingAttention
+from farspan.parallel.ulysses import UlyssesAttention
 
 NUM_RANKS = 4
 
@@ -35,6 +36,10 @@ class Loop:
     def sum_rows(self, tensors: Sequence[Tensor]) -> Arrival:
         return self._start("sum", tuple(x[0] for x in tensors))
 
+    def swap(self, x: Tensor) -> Swapped:
+        self.events.append("start swap")
+        return Swapped(self.events, x)
+
     def _start(self, name: str, tensors: tuple[Tensor, ...]) -> Arrival:
         self.events.append(f"start {name}")
         return Arrival(self.events, name, tensors)
@@ -51,6 +56,18 @@ class Arrival:
     def wait(self) -> tuple[Tensor, ...]:
         self.events.append(f"wait {self.name}")
         return self.tensors
+
+
+@dataclass
+class Swapped:
+    """A swap among ranks that all hold the same."""
+
+    events: list[str]
+    x: Tensor
+
+    def wait(self) -> Tensor:
+        self.events.append("wait swap")
+        return self.x
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +111,21 @@ def test_a_token_ring_returns_what_it_found_while_the_next_queries_are_computed(
         sent, received = events.index(f"start -{hop}"), events.index(f"wait -{hop}")
         assert "compute" in events[sent:received], hop
     assert events[:3] == ["start +1", "compute", "wait +1"]
+
+
+def test_ulysses_exchanges_the_next_key_heads_while_it_computes() -> None:
+    events: list[str] = []
+
+    def inside(q: Tensor, k: Tensor, v: Tensor, **_rule: object) -> Tensor:
+        events.append("compute")
+        return q
+
+    # Sixteen key heads on four ranks are four for each: four stages of one.
+    q, k, v = (torch.randn(4, heads, 8) for heads in (32, 16, 16))
+    out = UlyssesAttention(Loop(events), inside)(q, k, v, scale=0.3)
+    assert out.shape == q.shape
+    stage = ["wait swap", "start swap", "compute", "start swap"]
+    assert events == ["start swap", *stage * 3, "wait swap", "compute", "start swap", *["wait swap"] * 4]
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -13,8 +13,9 @@ import pytest
 from tests.support.s3 import S3Bucket
 
 from farspan.errors import ConfigError, CorruptDataError, NotFoundError, UnreachableError
+from farspan.storage.door import open_store
 from farspan.storage.s3 import PART_BYTES
-from farspan.storage.store import Store, open_store
+from farspan.storage.store import Store
 
 
 @pytest.fixture(params=["local", "file", "s3", "bare bucket"])

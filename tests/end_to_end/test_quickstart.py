@@ -1,0 +1,112 @@
+"""The whole path as a user runs it: data, training, serving, client, report; and what is left after Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from tests.support.corpus import small_corpus
+from tests.support.s3 import S3Bucket
+
+FARSPAN = [sys.executable, "-m", "farspan.cli.main"]
+MARK = "FARSPAN_TEST_MARK"
+
+
+def processes_marked(mark: str) -> list[str]:
+    """Command lines of living processes that inherited the mark."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
+                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    return [command for command in found if command]
+
+
+def assert_nothing_is_left(mark: str) -> None:
+    deadline = time.monotonic() + 60
+    while left := processes_marked(mark):
+        assert time.monotonic() < deadline, f"left behind: {left}"
+        time.sleep(0.2)
+
+
+def test_quickstart_trains_serves_and_proves_the_answers(tmp_path: Path) -> None:
+    mark = uuid.uuid4().hex
+    answer = subprocess.run(
+        [*FARSPAN, "quickstart", "--folder", "qs", "train.steps=3"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=540, env={**os.environ, MARK: mark},
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    for command in ("$ farspan data build", "$ farspan train", "$ farspan serve"):
+        assert command in answer.stdout
+    assert "step     3/3" in answer.stdout
+    assert "5 of 5 answers equal transformers' greedy generate" in answer.stdout
+    assert "by nixl" in answer.stdout
+    report = (tmp_path / "qs" / "run" / "report.html").read_text(encoding="utf-8")
+    HTMLParser().feed(report)
+    assert "<svg" in report
+    key = (tmp_path / "qs" / "api_key").read_text().strip()
+    assert key not in answer.stdout + answer.stderr + report
+    assert_nothing_is_left(mark)
+
+
+def test_ctrl_c_during_training_leaves_no_process(tmp_path: Path) -> None:
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [*FARSPAN, "quickstart", "--folder", "qs", "train.steps=1000"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True, env={**os.environ, MARK: mark},
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert any(line.startswith("step     1/1000") for line in process.stdout)
+        # As a terminal does: every process of the foreground group gets it.
+        os.killpg(process.pid, signal.SIGINT)
+        rest, _ = process.communicate(timeout=120)
+        assert process.returncode == 130, rest
+        assert "Traceback" not in rest
+        assert_nothing_is_left(mark)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate(timeout=30)
+
+
+@pytest.fixture
+def corpus_on_s3(s3: S3Bucket, tmp_path: Path) -> str:
+    folder = Path(small_corpus(tmp_path))
+    for file in folder.rglob("*"):
+        if file.is_file():
+            s3.put(f"corpus/{file.relative_to(folder).as_posix()}", file.read_bytes())
+    return f"{s3.uri}/corpus"
+
+
+def test_training_reads_from_and_publishes_to_s3(s3: S3Bucket, corpus_on_s3: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "model: {settings: {hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32}}\n"
+        f"data: {{corpus: '{corpus_on_s3}', sequence_tokens: 64}}\n"
+        f"output: '{s3.uri}/run'\ntrain: {{steps: 2}}\nparallel: {{workers: 2, sp: 2}}\n"
+    )
+    answer = subprocess.run([*FARSPAN, "train", "run.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    keys = s3.keys()
+    assert "run/model/farspan_manifest.json" in keys
+    assert "run/model/model.safetensors" in keys
+    assert "run/checkpoints/step-00000002/farspan_manifest.json" in keys
+    assert b'"kind":"run_finished"' in s3.get("run/events.jsonl")
+    out = tmp_path / "model"
+    exported = subprocess.run(
+        [*FARSPAN, "export", f"{s3.uri}/run", str(out)], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert exported.returncode == 0, exported.stderr
+    assert (out / "model.safetensors").read_bytes() == s3.get("run/model/model.safetensors")

@@ -1,0 +1,9 @@
+"""Triton is interpreted or compiled, and decides when it is imported: its tests run where one of the two is right."""
+
+import os
+
+import torch
+
+# Without a GPU, test_interpreted.py runs these files in a process of their own.
+_TRITON = ["test_triton_attention.py", "test_triton_merge.py"]
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available() else _TRITON

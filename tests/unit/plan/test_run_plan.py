@@ -1,0 +1,57 @@
+"""Plans are plain arithmetic: checked against counted models and written-out formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.support.runs import tiny_run
+
+from farspan.models.checkpoint import make_config, random_causal_lm
+from farspan.plan.facts import model_facts
+from farspan.plan.run_plan import plan_run
+
+SETTINGS = {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "vocab_size": 99,
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_facts_equal_the_model_itself(tied: bool) -> None:
+    config = make_config("llama", {**SETTINGS, "tie_word_embeddings": tied})
+    facts = model_facts(config)
+    model = random_causal_lm(config, 0)
+    assert facts.num_parameters == sum(p.numel() for p in model.parameters())
+    assert (facts.num_q_heads, facts.num_kv_heads, facts.head_dim, facts.num_layers) == (6, 3, 8, 3)
+
+
+def test_state_bytes_equal_the_bytes_adamw_really_keeps() -> None:
+    config = make_config("llama", SETTINGS)
+    model = random_causal_lm(config, 0)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(input_ids=torch.arange(4).unsqueeze(0)).logits.sum().backward()
+    optimizer.step()
+    moments = sum(
+        t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if t.ndim > 0
+    )  # the scalar step counts are not state that grows
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    plan = plan_run(tiny_run("c", "o", "model.dtype=float32"), model_facts(config), compute_bytes=4)
+    assert plan.state_bytes == moments + weights
+
+
+def test_tokens_of_a_step_count_every_sequence_side_by_side_and_in_turn() -> None:
+    config = tiny_run(
+        "c", "o", "parallel.workers=6", "parallel.sp=3", "data.sequence_tokens=66", "train.accumulation=5"
+    )
+    plan = plan_run(config, model_facts(make_config("llama", SETTINGS)), compute_bytes=2)
+    assert (plan.dp, plan.sp, plan.shard_tokens, plan.tokens_per_step) == (2, 3, 22, 66 * 2 * 5)
+
+
+def test_heads_that_do_not_divide_are_padded_and_the_plan_says_so() -> None:
+    config = tiny_run("c", "o", "parallel.workers=4", "parallel.sp=4")
+    plan = plan_run(config, model_facts(make_config("llama", SETTINGS)), compute_bytes=2)
+    assert plan.q_heads_per_rank == 2
+    assert dict(plan.lines())["query heads"].startswith("2 of 8 are padding")
