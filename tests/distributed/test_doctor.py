@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
+from tests.support.corpus import small_corpus
 from tests.support.decoders import decoder_config
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankFailed, RankPool
+from tests.support.runs import tiny_run
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from farspan.batch import IGNORED_LABEL, PackedBatch, ShardedBatch
-from farspan.config.schema import ParallelConfig
+from farspan.cli.doctor import show
+from farspan.config.load import dump_config
+from farspan.config.schema import ParallelConfig, RunConfig
+from farspan.errors import ModelError, PlanError
 from farspan.parallel.blockwise import Strategy
 from farspan.parallel.layout import Layout
 from farspan.parallel.strategy import SequenceRanks
+from farspan.train.build import build
+from farspan.train.loop import train
 from farspan.train.loss import PackedLoss
-from farspan.verify.certificate import Certificate
+from farspan.verify.certificate import Certificate, certify
 from farspan.verify.doctor import examine
+from farspan.verify.judge import Check
 from farspan.verify.probe import Subject, examine_rank
+from farspan.verify.ranks import ask_ranks
 from farspan.verify.sharing import Sharing, share
 
 ULYSSES = ParallelConfig(workers=2, sp=2)
@@ -192,3 +207,69 @@ def test_the_same_pieces_without_a_fault_pass(ranks: RankPool, parallel: Paralle
 
 def true_pieces(parallel: ParallelConfig) -> Sharing:
     return FaultySharing(share(parallel), relay=lambda layout: FaultyLayout(layout, lambda shard: shard))
+
+
+def doctor(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "farspan.cli.main", "doctor", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+
+
+def test_the_command_proves_a_layout_and_a_run_takes_its_certificate(
+    ranks: RankPool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("doctor")
+    corpus = small_corpus(folder)
+    config = tiny_run(corpus, str(folder / "run"), "parallel.workers=2", "parallel.sp=2", "train.steps=1")
+    (folder / "run.yaml").write_text(dump_config(config), encoding="utf-8")
+    file = str(folder / "certificate.json")
+    answer = doctor(str(folder / "run.yaml"), "--json", "--certificate", file)
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout) == json.loads(Path(file).read_text(encoding="utf-8"))
+    assert all(check["passed"] for check in json.loads(answer.stdout)["checks"])
+    config.train.certificate = file
+    ranks.run(train_once, 2, config, str(folder / "cache"))
+    carried = folder / "run" / "checkpoints" / "step-00000001" / "farspan_certificate.json"
+    assert carried.read_text(encoding="utf-8") == Path(file).read_text(encoding="utf-8")
+    config.parallel.strategy = "ring"
+    with pytest.raises(RankFailed, match=r"train.certificate: must be of this run's layout"):
+        ranks.run(train_once, 2, config, str(folder / "cache"))
+
+
+def train_once(config: RunConfig, cache: str) -> None:
+    train(build(config, torch.device("cpu"), Path(cache)), config, lambda _: None)
+
+
+def test_a_model_that_cannot_be_exact_ends_the_command_with_one_sentence() -> None:
+    answer = doctor("stablelm")
+    assert answer.returncode == 2
+    assert answer.stderr.splitlines()[-1].startswith("error: StableLmAttention did not pass farspan_attention on")
+
+
+def print_failed(path: str) -> None:
+    failed = certify(decoder_config("llama"), ULYSSES, (Check("loss", 0.5, 1e-9),))
+    show(failed, as_json=False, file=path)
+
+
+def test_a_failed_check_ends_the_command_with_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended:
+        print_failed(str(tmp_path / "certificate.json"))
+    assert ended.value.exit_code == 1
+    assert "FAIL" in capsys.readouterr().out
+    assert json.loads((tmp_path / "certificate.json").read_text(encoding="utf-8"))["passed"] is False
+
+
+def fall_silent() -> None:
+    if torch.distributed.get_rank() == 1:
+        threading.Event().wait(60.0)
+
+
+def raise_on_rank_1() -> None:
+    if torch.distributed.get_rank() == 1:
+        raise ModelError("rank 1 will not")
+
+
+def test_a_rank_that_falls_silent_or_raises_ends_the_question_and_every_process() -> None:
+    with pytest.raises(PlanError, match=r"ranks \[.*1\] gave no answer in 12 s"):
+        ask_ranks(fall_silent, 2, deadline_s=12.0)
+    with pytest.raises(ModelError, match="rank 1 will not"):
+        ask_ranks(raise_on_rank_1, 2, deadline_s=100.0)

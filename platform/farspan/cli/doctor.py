@@ -35,12 +35,17 @@ def run_doctor(subject: str, overrides: list[str], *, as_json: bool, certificate
     console = Console(highlight=False, soft_wrap=True, stderr=True)
     with console.status(f"examining a small copy of {model.model_type} on {config.parallel.sp} processes"):
         found = examine(Subject(model, same_layout(config.parallel), PackedLoss))
-    if certificate is not None:
-        Path(certificate).write_text(found.to_json(), encoding="utf-8")
+    show(found, as_json=as_json, file=certificate)
+
+
+def show(found: Certificate, *, as_json: bool, file: str | None) -> None:
+    """Write and print a certificate; one that did not pass ends the command with exit code 1."""
+    if file is not None:
+        Path(file).write_text(found.to_json(), encoding="utf-8")
     if as_json:
         typer.echo(found.to_json(), nl=False)
     else:
-        _print(found, certificate)
+        _print(found, file)
     if not found.passed:
         raise typer.Exit(1)
 

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from farspan.config.schema import ParallelConfig
 from farspan.errors import ConfigError, CorruptDataError, NotFoundError
-from farspan.storage.store import open_store
+from farspan.storage.door import open_store
 from farspan.verify.judge import Check
 
 CERTIFICATE = "farspan_certificate.json"
