@@ -89,7 +89,10 @@ def plan_of(config: RunConfig) -> RunPlan:
 def _submit(config: RunConfig, address: str) -> None:
     from farspan.jobs.submit import follow, is_this_machine, submit_training
 
-    for field, uri in (("output", config.output), ("data.corpus", config.data.corpus)):
+    places = {"output": config.output, "data.corpus": config.data.corpus}
+    if config.train.certificate is not None:
+        places["train.certificate"] = config.train.certificate
+    for field, uri in places.items():
         if "://" not in uri and not is_this_machine(address):
             raise ConfigError(field, "must be reachable from the cluster", uri, "use s3://BUCKET/PATH")
     submitted = submit_training(config, address)
