@@ -13,7 +13,9 @@ from tests.support.ranks import RankPool
 from tests.support.runs import tiny_run
 
 from farspan.config.schema import ParallelConfig, RunConfig
-from farspan.train.build import build
+from farspan.plan.facts import model_facts
+from farspan.plan.run_plan import plan_run
+from farspan.train.build import build, model_config
 from farspan.train.loss import PackedLoss
 from farspan.verify.doctor import examine
 from farspan.verify.judge import Check
@@ -89,10 +91,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     return small_corpus(tmp_path_factory.mktemp("models"))
 
 
-def first_gradients(config: RunConfig, cache: str) -> tuple[float, dict[str, torch.Tensor]]:
+def first_gradients(config: RunConfig, cache: str) -> tuple[float, dict[str, torch.Tensor], int]:
+    """(loss, every whole gradient, bytes sent) of the first step, on one rank."""
     step = build(config, torch.device("cpu"), Path(cache)).step
     loss, _ = step.backward()
-    return loss.item(), {n: p.grad.full_tensor() for n, p in step.loss.named_parameters() if p.grad is not None}
+    grads = {n: p.grad.full_tensor() for n, p in step.loss.named_parameters() if p.grad is not None}
+    return loss.item(), grads, step.exchange.bytes_sent
 
 
 @pytest.mark.parametrize("recompute", ["false", "true"])
@@ -106,7 +110,9 @@ def test_sharded_weights_and_recomputing_give_what_one_process_gives(
         corpus, str(tmp_path / "two"), *common, "parallel.workers=2", "parallel.sp=2", f"train.recompute={recompute}",
         **settings,
     )  # fmt: skip
-    want_loss, want = ranks.run(first_gradients, 1, alone, str(tmp_path / "cache"))[0]
-    for loss, got in ranks.run(first_gradients, 2, shared, str(tmp_path / "cache")):
+    want_loss, want, _ = ranks.run(first_gradients, 1, alone, str(tmp_path / "cache"))[0]
+    facts = model_facts(model_config(shared, 300, tmp_path))
+    for loss, got, sent in ranks.run(first_gradients, 2, shared, str(tmp_path / "cache")):
         assert loss == pytest.approx(want_loss, rel=1e-6)
         assert gradient_error(got, want)[0] < 1e-3
+        assert sent == plan_run(shared, facts, compute_bytes=4).exchange_bytes_per_step

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from farspan.models.rules import layer_rules
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
@@ -20,6 +22,7 @@ class ModelFacts:
     head_dim: int
     vocab_size: int
     num_parameters: int
+    num_recurrent_layers: int = 0
 
 
 def model_facts(config: PretrainedConfig) -> ModelFacts:
@@ -30,6 +33,7 @@ def model_facts(config: PretrainedConfig) -> ModelFacts:
     return ModelFacts(
         name=text.model_type,
         num_layers=text.num_hidden_layers,
+        num_recurrent_layers=sum(rule.recurrent for rule in layer_rules(config)),
         width=text.hidden_size,
         num_q_heads=text.num_attention_heads,
         num_kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
