@@ -18,9 +18,11 @@ from transformers import PreTrainedModel
 
 from farspan.batch import IGNORED_LABEL, PackedBatch
 from farspan.data.reader import Reader, open_corpus
-from farspan.models.attention import ATTENTION_KEYWORD, trunk_and_head, use_farspan_attention
+from farspan.models.attention import packed_hidden, use_farspan_attention
 from farspan.models.checkpoint import load_causal_lm
+from farspan.models.parts import trunk_and_head
 from farspan.parallel.documents import attend_documents
+from farspan.parallel.whole import WholeSequence
 from farspan.storage.publish import fetch_folder
 
 _TILE_TOKENS = 1024
@@ -69,13 +71,9 @@ def summarize(loss_T: Tensor, position_T: Tensor) -> Evaluation:
 
 
 def _token_losses(network: PreTrainedModel, batch: PackedBatch) -> Iterator[Tensor]:
-    trunk, head = trunk_and_head(network)
-    hidden_TE = trunk(
-        input_ids=batch.tokens_T.unsqueeze(0),
-        position_ids=batch.positions_T.unsqueeze(0),
-        use_cache=False,
-        **{ATTENTION_KEYWORD: partial(attend_documents, bounds=batch.bounds)},
-    ).last_hidden_state[0]
+    attention, whole = partial(attend_documents, bounds=batch.bounds), WholeSequence(batch.bounds)
+    hidden_TE = packed_hidden(network, batch.tokens_T, batch.positions_T, attention, whole)
+    _, head = trunk_and_head(network)
     for tile_TE, tile_T in zip(hidden_TE.split(_TILE_TOKENS), batch.labels_T.split(_TILE_TOKENS), strict=True):
         yield torch.nn.functional.cross_entropy(
             head(tile_TE).float(), tile_T, ignore_index=IGNORED_LABEL, reduction="none"

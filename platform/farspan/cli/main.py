@@ -133,6 +133,21 @@ def bench(
 
 
 @app.command()
+def doctor(
+    model: Annotated[
+        str, typer.Argument(help="YAML run config, model folder, or model_type of transformers.", metavar="MODEL")
+    ],
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the certificate.")] = False,
+    certificate: Annotated[str | None, typer.Option(help="File the certificate is written to.")] = None,
+) -> None:
+    """Prove a layout for a model: the same logits, loss and gradients as one plain process."""
+    from farspan.cli.doctor import run_doctor
+
+    run_doctor(model, overrides or [], as_json=as_json, certificate=certificate)
+
+
+@app.command()
 def version(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Versions of farspan and of what it stands on."""
     from farspan.cli.version import show_version

@@ -62,6 +62,8 @@ def read_run_config(path: str, overrides: list[str]) -> RunConfig:
     config.data.corpus = absolute_uri(config.data.corpus)
     if config.model.source is not None:
         config.model.source = absolute_uri(config.model.source)
+    if config.train.certificate is not None:
+        config.train.certificate = absolute_uri(config.train.certificate)
     return config
 
 
@@ -73,12 +75,13 @@ def plan_of(config: RunConfig) -> RunPlan:
     from farspan.models.attention import refuse_unsupported
     from farspan.plan.facts import model_facts
     from farspan.plan.run_plan import plan_run
-    from farspan.train.build import compute_dtype, model_config
+    from farspan.train.build import compute_dtype, model_config, required_certificate
 
     vocab_size = read_corpus_manifest(config.data.corpus).vocab_size
     with tempfile.TemporaryDirectory(prefix="farspan-plan-") as scratch:
         model = model_config(config, vocab_size, Path(scratch))
     refuse_unsupported(model)
+    required_certificate(config, model)
     device = torch.device("cuda" if config.resources.gpus_per_worker > 0 else "cpu")
     return plan_run(config, model_facts(model), compute_dtype(config.model.dtype, device).itemsize)
 
@@ -86,7 +89,10 @@ def plan_of(config: RunConfig) -> RunPlan:
 def _submit(config: RunConfig, address: str) -> None:
     from farspan.jobs.submit import follow, is_this_machine, submit_training
 
-    for field, uri in (("output", config.output), ("data.corpus", config.data.corpus)):
+    places = {"output": config.output, "data.corpus": config.data.corpus}
+    if config.train.certificate is not None:
+        places["train.certificate"] = config.train.certificate
+    for field, uri in places.items():
         if "://" not in uri and not is_this_machine(address):
             raise ConfigError(field, "must be reachable from the cluster", uri, "use s3://BUCKET/PATH")
     submitted = submit_training(config, address)

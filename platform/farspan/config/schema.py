@@ -110,6 +110,8 @@ class TrainConfig:
     """Steps between resumable checkpoints; 0: only at the end."""
     resume: bool = True
     """Go on from the newest checkpoint of this run, if there is one."""
+    certificate: str | None = None
+    """Certificate of `farspan doctor`, local or s3://: the run starts only if it vouches for this model and layout."""
 
 
 @dataclass(kw_only=True)

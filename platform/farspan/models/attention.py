@@ -1,38 +1,52 @@
 """farspan's attention inside transformers models, through their public registries.
 
-Shapes: T tokens this rank holds, H query heads, G key/value heads, D head dim.
+Shapes: T tokens this rank holds (t in the call shape of strategies), H query heads, G key/value heads, D head dim of
+q and k, C of v, E model width.
 
-A model is switched with `use_farspan_attention(model)`. Every forward then receives the keyword
-`farspan_attention`, a function (q_THD, k_TGD, v_TGD, scale) -> out_THD, which transformers hands down to each layer.
-Nothing is kept between forwards. What the exact path does not cover is refused, by the config before a run
-(`refuse_unsupported`) and again inside the layer, because some models decide there.
+A model is switched with `use_farspan_attention(model)`. Every forward (`packed_hidden`) then carries two keywords,
+which transformers hands down to each layer: the attention of this batch, and, for recurrent layers, the whole
+sequence. Nothing is kept between forwards. What a layer may see comes from the config (rules.py); what the exact path
+does not cover is refused, by the config before a run and again inside the layer, because some models decide there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from farspan.errors import ModelError
+from farspan.models.mixers import WHOLE_KEYWORD, Whole, hook_mixers, recurrent_mixers
+from farspan.models.parts import trunk_and_head
+from farspan.models.rules import LayerRule, layer_rule, layer_rules, refuse_unsupported
+
+__all__ = ["ATTENTION_KEYWORD", "PackedAttention", "packed_hidden", "refuse_unsupported", "use_farspan_attention"]
 
 ATTENTION_NAME = "farspan"
 ATTENTION_KEYWORD = "farspan_attention"
+_REFUSED = {
+    "s_aux": "attention sinks",
+    "position_bias": "a bias by position",
+    "indexer": "sparse attention by an index",
+    "block_mask": "a mask of its own",
+}
 
 
 class PackedAttention(Protocol):
-    """Attention over the packed documents of one forward."""
+    """Attention over the packed documents of one forward: the call shape of every strategy."""
 
-    def __call__(self, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, *, scale: float) -> Tensor: ...
+    def __call__(
+        self,
+        q_tHD: Tensor,
+        k_tGD: Tensor,
+        v_tGC: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        chunk: int | None = None,
+    ) -> Tensor: ...
 
 
 def use_farspan_attention(model: PreTrainedModel) -> None:
@@ -45,20 +59,30 @@ def use_farspan_attention(model: PreTrainedModel) -> None:
     AttentionInterface.register(ATTENTION_NAME, _attention)
     AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
     model.set_attn_implementation(ATTENTION_NAME)
+    if model.config.get_text_config(decoder=True)._attn_implementation != ATTENTION_NAME:
+        raise ModelError(
+            f"{type(model).__name__} does not compute attention through transformers' attention registry, so nothing "
+            "can take its place"
+        )
+    hook_mixers(model)
 
 
-def refuse_unsupported(config: PretrainedConfig) -> None:
-    """Refuse a decoder with layers that packed causal attention does not describe."""
-    text = config.get_text_config(decoder=True)
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"]) - {"full_attention"}
-    if kinds:
-        raise ModelError(f"{text.model_type}: layers of kind {sorted(kinds)} are not exact yet; full attention is")
-    if getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True):
-        raise ModelError(f"{text.model_type}: sliding_window={text.sliding_window} is not exact yet; full attention is")
-    if getattr(text, "attn_logit_softcapping", None):
-        raise ModelError(f"{text.model_type}: attn_logit_softcapping is not exact yet")
-    if getattr(text, "attention_dropout", 0.0):
-        raise ModelError(f"{text.model_type}: attention_dropout must be 0: dropped scores differ between layouts")
+def packed_hidden(
+    model: PreTrainedModel, tokens_T: Tensor, positions_T: Tensor, attention: PackedAttention, whole: Whole | None
+) -> Tensor:
+    """hidden_TE: the last hidden states of packed tokens. `whole` is needed by models with recurrent layers.
+
+    Raises:
+        ModelError: a layer wants what is not exact.
+    """
+    keywords: dict[str, Any] = {ATTENTION_KEYWORD: attention}
+    if recurrent_mixers(model):
+        if whole is None:
+            raise ModelError(f"{type(model).__name__} has recurrent layers, which need the whole sequence")
+        keywords[WHOLE_KEYWORD] = whole
+    trunk, _ = trunk_and_head(model)
+    output = trunk(input_ids=tokens_T.unsqueeze(0), position_ids=positions_T.unsqueeze(0), use_cache=False, **keywords)
+    return output.last_hidden_state[0]
 
 
 def _no_mask(*_args: Any, **_kwargs: Any) -> None:
@@ -74,50 +98,45 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     farspan_attention: PackedAttention | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention call: query [1, H, T, D], key and value [1, G, T, D] -> ([1, T, H, D], None)."""
+    """transformers' attention call: query [1, H, T, D], key [1, G, T, D], value [1, G, T, C] -> [1, T, H, C]."""
     name = type(module).__name__
     if farspan_attention is None:
         raise ModelError(f"{name} did not pass {ATTENTION_KEYWORD} on; this model cannot be trained exactly")
-    unsupported = [k for k in ("sliding_window", "softcap", "s_aux", "position_bias") if kwargs.get(k) is not None]
-    if unsupported or dropout or attention_mask is not None:
-        raise ModelError(f"{name} wants {unsupported or 'dropout or a mask'}, which is not exact yet")
+    unsupported = [meaning for keyword, meaning in _REFUSED.items() if kwargs.get(keyword) is not None]
+    if dropout:
+        unsupported.append("attention dropout")
+    if attention_mask is not None:
+        unsupported.append("a mask of its own")
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        unsupported.append("attention to later tokens")
+    if unsupported:
+        raise ModelError(f"{name} wants {' and '.join(unsupported)}, which is not exact yet")
+    rule = _rule(module, sliding_window)
     assert query.shape[0] == 1, "a packed batch is one row"
-    q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (query, key, value))
+    q_THD, k_TGD, v_TGC = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = scaling if scaling is not None else q_THD.shape[-1] ** -0.5
-    return farspan_attention(q_THD, k_TGD, v_TGD, scale=scale).unsqueeze(0), None
+    out_THC = farspan_attention(q_THD, k_TGD, v_TGC, scale=scale, window=rule.window, softcap=softcap, chunk=rule.chunk)
+    return out_THC.unsqueeze(0), None
 
 
-def trunk_and_head(model: PreTrainedModel) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """(module giving the last hidden states, function from hidden states to logits) of a causal model.
-
-    Raises:
-        ModelError: the model does more after its trunk than one linear head; probed, not assumed.
-    """
-    trunk, head = model.base_model, model.get_output_embeddings()
-    if trunk is model or not isinstance(head, nn.Linear):
-        raise ModelError(f"{type(model).__name__} has no plain linear head")
-    return trunk, head
-
-
-@torch.no_grad()
-def probe_head(config: PretrainedConfig) -> None:
-    """Hold trunk + head against the model's own logits, on a copy with one layer.
-
-    Raises:
-        ModelError: they differ (a soft cap, a logit scale): the loss would be silently wrong.
-    """
-    fields = {**config.to_dict(), "num_hidden_layers": 1}
-    if fields.get("layer_types"):
-        fields["layer_types"] = fields["layer_types"][:1]
-    small = type(config).from_dict(fields)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
-    tokens = torch.arange(4).unsqueeze(0) % small.vocab_size
-    trunk, head = trunk_and_head(model)
-    own = model(input_ids=tokens, use_cache=False).logits
-    ours = head(trunk(input_ids=tokens, use_cache=False).last_hidden_state)
-    if not torch.allclose(own, ours, rtol=1e-5, atol=1e-6):
-        raise ModelError(f"{type(model).__name__} changes its logits after the head; training it is not exact yet")
+def _rule(module: nn.Module, sliding_window: int | None) -> LayerRule:
+    """The rule of this layer by the config, which the call must not contradict."""
+    name, config, layer = type(module).__name__, getattr(module, "config", None), getattr(module, "layer_idx", None)
+    if config is None:
+        raise ModelError(f"{name} keeps no config, so what its layers may see is unknown")
+    if layer is None:
+        rules = set(layer_rules(config))
+        if len(rules) > 1:
+            raise ModelError(f"{name} does not say which layer it is, and the layers differ")
+        rule = rules.pop()
+    else:
+        rule = layer_rule(config, layer)
+    if rule.recurrent:
+        raise ModelError(f"{name}: layer {layer} is recurrent by the config, but it computes attention")
+    if sliding_window is not None and sliding_window != rule.window:
+        raise ModelError(f"{name}: layer {layer} asks for a window of {sliding_window}, its config says {rule}")
+    return rule

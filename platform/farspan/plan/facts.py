@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from farspan.models.rules import layer_rules
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
@@ -22,6 +24,7 @@ class ModelFacts:
     num_parameters: int
     max_positions: int | None = None
     """Longest position the model was made for; none: the config does not say."""
+    num_recurrent_layers: int = 0
 
 
 def model_facts(config: PretrainedConfig) -> ModelFacts:
@@ -32,6 +35,7 @@ def model_facts(config: PretrainedConfig) -> ModelFacts:
     return ModelFacts(
         name=text.model_type,
         num_layers=text.num_hidden_layers,
+        num_recurrent_layers=sum(rule.recurrent for rule in layer_rules(config)),
         width=text.hidden_size,
         num_q_heads=text.num_attention_heads,
         num_kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from farspan.config.schema import RunConfig
 from farspan.errors import ConfigError
+from farspan.parallel import whole
 from farspan.parallel.heads import HeadPlan, plan_heads
 from farspan.parallel.strategy import bytes_sent, choose_layout
 from farspan.parallel.traffic import Block
@@ -103,7 +104,9 @@ def _exchange_bytes(config: RunConfig, facts: ModelFacts, shard_tokens: int, com
     block = Block(shard_tokens, *heads, facts.head_dim, facts.head_dim, compute_bytes)
     layer = bytes_sent(parallel.strategy, block, parallel.sp, parallel.ulysses)
     forwards = 2 if config.train.recompute else 1
-    return config.train.accumulation * facts.num_layers * (forwards * layer.forward + layer.backward)
+    attention = (facts.num_layers - facts.num_recurrent_layers) * (forwards * layer.forward + layer.backward)
+    gather = whole.bytes_sent(block.num_tokens, facts.width, block.itemsize, parallel.sp)
+    return config.train.accumulation * (attention + facts.num_recurrent_layers * (forwards + 1) * gather)
 
 
 def _mib(num_bytes: int) -> str:

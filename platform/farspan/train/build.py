@@ -12,8 +12,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from farspan.config.schema import RunConfig
 from farspan.data.reader import Corpus, Reader, open_corpus
 from farspan.errors import ConfigError
-from farspan.models.attention import probe_head, use_farspan_attention
+from farspan.models.attention import use_farspan_attention
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer, make_config, open_config, random_causal_lm
+from farspan.models.parts import decoder_layers
 from farspan.parallel.mesh import make_mesh
 from farspan.parallel.shard import shard_weights
 from farspan.parallel.strategy import SequenceParallel, SequenceRanks
@@ -21,6 +22,8 @@ from farspan.storage.publish import fetch_folder
 from farspan.train.checkpoint import TrainState
 from farspan.train.loss import PackedLoss
 from farspan.train.step import TrainStep
+from farspan.verify.certificate import read_certificate, refuse_certificate
+from farspan.verify.selfcheck import check_model
 
 
 @dataclass
@@ -30,6 +33,8 @@ class Training:
     step: TrainStep
     tokenizer: PreTrainedTokenizerBase
     state: TrainState
+    certificate: str | None = None
+    """What the doctor found about this model and layout, as JSON; kept beside checkpoints."""
 
 
 def build(config: RunConfig, device: torch.device, cache: Path | None = None) -> Training:
@@ -40,7 +45,8 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
     cache = cache or Path(tempfile.mkdtemp(prefix="farspan-cache-"))
     corpus = open_corpus(config.data.corpus, cache / "corpus")
     model = _model(config, corpus, cache)
-    probe_head(model.config)
+    check_model(model.config)
+    certificate = required_certificate(config, model.config)
     use_farspan_attention(model)
     if config.train.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -59,7 +65,21 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
         device=device,
     )
     state = TrainState(0, 0, config.seed, config.data.sequence_tokens, corpus.fingerprint)
-    return Training(step=step, tokenizer=load_tokenizer(corpus.tokenizer_folder), state=state)
+    return Training(step=step, tokenizer=load_tokenizer(corpus.tokenizer_folder), state=state, certificate=certificate)
+
+
+def required_certificate(config: RunConfig, model: PretrainedConfig) -> str | None:
+    """The text of the certificate the run names; none when it names none.
+
+    Raises:
+        NotFoundError, CorruptDataError: there is none.
+        ConfigError: it does not vouch for this model and layout.
+    """
+    if config.train.certificate is None:
+        return None
+    text = read_certificate(config.train.certificate)
+    refuse_certificate(config.train.certificate, text, model, config.parallel)
+    return text
 
 
 def model_config(config: RunConfig, vocab_size: int, cache: Path) -> PretrainedConfig:
@@ -68,13 +88,6 @@ def model_config(config: RunConfig, vocab_size: int, cache: Path) -> PretrainedC
         return open_config(fetch_folder(config.model.source, cache / "model", require_manifest=False))
     fitting = {"vocab_size": vocab_size, "max_position_embeddings": config.data.sequence_tokens}
     return make_config(config.model.architecture, config.model.settings, fitting)
-
-
-def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The repeated layers of a decoder."""
-    layers = getattr(model.base_model, "layers", None)
-    assert layers is not None, "a model with farspan attention has layers"
-    return list(layers)
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

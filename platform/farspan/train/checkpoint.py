@@ -32,6 +32,7 @@ from farspan.storage.publish import fetch_folder, is_published, publish_folder
 from farspan.telemetry.events import CheckpointPublished
 from farspan.train.loss import PackedLoss
 from farspan.train.states import gather_states, scatter_states
+from farspan.verify.certificate import CERTIFICATE
 
 Result = TypeVar("Result")
 
@@ -77,6 +78,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: TrainState,
     tokenizer: PreTrainedTokenizerBase,
+    certificate: str | None = None,
 ) -> CheckpointPublished:
     """Publish a checkpoint of all ranks; collective. Every rank returns, or every rank raises.
 
@@ -94,6 +96,8 @@ def save_checkpoint(
             save_causal_lm(folder, loss.model.config, _model_names(weights), tokenizer)
             save_file(states, folder / _OPTIMIZER)
             (folder / _STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+            if certificate is not None:
+                (folder / CERTIFICATE).write_text(certificate, encoding="utf-8")
             publish_folder(folder, uri)
             return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 

@@ -24,7 +24,12 @@ def train(training: Training, config: RunConfig, tell: Callable[[EventBody], Non
         done = index + 1
         due = config.train.checkpoint_every and done % config.train.checkpoint_every == 0
         if due or done == config.train.steps:
-            tell(save_checkpoint(config.output, step.loss, step.optimizer, _state(training, done), training.tokenizer))
+            state = _state(training, done)
+            tell(
+                save_checkpoint(
+                    config.output, step.loss, step.optimizer, state, training.tokenizer, training.certificate
+                )
+            )
     uri = save_model(config.output, step.loss, training.tokenizer)
     tell(RunFinished(steps=max(0, config.train.steps - first), tokens=tokens, seconds=time.perf_counter() - started))
     return uri

@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from farspan.batch import IGNORED_LABEL, ShardedBatch
-from farspan.models.attention import ATTENTION_KEYWORD, PackedAttention, trunk_and_head
+from farspan.models.attention import PackedAttention, packed_hidden
+from farspan.models.mixers import Whole
+from farspan.models.parts import trunk_and_head
 
 
 class PackedLoss(nn.Module):
@@ -24,20 +26,17 @@ class PackedLoss(nn.Module):
         self.model = model
         self.tile_tokens = tile_tokens
 
-    def forward(self, shard: ShardedBatch, attention: PackedAttention, num_labels: Tensor) -> Tensor:
+    def forward(
+        self, shard: ShardedBatch, attention: PackedAttention, num_labels: Tensor, whole: Whole | None = None
+    ) -> Tensor:
         """Summed negative log likelihood of this shard / `num_labels`.
 
         `num_labels` is the number of valid labels of the whole optimizer step over every rank: the sum of what ranks
-        and accumulation steps return is then the mean over tokens, however they were cut.
+        and accumulation steps return is then the mean over tokens, however they were cut. A step without one valid
+        label has loss 0 and gradients 0. `whole` is the sequence this shard is of, which recurrent layers need.
         """
-        trunk, _ = trunk_and_head(self.model)
-        hidden_TE = trunk(
-            input_ids=shard.tokens_T.unsqueeze(0),
-            position_ids=shard.positions_T.unsqueeze(0),
-            use_cache=False,
-            **{ATTENTION_KEYWORD: attention},
-        ).last_hidden_state[0]
-        return self._tiled(hidden_TE, shard.labels_T) / num_labels
+        hidden_TE = packed_hidden(self.model, shard.tokens_T, shard.positions_T, attention, whole)
+        return self._tiled(hidden_TE, shard.labels_T) / num_labels.clamp_min(1)
 
     def _tiled(self, hidden_TE: Tensor, labels_T: Tensor) -> Tensor:
         wide = torch.promote_types(hidden_TE.dtype, torch.float32)

@@ -22,6 +22,7 @@ from farspan.parallel.blockwise import Strategy
 from farspan.parallel.exchange import Exchange
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.strategy import SequenceParallel
+from farspan.parallel.whole import WholeSequence
 from farspan.telemetry.events import StepReport
 from farspan.train.loss import PackedLoss
 
@@ -90,11 +91,11 @@ class TrainStep:
         The cursor does not move: called twice, it computes the same sequences twice.
         """
         shards = list(self._shards())
-        num_labels = self._over_all_ranks(sum((s.labels_T != IGNORED_LABEL).sum() for s, _ in shards))
+        num_labels = self._over_all_ranks(sum((s.labels_T != IGNORED_LABEL).sum() for s, *_ in shards))
         loss = self._over_all_ranks(sum(self._forward_backward(*shard, num_labels) for shard in shards))
         return loss, num_labels
 
-    def _shards(self) -> Iterator[tuple[ShardedBatch, Strategy]]:
+    def _shards(self) -> Iterator[tuple[ShardedBatch, Strategy, WholeSequence]]:
         for micro in range(self.accumulation):
             batch = self.reader.batch(self.cursor + micro * self.mesh.dp + self.mesh.dp_rank)
             layout = self.sequence.lay_out(batch.num_tokens, batch.bounds)
@@ -105,10 +106,13 @@ class TrainStep:
                 positions_T=shard.positions_T.to(self.device),
                 bounds=shard.bounds,
             )
-            yield on_device, self.sequence.attention(layout, batch.bounds)
+            whole = WholeSequence(batch.bounds, self.exchange, layout)
+            yield on_device, self.sequence.attention(layout, batch.bounds), whole
 
-    def _forward_backward(self, shard: ShardedBatch, attention: Strategy, num_labels: Tensor) -> Tensor:
-        loss = self.loss(shard, attention, num_labels)
+    def _forward_backward(
+        self, shard: ShardedBatch, attention: Strategy, whole: WholeSequence, num_labels: Tensor
+    ) -> Tensor:
+        loss = self.loss(shard, attention, num_labels, whole)
         loss.backward()
         return cast(Tensor, loss.detach())
 
