@@ -82,11 +82,13 @@ def required_certificate(config: RunConfig, model: PretrainedConfig) -> str | No
     return text
 
 
-def model_config(config: RunConfig, vocab_size: int, cache: Path) -> PretrainedConfig:
+def model_config(config: RunConfig, vocab_size: int | None, cache: Path) -> PretrainedConfig:
     """The transformers config of a run; a model made from scratch takes the corpus's vocabulary and length."""
     if config.model.source is not None:
         return open_config(fetch_folder(config.model.source, cache / "model", require_manifest=False))
-    fitting = {"vocab_size": vocab_size, "max_position_embeddings": config.data.sequence_tokens}
+    fitting = {"max_position_embeddings": config.data.sequence_tokens}
+    if vocab_size is not None:
+        fitting["vocab_size"] = vocab_size
     return make_config(config.model.architecture, config.model.settings, fitting)
 
 
