@@ -11,6 +11,8 @@ from farspan.parallel.layout import Layout
 from farspan.parallel.mesh import make_mesh
 from farspan.parallel.strategy import SequenceParallel, SequenceRanks
 
+_TIMEOUT_S = 120.0
+
 
 class Sharing(Protocol):
     """Layout, attention and exchanges of one sequence on this rank."""
@@ -25,5 +27,5 @@ class Sharing(Protocol):
 
 def share(parallel: ParallelConfig) -> Sharing:
     """What a run with this config uses, among all ranks of the default process group."""
-    mesh = make_mesh("cpu", parallel.sp, parallel.ulysses)
+    mesh = make_mesh("cpu", parallel.sp, parallel.ulysses, timeout_s=_TIMEOUT_S)
     return SequenceParallel(SequenceRanks.of(mesh), parallel.strategy, parallel.layout)
