@@ -93,9 +93,10 @@ def _refuse_unwritable(file: str) -> None:
 
 def _model_config(config: RunConfig) -> PretrainedConfig:
     from farspan.train.build import model_config
+    from farspan.verify.shrink import VOCAB
 
     with tempfile.TemporaryDirectory(prefix="farspan-doctor-") as scratch:
-        return model_config(config, None, Path(scratch))
+        return model_config(config, VOCAB, Path(scratch))
 
 
 def _print(found: Certificate, file: str | None) -> None:

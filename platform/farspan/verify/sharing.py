@@ -11,8 +11,7 @@ from farspan.parallel.layout import Layout
 from farspan.parallel.mesh import make_mesh
 from farspan.parallel.strategy import SequenceParallel, SequenceRanks
 
-# The probes are small: a collective that takes this long is one that a rank never reached.
-_COLLECTIVE_S = 120.0
+_TIMEOUT_S = 120.0
 
 
 class Sharing(Protocol):
@@ -28,5 +27,5 @@ class Sharing(Protocol):
 
 def share(parallel: ParallelConfig) -> Sharing:
     """What a run with this config uses, among all ranks of the default process group."""
-    mesh = make_mesh("cpu", parallel.sp, parallel.ulysses, timeout_s=_COLLECTIVE_S)
+    mesh = make_mesh("cpu", parallel.sp, parallel.ulysses, timeout_s=_TIMEOUT_S)
     return SequenceParallel(SequenceRanks.of(mesh), parallel.strategy, parallel.layout)
