@@ -38,18 +38,27 @@ class RankPool:
     def __init__(self, num_ranks: int) -> None:
         self._num_ranks = num_ranks
         self._ranks: list[_Rank] = []
+        # Kept as long as the processes: a store whose folder is gone ends its process when it is collected.
+        self._scratch = tempfile.TemporaryDirectory(prefix="farspan-ranks-")
+        self._calls = 0
 
     def run(self, function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 240.0) -> list[Any]:
         """`[function(*args) on rank 0, ..., on rank n-1]`."""
         assert num_ranks <= self._num_ranks
+        if not all(rank.process.is_alive() for rank in self._ranks):
+            self._end_processes()
         self._start(num_ranks)
-        with tempfile.TemporaryDirectory(prefix="farspan-ranks-") as scratch:
-            for rank in range(num_ranks):
-                self._ranks[rank].pipe.send((function, rank, num_ranks, f"{scratch}/store", args))
-            return self._collect(num_ranks, timeout_s)
+        self._calls += 1
+        for rank in range(num_ranks):
+            self._ranks[rank].pipe.send((function, rank, num_ranks, f"{self._scratch.name}/{self._calls}", args))
+        return self._collect(num_ranks, timeout_s)
 
     def close(self) -> None:
-        """End every process."""
+        """End every process and remove what they shared."""
+        self._end_processes()
+        self._scratch.cleanup()
+
+    def _end_processes(self) -> None:
         for rank in self._ranks:
             rank.process.terminate()
         for rank in self._ranks:
@@ -78,13 +87,13 @@ class RankPool:
         while waiting:
             ready = wait(list(waiting), timeout=deadline_s)
             if not ready:
-                self.close()
+                self._end_processes()
                 raise RankFailed(f"ranks {sorted(waiting.values())} gave no answer in {deadline_s:.0f} s; {failures}")
             for pipe in ready:
                 rank = waiting.pop(pipe)  # type: ignore[arg-type]
                 try:
                     good, value = pipe.recv()  # type: ignore[union-attr]
-                except EOFError:
+                except (EOFError, ConnectionError):
                     good, value = False, "the process died"
                 if good:
                     results[rank] = value
@@ -92,7 +101,7 @@ class RankPool:
                     failures.append(f"rank {rank}: {value}")
             if failures:
                 # Its partners may wait for it for ever: a pool with a failed rank is thrown away.
-                self.close()
+                self._end_processes()
                 raise RankFailed("\n".join(failures))
         return [results[rank] for rank in range(num_ranks)]
 
