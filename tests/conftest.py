@@ -22,6 +22,18 @@ hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
 
 RAY_RUNS = pytest.StashKey[bool]()
+# The shared Ray starts with the first test that needs it and then stays: what must be shown without one comes before.
+_ORDER = ("layout", "unit", "kernels", "distributed", "cluster", "end_to_end")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the folders from the quickest answer to the slowest; inside a folder the order stays."""
+
+    def place(item: pytest.Item) -> int:
+        folder = item.path.relative_to(item.config.rootpath).parts[1]
+        return _ORDER.index(folder) if folder in _ORDER else len(_ORDER)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from ray.job_submission import JobStatus, JobSubmissionClient
@@ -20,6 +21,7 @@ from farspan.jobs.wheel import build_wheel
 
 _POLL_S = 1.0
 _MISSED_POLLS = 30
+_AGENTS_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ def submit_training(config: RunConfig, address: str) -> Submitted:
         wheel = build_wheel(Path(scratch))
         try:
             client = JobSubmissionClient(address)
-            job_id = client.submit_job(
+            job_id = _submit(
+                client,
                 entrypoint=f"{_python(address)} -m farspan.cli.main train config.yaml --join",
                 runtime_env={"working_dir": str(folder), "py_modules": [str(wheel)]},
                 metadata={"name": config.name},
@@ -56,6 +59,18 @@ def submit_training(config: RunConfig, address: str) -> Submitted:
                 "(http://HOST:8265) and the cluster's token (`ray get-auth-token`)"
             ) from None
     return Submitted(client, job_id)
+
+
+def _submit(client: JobSubmissionClient, **job: Any) -> str:
+    """Submit a job to a cluster that may have been started a moment ago, and whose agents are still on their way."""
+    deadline = time.monotonic() + _AGENTS_S
+    while True:
+        try:
+            return client.submit_job(**job)
+        except RuntimeError as problem:
+            if "No available agent" not in str(problem) or time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_S)
 
 
 def is_this_machine(address: str) -> bool:
