@@ -10,6 +10,7 @@ FarspanError
 ├── ModelError           a model farspan cannot run exactly
 ├── PlanError            no legal plan
 ├── TrainingError        a run that had to stop
+│   └── OutOfMemoryError     a rank had no memory left for a step
 ├── EngineError          the inference engine could not answer
 │   └── RequestError         one request could not be answered; the others go on
 ├── TransferError        KV pages did not arrive as they were sent
@@ -81,6 +82,16 @@ class PlanError(FarspanError):
 
 class TrainingError(FarspanError):
     """A run that had to stop."""
+
+
+class OutOfMemoryError(TrainingError):
+    """A rank had no memory left for a step."""
+
+    _fields = ("rank", "step", "reason")
+
+    def __init__(self, rank: int, step: int, reason: str) -> None:
+        self.rank, self.step, self.reason = rank, step, reason
+        super().__init__(f"rank {rank} ran out of memory in step {step}: {reason}")
 
 
 class EngineError(FarspanError):

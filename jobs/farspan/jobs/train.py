@@ -18,12 +18,14 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from farspan.config.load import dump_config, parse_config
 from farspan.config.schema import RunConfig
-from farspan.errors import ClusterError, FarspanError
+from farspan.errors import ClusterError, ConfigError, FarspanError, ModelError, OutOfMemoryError, PlanError
 from farspan.jobs.progress import EventSender, EventWatcher
 from farspan.storage.door import open_store
 from farspan.storage.paths import join_uri
-from farspan.telemetry.events import EventBody, RunStarted
+from farspan.telemetry.events import EventBody, PlanSteppedDown, RunStarted
 from farspan.train.build import build
+from farspan.train.ladder import Ladder, Rung
+from farspan.train.limit import memory_limit
 from farspan.train.loop import train
 
 
@@ -35,6 +37,28 @@ def run_training(config: RunConfig, plan_lines: list[tuple[str, str]], tell: Cal
     """
     plan = "\n".join(f"{what}: {text}" for what, text in plan_lines)
     tell(RunStarted(config=dump_config(config), plan=plan))
+    ladder = Ladder(config)
+    trouble: OutOfMemoryError | None = None
+    while True:
+        try:
+            return _run_once(ladder.config, tell)
+        except OutOfMemoryError as problem:
+            trouble, rung = problem, ladder.down() if config.memory.step_down else None
+        except (ConfigError, ModelError, PlanError):
+            if trouble is None:
+                raise
+            # This model does not allow what the last rung asked for.
+            rung = ladder.other()
+        if rung is None:
+            raise trouble
+        tell(_stepped_down(trouble, rung))
+
+
+def _stepped_down(problem: OutOfMemoryError, rung: Rung) -> PlanSteppedDown:
+    return PlanSteppedDown(step=problem.step, rank=problem.rank, reason=problem.reason, change=rung.text)
+
+
+def _run_once(config: RunConfig, tell: Callable[[EventBody], None]) -> str:
     with EventWatcher(tell) as watcher:
         trainer = TorchTrainer(
             train_worker,
@@ -62,7 +86,8 @@ def train_worker(payload: dict[str, Any]) -> None:
     is_first = ray.train.get_context().get_world_rank() == 0
     with tempfile.TemporaryDirectory(prefix="farspan-cache-") as cache:
         training = build(config, device, Path(cache))
-        train(training, config, sender if is_first else lambda event: None)
+        with memory_limit(device, config.memory.limit_gib):
+            train(training, config, sender if is_first else lambda event: None)
     sender.close()
 
 

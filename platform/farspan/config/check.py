@@ -9,13 +9,16 @@ import math
 from collections.abc import Sequence
 
 from farspan.config.load import nearest
-from farspan.config.schema import CorpusConfig, OptimConfig, ParallelConfig, RunConfig, ServeConfig
+from farspan.config.schema import CorpusConfig, MemoryConfig, OptimConfig, ParallelConfig, RunConfig, ServeConfig
 from farspan.errors import ConfigError
 
 TRAIN_DTYPES = ("auto", "bfloat16", "float32", "float64")
 SERVE_DTYPES = ("bfloat16", "float32", "float64")
 STRATEGIES = ("ulysses", "ring", "tokenring", "hybrid", "allgather")
 LAYOUTS = ("auto", "contiguous", "zigzag", "document_zigzag")
+OPTIMIZERS = ("adamw", "adamw8bit")
+OFFLOADS = ("none", "cpu", "cxl", "nvme")
+CHUNKINGS = ("none", "seco", "spaco")
 TRANSPORTS = ("auto", "nixl")
 
 
@@ -34,6 +37,7 @@ def check_run(config: RunConfig) -> None:
     _at_least("train.checkpoint_every", train.checkpoint_every, 0)
     _at_least("data.sequence_tokens", data.sequence_tokens, 2)
     _check_optim(config.optim)
+    _check_memory(config.memory)
     _within("seed", config.seed, 0, 2**63 - 1)
     _above("resources.cpus_per_worker", config.resources.cpus_per_worker, 0)
     _within("resources.gpus_per_worker", config.resources.gpus_per_worker, 0, math.inf)
@@ -52,6 +56,7 @@ def check_run(config: RunConfig) -> None:
 
 
 def _check_optim(optim: OptimConfig) -> None:
+    _one_of("optim.kind", optim.kind, OPTIMIZERS)
     _above("optim.lr", optim.lr, 0)
     _above("optim.max_grad_norm", optim.max_grad_norm, 0)
     _within("optim.lr", optim.lr, 0, 1e3)
@@ -60,6 +65,14 @@ def _check_optim(optim: OptimConfig) -> None:
     _within("optim.weight_decay", optim.weight_decay, 0, 1e3)
     _within("optim.final_lr_fraction", optim.final_lr_fraction, 0, 1)
     _at_least("optim.warmup_steps", optim.warmup_steps, 0)
+
+
+def _check_memory(memory: MemoryConfig) -> None:
+    _one_of("memory.offload_activations", memory.offload_activations, OFFLOADS)
+    _one_of("memory.chunk", memory.chunk, CHUNKINGS)
+    _at_least("memory.chunk_tokens", memory.chunk_tokens, 1)
+    _within("memory.chunk_keep", memory.chunk_keep, 0.01, 1)
+    _within("memory.limit_gib", memory.limit_gib, 0, math.inf)
 
 
 def check_corpus(config: CorpusConfig) -> None:

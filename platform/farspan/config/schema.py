@@ -78,6 +78,8 @@ class ParallelConfig:
 class OptimConfig:
     """AdamW and its schedule: linear warm-up, then cosine down to `final_lr_fraction`."""
 
+    kind: str = "adamw"
+    """adamw (fp32 states), or adamw8bit (states in blocks of 8 bits, a quarter of the memory)."""
     lr: float = 3e-4
     """Learning rate after the warm-up."""
     beta1: float = 0.9
@@ -115,6 +117,26 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True)
+class MemoryConfig:
+    """What a step gives up to need less memory."""
+
+    tiled_mlp: bool = False
+    """Compute feed-forward layers by tiles of tokens and compute each tile again in backward."""
+    offload_activations: str = "none"
+    """Where tensors kept for backward wait: none (the device), cpu, cxl, nvme."""
+    chunk: str = "none"
+    """none, seco (exact: the sequence goes through the model chunk by chunk), spaco (unbiased: chunks are drawn)."""
+    chunk_tokens: int = 4096
+    """Tokens of a chunk."""
+    chunk_keep: float = 0.5
+    """chunk=spaco: probability with which a chunk is drawn for backward."""
+    limit_gib: float = 0.0
+    """Most memory a process may take on its GPU, or, on a CPU, beyond what it has when it is ready; 0: no limit."""
+    step_down: bool = True
+    """After a rank ran out of memory, go on from the same batch with a plan that needs less."""
+
+
+@dataclass(kw_only=True)
 class ResourcesConfig:
     """What each training process asks Ray for."""
 
@@ -141,6 +163,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
 
 

@@ -94,7 +94,19 @@ class Note:
     text: str
 
 
-EventBody = RunStarted | StepReport | CheckpointPublished | RunFinished | RequestServed | Note
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSteppedDown:
+    """A rank ran out of memory; the run goes on from the same batch with a plan that needs less."""
+
+    step: int
+    """The step that did not fit."""
+    rank: int
+    reason: str
+    change: str
+    """What the new plan does differently."""
+
+
+EventBody = RunStarted | StepReport | CheckpointPublished | RunFinished | RequestServed | PlanSteppedDown | Note
 
 KINDS: dict[str, type[EventBody]] = {
     "run_started": RunStarted,
@@ -102,6 +114,7 @@ KINDS: dict[str, type[EventBody]] = {
     "checkpoint_published": CheckpointPublished,
     "run_finished": RunFinished,
     "request_served": RequestServed,
+    "plan_stepped_down": PlanSteppedDown,
     "note": Note,
 }
 

@@ -156,6 +156,12 @@ def list_checkpoints(output: str) -> list[str]:
     return [uri for uri in uris if is_published(uri)]
 
 
+def newest_step(output: str) -> int:
+    """Steps done at a run's newest checkpoint; 0 when there is none."""
+    uris = list_checkpoints(output)
+    return int(uris[0].rpartition("-")[2]) if uris else 0
+
+
 def on_rank_0(act: Callable[[], Result]) -> Result:
     """Run `act` on rank 0 and give its result, or its error, to every rank: nobody waits for a rank that failed."""
     outcome: list[Any] = [None, None]

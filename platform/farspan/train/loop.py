@@ -5,11 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
 
 from farspan.config.schema import RunConfig
 from farspan.telemetry.events import EventBody, Note, RunFinished
 from farspan.train.build import Training
-from farspan.train.checkpoint import TrainState, load_newest, save_checkpoint, save_model
+from farspan.train.checkpoint import TrainState, load_newest, newest_step, on_rank_0, save_checkpoint, save_model
+from farspan.train.rescue import Rescue, clear_rescue, load_rescue
+from farspan.train.states import load_local_shards, local_shards
 
 
 def train(training: Training, config: RunConfig, tell: Callable[[EventBody], None]) -> str:
@@ -17,19 +22,22 @@ def train(training: Training, config: RunConfig, tell: Callable[[EventBody], Non
     started, tokens = time.perf_counter(), 0
     first = _resume(training, config, tell)
     step = training.step
-    for index in range(first, config.train.steps):
-        report = step.run(index)
-        tokens += report.tokens
-        tell(report)
-        done = index + 1
-        due = config.train.checkpoint_every and done % config.train.checkpoint_every == 0
-        if due or done == config.train.steps:
-            state = _state(training, done)
-            tell(
-                save_checkpoint(
-                    config.output, step.loss, step.optimizer, state, training.tokenizer, training.certificate
+    with _rescue(config) as rescue:
+        rescue.at_boundary(_state(training, first), local_shards(step.loss, step.optimizer))
+        for index in range(first, config.train.steps):
+            report = step.run(index, rescue.moving)
+            tokens += report.tokens
+            tell(report)
+            state = _state(training, index + 1)
+            rescue.at_boundary(state, local_shards(step.loss, step.optimizer))
+            due = config.train.checkpoint_every and state.step % config.train.checkpoint_every == 0
+            if due or state.step == config.train.steps:
+                tell(
+                    save_checkpoint(
+                        config.output, step.loss, step.optimizer, state, training.tokenizer, training.certificate
+                    )
                 )
-            )
+                on_rank_0(lambda: clear_rescue(config.output))
     uri = save_model(config.output, step.loss, training.tokenizer)
     tell(RunFinished(steps=max(0, config.train.steps - first), tokens=tokens, seconds=time.perf_counter() - started))
     return uri
@@ -39,6 +47,10 @@ def _resume(training: Training, config: RunConfig, tell: Callable[[EventBody], N
     if not config.train.resume:
         return 0
     step = training.step
+    rescued = _resume_rescued(training, config)
+    if rescued is not None:
+        tell(Note(text=f"goes on from what was put aside after step {rescued.step}"))
+        return rescued.step
     found = load_newest(config.output, step.loss, step.optimizer, training.state)
     if found is None:
         return 0
@@ -50,6 +62,29 @@ def _resume(training: Training, config: RunConfig, tell: Callable[[EventBody], N
     if state.step >= config.train.steps:
         tell(Note(text=f"train.steps={config.train.steps} is already reached; raise it to go on"))
     return state.step
+
+
+def _rescue(config: RunConfig) -> Rescue:
+    return Rescue(
+        output=config.output,
+        store=dist.distributed_c10d._get_default_store(),
+        rank=dist.get_rank(),
+        num_ranks=dist.get_world_size(),
+    )
+
+
+def _resume_rescued(training: Training, config: RunConfig) -> TrainState | None:
+    """Put back what every rank put aside at one boundary, unless a checkpoint is newer. Collective."""
+    mine = load_rescue(config.output, dist.get_rank(), dist.get_world_size(), training.state)
+    steps: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(steps, None if mine is None else mine[0].step)
+    newest = on_rank_0(lambda: newest_step(config.output))
+    if mine is None or len(set(steps)) != 1 or mine[0].step < newest:
+        return None
+    state, shards = mine
+    load_local_shards(training.step.loss, training.step.optimizer, shards)
+    training.step.cursor = state.cursor
+    return state
 
 
 def _state(training: Training, done: int) -> TrainState:

@@ -38,6 +38,46 @@ def scatter_states(module: nn.Module, optimizer: torch.optim.Optimizer, whole: M
         optimizer.state[weight][key] = _received(whole.get(full_name), weight)
 
 
+def local_shards(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What this rank holds: `weights/<weight>` and `states/<weight>/<state>`. Not collective, nothing is copied."""
+    shards: dict[str, Tensor] = {}
+    for name, weight in module.named_parameters():
+        if not weight.requires_grad:
+            continue
+        shards[f"weights/{name}"] = _local(weight)
+        for key, value in optimizer.state.get(weight, {}).items():
+            shards[f"states/{name}/{key}"] = _local(value)
+    return shards
+
+
+def load_local_shards(module: nn.Module, optimizer: torch.optim.Optimizer, shards: Mapping[str, Tensor]) -> None:
+    """Put what `local_shards` gave on this rank back, on the same number of ranks. Not collective."""
+    weights = dict(module.named_parameters())
+    with torch.no_grad():
+        for full_name, tensor in shards.items():
+            kind, _, rest = full_name.partition("/")
+            if kind == "weights":
+                _local(weights[rest]).copy_(tensor)
+                continue
+            name, _, key = rest.rpartition("/")
+            weight = weights[name]
+            is_scalar = tensor.ndim == 0
+            optimizer.state[weight][key] = tensor if is_scalar else _cut_like(weight, tensor)
+
+
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _cut_like(weight: nn.Parameter, local: Tensor) -> Tensor:
+    local = local.to(weight.device)
+    if not isinstance(weight, DTensor):
+        return local
+    return DTensor.from_local(
+        local, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride(), run_check=False
+    )
+
+
 def _received(tensor: Tensor | None, weight: nn.Parameter) -> Tensor:
     """One state on this rank: cut like its weight, or, for the scalar step count, the same everywhere."""
     shape: list[Any] = [None if tensor is None else (tuple(tensor.shape), tensor.dtype)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -47,8 +47,10 @@ class TrainStep:
         """What the ranks of this sequence send each other, counted."""
         return self.sequence.ranks.all
 
-    def run(self, step: int) -> StepReport:
+    def run(self, step: int, before_update: Callable[[], None] | None = None) -> StepReport:
         """Consume dp * accumulation sequences and change the weights once; `step` counts from 0.
+
+        `before_update` is called when nothing but the change of the weights is left to do.
 
         Raises:
             TrainingError: the loss or the gradient is not finite; weights are left as they were.
@@ -64,6 +66,8 @@ class TrainStep:
         lr = learning_rate(self.optim, step, self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if before_update is not None:
+            before_update()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         num_sequences = self.mesh.dp * self.accumulation
