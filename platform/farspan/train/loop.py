@@ -27,10 +27,10 @@ def train(training: Training, config: RunConfig, tell: Callable[[EventBody], Non
             state = _state(training, done)
             tell(
                 save_checkpoint(
-                    config.output, step.loss, step.optimizer, state, training.tokenizer, training.certificate
+                    config.output, step.weights, state, training.tokenizer, training.certificate, training.adapter
                 )
             )
-    uri = save_model(config.output, step.loss, training.tokenizer)
+    uri = save_model(config.output, step.weights, training.tokenizer, training.adapter)
     tell(RunFinished(steps=max(0, config.train.steps - first), tokens=tokens, seconds=time.perf_counter() - started))
     return uri
 
@@ -39,7 +39,7 @@ def _resume(training: Training, config: RunConfig, tell: Callable[[EventBody], N
     if not config.train.resume:
         return 0
     step = training.step
-    found = load_newest(config.output, step.loss, step.optimizer, training.state)
+    found = load_newest(config.output, step.weights, training.state, training.adapter)
     if found is None:
         return 0
     for reason in found.skipped:
