@@ -41,7 +41,7 @@ def run_with_fault(config: RunConfig, cache: str, rank: int, step: int, place: s
     if place == "forward":
         training.step.loss.model.model.norm.register_forward_pre_hook(no_memory)
     else:
-        training.step.optimizer.register_step_pre_hook(no_memory)
+        training.step.weights.optimizer.register_step_pre_hook(no_memory)
     train(training, config, events.append)
     return events
 

@@ -27,6 +27,7 @@ from farspan.train.build import build
 from farspan.train.ladder import Ladder, Rung
 from farspan.train.limit import memory_limit
 from farspan.train.loop import train
+from farspan.train.rescue import clear_rescue
 
 
 def run_training(config: RunConfig, plan_lines: list[tuple[str, str]], tell: Callable[[EventBody], None]) -> str:
@@ -37,6 +38,8 @@ def run_training(config: RunConfig, plan_lines: list[tuple[str, str]], tell: Cal
     """
     plan = "\n".join(f"{what}: {text}" for what, text in plan_lines)
     tell(RunStarted(config=dump_config(config), plan=plan))
+    if not config.train.resume:
+        clear_rescue(config.output)
     ladder = Ladder(config)
     trouble: OutOfMemoryError | None = None
     while True:

@@ -9,7 +9,15 @@ import math
 from collections.abc import Sequence
 
 from farspan.config.load import nearest
-from farspan.config.schema import CorpusConfig, MemoryConfig, OptimConfig, ParallelConfig, RunConfig, ServeConfig
+from farspan.config.schema import (
+    CorpusConfig,
+    LoraConfig,
+    MemoryConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    ServeConfig,
+)
 from farspan.errors import ConfigError
 
 TRAIN_DTYPES = ("auto", "bfloat16", "float32", "float64")
@@ -17,8 +25,10 @@ SERVE_DTYPES = ("bfloat16", "float32", "float64")
 STRATEGIES = ("ulysses", "ring", "tokenring", "hybrid", "allgather")
 LAYOUTS = ("auto", "contiguous", "zigzag", "document_zigzag")
 OPTIMIZERS = ("adamw", "adamw8bit")
-OFFLOADS = ("none", "cpu", "cxl", "nvme")
 CHUNKINGS = ("none", "seco", "spaco")
+WEIGHTS_ENGINES = ("fsdp2", "deepspeed")
+OFFLOADS = ("none", "cpu")
+ACTIVATION_OFFLOADS = ("none", "cpu", "cxl", "nvme")
 TRANSPORTS = ("auto", "nixl")
 
 
@@ -38,6 +48,8 @@ def check_run(config: RunConfig) -> None:
     _at_least("data.sequence_tokens", data.sequence_tokens, 2)
     _check_optim(config.optim)
     _check_memory(config.memory)
+    _check_weights(config)
+    _check_lora(config.lora)
     _within("seed", config.seed, 0, 2**63 - 1)
     _above("resources.cpus_per_worker", config.resources.cpus_per_worker, 0)
     _within("resources.gpus_per_worker", config.resources.gpus_per_worker, 0, math.inf)
@@ -55,6 +67,45 @@ def check_run(config: RunConfig) -> None:
     _refuse_ragged_stripes(parallel, data.sequence_tokens)
 
 
+def _check_weights(config: RunConfig) -> None:
+    weights = config.weights
+    _one_of("weights.engine", weights.engine, WEIGHTS_ENGINES)
+    _one_of("weights.offload_optimizer", weights.offload_optimizer, OFFLOADS)
+    _within("weights.zero", weights.zero, 1, 3)
+    if weights.engine == "fsdp2" and weights.offload_optimizer != "none":
+        raise ConfigError(
+            "weights.offload_optimizer",
+            "is done by DeepSpeed and must be none for weights.engine=fsdp2",
+            weights.offload_optimizer,
+            "use weights.engine=deepspeed or weights.offload_optimizer=none",
+        )
+    if weights.engine == "deepspeed" and config.model.dtype == "float64":
+        raise ConfigError(
+            "model.dtype",
+            "must not be wider than the fp32 weights that DeepSpeed keeps",
+            config.model.dtype,
+            "use model.dtype=float32 or weights.engine=fsdp2",
+        )
+
+
+def _check_lora(lora: LoraConfig) -> None:
+    _at_least("lora.rank", lora.rank, 0)
+    _above("lora.alpha", lora.alpha, 0)
+    if lora.dropout != 0:
+        raise ConfigError(
+            "lora.dropout",
+            "must be 0: dropped values would depend on the number of processes",
+            lora.dropout,
+            "use lora.dropout=0",
+        )
+    if not lora.targets:
+        raise ConfigError("lora.targets", "must name at least one layer", [], "use lora.targets=[all-linear]")
+    if "all-linear" in lora.targets and len(lora.targets) > 1:
+        raise ConfigError(
+            "lora.targets", "all-linear stands alone", list(lora.targets), "use lora.targets=[all-linear]"
+        )
+
+
 def _check_optim(optim: OptimConfig) -> None:
     _one_of("optim.kind", optim.kind, OPTIMIZERS)
     _above("optim.lr", optim.lr, 0)
@@ -68,7 +119,7 @@ def _check_optim(optim: OptimConfig) -> None:
 
 
 def _check_memory(memory: MemoryConfig) -> None:
-    _one_of("memory.offload_activations", memory.offload_activations, OFFLOADS)
+    _one_of("memory.offload_activations", memory.offload_activations, ACTIVATION_OFFLOADS)
     _one_of("memory.chunk", memory.chunk, CHUNKINGS)
     _at_least("memory.chunk_tokens", memory.chunk_tokens, 1)
     _within("memory.chunk_keep", memory.chunk_keep, 0.01, 1)

@@ -75,6 +75,32 @@ class ParallelConfig:
 
 
 @dataclass(kw_only=True)
+class WeightsConfig:
+    """How weights, gradients and AdamW's states are cut over the processes."""
+
+    engine: str = "fsdp2"
+    """fsdp2 (torch's own), or deepspeed (ZeRO; needs the extra `deepspeed`)."""
+    zero: int = 3
+    """engine=deepspeed: 1 cuts AdamW's states, 2 gradients too, 3 weights too."""
+    offload_optimizer: str = "none"
+    """engine=deepspeed: none, or cpu to keep AdamW's states and the fp32 weights in host memory."""
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Train two small matrices beside each chosen one instead of the model's own weights."""
+
+    rank: int = 0
+    """Inner size of the two matrices; 0: no LoRA, every weight is trained."""
+    alpha: float = 16.0
+    """Their product is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Must be 0: which values are dropped would depend on the number of processes."""
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Names of linear layers (q_proj, ...), or all-linear: every one but the head."""
+
+
+@dataclass(kw_only=True)
 class OptimConfig:
     """AdamW and its schedule: linear warm-up, then cosine down to `final_lr_fraction`."""
 
@@ -161,6 +187,8 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)

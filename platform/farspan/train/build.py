@@ -14,14 +14,17 @@ from farspan.data.reader import Corpus, Reader, open_corpus
 from farspan.errors import ConfigError
 from farspan.models.attention import use_farspan_attention
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer, make_config, open_config, random_causal_lm
+from farspan.models.lora import Adapter, add_adapter
 from farspan.models.parts import decoder_layers
-from farspan.parallel.mesh import make_mesh
-from farspan.parallel.shard import shard_weights
+from farspan.parallel.mesh import Mesh, make_mesh
 from farspan.parallel.strategy import SequenceParallel, SequenceRanks
 from farspan.storage.publish import fetch_folder
 from farspan.train.checkpoint import TrainState
+from farspan.train.fsdp2 import Fsdp2Weights
 from farspan.train.loss import PackedLoss
 from farspan.train.step import TrainStep
+from farspan.train.weights import WeightsEngine
+from farspan.train.zero import ZeroWeights, refuse_without_deepspeed
 from farspan.verify.certificate import read_certificate, refuse_certificate
 from farspan.verify.selfcheck import check_model
 
@@ -35,6 +38,8 @@ class Training:
     state: TrainState
     certificate: str | None = None
     """What the doctor found about this model and layout, as JSON; kept beside checkpoints."""
+    adapter: Adapter | None = None
+    """What is trained instead of the model's own weights."""
 
 
 def build(config: RunConfig, device: torch.device, cache: Path | None = None) -> Training:
@@ -42,20 +47,21 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
 
     Every rank makes the whole model on the CPU once and keeps its shard of it.
     """
+    if config.weights.engine == "deepspeed":
+        refuse_without_deepspeed()
     cache = cache or Path(tempfile.mkdtemp(prefix="farspan-cache-"))
     corpus = open_corpus(config.data.corpus, cache / "corpus")
     model = _model(config, corpus, cache)
     check_model(model.config)
     certificate = required_certificate(config, model.config)
+    adapter = _adapter(config, model, device)
     use_farspan_attention(model)
     if config.train.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     mesh = make_mesh(device.type, config.parallel.sp, config.parallel.ulysses, timeout_s=config.resources.timeout_s)
-    loss = PackedLoss(model.to(device), config.train.loss_tile_tokens)
-    shard_weights(loss, decoder_layers(model), mesh.all, compute_dtype(config.model.dtype, device))
+    loss = PackedLoss(model.to(device), config.train.loss_tile_tokens).train()
     step = TrainStep(
-        loss=loss.train(),
-        optimizer=_optimizer(config, loss),
+        weights=_engine(config, loss, mesh, device),
         optim=config.optim,
         num_steps=config.train.steps,
         accumulation=config.train.accumulation,
@@ -65,7 +71,8 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
         device=device,
     )
     state = TrainState(0, 0, config.seed, config.data.sequence_tokens, corpus.fingerprint)
-    return Training(step=step, tokenizer=load_tokenizer(corpus.tokenizer_folder), state=state, certificate=certificate)
+    tokenizer = load_tokenizer(corpus.tokenizer_folder)
+    return Training(step=step, tokenizer=tokenizer, state=state, certificate=certificate, adapter=adapter)
 
 
 def required_certificate(config: RunConfig, model: PretrainedConfig) -> str | None:
@@ -135,13 +142,15 @@ def _refuse_small_vocabulary(config: PretrainedConfig, corpus: Corpus) -> None:
         )
 
 
-def _optimizer(config: RunConfig, loss: PackedLoss) -> torch.optim.Optimizer:
-    # Weight decay pulls matrices only: decaying norms and biases changes the model's scale for nothing.
-    decayed = [p for p in loss.parameters() if p.ndim >= 2]
-    others = [p for p in loss.parameters() if p.ndim < 2]
-    optim = config.optim
-    return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=optim.lr,
-        betas=(optim.beta1, optim.beta2),
-    )
+def _adapter(config: RunConfig, model: PreTrainedModel, device: torch.device) -> Adapter | None:
+    if config.lora.rank == 0:
+        return None
+    base = config.model.source or f"random {config.model.architecture}, seed {config.seed}"
+    return add_adapter(model, config.lora, base, config.seed, compute_dtype(config.model.dtype, device))
+
+
+def _engine(config: RunConfig, loss: PackedLoss, mesh: Mesh, device: torch.device) -> WeightsEngine:
+    dtype = compute_dtype(config.model.dtype, device)
+    if config.weights.engine == "deepspeed":
+        return ZeroWeights(loss, mesh, dtype, config.optim, config.weights)
+    return Fsdp2Weights(loss, decoder_layers(loss.model), mesh.all, dtype, config.optim)

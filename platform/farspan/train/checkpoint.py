@@ -1,7 +1,8 @@
 """Resumable checkpoints: an ordinary Hugging Face folder with the optimizer's states and the cursor beside it.
 
 `<output>/checkpoints/step-00000050/` holds config, tokenizer, model.safetensors (fp32 weights), optimizer.safetensors
-and train_state.json; it appears whole or not at all (storage.publish). Tensors are gathered on rank 0.
+and train_state.json; with LoRA, the adapter in peft's format instead of the model, and which model it belongs to. It
+appears whole or not at all (storage.publish). Tensors are gathered on rank 0, whichever engine keeps them.
 """
 
 from __future__ import annotations
@@ -18,28 +19,20 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    set_model_state_dict,
-)
 from transformers import PreTrainedTokenizerBase
 
 from farspan.errors import CheckpointError, CorruptDataError, FarspanError, NotFoundError, TrainingError
 from farspan.models.checkpoint import load_causal_lm, save_causal_lm
+from farspan.models.lora import Adapter, is_adapter_folder, load_adapter, merged_weights, save_adapter
 from farspan.storage.door import open_store
 from farspan.storage.publish import fetch_folder, is_published, publish_folder
 from farspan.telemetry.events import CheckpointPublished
-from farspan.train.loss import PackedLoss
-from farspan.train.states import gather_states, scatter_states
+from farspan.train.weights import WeightsEngine
 from farspan.verify.certificate import CERTIFICATE
 
 Result = TypeVar("Result")
 
 _OPTIMIZER, _STATE = "optimizer.safetensors", "train_state.json"
-# Every rank calls; only rank 0 receives or provides the whole tensors.
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-_FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 
 @dataclass(frozen=True)
@@ -74,11 +67,11 @@ class TrainState:
 
 def save_checkpoint(
     output: str,
-    loss: PackedLoss,
-    optimizer: torch.optim.Optimizer,
+    engine: WeightsEngine,
     state: TrainState,
     tokenizer: PreTrainedTokenizerBase,
     certificate: str | None = None,
+    adapter: Adapter | None = None,
 ) -> CheckpointPublished:
     """Publish a checkpoint of all ranks; collective. Every rank returns, or every rank raises.
 
@@ -86,14 +79,18 @@ def save_checkpoint(
         StorageError: rank 0 could not publish; nothing half-written is visible.
     """
     started = time.perf_counter()
-    weights = get_model_state_dict(loss, options=_WHOLE)
-    states = gather_states(loss, optimizer)
+    weights = engine.whole_weights(trained_only=adapter is not None)
+    states = engine.whole_states()
     uri = f"{output.rstrip('/')}/checkpoints/step-{state.step:08d}"
 
     def publish() -> int:
         with tempfile.TemporaryDirectory(prefix="farspan-checkpoint-") as scratch:
             folder = Path(scratch) / "checkpoint"
-            save_causal_lm(folder, loss.model.config, _model_names(weights), tokenizer)
+            if adapter is None:
+                save_causal_lm(folder, engine.module.model.config, _model_names(weights), tokenizer)
+            else:
+                save_adapter(folder, adapter, _model_names(weights))
+                tokenizer.save_pretrained(folder)
             save_file(states, folder / _OPTIMIZER)
             (folder / _STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
             if certificate is not None:
@@ -105,26 +102,37 @@ def save_checkpoint(
     return CheckpointPublished(step=state.step, uri=uri, seconds=time.perf_counter() - started, bytes=num_bytes)
 
 
-def save_model(output: str, loss: PackedLoss, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Publish the weights alone as `<output>/model`, an ordinary Hugging Face folder; collective."""
-    weights = get_model_state_dict(loss, options=_WHOLE)
-    uri = f"{output.rstrip('/')}/model"
+def save_model(
+    output: str, engine: WeightsEngine, tokenizer: PreTrainedTokenizerBase, adapter: Adapter | None = None
+) -> str:
+    """Publish the weights alone as `<output>/model`, an ordinary Hugging Face folder; collective.
+
+    An adapter is merged into it, and published by itself as `<output>/adapter`.
+    """
+    weights = engine.whole_weights(trained_only=False)
+    output = output.rstrip("/")
+    config = engine.module.model.config
 
     def publish() -> str:
+        named = _model_names(weights)
         with tempfile.TemporaryDirectory(prefix="farspan-model-") as scratch:
-            folder = Path(scratch) / "model"
-            save_causal_lm(folder, loss.model.config, _model_names(weights), tokenizer)
-            publish_folder(folder, uri)
-        return uri
+            if adapter is not None:
+                matrices = {name: t for name, t in named.items() if ".lora_" in name}
+                save_adapter(Path(scratch) / "adapter", adapter, matrices)
+                publish_folder(Path(scratch) / "adapter", f"{output}/adapter")
+                named = merged_weights(config, adapter.config, named, next(iter(matrices.values())).dtype)
+            save_causal_lm(Path(scratch) / "model", config, named, tokenizer)
+            publish_folder(Path(scratch) / "model", f"{output}/model")
+        return f"{output}/model"
 
     return on_rank_0(publish)
 
 
-def load_newest(output: str, loss: PackedLoss, optimizer: torch.optim.Optimizer, now: TrainState) -> Resumed | None:
-    """Put the newest whole checkpoint of a run into the model and optimizer; None when there is none. Collective.
+def load_newest(output: str, engine: WeightsEngine, now: TrainState, adapter: Adapter | None = None) -> Resumed | None:
+    """Put the newest whole checkpoint of a run into the engine; None when there is none. Collective.
 
     Raises:
-        CheckpointError: the checkpoint belongs to other data.
+        CheckpointError: the checkpoint belongs to other data, another adapter or another base model.
     """
     weights: dict[str, Any] = {}
     states: dict[str, Tensor] = {}
@@ -136,14 +144,13 @@ def load_newest(output: str, loss: PackedLoss, optimizer: torch.optim.Optimizer,
             if found is None:
                 return None
             folder, resumed = found
-            weights.update(_read_weights(folder, loss))
+            weights.update(_read_weights(folder, engine, adapter))
             states.update(load_file(folder / _OPTIMIZER))
             return resumed
 
     resumed = on_rank_0(read)
     if resumed is not None:
-        set_model_state_dict(loss, weights, options=_FROM_RANK_0)
-        scatter_states(loss, optimizer, states)
+        engine.load(weights, states, trained_only=adapter is not None)
     return resumed
 
 
@@ -196,7 +203,16 @@ def _model_names(weights: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
 
 
-def _read_weights(folder: Path, loss: PackedLoss) -> dict[str, Tensor]:
+def _read_weights(folder: Path, engine: WeightsEngine, adapter: Adapter | None) -> dict[str, Tensor]:
+    if is_adapter_folder(folder) != (adapter is not None):
+        was, is_now = ("an adapter", "every weight") if adapter is None else ("every weight", "an adapter")
+        raise CheckpointError(
+            "lora.rank",
+            f"the checkpoint holds {was}, this run trains {is_now}; "
+            "restore it, choose another output, or set train.resume=false",
+        )
+    if adapter is not None:
+        return {f"model.{name}": tensor for name, tensor in load_adapter(folder, adapter).items()}
     # Through transformers, which renames some models' weights when it saves and back when it loads.
-    dtype = next(loss.parameters()).dtype
+    dtype = torch.promote_types(next(engine.module.parameters()).dtype, torch.float32)
     return {f"model.{name}": tensor for name, tensor in load_causal_lm(folder, dtype).state_dict().items()}

@@ -14,7 +14,6 @@ from farspan.telemetry.events import EventBody, Note, RunFinished
 from farspan.train.build import Training
 from farspan.train.checkpoint import TrainState, load_newest, newest_step, on_rank_0, save_checkpoint, save_model
 from farspan.train.rescue import Rescue, clear_rescue, load_rescue
-from farspan.train.states import load_local_shards, local_shards
 
 
 def train(training: Training, config: RunConfig, tell: Callable[[EventBody], None]) -> str:
@@ -23,35 +22,35 @@ def train(training: Training, config: RunConfig, tell: Callable[[EventBody], Non
     first = _resume(training, config, tell)
     step = training.step
     with _rescue(config) as rescue:
-        rescue.at_boundary(_state(training, first), local_shards(step.loss, step.optimizer))
+        rescue.at_boundary(_state(training, first), step.weights.held())
         for index in range(first, config.train.steps):
             report = step.run(index, rescue.moving)
             tokens += report.tokens
             tell(report)
             state = _state(training, index + 1)
-            rescue.at_boundary(state, local_shards(step.loss, step.optimizer))
+            rescue.at_boundary(state, step.weights.held())
             due = config.train.checkpoint_every and state.step % config.train.checkpoint_every == 0
             if due or state.step == config.train.steps:
                 tell(
                     save_checkpoint(
-                        config.output, step.loss, step.optimizer, state, training.tokenizer, training.certificate
+                        config.output, step.weights, state, training.tokenizer, training.certificate, training.adapter
                     )
                 )
                 on_rank_0(lambda: clear_rescue(config.output))
-    uri = save_model(config.output, step.loss, training.tokenizer)
+    uri = save_model(config.output, step.weights, training.tokenizer, training.adapter)
     tell(RunFinished(steps=max(0, config.train.steps - first), tokens=tokens, seconds=time.perf_counter() - started))
     return uri
 
 
 def _resume(training: Training, config: RunConfig, tell: Callable[[EventBody], None]) -> int:
-    if not config.train.resume:
-        return 0
     step = training.step
     rescued = _resume_rescued(training, config)
     if rescued is not None:
         tell(Note(text=f"goes on from what was put aside after step {rescued.step}"))
         return rescued.step
-    found = load_newest(config.output, step.loss, step.optimizer, training.state)
+    if not config.train.resume:
+        return 0
+    found = load_newest(config.output, step.weights, training.state, training.adapter)
     if found is None:
         return 0
     for reason in found.skipped:
@@ -82,7 +81,7 @@ def _resume_rescued(training: Training, config: RunConfig) -> TrainState | None:
     if mine is None or len(set(steps)) != 1 or mine[0].step < newest:
         return None
     state, shards = mine
-    load_local_shards(training.step.loss, training.step.optimizer, shards)
+    training.step.weights.put_back(shards)
     training.step.cursor = state.cursor
     return state
 

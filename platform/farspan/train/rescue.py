@@ -103,7 +103,7 @@ class Rescue:
     def _put_aside(self) -> None:
         done = "nothing"
         with self._lock:
-            if self._state is not None:
+            if self._state is not None and self._shards:
                 try:
                     self._publish(self._state)
                     done = "all"

@@ -78,6 +78,14 @@ def _cut_like(weight: nn.Parameter, local: Tensor) -> Tensor:
     )
 
 
+def scatter_weights(module: nn.Module, whole: Mapping[str, Tensor]) -> None:
+    """Put whole weights (read on rank 0) into the trained ones of `module`, each rank keeping its shard."""
+    for name, weight in module.named_parameters():
+        if weight.requires_grad:
+            with torch.no_grad():
+                weight.copy_(_received(whole.get(name), weight))
+
+
 def _received(tensor: Tensor | None, weight: nn.Parameter) -> Tensor:
     """One state on this rank: cut like its weight, or, for the scalar step count, the same everywhere."""
     shape: list[Any] = [None if tensor is None else (tuple(tensor.shape), tensor.dtype)]

@@ -7,12 +7,11 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from farspan.batch import IGNORED_LABEL, ShardedBatch
 from farspan.config.schema import OptimConfig
@@ -25,14 +24,14 @@ from farspan.parallel.strategy import SequenceParallel
 from farspan.parallel.whole import WholeSequence
 from farspan.telemetry.events import StepReport
 from farspan.train.loss import PackedLoss
+from farspan.train.weights import WeightsEngine
 
 
 @dataclass
 class TrainStep:
     """Everything one step touches. `cursor` counts the sequences the whole run has consumed."""
 
-    loss: PackedLoss
-    optimizer: torch.optim.Optimizer
+    weights: WeightsEngine
     optim: OptimConfig
     num_steps: int
     accumulation: int
@@ -41,6 +40,11 @@ class TrainStep:
     reader: Reader
     device: torch.device
     cursor: int = 0
+
+    @property
+    def loss(self) -> PackedLoss:
+        """The model and its loss; its weights are cut by the engine."""
+        return self.weights.module
 
     @property
     def exchange(self) -> Exchange:
@@ -57,19 +61,15 @@ class TrainStep:
         """
         started, sent_before = time.perf_counter(), self.exchange.bytes_sent
         loss, num_labels = self.backward()
-        grad_norm = self._clip()
-        if not (torch.isfinite(loss) and torch.isfinite(grad_norm)):
+        lr = learning_rate(self.optim, step, self.num_steps)
+        if before_update is not None:
+            before_update()
+        grad_norm = self.weights.step(lr) if torch.isfinite(loss) else torch.tensor(math.nan)
+        if not torch.isfinite(grad_norm):
             raise TrainingError(
                 f"step {step + 1}: loss {loss.item():g}, gradient norm {grad_norm.item():g}; weights were not changed; "
                 f"lower optim.lr ({self.optim.lr:g}) or optim.max_grad_norm and resume from the last checkpoint"
             )
-        lr = learning_rate(self.optim, step, self.num_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        if before_update is not None:
-            before_update()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         num_sequences = self.mesh.dp * self.accumulation
         self.cursor += num_sequences
         tokens = num_sequences * self.reader.plan.sequence_tokens
@@ -90,13 +90,17 @@ class TrainStep:
         )
 
     def backward(self) -> tuple[Tensor, Tensor]:
-        """Gradients of one step into the weights' `.grad`; (mean loss, number of labels) over all ranks.
+        """Gradients of one step into the engine; (mean loss, number of labels) over all ranks.
 
         The cursor does not move: called twice, it computes the same sequences twice.
         """
         shards = list(self._shards())
         num_labels = self._over_all_ranks(sum((s.labels_T != IGNORED_LABEL).sum() for s, *_ in shards))
-        loss = self._over_all_ranks(sum(self._forward_backward(*shard, num_labels) for shard in shards))
+        losses = [
+            self.weights.forward_backward(shard, attention, num_labels, whole, last=index + 1 == len(shards))
+            for index, (shard, attention, whole) in enumerate(shards)
+        ]
+        loss = self._over_all_ranks(sum(losses))
         return loss, num_labels
 
     def _shards(self) -> Iterator[tuple[ShardedBatch, Strategy, WholeSequence]]:
@@ -113,21 +117,10 @@ class TrainStep:
             whole = WholeSequence(batch.bounds, self.exchange, layout)
             yield on_device, self.sequence.attention(layout, batch.bounds), whole
 
-    def _forward_backward(
-        self, shard: ShardedBatch, attention: Strategy, whole: WholeSequence, num_labels: Tensor
-    ) -> Tensor:
-        loss = self.loss(shard, attention, num_labels, whole)
-        loss.backward()
-        return cast(Tensor, loss.detach())
-
     def _over_all_ranks(self, value: Any, op: Any = dist.ReduceOp.SUM) -> Tensor:
         total = torch.as_tensor(value, dtype=torch.float64, device=self.device).clone()
         dist.all_reduce(total, op=op, group=self.mesh.all.get_group())
         return total
-
-    def _clip(self) -> Tensor:
-        norm = torch.nn.utils.clip_grad_norm_(self.loss.parameters(), self.optim.max_grad_norm)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:

@@ -1,0 +1,169 @@
+"""LoRA by peft: small trained matrices beside frozen linear layers, saved in peft's format and merged for serving.
+
+The layers are injected into the transformers model, whose class and names stay: everything that finds its way through
+the model still does. Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import xxhash
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from farspan.config.schema import LoraConfig
+from farspan.errors import CheckpointError, ConfigError
+
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_BASE_DIGEST = "adapter_base.json"
+_NAME = "default"
+_PREFIX = "base_model.model."
+# What must be the same for saved matrices to mean the same.
+_SETTINGS = ("r", "lora_alpha", "target_modules")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a model was given to train, and the frozen model it belongs to."""
+
+    config: peft.LoraConfig
+    base: str
+    """Folder of the frozen model, or how its random weights were made."""
+    base_digest: str
+    """xxh3 over the frozen model's weights: the same folder may hold another model later."""
+
+
+def add_adapter(model: PreTrainedModel, lora: LoraConfig, base: str, seed: int, frozen: torch.dtype) -> Adapter:
+    """Freeze `model` in the type `frozen` and put matrices A and B beside its layers, in the model's own type.
+
+    A is random, a function of `seed`; B is zero, so the model starts as it was.
+
+    Raises:
+        ConfigError: no layer has such a name, or one of them is not a linear layer or is the head.
+    """
+    wide = next(model.parameters()).dtype
+    digest = _digest(model)
+    targets = "all-linear" if list(lora.targets) == ["all-linear"] else list(lora.targets)
+    config = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM", base_model_name_or_path=base
+    )
+    head = model.get_output_embeddings()
+    # Before the layers are made, which take the type of the weight they stand beside.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            peft.inject_adapter_in_model(config, model, _NAME)
+        except ValueError as problem:
+            raise _wrong_targets(lora, " ".join(str(problem).split())) from None
+    for name, layer in _layers(model).items():
+        if layer.get_base_layer() is head or not isinstance(layer, LoraLinear):
+            raise _wrong_targets(lora, f"{name} is the head or not a linear layer")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(wide if parameter.requires_grad else frozen)
+    return Adapter(config, base, digest)
+
+
+def save_adapter(out: Path, adapter: Adapter, weights: Mapping[str, Tensor]) -> None:
+    """Write a folder that `peft.PeftModel.from_pretrained` opens. `weights` are whole, by the model's own names."""
+    out.mkdir(parents=True, exist_ok=True)
+    named = {_PREFIX + name.replace(f".{_NAME}.", "."): t.contiguous() for name, t in weights.items()}
+    save_file(named, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config = copy.copy(adapter.config)
+    config.inference_mode = True
+    config.save_pretrained(str(out))
+    (out / _BASE_DIGEST).write_text(json.dumps({"xxh3_128": adapter.base_digest}), encoding="utf-8")
+
+
+def load_adapter(folder: Path, adapter: Adapter) -> dict[str, Tensor]:
+    """The matrices of a folder, by the names of a model that `adapter` was added to.
+
+    Raises:
+        CheckpointError: they were trained with other settings, or beside another model.
+    """
+    saved = _read(folder, ADAPTER_CONFIG)
+    for field in _SETTINGS:
+        was, is_now = _plain(saved.get(field)), _plain(getattr(adapter.config, field))
+        if was != is_now:
+            raise CheckpointError(
+                str(folder), f"the adapter was trained with {field}={was}, this run has {is_now}; restore it in `lora`"
+            )
+    if _read(folder, _BASE_DIGEST).get("xxh3_128") != adapter.base_digest:
+        raise CheckpointError(
+            str(folder), f"the adapter was trained beside other weights than those of {adapter.base}; restore them"
+        )
+    return read_matrices(folder)
+
+
+def read_matrices(folder: Path) -> dict[str, Tensor]:
+    """The matrices of a folder in peft's format, by the names of the model they are injected into."""
+    names = {}
+    for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
+        layer, _, weight = name.removeprefix(_PREFIX).rpartition(".")
+        names[f"{layer}.{_NAME}.{weight}"] = tensor
+    return names
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    """Whether a folder holds an adapter instead of a model."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def merged_weights(
+    model: PretrainedConfig, config: peft.LoraConfig, weights: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Whole weights of a model with an adapter -> those of the plain model that computes the same, in `dtype`."""
+    with torch.device("meta"):
+        shell = AutoModelForCausalLM.from_config(model, dtype=dtype)
+        peft.inject_adapter_in_model(copy.deepcopy(config), shell, _NAME)
+    shell.load_state_dict({name: t.to(dtype) for name, t in weights.items()}, strict=False, assign=True)
+    for layer in _layers(shell).values():
+        layer.merge()
+    merged = {name.replace(".base_layer.", "."): t for name, t in shell.state_dict().items() if ".lora_" not in name}
+    assert not any(t.is_meta for t in merged.values()), "every weight was given"
+    return merged
+
+
+def _layers(model: nn.Module) -> dict[str, LoraLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _wrong_targets(lora: LoraConfig, reason: str) -> ConfigError:
+    return ConfigError(
+        "lora.targets",
+        f"must name linear layers of the model other than its head ({reason})",
+        list(lora.targets),
+        "use lora.targets=[all-linear]",
+    )
+
+
+def _digest(model: nn.Module) -> str:
+    digest = xxhash.xxh3_128()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        raise CheckpointError(str(folder), f"has no readable {name}; give a folder that holds an adapter") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(str(folder), f"{name} does not hold an object; copy the folder again")
+    return content
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (list, set)) else value
