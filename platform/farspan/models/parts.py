@@ -8,14 +8,13 @@ here, by the config fields that name them. A model that does more is found by th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from farspan.errors import ModelError
 
-Head = Callable[[Tensor], Tensor]
 # The one family that multiplies where every other one divides.
 _MULTIPLIES = ("hyperclovax",)
 
@@ -48,26 +47,40 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return list(lists[0])
 
 
-def trunk_and_head(model: PreTrainedModel) -> tuple[nn.Module, Head]:
-    """(module giving the last hidden states, function from hidden_TE to logits_TV) of a causal model.
+@dataclass(frozen=True)
+class LinearHead:
+    """From hidden states to logits: a linear layer (perhaps with an adapter), a factor, a soft cap."""
+
+    linear: nn.Module
+    factor: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, hidden_TE: Tensor) -> Tensor:
+        """logits_TV."""
+        logits_TV: Tensor = self.linear(hidden_TE)
+        if self.factor != 1.0:
+            logits_TV = logits_TV * self.factor
+        return logits_TV if self.softcap is None else (logits_TV / self.softcap).tanh() * self.softcap
+
+    @property
+    def plain(self) -> nn.Linear | None:
+        """The layer, if its weight and bias say all it does; none for adapters and quantized weights."""
+        linear = self.linear
+        return linear if isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward else None
+
+
+def trunk_and_head(model: PreTrainedModel) -> tuple[nn.Module, LinearHead]:
+    """(module giving the last hidden states, head from hidden_TE to logits_TV) of a causal model.
 
     Raises:
         ModelError: the model has no linear head.
     """
-    trunk, head = trunk_of(model), model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
+    trunk, linear = trunk_of(model), model.get_output_embeddings()
+    # An adapter keeps the layer it adds to under this name.
+    if not isinstance(getattr(linear, "base_layer", linear), nn.Linear):
         raise ModelError(f"{type(model).__name__} has no plain linear head")
     text = model.config.get_text_config(decoder=True)
-    factor = _factor(text)
-    softcap = getattr(text, "final_logit_softcapping", None)
-
-    def logits(hidden_TE: Tensor) -> Tensor:
-        logits_TV = head(hidden_TE)
-        if factor != 1.0:
-            logits_TV = logits_TV * factor
-        return logits_TV if softcap is None else (logits_TV / softcap).tanh() * softcap
-
-    return trunk, logits
+    return trunk, LinearHead(linear, _factor(text), getattr(text, "final_logit_softcapping", None))
 
 
 def _factor(text: object) -> float:
