@@ -15,10 +15,17 @@ from tests.support.corpus import REPOSITORY, small_corpus
 from tests.support.local_ray import LocalRay
 from tests.support.runs import tiny_run
 
-from farspan.errors import ClusterError, ConfigError, CorruptDataError
+from farspan.errors import ClusterError, ConfigError, CorruptDataError, OutOfMemoryError
 from farspan.jobs.submit import follow, submit_training
 from farspan.jobs.train import run_training
-from farspan.telemetry.events import CheckpointPublished, EventBody, RunFinished, RunStarted, StepReport
+from farspan.telemetry.events import (
+    CheckpointPublished,
+    EventBody,
+    PlanSteppedDown,
+    RunFinished,
+    RunStarted,
+    StepReport,
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +65,30 @@ def test_a_run_on_two_workers_tells_every_step_and_publishes_its_model(
     assert [step.step for step in steps] == [1, 2, 3, 4]
     assert steps[-1].loss < steps[0].loss
     assert (Path(uri) / "model.safetensors").is_file()
+
+
+def test_a_run_that_does_not_fit_its_memory_goes_on_with_smaller_tiles(
+    ray_cluster: LocalRay, corpus: str, tmp_path: Path
+) -> None:
+    """The logits of 4096 tokens are 1 GiB, and so is their gradient."""
+    tight = ["data.sequence_tokens=4096", "train.loss_tile_tokens=4096", "memory.limit_gib=1.75"]
+    big = [*tight, "model.dtype=float32", "model.settings.num_hidden_layers=1", "train.steps=2"]
+    events: list[EventBody] = []
+    config = tiny_run(corpus, str(tmp_path / "run"), *big, vocab_size=65536)
+    run_training(config, [], events.append)
+    (stepped,) = [event for event in events if isinstance(event, PlanSteppedDown)]
+    assert (stepped.step, stepped.rank) == (1, 0)
+    assert "loss tiles 4096 -> 2048 tokens" in stepped.change
+    assert "memory" in stepped.reason
+    assert [event.step for event in events if isinstance(event, StepReport)] == [1, 2]
+    assert isinstance(events[-1], RunFinished)
+
+
+def test_a_run_that_may_not_step_down_says_what_it_lacked(ray_cluster: LocalRay, corpus: str, tmp_path: Path) -> None:
+    tight = ["memory.limit_gib=0.01", "memory.step_down=false", "data.sequence_tokens=4096"]
+    config = tiny_run(corpus, str(tmp_path / "run"), *tight, "train.loss_tile_tokens=4096", vocab_size=65536)
+    with pytest.raises(OutOfMemoryError, match="rank 0 ran out of memory in step 1"):
+        run_training(config, [], lambda event: None)
 
 
 def test_an_error_a_worker_raises_on_purpose_arrives_as_itself(

@@ -71,6 +71,7 @@ LAYOUTS = {
     "dp 2 x sp 2": ["parallel.workers=4", "parallel.sp=2"],
     "sp 2, accumulation 3": ["parallel.workers=2", "parallel.sp=2", "train.accumulation=3"],
     "sp 2, recompute": ["parallel.workers=2", "parallel.sp=2", "train.recompute=true"],
+    "sp 2, tiled mlp": ["parallel.workers=2", "parallel.sp=2", "memory.tiled_mlp=true", "memory.mlp_tile_tokens=7"],
     "ring 2": ["parallel.workers=2", "parallel.sp=2", "parallel.strategy=ring"],
     "ring 4, zigzag of each document": [
         *["parallel.workers=4", "parallel.sp=4", "parallel.strategy=ring", "parallel.layout=document_zigzag"]

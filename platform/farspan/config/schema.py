@@ -148,6 +148,8 @@ class MemoryConfig:
 
     tiled_mlp: bool = False
     """Compute feed-forward layers by tiles of tokens and compute each tile again in backward."""
+    mlp_tile_tokens: int = 2048
+    """Tokens of such a tile."""
     offload_activations: str = "none"
     """Where tensors kept for backward wait: none (the device), cpu, cxl, nvme."""
     chunk: str = "none"

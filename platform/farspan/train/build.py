@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from farspan.activations.tiled import tile_mlps
 from farspan.config.schema import RunConfig
 from farspan.data.reader import Corpus, Reader, open_corpus
 from farspan.errors import ConfigError
@@ -58,10 +60,11 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
     use_farspan_attention(model)
     if config.train.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    tiled = tile_mlps(model, decoder_layers(model), config.memory.mlp_tile_tokens) if config.memory.tiled_mlp else []
     mesh = make_mesh(device.type, config.parallel.sp, config.parallel.ulysses, timeout_s=config.resources.timeout_s)
     loss = PackedLoss(model.to(device), config.train.loss_tile_tokens).train()
     step = TrainStep(
-        weights=_engine(config, loss, mesh, device),
+        weights=_engine(config, loss, mesh, device, tiled),
         optim=config.optim,
         num_steps=config.train.steps,
         accumulation=config.train.accumulation,
@@ -149,8 +152,10 @@ def _adapter(config: RunConfig, model: PreTrainedModel, device: torch.device) ->
     return add_adapter(model, config.lora, base, config.seed, compute_dtype(config.model.dtype, device))
 
 
-def _engine(config: RunConfig, loss: PackedLoss, mesh: Mesh, device: torch.device) -> WeightsEngine:
+def _engine(
+    config: RunConfig, loss: PackedLoss, mesh: Mesh, device: torch.device, tiled: list[nn.Module]
+) -> WeightsEngine:
     dtype = compute_dtype(config.model.dtype, device)
     if config.weights.engine == "deepspeed":
-        return ZeroWeights(loss, mesh, dtype, config.optim, config.weights)
+        return ZeroWeights(loss, mesh, dtype, config.optim, config.weights, tiled)
     return Fsdp2Weights(loss, decoder_layers(loss.model), mesh.all, dtype, config.optim)

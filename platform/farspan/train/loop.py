@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from farspan.config.schema import RunConfig
 from farspan.telemetry.events import EventBody, Note, RunFinished
@@ -22,13 +23,13 @@ def train(training: Training, config: RunConfig, tell: Callable[[EventBody], Non
     first = _resume(training, config, tell)
     step = training.step
     with _rescue(config) as rescue:
-        rescue.at_boundary(_state(training, first), step.weights.held())
+        rescue.at_boundary(_state(training, first), _held(training, config))
         for index in range(first, config.train.steps):
             report = step.run(index, rescue.moving)
             tokens += report.tokens
             tell(report)
             state = _state(training, index + 1)
-            rescue.at_boundary(state, step.weights.held())
+            rescue.at_boundary(state, _held(training, config))
             due = config.train.checkpoint_every and state.step % config.train.checkpoint_every == 0
             if due or state.step == config.train.steps:
                 tell(
@@ -70,6 +71,10 @@ def _rescue(config: RunConfig) -> Rescue:
         rank=dist.get_rank(),
         num_ranks=dist.get_world_size(),
     )
+
+
+def _held(training: Training, config: RunConfig) -> dict[str, Tensor]:
+    return training.step.weights.held() if config.memory.step_down else {}
 
 
 def _resume_rescued(training: Training, config: RunConfig) -> TrainState | None:

@@ -14,6 +14,7 @@ import json
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from farspan.errors import CorruptDataError, FarspanError, NotFoundError, OutOfMemoryError
+from farspan.errors import CorruptDataError, NotFoundError, OutOfMemoryError
 from farspan.storage.door import open_store
 from farspan.storage.paths import join_uri
 from farspan.storage.publish import fetch_folder, publish_folder
@@ -69,7 +70,9 @@ class Rescue:
     ) -> None:
         assert self._thread is not None
         failed = error is not None and is_out_of_memory(error)
-        if failed:
+        if failed and self._shards:
+            # What the failed step still holds would be missing for what is about to be written.
+            traceback.clear_frames(trace)
             self.store.set(_ASKED, str(self.rank))
             self._wait_for_all()
         self._stop.set()
@@ -107,7 +110,8 @@ class Rescue:
                 try:
                     self._publish(self._state)
                     done = "all"
-                except (FarspanError, OSError, RuntimeError) as problem:
+                except Exception as problem:
+                    # Whatever it is, the ranks that wait must hear that there is nothing to wait for.
                     done = f"failed: {problem}"
         self.store.set(_done(self.rank), done)
 

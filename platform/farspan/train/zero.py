@@ -53,11 +53,20 @@ class ZeroWeights:
     """The `WeightsEngine` of DeepSpeed."""
 
     def __init__(
-        self, module: PackedLoss, mesh: Mesh, compute_dtype: torch.dtype, optim: OptimConfig, weights: WeightsConfig
+        self,
+        module: PackedLoss,
+        mesh: Mesh,
+        compute_dtype: torch.dtype,
+        optim: OptimConfig,
+        weights: WeightsConfig,
+        tiled: Iterable[nn.Module] = (),
     ) -> None:
+        """`tiled` are modules that are run by tiles: each gathers all its weights at once."""
         _start_deepspeed(mesh)
         import deepspeed
 
+        for mlp in tiled:
+            deepspeed.utils.set_z3_leaf_module(mlp, True)
         self.module = module
         self._group = mesh.all.get_group()
         self._stage = weights.zero
