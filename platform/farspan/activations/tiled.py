@@ -66,7 +66,7 @@ def tile_mlps(model: PreTrainedModel, layers: list[nn.Module], tile_tokens: int)
             "switch memory.tiled_mlp off"
         )
     for mlp in mlps:
-        _refuse_dropout(model, mlp)
+        refuse_dropout(mlp, f"a tile of {type(model).__name__}", "memory.tiled_mlp")
         # On this one module: its class, and every other model in the process, stay as they are.
         mlp.forward = partial(_forward_by_tiles, mlp, tile_tokens)  # type: ignore[method-assign]
     return mlps
@@ -160,12 +160,17 @@ def _treats_tokens_alone(module: nn.Module) -> bool:
     return bool(holders) and linear and not routed
 
 
-def _refuse_dropout(model: nn.Module, module: nn.Module) -> None:
+def refuse_dropout(module: nn.Module, what: str, field: str) -> None:
+    """Refuse to compute twice what drops activations at random: it would drop others the second time.
+
+    Raises:
+        ModelError: `module` has a dropout that is not zero; switching `field` off is one way out.
+    """
     for name, part in module.named_modules():
         if isinstance(part, nn.Dropout) and part.p > 0:
             raise ModelError(
-                f"{type(model).__name__}: {name or 'its MLP'} drops activations with p = {part.p}, and a tile computed "
-                "again would drop others; set dropout to 0 or switch memory.tiled_mlp off"
+                f"{what} is computed twice, but {name or 'it'} drops activations with p = {part.p} and would drop "
+                f"others the second time; set dropout to 0 or switch {field} off"
             )
 
 

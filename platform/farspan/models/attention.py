@@ -11,7 +11,7 @@ does not cover is refused, by the config before a run and again inside the layer
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -21,7 +21,14 @@ from farspan.models.mixers import WHOLE_KEYWORD, Whole, hook_mixers, recurrent_m
 from farspan.models.parts import trunk_and_head
 from farspan.models.rules import LayerRule, layer_rule, layer_rules, refuse_unsupported
 
-__all__ = ["ATTENTION_KEYWORD", "PackedAttention", "packed_hidden", "refuse_unsupported", "use_farspan_attention"]
+__all__ = [
+    "ATTENTION_KEYWORD",
+    "LayeredAttention",
+    "PackedAttention",
+    "packed_hidden",
+    "refuse_unsupported",
+    "use_farspan_attention",
+]
 
 ATTENTION_NAME = "farspan"
 ATTENTION_KEYWORD = "farspan_attention"
@@ -49,6 +56,13 @@ class PackedAttention(Protocol):
     ) -> Tensor: ...
 
 
+@runtime_checkable
+class LayeredAttention(Protocol):
+    """Attention that differs from layer to layer, because it remembers keys of each."""
+
+    def of_layer(self, layer: int) -> PackedAttention: ...
+
+
 def use_farspan_attention(model: PreTrainedModel) -> None:
     """Switch `model`, and only it, to farspan's attention.
 
@@ -68,7 +82,11 @@ def use_farspan_attention(model: PreTrainedModel) -> None:
 
 
 def packed_hidden(
-    model: PreTrainedModel, tokens_T: Tensor, positions_T: Tensor, attention: PackedAttention, whole: Whole | None
+    model: PreTrainedModel,
+    tokens_T: Tensor,
+    positions_T: Tensor,
+    attention: PackedAttention | LayeredAttention,
+    whole: Whole | None,
 ) -> Tensor:
     """hidden_TE: the last hidden states of packed tokens. `whole` is needed by models with recurrent layers.
 
@@ -97,7 +115,7 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    farspan_attention: PackedAttention | None = None,
+    farspan_attention: PackedAttention | LayeredAttention | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
@@ -119,8 +137,18 @@ def _attention(
     assert query.shape[0] == 1, "a packed batch is one row"
     q_THD, k_TGD, v_TGC = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = scaling if scaling is not None else q_THD.shape[-1] ** -0.5
-    out_THC = farspan_attention(q_THD, k_TGD, v_TGC, scale=scale, window=rule.window, softcap=softcap, chunk=rule.chunk)
+    attend = _of_layer(module, farspan_attention)
+    out_THC = attend(q_THD, k_TGD, v_TGC, scale=scale, window=rule.window, softcap=softcap, chunk=rule.chunk)
     return out_THC.unsqueeze(0), None
+
+
+def _of_layer(module: nn.Module, attention: PackedAttention | LayeredAttention) -> PackedAttention:
+    if not isinstance(attention, LayeredAttention):
+        return attention
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise ModelError(f"{type(module).__name__} does not say which layer it is, so its keys cannot be kept")
+    return attention.of_layer(layer)
 
 
 def _rule(module: nn.Module, sliding_window: int | None) -> LayerRule:

@@ -16,7 +16,7 @@ from farspan.batch import IGNORED_LABEL, ShardedBatch
 from farspan.kernels.linear_cross_entropy.contract import HeadRule
 from farspan.kernels.linear_cross_entropy.op import linear_cross_entropy
 from farspan.kernels.linear_cross_entropy.reference import losses_of_logits
-from farspan.models.attention import PackedAttention, packed_hidden
+from farspan.models.attention import LayeredAttention, PackedAttention, packed_hidden
 from farspan.models.mixers import Whole
 from farspan.models.parts import LinearHead, trunk_and_head
 
@@ -35,7 +35,7 @@ class PackedLoss(nn.Module):
     def forward(
         self,
         shard: ShardedBatch,
-        attention: PackedAttention,
+        attention: PackedAttention | LayeredAttention,
         num_labels: Tensor,
         whole: Whole | None = None,
         weights_T: Tensor | None = None,

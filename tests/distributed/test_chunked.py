@@ -1,0 +1,87 @@
+"""Chunk-wise gradients over ranks, with sharded weights, against plain transformers in one process."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.support.decoders import decoder_config
+from tests.support.packed import gradients_by_transformers, num_labels, random_batch
+from tests.support.ranks import RankFailed, RankPool
+from tests.support.relative import relative_error
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from farspan.activations.tiled import tile_mlps
+from farspan.chunked.seco import ChunkedStep
+from farspan.chunked.spaco import bernoulli, even_probabilities
+from farspan.models.attention import use_farspan_attention
+from farspan.models.parts import decoder_layers
+from farspan.parallel.exchange import Exchange
+from farspan.parallel.shard import shard_weights
+from farspan.train.loss import PackedLoss
+from farspan.verify.shrink import VOCAB, small_model
+
+PACKED = (0, 13, 14, 41, 60)
+
+
+def gradients(
+    architecture: str, strategy: str, sharded: bool, draw_seed: int | None = None
+) -> tuple[float, dict[str, Tensor], int]:
+    """(loss, every whole gradient, chunks kept) of one sequence on all ranks; the last chunk is ragged."""
+    model = small_model(decoder_config(architecture)).train()
+    use_farspan_attention(model)
+    exchange = Exchange(dist.new_group(timeout=timedelta(seconds=60)))
+    step = ChunkedStep(model, 16, exchange, strategy)
+    loss = PackedLoss(model, tile_tokens=3)
+    if sharded:
+        tile_mlps(model, decoder_layers(model), 3)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        mesh = dist.init_device_mesh("cpu", (exchange.num_ranks,))
+        shard_weights(loss, decoder_layers(model), mesh, torch.float64)
+    batch = random_batch(PACKED, VOCAB)
+    shard, draw = step.lay_out(batch.num_tokens).shard(batch, exchange.rank), None
+    if draw_seed is not None:
+        chances = even_probabilities(0.5, [False, True, False, False])
+        draw = bernoulli(chances, torch.Generator().manual_seed(draw_seed))
+    total = step.forward_backward(loss, shard, num_labels(batch), draw)
+    dist.all_reduce(total)
+    found = {n.removeprefix("model."): _whole(p.grad) for n, p in loss.named_parameters() if p.grad is not None}
+    return total.item(), found, 4 if draw is None else draw.num_kept
+
+
+def _whole(gradient: Tensor) -> Tensor:
+    if isinstance(gradient, DTensor):
+        return gradient.full_tensor()
+    dist.all_reduce(gradient)
+    return gradient
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole weights", "FSDP2, tiled, recomputed"])
+@pytest.mark.parametrize("strategy", ["ulysses", "allgather"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_chunks_over_2_ranks_equal_full_backpropagation(
+    ranks: RankPool, architecture: str, strategy: str, sharded: bool
+) -> None:
+    want_loss, want = gradients_by_transformers(small_model(decoder_config(architecture)), random_batch(PACKED, VOCAB))
+    for loss, got, _ in ranks.run(gradients, 2, architecture, strategy, sharded):
+        assert loss == pytest.approx(want_loss, rel=1e-12)
+        assert got.keys() == want.keys()
+        assert max(relative_error(got[name], want[name]) for name in want) < 1e-12
+
+
+def test_ranks_with_equal_generators_leave_out_the_same_chunks_and_agree_on_every_gradient(ranks: RankPool) -> None:
+    found = ranks.run(gradients, 2, "llama", "ulysses", True, 5)
+    (loss, first, kept), (other_loss, second, _) = found
+    assert kept == 2, "the seed leaves two chunks out"
+    assert loss == other_loss
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    alone = ranks.run(gradients, 1, "llama", "ulysses", False, 5)[0]
+    assert max(relative_error(first[name], alone[1][name]) for name in first) < 1e-12
+
+
+def test_a_ring_over_chunks_is_refused_by_name(ranks: RankPool) -> None:
+    with pytest.raises(RankFailed, match=r"parallel.strategy.*got 'ring'; use parallel.strategy=ulysses"):
+        ranks.run(gradients, 2, "llama", "ring", False)

@@ -1,0 +1,124 @@
+"""Leaving chunks out: the expectation over every possible draw, written out, against exact gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from itertools import combinations, product
+from math import comb, prod
+
+import pytest
+import torch
+from tests.support.decoders import decoder_config
+from tests.support.packed import num_labels, random_batch
+from torch import Tensor
+
+from farspan.chunked.seco import ChunkedStep
+from farspan.chunked.spaco import (
+    Draw,
+    bernoulli,
+    even_probabilities,
+    every_chunk,
+    importance_probabilities,
+    labelled_chunks,
+    without_replacement,
+    without_replacement_of,
+)
+from farspan.errors import ConfigError
+from farspan.models.attention import use_farspan_attention
+from farspan.train.loss import PackedLoss
+from farspan.verify.shrink import VOCAB, small_model
+
+NUM_CHUNKS, CHUNK_TOKENS = 5, 4
+BATCH = random_batch((0, 7, NUM_CHUNKS * CHUNK_TOKENS), VOCAB)
+
+
+@cache
+def step_and_loss() -> tuple[ChunkedStep, PackedLoss]:
+    model = small_model(decoder_config("llama"))
+    use_farspan_attention(model)
+    return ChunkedStep(model, CHUNK_TOKENS), PackedLoss(model, CHUNK_TOKENS)
+
+
+def gradient(draw: Draw) -> Tensor:
+    """All gradients of one sequence as one vector."""
+    step, loss = step_and_loss()
+    for p in loss.parameters():
+        p.grad = torch.zeros_like(p)
+    shard = step.lay_out(BATCH.num_tokens).shard(BATCH, 0)
+    step.forward_backward(loss, shard, num_labels(BATCH), draw)
+    return torch.cat([p.grad.flatten() for p in loss.parameters() if p.grad is not None])
+
+
+def bias(outcomes: Iterator[tuple[float, Draw]]) -> float:
+    """Norm of (expected gradient - exact one) over the norm of the exact one."""
+    exact = gradient(every_chunk(NUM_CHUNKS))
+    expected = sum((chance * gradient(draw) for chance, draw in outcomes), torch.zeros_like(exact))
+    return float((expected - exact).norm() / exact.norm())
+
+
+def independent(probabilities: tuple[float, ...]) -> Iterator[tuple[float, Draw]]:
+    """Every subset of chunks, with its probability."""
+    for kept in product([True, False], repeat=NUM_CHUNKS):
+        chance = prod(p if k else 1 - p for p, k in zip(probabilities, kept, strict=True))
+        if chance > 0:
+            yield chance, Draw(tuple(1 / p if k else 0.0 for p, k in zip(probabilities, kept, strict=True)))
+
+
+@pytest.mark.parametrize(
+    "probabilities",
+    [(0.4,) * NUM_CHUNKS, (0.9, 0.2, 0.5, 0.7, 1.0)],
+    ids=["equal", "importance, 1 for the last"],
+)
+def test_independent_chunks_with_weights_1_over_p_have_no_bias(probabilities: tuple[float, ...]) -> None:
+    assert bias(independent(probabilities)) < 1e-12
+
+
+def test_a_fixed_number_of_chunks_is_labelled_biased_and_is_less_so_the_more_are_kept() -> None:
+    def outcomes(kept: int) -> Iterator[tuple[float, Draw]]:
+        for chosen in combinations(range(NUM_CHUNKS), kept):
+            yield 1 / comb(NUM_CHUNKS, kept), without_replacement_of(NUM_CHUNKS, chosen, clip=None)
+
+    biases = [bias(outcomes(kept)) for kept in (1, 2, 3, 4)]
+    assert biases == sorted(biases, reverse=True)
+    assert 0.02 < biases[0] < 0.5
+    assert biases[3] > 1e-3
+    drawn = without_replacement(NUM_CHUNKS, 2, torch.Generator().manual_seed(0))
+    assert drawn.biased
+    assert drawn.num_kept == 2
+    assert set(drawn.weights) == {0.0, 2.0}, "5 / 2 is clipped at 2"
+
+
+def test_draws_follow_their_probabilities_and_only_the_generator() -> None:
+    probabilities = (1.0, 0.25, 0.75)
+    draws = [bernoulli(probabilities, torch.Generator().manual_seed(seed)) for seed in range(2000)]
+    assert draws == [bernoulli(probabilities, torch.Generator().manual_seed(seed)) for seed in range(2000)]
+    mean = torch.tensor([draw.weights for draw in draws]).mean(0)
+    # One over p in p of the cases; three standard errors of the least likely are 0.12.
+    assert torch.allclose(mean, torch.ones(3), atol=0.12)
+    assert not any(draw.biased for draw in draws)
+    assert all(draw.weights[0] == 1.0 for draw in draws)
+
+
+def test_chunks_with_labels_are_always_kept_unless_told_otherwise() -> None:
+    labels_T = torch.full((10,), -100)
+    labels_T[5] = 3
+    has_labels = labelled_chunks(labels_T, [(0, 4), (4, 8), (8, 10)], -100)
+    assert has_labels == (False, True, False)
+    assert even_probabilities(0.3, has_labels) == (0.3, 1.0, 0.3)
+    assert even_probabilities(0.3, has_labels, keep_labelled=False) == (0.3, 0.3, 0.3)
+
+
+def test_importance_keeps_as_many_as_expected_and_never_more_than_surely() -> None:
+    found = importance_probabilities([1.0, 1.0, 2.0, 100.0], expected=2.0)
+    assert found == pytest.approx((0.25, 0.25, 0.5, 1.0))
+    assert importance_probabilities([1.0, 5.0], expected=2) == (1.0, 1.0)
+
+
+def test_what_could_never_be_unbiased_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a chunk never seen never counts"):
+        bernoulli((0.5, 0.0), torch.Generator())
+    with pytest.raises(ConfigError, match="must be positive"):
+        importance_probabilities([1.0, 0.0], 1.0)
+    with pytest.raises(ConfigError, match="must be 1 to 5"):
+        without_replacement(5, 6, torch.Generator())
