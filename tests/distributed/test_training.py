@@ -72,6 +72,14 @@ LAYOUTS = {
     "sp 2, accumulation 3": ["parallel.workers=2", "parallel.sp=2", "train.accumulation=3"],
     "sp 2, recompute": ["parallel.workers=2", "parallel.sp=2", "train.recompute=true"],
     "sp 2, tiled mlp": ["parallel.workers=2", "parallel.sp=2", "memory.tiled_mlp=true", "memory.mlp_tile_tokens=7"],
+    "chunks of 24": ["memory.chunk=seco", "memory.chunk_tokens=24"],
+    "chunks of 24, sp 2, accumulation 2": [
+        *["parallel.workers=2", "parallel.sp=2", "memory.chunk=seco", "memory.chunk_tokens=24", "train.accumulation=2"]
+    ],
+    "chunks of 16, dp 2 x allgather 2, tiled mlp": [
+        *["parallel.workers=4", "parallel.sp=2", "parallel.strategy=allgather", "memory.chunk=seco"],
+        *["memory.chunk_tokens=16", "memory.tiled_mlp=true", "memory.mlp_tile_tokens=5"],
+    ],
     "ring 2": ["parallel.workers=2", "parallel.sp=2", "parallel.strategy=ring"],
     "ring 4, zigzag of each document": [
         *["parallel.workers=4", "parallel.sp=4", "parallel.strategy=ring", "parallel.layout=document_zigzag"]

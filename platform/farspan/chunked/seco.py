@@ -30,6 +30,13 @@ STRATEGIES = ("ulysses", "allgather")
 
 ChunkLoss = Callable[[ShardedBatch, ChunkAttention, Tensor], Tensor]
 """(chunk, its attention, number of labels) -> loss: a `PackedLoss`, sharded or not."""
+ChunkBackward = Callable[[Tensor, bool], None]
+"""(weighted loss of a chunk, whether it is the last backward of this sequence)."""
+
+
+def backward_of(loss: Tensor, last: bool) -> None:
+    """Torch's own."""
+    loss.backward()
 
 
 @dataclass
@@ -62,7 +69,12 @@ class ChunkedStep:
         return ChunkedLayout(num_tokens, num_ranks, self.chunk_tokens)
 
     def forward_backward(
-        self, loss: ChunkLoss, shard: ShardedBatch, num_labels: Tensor, draw: Draw | None = None
+        self,
+        loss: ChunkLoss,
+        shard: ShardedBatch,
+        num_labels: Tensor,
+        draw: Draw | None = None,
+        backward: ChunkBackward = backward_of,
     ) -> Tensor:
         """Add the gradients of this rank's `shard` (cut by `lay_out`) to the weights; the loss.
 
@@ -83,7 +95,7 @@ class ChunkedStep:
             weight = draw.weights[number]
             attention = sequence.attention.chunk(number, weight=weight)
             part = weight * loss(sequence.chunk(number), attention, num_labels)
-            part.backward()
+            backward(part, number == kept[0])
             total += part.detach()
         return total
 

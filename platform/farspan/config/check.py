@@ -25,6 +25,7 @@ SERVE_DTYPES = ("bfloat16", "float32", "float64")
 STRATEGIES = ("ulysses", "ring", "tokenring", "hybrid", "allgather")
 LAYOUTS = ("auto", "contiguous", "zigzag", "document_zigzag")
 OPTIMIZERS = ("adamw", "adamw8bit")
+CHUNK_STRATEGIES = ("auto", "ulysses", "allgather")
 CHUNKINGS = ("none", "seco", "spaco")
 WEIGHTS_ENGINES = ("fsdp2", "deepspeed")
 OFFLOADS = ("none", "cpu")
@@ -48,6 +49,7 @@ def check_run(config: RunConfig) -> None:
     _at_least("data.sequence_tokens", data.sequence_tokens, 2)
     _check_optim(config.optim)
     _check_memory(config.memory)
+    _check_chunks(config)
     _check_weights(config)
     _check_lora(config.lora)
     _within("seed", config.seed, 0, 2**63 - 1)
@@ -65,6 +67,31 @@ def check_run(config: RunConfig) -> None:
             "use parallel.strategy=hybrid or leave parallel.ulysses out",
         )
     _refuse_ragged_stripes(parallel, data.sequence_tokens)
+
+
+def _check_chunks(config: RunConfig) -> None:
+    memory, parallel = config.memory, config.parallel
+    if memory.chunk == "none":
+        return
+    _multiple("memory.chunk_tokens", memory.chunk_tokens, "parallel.sp", parallel.sp)
+    if parallel.sp > 1 and parallel.strategy not in CHUNK_STRATEGIES:
+        raise ConfigError(
+            "parallel.strategy",
+            f"must be one of {', '.join(CHUNK_STRATEGIES)} when memory.chunk is {memory.chunk}",
+            parallel.strategy,
+            "use parallel.strategy=ulysses or memory.chunk=none",
+        )
+    if parallel.layout not in ("auto", "contiguous"):
+        raise ConfigError(
+            "parallel.layout", "must be auto: chunks decide who holds what", parallel.layout, "use parallel.layout=auto"
+        )
+    if memory.chunk == "spaco" and config.weights.engine == "deepspeed":
+        raise ConfigError(
+            "memory.chunk",
+            "must not be spaco with weights.engine=deepspeed, which expects a backward in every step",
+            memory.chunk,
+            "use memory.chunk=seco or weights.engine=fsdp2",
+        )
 
 
 def _check_weights(config: RunConfig) -> None:
@@ -196,6 +223,13 @@ def _at_least(field: str, value: float, least: int) -> None:
 def _above(field: str, value: float, bound: float) -> None:
     if not value > bound:
         raise ConfigError(field, f"must be more than {bound:g}", value, f"use for example {field}={bound + 1:g}")
+
+
+def _multiple(field: str, value: int, of_field: str, of: int) -> None:
+    if value % of != 0:
+        raise ConfigError(
+            field, f"must be a multiple of {of_field} ({of})", value, f"use {field}={-(-value // of) * of}"
+        )
 
 
 def _divides(field: str, value: int, total_field: str, total: int) -> None:

@@ -158,6 +158,8 @@ class MemoryConfig:
     """Tokens of a chunk."""
     chunk_keep: float = 0.5
     """chunk=spaco: probability with which a chunk is drawn for backward."""
+    chunk_keep_labelled: bool = True
+    """chunk=spaco: chunks that hold labels are always computed; false (unmasked text) draws them too."""
     limit_gib: float = 0.0
     """Most memory a process may take on its GPU, or, on a CPU, beyond what it has when it is ready; 0: no limit."""
     step_down: bool = True

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from farspan.activations.tiled import tile_mlps
+from farspan.chunked.seco import ChunkedStep
 from farspan.config.schema import RunConfig
 from farspan.data.reader import Corpus, Reader, open_corpus
 from farspan.errors import ConfigError
@@ -22,6 +23,7 @@ from farspan.parallel.mesh import Mesh, make_mesh
 from farspan.parallel.strategy import SequenceParallel, SequenceRanks
 from farspan.storage.publish import fetch_folder
 from farspan.train.checkpoint import TrainState
+from farspan.train.chunks import Chunks
 from farspan.train.fsdp2 import Fsdp2Weights
 from farspan.train.loss import PackedLoss
 from farspan.train.step import TrainStep
@@ -63,15 +65,17 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
     tiled = tile_mlps(model, decoder_layers(model), config.memory.mlp_tile_tokens) if config.memory.tiled_mlp else []
     mesh = make_mesh(device.type, config.parallel.sp, config.parallel.ulysses, timeout_s=config.resources.timeout_s)
     loss = PackedLoss(model.to(device), config.train.loss_tile_tokens).train()
+    sequence = SequenceParallel(SequenceRanks.of(mesh), config.parallel.strategy, config.parallel.layout)
     step = TrainStep(
         weights=_engine(config, loss, mesh, device, tiled),
         optim=config.optim,
         num_steps=config.train.steps,
         accumulation=config.train.accumulation,
         mesh=mesh,
-        sequence=SequenceParallel(SequenceRanks.of(mesh), config.parallel.strategy, config.parallel.layout),
+        sequence=sequence,
         reader=Reader(corpus, config.data.sequence_tokens, config.seed),
         device=device,
+        chunks=_chunks(config, model, sequence, mesh),
     )
     state = TrainState(0, 0, config.seed, config.data.sequence_tokens, corpus.fingerprint)
     tokenizer = load_tokenizer(corpus.tokenizer_folder)
@@ -150,6 +154,13 @@ def _adapter(config: RunConfig, model: PreTrainedModel, device: torch.device) ->
         return None
     base = config.model.source or f"random {config.model.architecture}, seed {config.seed}"
     return add_adapter(model, config.lora, base, config.seed, compute_dtype(config.model.dtype, device))
+
+
+def _chunks(config: RunConfig, model: PreTrainedModel, sequence: SequenceParallel, mesh: Mesh) -> Chunks | None:
+    if config.memory.chunk == "none":
+        return None
+    step = ChunkedStep(model, config.memory.chunk_tokens, sequence.ranks.all, config.parallel.strategy)
+    return Chunks(step, config.memory, config.seed, mesh.all.get_group())
 
 
 def _engine(

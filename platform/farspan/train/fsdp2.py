@@ -36,10 +36,11 @@ class Fsdp2Weights:
         self.optimizer = adamw(module, optim)
         self._max_grad_norm = optim.max_grad_norm
 
-    def forward_backward(self, *inputs: Any, last: bool) -> Tensor:
-        loss = self.module(*inputs)
+    def loss(self, *inputs: Any) -> Tensor:
+        return cast(Tensor, self.module(*inputs))
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
-        return cast(Tensor, loss.detach())
 
     def step(self, lr: float) -> Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self._trained(), self._max_grad_norm)

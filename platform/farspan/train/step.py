@@ -13,16 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from farspan.batch import IGNORED_LABEL, ShardedBatch
+from farspan.batch import IGNORED_LABEL, PackedBatch, ShardedBatch
 from farspan.config.schema import OptimConfig
 from farspan.data.reader import Reader
 from farspan.errors import TrainingError
-from farspan.parallel.blockwise import Strategy
 from farspan.parallel.exchange import Exchange
+from farspan.parallel.layout import Layout
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.strategy import SequenceParallel
 from farspan.parallel.whole import WholeSequence
 from farspan.telemetry.events import StepReport
+from farspan.train.chunks import Chunks
 from farspan.train.loss import PackedLoss
 from farspan.train.weights import WeightsEngine
 
@@ -39,6 +40,8 @@ class TrainStep:
     sequence: SequenceParallel
     reader: Reader
     device: torch.device
+    chunks: Chunks | None = None
+    """How sequences are cut in time; none: they are not."""
     cursor: int = 0
 
     @property
@@ -95,18 +98,18 @@ class TrainStep:
         The cursor does not move: called twice, it computes the same sequences twice.
         """
         shards = list(self._shards())
-        num_labels = self._over_all_ranks(sum((s.labels_T != IGNORED_LABEL).sum() for s, *_ in shards))
+        num_labels = self._over_all_ranks(sum((s.labels_T != IGNORED_LABEL).sum() for s, _ in shards))
         losses = [
-            self.weights.forward_backward(shard, attention, num_labels, whole, last=index + 1 == len(shards))
-            for index, (shard, attention, whole) in enumerate(shards)
+            self._forward_backward(shard, layout, num_labels, micro, last=micro + 1 == self.accumulation)
+            for micro, (shard, layout) in enumerate(shards)
         ]
         loss = self._over_all_ranks(sum(losses))
         return loss, num_labels
 
-    def _shards(self) -> Iterator[tuple[ShardedBatch, Strategy, WholeSequence]]:
+    def _shards(self) -> Iterator[tuple[ShardedBatch, Layout]]:
         for micro in range(self.accumulation):
             batch = self.reader.batch(self.cursor + micro * self.mesh.dp + self.mesh.dp_rank)
-            layout = self.sequence.lay_out(batch.num_tokens, batch.bounds)
+            layout = self._lay_out(batch)
             shard = layout.shard(batch, self.exchange.rank)
             on_device = ShardedBatch(
                 tokens_T=shard.tokens_T.to(self.device),
@@ -114,8 +117,25 @@ class TrainStep:
                 positions_T=shard.positions_T.to(self.device),
                 bounds=shard.bounds,
             )
-            whole = WholeSequence(batch.bounds, self.exchange, layout)
-            yield on_device, self.sequence.attention(layout, batch.bounds), whole
+            yield on_device, layout
+
+    def _lay_out(self, batch: PackedBatch) -> Layout:
+        if self.chunks is not None:
+            return self.chunks.step.lay_out(batch.num_tokens)
+        return self.sequence.lay_out(batch.num_tokens, batch.bounds)
+
+    def _forward_backward(
+        self, shard: ShardedBatch, layout: Layout, num_labels: Tensor, micro: int, *, last: bool
+    ) -> Tensor:
+        """Add the gradients of one sequence; its share of the loss."""
+        if self.chunks is not None:
+            first_sequence = self.cursor + micro * self.mesh.dp
+            return self.chunks.forward_backward(self.weights, shard, num_labels, first_sequence, last=last)
+        attention = self.sequence.attention(layout, shard.bounds)
+        whole = WholeSequence(shard.bounds, self.exchange, layout)
+        loss = self.weights.loss(shard, attention, num_labels, whole)
+        self.weights.backward(loss, last=last)
+        return loss.detach()
 
     def _over_all_ranks(self, value: Any, op: Any = dist.ReduceOp.SUM) -> Tensor:
         total = torch.as_tensor(value, dtype=torch.float64, device=self.device).clone()

@@ -22,11 +22,12 @@ class WeightsEngine(Protocol):
 
     module: PackedLoss
 
-    def forward_backward(self, *inputs: Any, last: bool) -> Tensor:
-        """Add the gradients of `module(*inputs)` to those of this step; gives the loss, detached.
+    def loss(self, *inputs: Any) -> Tensor:
+        """`module(*inputs)`, with the weights it needs."""
+        ...
 
-        `last`: no more will be added before `step`.
-        """
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of a loss to those of this step. `last`: no more will be added before `step`."""
         ...
 
     def step(self, lr: float) -> Tensor:

@@ -84,11 +84,12 @@ class ZeroWeights:
         if compute_dtype == torch.bfloat16:
             self._set_weights(masters, self._trained())
 
-    def forward_backward(self, *inputs: Any, last: bool) -> Tensor:
+    def loss(self, *inputs: Any) -> Tensor:
+        return cast(Tensor, self._engine(*inputs))
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
-        loss = self._engine(*inputs)
         self._engine.backward(loss * dist.get_world_size(self._group), scale_wrt_gas=False)
-        return cast(Tensor, loss.detach())
 
     def step(self, lr: float) -> Tensor:
         for group in self._adamw.param_groups:
