@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from farspan.config.schema import RunConfig
+from farspan.config.schema import ParallelConfig, RunConfig
 from farspan.data.reader import Corpus, Reader, open_corpus
 from farspan.errors import ConfigError
 from farspan.models.attention import use_farspan_attention
@@ -18,6 +18,8 @@ from farspan.models.parts import decoder_layers
 from farspan.parallel.mesh import make_mesh
 from farspan.parallel.shard import shard_weights
 from farspan.parallel.strategy import SequenceParallel, SequenceRanks
+from farspan.plan.choose import resolve_strategy
+from farspan.plan.facts import model_facts
 from farspan.storage.publish import fetch_folder
 from farspan.train.checkpoint import TrainState
 from farspan.train.loss import PackedLoss
@@ -46,13 +48,15 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
     corpus = open_corpus(config.data.corpus, cache / "corpus")
     model = _model(config, corpus, cache)
     check_model(model.config)
-    certificate = required_certificate(config, model.config)
+    dtype = compute_dtype(config.model.dtype, device)
+    parallel = named_parallel(config, model.config, dtype.itemsize)
+    certificate = required_certificate(config, model.config, parallel)
     use_farspan_attention(model)
     if config.train.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    mesh = make_mesh(device.type, config.parallel.sp, config.parallel.ulysses, timeout_s=config.resources.timeout_s)
+    mesh = make_mesh(device.type, parallel.sp, parallel.ulysses, timeout_s=config.resources.timeout_s)
     loss = PackedLoss(model.to(device), config.train.loss_tile_tokens)
-    shard_weights(loss, decoder_layers(model), mesh.all, compute_dtype(config.model.dtype, device))
+    shard_weights(loss, decoder_layers(model), mesh.all, dtype)
     step = TrainStep(
         loss=loss.train(),
         optimizer=_optimizer(config, loss),
@@ -60,7 +64,7 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
         num_steps=config.train.steps,
         accumulation=config.train.accumulation,
         mesh=mesh,
-        sequence=SequenceParallel(SequenceRanks.of(mesh), config.parallel.strategy, config.parallel.layout),
+        sequence=SequenceParallel(SequenceRanks.of(mesh), parallel.strategy, parallel.layout),
         reader=Reader(corpus, config.data.sequence_tokens, config.seed),
         device=device,
     )
@@ -68,7 +72,14 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
     return Training(step=step, tokenizer=load_tokenizer(corpus.tokenizer_folder), state=state, certificate=certificate)
 
 
-def required_certificate(config: RunConfig, model: PretrainedConfig) -> str | None:
+def named_parallel(config: RunConfig, model: PretrainedConfig, compute_bytes: int) -> ParallelConfig:
+    """`config.parallel` with its strategy named, as the plan names it."""
+    if config.parallel.strategy != "auto":
+        return config.parallel
+    return resolve_strategy(config.parallel, config.data.sequence_tokens, model_facts(model), compute_bytes).parallel
+
+
+def required_certificate(config: RunConfig, model: PretrainedConfig, parallel: ParallelConfig) -> str | None:
     """The text of the certificate the run names; none when it names none.
 
     Raises:
@@ -78,7 +89,7 @@ def required_certificate(config: RunConfig, model: PretrainedConfig) -> str | No
     if config.train.certificate is None:
         return None
     text = read_certificate(config.train.certificate)
-    refuse_certificate(config.train.certificate, text, model, config.parallel)
+    refuse_certificate(config.train.certificate, text, model, parallel)
     return text
 
 
