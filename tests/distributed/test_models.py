@@ -39,10 +39,17 @@ LAYOUTS = [
     ("llama4_text", "ring", 2, 1),
     ("cohere2", "tokenring", 2, 1),
     ("qwen3_next", "ring", 2, 1),
+    ("qwen3_next", "hybrid", 4, 2),
+    ("qwen3_5_text", "ulysses", 2, 1),
+    ("olmo_hybrid", "ring", 4, 1),
+    ("bamba", "ulysses", 4, 1),
+    ("granitemoehybrid", "ring", 2, 1),
     ("qwen3_next", "ulysses", 4, 1),
 ]
 # transformers computes these models' norms or states in fp32 whatever their type: gradients are summed that exactly.
-GRADIENTS_ALLOWED = {"gemma2": 1e-5, "gemma3_text": 1e-5, "cohere2": 1e-5, "qwen3_next": 2e-5}
+GRADIENTS_ALLOWED = dict.fromkeys(("gemma2", "gemma3_text", "cohere2"), 1e-5) | dict.fromkeys(
+    ("qwen3_next", "qwen3_5_text", "olmo_hybrid", "bamba", "granitemoehybrid"), 2e-5
+)
 
 
 @pytest.mark.parametrize(("architecture", "strategy", "sp", "ulysses"), LAYOUTS)

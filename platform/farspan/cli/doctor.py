@@ -27,14 +27,17 @@ def run_doctor(subject: str, overrides: list[str], *, as_json: bool, certificate
     config = _run_config(subject, overrides)
     if certificate is not None:
         _refuse_unwritable(certificate)
+    from farspan.plan.choose import resolve_strategy
+    from farspan.plan.facts import model_facts
     from farspan.train.loss import PackedLoss
     from farspan.verify.doctor import examine, same_layout
     from farspan.verify.probe import Subject
 
     model = _model_config(config)
+    chosen = resolve_strategy(config.parallel, config.data.sequence_tokens, model_facts(model))
     console = Console(highlight=False, soft_wrap=True, stderr=True)
     with console.status(f"examining a small copy of {model.model_type} on {config.parallel.sp} processes"):
-        found = examine(Subject(model, same_layout(config.parallel), PackedLoss))
+        found = examine(Subject(model, same_layout(chosen.parallel), PackedLoss))
     show(found, as_json=as_json, file=certificate)
 
 

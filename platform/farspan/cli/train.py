@@ -27,6 +27,7 @@ def run_train(path: str, overrides: list[str], *, dry_run: bool, cluster: str | 
     """Run a training config here, or hand it to a cluster."""
     config = read_run_config(path, overrides)
     plan = plan_of(config)
+    config.parallel = plan.parallel
     if dry_run:
         typer.echo(dump_config(config), nl=False)
         _print_plan(plan)
@@ -81,9 +82,10 @@ def plan_of(config: RunConfig) -> RunPlan:
     with tempfile.TemporaryDirectory(prefix="farspan-plan-") as scratch:
         model = model_config(config, vocab_size, Path(scratch))
     refuse_unsupported(model)
-    required_certificate(config, model)
     device = torch.device("cuda" if config.resources.gpus_per_worker > 0 else "cpu")
-    return plan_run(config, model_facts(model), compute_dtype(config.model.dtype, device).itemsize)
+    plan = plan_run(config, model_facts(model), compute_dtype(config.model.dtype, device).itemsize)
+    required_certificate(config, model, plan.parallel)
+    return plan
 
 
 def _submit(config: RunConfig, address: str) -> None:

@@ -22,7 +22,7 @@ from farspan.errors import ConfigError
 
 TRAIN_DTYPES = ("auto", "bfloat16", "float32", "float64")
 SERVE_DTYPES = ("bfloat16", "float32", "float64")
-STRATEGIES = ("ulysses", "ring", "tokenring", "hybrid", "allgather")
+STRATEGIES = ("auto", "ulysses", "ring", "tokenring", "hybrid", "allgather")
 LAYOUTS = ("auto", "contiguous", "zigzag", "document_zigzag")
 OPTIMIZERS = ("adamw", "adamw8bit")
 CHUNK_STRATEGIES = ("auto", "ulysses", "allgather")
@@ -66,7 +66,8 @@ def check_run(config: RunConfig) -> None:
             parallel.ulysses,
             "use parallel.strategy=hybrid or leave parallel.ulysses out",
         )
-    _refuse_ragged_stripes(parallel, data.sequence_tokens)
+    if parallel.strategy != "auto":
+        refuse_ragged_stripes(parallel, data.sequence_tokens)
 
 
 def _check_chunks(config: RunConfig) -> None:
@@ -189,8 +190,8 @@ def check_serve(config: ServeConfig) -> None:
         raise ConfigError("port", "must lie in 1..65535", config.port, "use port=8000")
 
 
-def _refuse_ragged_stripes(parallel: ParallelConfig, sequence_tokens: int) -> None:
-    """A zigzag cuts a sequence into two equal stripes for each rank of its ring."""
+def refuse_ragged_stripes(parallel: ParallelConfig, sequence_tokens: int) -> None:
+    """A zigzag cuts a sequence into two equal stripes for each rank of its ring; the strategy is named."""
     num_ring = parallel.sp // (parallel.ulysses if parallel.strategy == "hybrid" else 1)
     zigzag = parallel.layout == "zigzag" or (parallel.layout == "auto" and parallel.strategy != "ulysses")
     multiple = math.lcm(2 * num_ring, parallel.sp)

@@ -67,7 +67,8 @@ class ParallelConfig:
     sp: int = 1
     """Processes that share one sequence. workers / sp sequences are computed side by side."""
     strategy: str = "ulysses"
-    """How processes of one sequence exchange attention: ulysses, ring, tokenring, hybrid, allgather."""
+    """How processes of one sequence exchange attention: ulysses, ring, tokenring, hybrid, allgather, or auto (chosen
+    by the model's heads before anything starts; `farspan plan` says which and why)."""
     ulysses: int = 1
     """strategy=hybrid: neighbouring processes that exchange heads; sp / ulysses such groups form a ring."""
     layout: str = "auto"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from farspan.models.mixers import MixerFacts, mixer_facts
 from farspan.models.rules import layer_rules
 
 
@@ -24,7 +25,10 @@ class ModelFacts:
     num_parameters: int
     max_positions: int | None = None
     """Longest position the model was made for; none: the config does not say."""
-    num_recurrent_layers: int = 0
+    recurrent_layers: tuple[MixerFacts, ...] = ()
+    """Layers without attention, in order."""
+    reach: int | None = None
+    """Tokens the furthest-seeing attention layer sees back; none: all of its document."""
 
 
 def model_facts(config: PretrainedConfig) -> ModelFacts:
@@ -35,7 +39,8 @@ def model_facts(config: PretrainedConfig) -> ModelFacts:
     return ModelFacts(
         name=text.model_type,
         num_layers=text.num_hidden_layers,
-        num_recurrent_layers=sum(rule.recurrent for rule in layer_rules(config)),
+        recurrent_layers=mixer_facts(model),
+        reach=_reach(config),
         width=text.hidden_size,
         num_q_heads=text.num_attention_heads,
         num_kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
@@ -45,3 +50,9 @@ def model_facts(config: PretrainedConfig) -> ModelFacts:
         num_parameters=sum(p.numel() for p in model.parameters()),
         max_positions=getattr(text, "max_position_embeddings", None),
     )
+
+
+def _reach(config: PretrainedConfig) -> int | None:
+    reaches = [rule.window or rule.chunk for rule in layer_rules(config) if not rule.recurrent]
+    known = [reach for reach in reaches if reach is not None]
+    return max(known) if known and len(known) == len(reaches) else None

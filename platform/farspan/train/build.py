@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from farspan.activations.tiled import tile_mlps
 from farspan.chunked.seco import ChunkedStep
-from farspan.config.schema import RunConfig
+from farspan.config.schema import ParallelConfig, RunConfig
 from farspan.data.reader import Corpus, Reader, open_corpus
 from farspan.errors import ConfigError
 from farspan.models.attention import use_farspan_attention
@@ -21,6 +21,8 @@ from farspan.models.lora import Adapter, add_adapter
 from farspan.models.parts import decoder_layers
 from farspan.parallel.mesh import Mesh, make_mesh
 from farspan.parallel.strategy import SequenceParallel, SequenceRanks
+from farspan.plan.choose import resolve_strategy
+from farspan.plan.facts import model_facts
 from farspan.storage.publish import fetch_folder
 from farspan.train.checkpoint import TrainState
 from farspan.train.chunks import Chunks
@@ -57,15 +59,17 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
     corpus = open_corpus(config.data.corpus, cache / "corpus")
     model = _model(config, corpus, cache)
     check_model(model.config)
-    certificate = required_certificate(config, model.config)
+    dtype = compute_dtype(config.model.dtype, device)
+    parallel = named_parallel(config, model.config, dtype.itemsize)
+    certificate = required_certificate(config, model.config, parallel)
     adapter = _adapter(config, model, device)
     use_farspan_attention(model)
     if config.train.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     tiled = tile_mlps(model, decoder_layers(model), config.memory.mlp_tile_tokens) if config.memory.tiled_mlp else []
-    mesh = make_mesh(device.type, config.parallel.sp, config.parallel.ulysses, timeout_s=config.resources.timeout_s)
+    mesh = make_mesh(device.type, parallel.sp, parallel.ulysses, timeout_s=config.resources.timeout_s)
     loss = PackedLoss(model.to(device), config.train.loss_tile_tokens).train()
-    sequence = SequenceParallel(SequenceRanks.of(mesh), config.parallel.strategy, config.parallel.layout)
+    sequence = SequenceParallel(SequenceRanks.of(mesh), parallel.strategy, parallel.layout)
     step = TrainStep(
         weights=_engine(config, loss, mesh, device, tiled),
         optim=config.optim,
@@ -82,7 +86,16 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
     return Training(step=step, tokenizer=tokenizer, state=state, certificate=certificate, adapter=adapter)
 
 
-def required_certificate(config: RunConfig, model: PretrainedConfig) -> str | None:
+def named_parallel(config: RunConfig, model: PretrainedConfig, compute_bytes: int) -> ParallelConfig:
+    """`config.parallel` with its strategy named, as the plan names it."""
+    if config.parallel.strategy != "auto":
+        return config.parallel
+    if config.memory.chunk != "none":
+        return replace(config.parallel, strategy="ulysses")
+    return resolve_strategy(config.parallel, config.data.sequence_tokens, model_facts(model), compute_bytes).parallel
+
+
+def required_certificate(config: RunConfig, model: PretrainedConfig, parallel: ParallelConfig) -> str | None:
     """The text of the certificate the run names; none when it names none.
 
     Raises:
@@ -92,7 +105,7 @@ def required_certificate(config: RunConfig, model: PretrainedConfig) -> str | No
     if config.train.certificate is None:
         return None
     text = read_certificate(config.train.certificate)
-    refuse_certificate(config.train.certificate, text, model, config.parallel)
+    refuse_certificate(config.train.certificate, text, model, parallel)
     return text
 
 
@@ -159,7 +172,7 @@ def _adapter(config: RunConfig, model: PreTrainedModel, device: torch.device) ->
 def _chunks(config: RunConfig, model: PreTrainedModel, sequence: SequenceParallel, mesh: Mesh) -> Chunks | None:
     if config.memory.chunk == "none":
         return None
-    step = ChunkedStep(model, config.memory.chunk_tokens, sequence.ranks.all, config.parallel.strategy)
+    step = ChunkedStep(model, config.memory.chunk_tokens, sequence.ranks.all, sequence.strategy)
     return Chunks(step, config.memory, config.seed, mesh.all.get_group())
 
 

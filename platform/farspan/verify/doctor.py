@@ -33,8 +33,8 @@ def examine(subject: Subject, ask: AskRanks | None = None) -> Certificate:
     check_model(subject.config)
     answers = (ask or _own_ranks)(subject)
     cases = probe_cases(subject.parallel)
-    small = small_model(subject.config).config
-    checks = judge(answers, reference_of(subject.config, cases), cases, subject.parallel, small)
+    reference = reference_of(subject.config, cases)
+    checks = judge(answers, reference, cases, subject.parallel, small_model(subject.config))
     return certify(subject.config, subject.parallel, checks)
 
 

@@ -41,6 +41,10 @@ _SMALL = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
+    "mamba_n_heads": 4,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 16,
 }
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
@@ -145,6 +149,8 @@ def _shrink_heads(text: dict[str, Any], names: Mapping[str, str]) -> None:
     if text.get("head_dim") is not None:
         text["head_dim"] = head_dim
     text[width_field] = small_heads * head_dim
+    if text.get("mamba_n_heads") is not None and text.get("mamba_d_head") is not None:
+        text["mamba_d_head"] = int(text.get("mamba_expand", 2) * text[width_field]) // text["mamba_n_heads"]
 
 
 def _head_dim(text: dict[str, Any]) -> int:

@@ -18,14 +18,14 @@ def config(*overrides: str) -> RunConfig:
 
 
 def test_the_config_knows_the_strategies_and_layouts_that_exist() -> None:
-    assert check.STRATEGIES == strategy.STRATEGIES
+    assert ("auto", *strategy.STRATEGIES) == check.STRATEGIES
     assert ("auto", *layout.LAYOUTS) == check.LAYOUTS
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["parallel.strategy=rings"], "must be one of ulysses, ring, .* got 'rings'.*ring"),
+        (["parallel.strategy=rings"], "must be one of auto, ulysses, ring, .* got 'rings'.*ring"),
         (["parallel.layout=zig"], "parallel.layout: must be one of auto, .*zigzag"),
         (["parallel.ulysses=2"], "must be 1 for ulysses, got 2; use parallel.strategy=hybrid"),
         (["parallel.strategy=hybrid", "parallel.ulysses=3"], r"must divide parallel.sp \(4\), got 3; use .*=2"),
