@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from farspan.kernels.attention.dispatch import choose_attention
+from farspan.kernels.attention.dispatch import choose_backend
+from farspan.kernels.attention.limits import Ask
 from farspan.kernels.merge.reference import merge_partials_reference
 from farspan.parallel.pairs import Pair
 
@@ -99,8 +100,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def attend_pair(q_tHD: Tensor, k_sGD: Tensor, v_sGC: Tensor, pair: Pair, rule: Rule) -> tuple[Tensor, Tensor]:
     """(out, lse) of the queries of one pair over its keys."""
-    attend, _ = choose_attention(q_tHD.device)
-    return attend(
+    return choose_backend(Ask.of(q_tHD, v_sGC, rule.softcap)).forward(
         q_tHD[pair.queries],
         k_sGD[pair.keys],
         v_sGC[pair.keys],
@@ -175,8 +175,7 @@ def gradients_of(
     rule: Rule,
 ) -> Gradients:
     """Gradients of the queries and keys of one pair."""
-    _, attend_backward = choose_attention(q_tHD.device)
-    found = attend_backward(
+    found = choose_backend(Ask.of(q_tHD, v_sGC, rule.softcap)).backward(
         dout_tHC[pair.queries],
         q_tHD[pair.queries],
         k_sGD[pair.keys],

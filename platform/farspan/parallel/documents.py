@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from farspan.kernels.attention.dispatch import choose_backend
+from farspan.kernels.attention.limits import Ask
 from farspan.parallel.blockwise import (
     BlockwiseAttention,
     Gradients,
@@ -59,7 +60,7 @@ class LocalAttention(BlockwiseAttention):
         if _whole(met, q_tHD.shape[0]):
             return attend_pair(q_tHD, k_tGD, v_tGC, met[0], rule)
         if self._in_order:
-            attend = choose_backend(q_tHD.device).packed_forward
+            attend = choose_backend(Ask.of(q_tHD, v_tGC, rule.softcap)).packed_forward
             return attend(q_tHD, k_tGD, v_tGC, **self._packed(rule))
         partial = Partial(q_tHD, v_tGC.shape[2])
         partial.add(q_tHD, k_tGD, v_tGC, met, rule)
@@ -72,7 +73,7 @@ class LocalAttention(BlockwiseAttention):
         if _whole(met, q_tHD.shape[0]):
             return gradients_of(dout_tHC, q_tHD, k_tGD, v_tGC, out_tHC, lse_tH, met[0], rule)
         if self._in_order:
-            attend_backward = choose_backend(q_tHD.device).packed_backward
+            attend_backward = choose_backend(Ask.of(q_tHD, v_tGC, rule.softcap)).packed_backward
             return attend_backward(dout_tHC, q_tHD, k_tGD, v_tGC, out_tHC, lse_tH, **self._packed(rule))
         into = Gradients(*(zeros_wide(x) for x in (q_tHD, k_tGD, v_tGC)))
         add_gradients(into, dout_tHC, q_tHD, k_tGD, v_tGC, out_tHC, lse_tH, met, rule)
