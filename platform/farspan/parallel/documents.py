@@ -36,13 +36,14 @@ def attend_documents(
     window: int | None = None,
     softcap: float | None = None,
     chunk: int | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """out_THC of causal attention inside each document; `bounds` are the N + 1 offsets of the documents."""
     num_tokens = q_THD.shape[0]
     assert bounds[0] == 0, "documents start at token 0"
     assert bounds[-1] == num_tokens, "documents cover the sequence"
     local = LocalAttention(PairTable((((0, num_tokens),),), tuple(bounds)))
-    return local(q_THD, k_TGD, v_TGC, scale=scale, window=window, softcap=softcap, chunk=chunk)
+    return local(q_THD, k_TGD, v_TGC, scale=scale, window=window, softcap=softcap, chunk=chunk, sinks_H=sinks_H)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from farspan.parallel.blockwise import Strategy
 from farspan.parallel.exchange import Exchange, Swap
-from farspan.parallel.heads import plan_heads
+from farspan.parallel.heads import HeadPlan, plan_heads
 from farspan.parallel.traffic import Block, Traffic
 
 
@@ -39,6 +39,7 @@ class UlyssesAttention:
         window: int | None = None,
         softcap: float | None = None,
         chunk: int | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         num_ranks = self.exchange.num_ranks
         heads = plan_heads(q_tHD.shape[1], k_tGD.shape[1], num_ranks)
@@ -46,17 +47,27 @@ class UlyssesAttention:
         spread = (heads.spread_queries(q_tHD), heads.spread_keys(k_tGD), heads.spread_keys(v_tGC))
         # S stages: [t, heads, D] -> [t, R, S, heads / R / S, D], because neighbours go to one rank.
         staged = [x.unflatten(1, (num_ranks, num_stages, -1)) for x in spread]
+        sinks_SH = self._own_sinks(sinks_H, heads, num_stages)
         coming, found = self._gather([x[:, :, 0] for x in staged]), []
         for stage in range(num_stages):
             q_THD, k_TGD, v_TGC = coming.wait()
             if stage + 1 < num_stages:
                 coming = self._gather([x[:, :, stage + 1] for x in staged])
-            out_THC = self.inside(q_THD, k_TGD, v_TGC, scale=scale, window=window, softcap=softcap, chunk=chunk)
+            out_THC = self.inside(
+                q_THD, k_TGD, v_TGC, scale=scale, window=window, softcap=softcap, chunk=chunk, sinks_H=sinks_SH[stage]
+            )
             found.append(self.exchange.swap(out_THC.unflatten(0, (num_ranks, -1))))
         parts = [swap.wait() for swap in found]
         # One stage is a view: stacking it would copy the whole output.
         out_RtSHC = parts[0].unsqueeze(2) if num_stages == 1 else torch.stack(parts, dim=2)
         return heads.collect(out_RtSHC.transpose(0, 1).flatten(1, 3))
+
+    def _own_sinks(self, sinks_H: Tensor | None, heads: HeadPlan, num_stages: int) -> Sequence[Tensor | None]:
+        """Per stage the sinks of the query heads this rank attends with; gradients of the others are zero here."""
+        if sinks_H is None:
+            return [None] * num_stages
+        spread_H = heads.spread_queries(sinks_H[None, :, None]).flatten()
+        return spread_H.unflatten(0, (self.exchange.num_ranks, num_stages, -1))[self.exchange.rank].unbind()
 
     def _num_stages(self, kv_heads: int) -> int:
         return max(n for n in range(1, self.max_stages + 1) if kv_heads % n == 0)
