@@ -12,8 +12,9 @@ from tests.support.relative import relative_error
 
 from farspan.parallel import switch
 from farspan.parallel.allgather import AllGatherAttention
-from farspan.parallel.documents import attend_documents
+from farspan.parallel.documents import LocalAttention, attend_documents
 from farspan.parallel.exchange import Exchange
+from farspan.parallel.hybrid import group_table
 from farspan.parallel.layout import Layout, make_layout
 from farspan.parallel.mesh import make_mesh
 from farspan.parallel.pairs import PairTable
@@ -22,6 +23,7 @@ from farspan.parallel.strategy import STRATEGIES, SequenceRanks, bytes_sent, lay
 from farspan.parallel.switch import LayoutSwitch
 from farspan.parallel.tokenring import TokenRingAttention
 from farspan.parallel.traffic import Block
+from farspan.parallel.ulysses import UlyssesAttention
 
 NUM_TOKENS, HEAD_DIM, SCALE = 96, 16, 0.25
 # Ragged on purpose: a document of one token, documents that end inside, at and far from the edges of shards.
@@ -211,6 +213,28 @@ def test_bf16_on_many_ranks_is_as_good_as_bf16_in_one_process(ranks: RankPool, n
             parts = [answer[index][0][part] for answer in answers]
             ours = torch.stack(parts).float().sum(0) if part == 4 else layout.join(parts)
             assert relative_error(ours, theirs) < 1.5 * relative_error(alone, theirs), (name, case, part)
+
+
+def staged(case: Case) -> list[tuple[list[torch.Tensor], int]]:
+    """(out, dq, dk, dv and dsinks of this rank, bytes sent) of Ulysses in one, two and four stages."""
+    exchange = Exchange(torch.distributed.group.WORLD)
+    layout = layout_of("ulysses", exchange.num_ranks, case, exchange.num_ranks)
+    inside = LocalAttention(group_table(layout, case.bounds, exchange.num_ranks))
+    shards, answers = [layout.take(x, exchange.rank) for x in make(case)], []
+    for stages in (1, 2, 4):
+        attention, before = UlyssesAttention(exchange, inside, max_stages=stages), exchange.bytes_sent
+        got = with_gradients(lambda *x, a=attention, **s: a(*x, **case.rule, **s), *shards, make_sinks(case))
+        answers.append((got, exchange.bytes_sent - before))
+    return answers
+
+
+def test_ulysses_in_stages_equals_ulysses_in_one_exchange_and_sends_the_same(ranks: RankPool) -> None:
+    for answers in ranks.run(staged, 2, Case(heads=(16, 8), sinks=True, window=7)):
+        want, bytes_of_one = answers[0]
+        for got, bytes_of_many in answers[1:]:
+            assert bytes_of_many == bytes_of_one > 0
+            for ours, theirs in zip(got, want, strict=True):
+                assert relative_error(ours, theirs) < 1e-14
 
 
 def leak(name: str, ulysses: int, case: Case, place: int) -> list[int]:
