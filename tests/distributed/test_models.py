@@ -38,6 +38,8 @@ LAYOUTS = [
     ("gpt_neox", "ring", 4, 1),
     ("llama4_text", "ring", 2, 1),
     ("cohere2", "tokenring", 2, 1),
+    ("gpt_oss", "ulysses", 2, 1),
+    ("gpt_oss", "ring", 4, 1),
     ("qwen3_next", "ring", 2, 1),
     ("qwen3_next", "hybrid", 4, 2),
     ("qwen3_5_text", "ulysses", 2, 1),

@@ -12,8 +12,9 @@ from tests.support.relative import relative_error
 
 from farspan.parallel import switch
 from farspan.parallel.allgather import AllGatherAttention
-from farspan.parallel.documents import attend_documents
+from farspan.parallel.documents import LocalAttention, attend_documents
 from farspan.parallel.exchange import Exchange
+from farspan.parallel.hybrid import group_table
 from farspan.parallel.layout import Layout, make_layout
 from farspan.parallel.mesh import make_mesh
 from farspan.parallel.pairs import PairTable
@@ -22,6 +23,7 @@ from farspan.parallel.strategy import STRATEGIES, SequenceRanks, bytes_sent, lay
 from farspan.parallel.switch import LayoutSwitch
 from farspan.parallel.tokenring import TokenRingAttention
 from farspan.parallel.traffic import Block
+from farspan.parallel.ulysses import UlyssesAttention
 
 NUM_TOKENS, HEAD_DIM, SCALE = 96, 16, 0.25
 # Ragged on purpose: a document of one token, documents that end inside, at and far from the edges of shards.
@@ -39,6 +41,7 @@ class Case:
     window: int | None = None
     softcap: float | None = None
     chunk: int | None = None
+    sinks: bool = False
     dtype: torch.dtype = torch.float64
 
     @property
@@ -65,7 +68,16 @@ CASES = [
     Case(softcap=1.5, window=7, heads=(4, 1), layout="document_zigzag"),
     Case(chunk=16),
     Case(chunk=16, bounds=(0, NUM_TOKENS), layout="contiguous", heads=(4, 1)),
+    Case(sinks=True),
+    Case(sinks=True, window=7, layout="document_zigzag", heads=(6, 3), value_dim=24),
+    Case(sinks=True, chunk=16, softcap=1.5, heads=(5, 1)),
+    Case(sinks=True, heads=(16, 16), bounds=(0, NUM_TOKENS)),
 ]
+
+
+def make_sinks(case: Case) -> torch.Tensor:
+    """A logit per query head: some sinks nobody sees, some that swallow most of the softmax."""
+    return torch.linspace(-2.0, 4.0, case.heads[0], dtype=torch.float64).to(case.dtype)
 
 
 def make(case: Case) -> list[torch.Tensor]:
@@ -76,23 +88,27 @@ def make(case: Case) -> list[torch.Tensor]:
     return [torch.randn((NUM_TOKENS, *s), generator=generator, dtype=torch.float64).to(case.dtype) for s in sizes]
 
 
-def oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case) -> torch.Tensor:
+def oracle(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
     """A softmax over the visible keys, written out, one document at a time; torch's own where it knows the rule."""
     parts = []
     for start, stop in pairwise(case.bounds):
         one = [x[start:stop].transpose(0, 1) for x in (q, k, v)]
-        if (case.window, case.softcap, case.chunk) == (None, None, None):
+        if (case.window, case.softcap, case.chunk, sinks) == (None, None, None, None):
             batched = [x.unsqueeze(0) for x in one]
             out = torch.nn.functional.scaled_dot_product_attention(
                 *batched, is_causal=True, enable_gqa=True, scale=SCALE
             )[0]
         else:
-            out = written_out(*one, case)
+            out = written_out(*one, case, sinks)
         parts.append(out.transpose(0, 1))
     return torch.cat(parts)
 
 
-def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case) -> torch.Tensor:
+def written_out(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case, sinks: torch.Tensor | None
+) -> torch.Tensor:
     k, v = (x.repeat_interleave(case.heads[0] // case.heads[1], dim=0) for x in (k, v))
     place = torch.arange(q.shape[1])
     behind = place[:, None] - place
@@ -104,18 +120,26 @@ def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case) -
     scores = q @ k.transpose(1, 2) * SCALE
     if case.softcap is not None:
         scores = case.softcap * torch.tanh(scores / case.softcap)
-    return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(place), 1)], dim=2)
+    return scores.softmax(-1)[:, :, : len(place)] @ v
 
 
-def with_gradients(attend, q, k, v, dout) -> list[torch.Tensor]:
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    out = attend(*leaves)
+def with_gradients(attend, q, k, v, dout, sinks: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """[out, dq, dk, dv] and, with sinks, their gradient."""
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, *([] if sinks is None else [sinks]))]
+    out = attend(*leaves[:3]) if sinks is None else attend(*leaves[:3], sinks_H=leaves[3])
     out.backward(dout)
     return [out.detach(), *(x.grad for x in leaves)]
 
 
-def whole(case: Case) -> list[torch.Tensor]:
-    return with_gradients(lambda q, k, v: oracle(q, k, v, case), *make(case))
+def whole(case: Case, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    """What one process finds, computed in `dtype` (by default the case's own) from the case's numbers."""
+    tensors, sinks = make(case), make_sinks(case) if case.sinks else None
+    if dtype is not None:
+        tensors, sinks = [x.to(dtype) for x in tensors], None if sinks is None else sinks.to(dtype)
+    return with_gradients(lambda q, k, v, sinks_H=None: oracle(q, k, v, case, sinks_H), *tensors, sinks)
 
 
 def names_on(num_ranks: int) -> list[tuple[str, int]]:
@@ -125,7 +149,7 @@ def names_on(num_ranks: int) -> list[tuple[str, int]]:
 
 
 def on_one_rank(name: str, ulysses: int, cases: list[Case]) -> list[tuple[list[torch.Tensor], int]]:
-    """(out, dq, dk, dv of the tokens held, bytes sent) of every case."""
+    """([out, dq, dk, dv] of the tokens held, and dsinks of this rank; bytes sent) of every case."""
     ranks = SequenceRanks.of(make_mesh("cpu", torch.distributed.get_world_size(), ulysses, timeout_s=120))
     answers = []
     for case in cases:
@@ -133,7 +157,8 @@ def on_one_rank(name: str, ulysses: int, cases: list[Case]) -> list[tuple[list[t
         attention = make_strategy(name, ranks, layout, case.bounds)
         before = ranks.all.bytes_sent
         shards = [layout.take(x, ranks.all.rank) for x in make(case)]
-        got = with_gradients(lambda q, k, v, a=attention, c=case: a(q, k, v, **c.rule), *shards)
+        sinks = make_sinks(case) if case.sinks else None
+        got = with_gradients(lambda *x, a=attention, c=case, **s: a(*x, **c.rule, **s), *shards, sinks)
         answers.append((got, ranks.all.bytes_sent - before))
     return answers
 
@@ -144,7 +169,8 @@ def layout_of(name: str, ulysses: int, case: Case, num_ranks: int) -> Layout:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_process_equals_torch_attention_one_document_at_a_time(case: Case) -> None:
-    got = with_gradients(lambda q, k, v: attend_documents(q, k, v, case.bounds, **case.rule), *make(case))
+    sinks = make_sinks(case) if case.sinks else None
+    got = with_gradients(lambda *x, **s: attend_documents(*x, case.bounds, **case.rule, **s), *make(case), sinks)
     for ours, theirs in zip(got, whole(case), strict=True):
         assert relative_error(ours, theirs) < 1e-12
 
@@ -161,11 +187,17 @@ def test_every_strategy_equals_one_process_and_sends_what_its_formula_says(
         block = Block(NUM_TOKENS // num_ranks, *case.heads, HEAD_DIM, case.value_dim, itemsize=8)
         assert {answer[index][1] for answer in answers} == {sum(bytes_sent(name, block, num_ranks, ulysses))}, case
         for part, theirs in enumerate(whole(case)):
-            ours = layout.join([answer[index][0][part] for answer in answers])
-            assert relative_error(ours, theirs) < 1e-12, (case, ("out", "dq", "dk", "dv")[part])
+            parts = [answer[index][0][part] for answer in answers]
+            # The gradient of a weight is the sum of what the ranks found; that of tokens lies where they are held.
+            ours = torch.stack(parts).sum(0) if part == 4 else layout.join(parts)
+            assert relative_error(ours, theirs) < 1e-12, (case, ("out", "dq", "dk", "dv", "dsinks")[part])
 
 
-BF16 = [Case(dtype=torch.bfloat16), Case(dtype=torch.bfloat16, bounds=(0, NUM_TOKENS), heads=(4, 1))]
+BF16 = [
+    Case(dtype=torch.bfloat16),
+    Case(dtype=torch.bfloat16, bounds=(0, NUM_TOKENS), heads=(4, 1)),
+    Case(dtype=torch.bfloat16, sinks=True),
+]
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
@@ -177,11 +209,32 @@ def test_bf16_on_many_ranks_is_as_good_as_bf16_in_one_process(ranks: RankPool, n
         layout = layout_of(name, ulysses, case, num_ranks)
         block = Block(NUM_TOKENS // num_ranks, *case.heads, HEAD_DIM, case.value_dim, itemsize=2)
         assert {answer[index][1] for answer in answers} == {sum(bytes_sent(name, block, num_ranks, ulysses))}
-        exact = with_gradients(lambda q, k, v, c=case: oracle(q, k, v, c), *(x.double() for x in make(case)))
-        for part, theirs in enumerate(exact):
-            ours = layout.join([answer[index][0][part] for answer in answers])
-            alone = with_gradients(lambda q, k, v, c=case: oracle(q, k, v, c), *make(case))[part]
+        for part, (theirs, alone) in enumerate(zip(whole(case, torch.float64), whole(case), strict=True)):
+            parts = [answer[index][0][part] for answer in answers]
+            ours = torch.stack(parts).float().sum(0) if part == 4 else layout.join(parts)
             assert relative_error(ours, theirs) < 1.5 * relative_error(alone, theirs), (name, case, part)
+
+
+def staged(case: Case) -> list[tuple[list[torch.Tensor], int]]:
+    """(out, dq, dk, dv and dsinks of this rank, bytes sent) of Ulysses in one, two and four stages."""
+    exchange = Exchange(torch.distributed.group.WORLD)
+    layout = layout_of("ulysses", exchange.num_ranks, case, exchange.num_ranks)
+    inside = LocalAttention(group_table(layout, case.bounds, exchange.num_ranks))
+    shards, answers = [layout.take(x, exchange.rank) for x in make(case)], []
+    for stages in (1, 2, 4):
+        attention, before = UlyssesAttention(exchange, inside, max_stages=stages), exchange.bytes_sent
+        got = with_gradients(lambda *x, a=attention, **s: a(*x, **case.rule, **s), *shards, make_sinks(case))
+        answers.append((got, exchange.bytes_sent - before))
+    return answers
+
+
+def test_ulysses_in_stages_equals_ulysses_in_one_exchange_and_sends_the_same(ranks: RankPool) -> None:
+    for answers in ranks.run(staged, 2, Case(heads=(16, 8), sinks=True, window=7)):
+        want, bytes_of_one = answers[0]
+        for got, bytes_of_many in answers[1:]:
+            assert bytes_of_many == bytes_of_one > 0
+            for ours, theirs in zip(got, want, strict=True):
+                assert relative_error(ours, theirs) < 1e-14
 
 
 def leak(name: str, ulysses: int, case: Case, place: int) -> list[int]:

@@ -9,11 +9,12 @@ import torch
 
 from farspan.cli.bench import show_results
 from farspan.errors import FarspanError
+from farspan.kernels.attention.backend import Backend
 from farspan.kernels.attention.bench import Case, bench_attention, document_bounds
-from farspan.kernels.attention.dispatch import Backend, choose_backend
+from farspan.kernels.attention.dispatch import load_backend
 
 CASES = (Case(96, torch.float32), Case(96, torch.float32, window=20), Case(300, torch.bfloat16, packed=True))
-CPU = choose_backend(torch.device("cpu"))
+CPU = load_backend("cpu")
 
 
 def without_window(backend: Backend) -> Backend:

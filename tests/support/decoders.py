@@ -18,6 +18,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "llama4_text": {"num_local_experts": 4},
     "cohere2": {},
+    "gpt_oss": {"num_local_experts": 4},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"] * 24},
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 16},

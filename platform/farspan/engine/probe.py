@@ -12,7 +12,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from farspan.engine.attention import ATTENTION_NAME, KEYWORD, register_attention
 from farspan.errors import ModelError
-from farspan.kernels.attention.dispatch import choose_attention
+from farspan.kernels.attention.dispatch import choose_backend
+from farspan.kernels.attention.limits import Ask
 from farspan.kv.layout import KvLayout
 
 _PROBE_TOKENS = 4
@@ -111,4 +112,4 @@ class _ShapeProbe:
         if layer in self.shapes:
             raise ModelError(f"layer {layer} computes attention more than once")
         self.shapes[layer] = (k_TGD.shape[1], k_TGD.shape[2], v_TGC.shape[2])
-        return choose_attention(q_THD.device)[0](q_THD, k_TGD, v_TGC, scale=scale, offset=0)[0]
+        return choose_backend(Ask.of(q_THD, v_TGC)).forward(q_THD, k_TGD, v_TGC, scale=scale, offset=0)[0]

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from farspan.engine.attention import DecodeRows, PagedBatch, Segment
 from farspan.engine.probe import forward
-from farspan.kernels.attention.dispatch import choose_attention
+from farspan.kernels.attention.dispatch import choose_backend
+from farspan.kernels.attention.limits import Ask
 from farspan.kv.pages import PagePool
 
 # Decode gathers the pages of a group of rows side by side, one layer at a time: at most this much, or one row.
@@ -33,7 +34,8 @@ class Runner:
     def __init__(self, model: PreTrainedModel, pool: PagePool, gather_bytes: int = _GATHER_BYTES) -> None:
         self._model, self._pool = model, pool
         self._gather_pages = gather_bytes * pool.layout.num_layers // pool.layout.page_bytes
-        self._kernel = choose_attention(pool.device)[0]
+        keys, values = pool.keys_PSGD(0), pool.values_PSGC(0)
+        self._kernel = choose_backend(Ask.of(keys, values)).forward
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """Logits [len(pieces), V] of the last token of each piece, in the given order."""

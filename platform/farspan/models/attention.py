@@ -33,7 +33,6 @@ __all__ = [
 ATTENTION_NAME = "farspan"
 ATTENTION_KEYWORD = "farspan_attention"
 _REFUSED = {
-    "s_aux": "attention sinks",
     "position_bias": "a bias by position",
     "indexer": "sparse attention by an index",
     "block_mask": "a mask of its own",
@@ -53,6 +52,7 @@ class PackedAttention(Protocol):
         window: int | None = None,
         softcap: float | None = None,
         chunk: int | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -118,6 +118,7 @@ def _attention(
     farspan_attention: PackedAttention | LayeredAttention | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention call: query [1, H, T, D], key [1, G, T, D], value [1, G, T, C] -> [1, T, H, C]."""
@@ -138,7 +139,9 @@ def _attention(
     q_THD, k_TGD, v_TGC = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = scaling if scaling is not None else q_THD.shape[-1] ** -0.5
     attend = _of_layer(module, farspan_attention)
-    out_THC = attend(q_THD, k_TGD, v_TGC, scale=scale, window=rule.window, softcap=softcap, chunk=rule.chunk)
+    # A model without sinks is not asked to know the word.
+    sinks = {} if s_aux is None else {"sinks_H": s_aux.flatten()}
+    out_THC = attend(q_THD, k_TGD, v_TGC, scale=scale, window=rule.window, softcap=softcap, chunk=rule.chunk, **sinks)
     return out_THC.unsqueeze(0), None
 
 

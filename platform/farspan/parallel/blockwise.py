@@ -15,8 +15,10 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from farspan.kernels.attention.dispatch import choose_attention
+from farspan.kernels.attention.dispatch import choose_backend
+from farspan.kernels.attention.limits import Ask
 from farspan.kernels.merge.reference import merge_partials_reference
+from farspan.kernels.merge.sink import merge_sinks, sinks_gradient
 from farspan.parallel.pairs import Pair
 
 
@@ -31,7 +33,11 @@ class Rule:
 
 
 class Strategy(Protocol):
-    """Attention of the tokens this rank holds over everything they see: (q_tHD, k_tGD, v_tGC) -> out_tHC."""
+    """Attention of the tokens this rank holds over everything they see: (q_tHD, k_tGD, v_tGC) -> out_tHC.
+
+    `sinks_H`: a logit per query head that takes part in the softmax and has no value. Its gradient on a rank is the
+    part of this rank's tokens or heads, as that of every weight: the sum over ranks is the whole.
+    """
 
     def __call__(
         self,
@@ -43,6 +49,7 @@ class Strategy(Protocol):
         window: int | None = None,
         softcap: float | None = None,
         chunk: int | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -59,9 +66,10 @@ class BlockwiseAttention(ABC):
         window: int | None = None,
         softcap: float | None = None,
         chunk: int | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         rule = Rule(scale, window, softcap, chunk)
-        return cast(Tensor, _Attend.apply(q_tHD, k_tGD, v_tGC, self, rule))
+        return cast(Tensor, _Attend.apply(q_tHD, k_tGD, v_tGC, sinks_H, self, rule))
 
     @abstractmethod
     def forward(self, q_tHD: Tensor, k_tGD: Tensor, v_tGC: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -77,19 +85,28 @@ class BlockwiseAttention(ABC):
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_tHD: Tensor, k_tGD: Tensor, v_tGC: Tensor, attention: BlockwiseAttention, rule: Rule
+        ctx: Any,
+        q_tHD: Tensor,
+        k_tGD: Tensor,
+        v_tGC: Tensor,
+        sinks_H: Tensor | None,
+        attention: BlockwiseAttention,
+        rule: Rule,
     ) -> Tensor:
         out_tHC, lse_tH = attention.forward(q_tHD, k_tGD, v_tGC, rule)
-        ctx.save_for_backward(q_tHD, k_tGD, v_tGC, out_tHC, lse_tH)
+        if sinks_H is not None:
+            out_tHC, lse_tH = merge_sinks(out_tHC, lse_tH, sinks_H)
+        ctx.save_for_backward(q_tHD, k_tGD, v_tGC, out_tHC, lse_tH, sinks_H)
         ctx.attention, ctx.rule = attention, rule
         return out_tHC
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q_tHD, k_tGD, v_tGC, out_tHC, lse_tH = ctx.saved_tensors
+        q_tHD, k_tGD, v_tGC, out_tHC, lse_tH, sinks_H = ctx.saved_tensors
         found = ctx.attention.backward(grads[0], q_tHD, k_tGD, v_tGC, out_tHC, lse_tH, ctx.rule)
         narrow = (g.to(x.dtype) for g, x in zip(found, (q_tHD, k_tGD, v_tGC), strict=True))
-        return *narrow, None, None
+        dsinks_H = None if sinks_H is None else sinks_gradient(grads[0], out_tHC, lse_tH, sinks_H).to(sinks_H.dtype)
+        return *narrow, dsinks_H, None, None
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -99,8 +116,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def attend_pair(q_tHD: Tensor, k_sGD: Tensor, v_sGC: Tensor, pair: Pair, rule: Rule) -> tuple[Tensor, Tensor]:
     """(out, lse) of the queries of one pair over its keys."""
-    attend, _ = choose_attention(q_tHD.device)
-    return attend(
+    return choose_backend(Ask.of(q_tHD, v_sGC, rule.softcap)).forward(
         q_tHD[pair.queries],
         k_sGD[pair.keys],
         v_sGC[pair.keys],
@@ -175,8 +191,7 @@ def gradients_of(
     rule: Rule,
 ) -> Gradients:
     """Gradients of the queries and keys of one pair."""
-    _, attend_backward = choose_attention(q_tHD.device)
-    found = attend_backward(
+    found = choose_backend(Ask.of(q_tHD, v_sGC, rule.softcap)).backward(
         dout_tHC[pair.queries],
         q_tHD[pair.queries],
         k_sGD[pair.keys],

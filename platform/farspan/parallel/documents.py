@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from farspan.kernels.attention.dispatch import choose_backend
+from farspan.kernels.attention.limits import Ask
 from farspan.parallel.blockwise import (
     BlockwiseAttention,
     Gradients,
@@ -35,13 +36,14 @@ def attend_documents(
     window: int | None = None,
     softcap: float | None = None,
     chunk: int | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """out_THC of causal attention inside each document; `bounds` are the N + 1 offsets of the documents."""
     num_tokens = q_THD.shape[0]
     assert bounds[0] == 0, "documents start at token 0"
     assert bounds[-1] == num_tokens, "documents cover the sequence"
     local = LocalAttention(PairTable((((0, num_tokens),),), tuple(bounds)))
-    return local(q_THD, k_TGD, v_TGC, scale=scale, window=window, softcap=softcap, chunk=chunk)
+    return local(q_THD, k_TGD, v_TGC, scale=scale, window=window, softcap=softcap, chunk=chunk, sinks_H=sinks_H)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class LocalAttention(BlockwiseAttention):
         if _whole(met, q_tHD.shape[0]):
             return attend_pair(q_tHD, k_tGD, v_tGC, met[0], rule)
         if self._in_order:
-            attend = choose_backend(q_tHD.device).packed_forward
+            attend = choose_backend(Ask.of(q_tHD, v_tGC, rule.softcap)).packed_forward
             return attend(q_tHD, k_tGD, v_tGC, **self._packed(rule))
         partial = Partial(q_tHD, v_tGC.shape[2])
         partial.add(q_tHD, k_tGD, v_tGC, met, rule)
@@ -72,7 +74,7 @@ class LocalAttention(BlockwiseAttention):
         if _whole(met, q_tHD.shape[0]):
             return gradients_of(dout_tHC, q_tHD, k_tGD, v_tGC, out_tHC, lse_tH, met[0], rule)
         if self._in_order:
-            attend_backward = choose_backend(q_tHD.device).packed_backward
+            attend_backward = choose_backend(Ask.of(q_tHD, v_tGC, rule.softcap)).packed_backward
             return attend_backward(dout_tHC, q_tHD, k_tGD, v_tGC, out_tHC, lse_tH, **self._packed(rule))
         into = Gradients(*(zeros_wide(x) for x in (q_tHD, k_tGD, v_tGC)))
         add_gradients(into, dout_tHC, q_tHD, k_tGD, v_tGC, out_tHC, lse_tH, met, rule)

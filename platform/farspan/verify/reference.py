@@ -111,6 +111,7 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_kwargs: Any,
 ) -> tuple[Tensor, None]:
     assert dropout == 0.0, "the reference drops nothing"
@@ -121,7 +122,12 @@ def _attention(
         scores = (scores / softcap).tanh() * softcap
     assert attention_mask is not None, "transformers gives an eager attention its mask"
     scores = scores + attention_mask[:, :, :, : key.shape[2]]
-    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+    probs = scores.softmax(-1)
+    if s_aux is not None:
+        # A sink is one more column of scores, whose value is nothing.
+        column = s_aux.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        probs = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
+    return (probs @ value).transpose(1, 2).contiguous(), None
 
 
 def _vocab(model: PreTrainedModel) -> int:

@@ -122,7 +122,7 @@ def test_ulysses_exchanges_the_next_key_heads_while_it_computes() -> None:
 
     # Sixteen key heads on four ranks are four for each: four stages of one.
     q, k, v = (torch.randn(4, heads, 8) for heads in (32, 16, 16))
-    out = UlyssesAttention(Loop(events), inside)(q, k, v, scale=0.3)
+    out = UlyssesAttention(Loop(events), inside, max_stages=4)(q, k, v, scale=0.3)
     assert out.shape == q.shape
     stage = ["wait swap", "start swap", "compute", "start swap"]
     assert events == ["start swap", *stage * 3, "wait swap", "compute", "start swap", *["wait swap"] * 4]

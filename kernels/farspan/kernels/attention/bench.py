@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farspan.kernels.attention.dispatch import Backend, choose_backend
+from farspan.kernels.attention.backend import Backend
+from farspan.kernels.attention.dispatch import choose_backend
+from farspan.kernels.attention.limits import Ask
 from farspan.kernels.attention.peers import Contestant, Work, ours, peers_on
 
 # Rounds of a case: at least three; more while this many seconds last.
@@ -62,7 +64,8 @@ def bench_attention(cases: tuple[Case, ...] | None = None, backend: Backend | No
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[dict[str, Any]] = []
     for case in cases or (_CPU_CASES if device.type == "cpu" else _CUDA_CASES):
-        rows += _rows(case, _work(case, device), backend or choose_backend(device))
+        work = _work(case, device)
+        rows += _rows(case, work, backend or choose_backend(Ask.of(work.q_THD, work.v_TGD)))
     return rows
 
 

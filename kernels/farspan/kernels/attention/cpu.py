@@ -87,8 +87,7 @@ def attend_cpu_backward(
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, piece: Piece) -> tuple[Tensor, Tensor]:
     """(out_RQHD, lse_RQH) of a piece."""
-    num_groups, causal = k.shape[1], piece.kind is not Kind.FULL
-    group = q.shape[1] // num_groups
+    num_groups, group, causal = *_grouping(q, k), piece.kind is not Kind.FULL
     q_BNQD = _by_group(_queries(q, piece), num_groups, piece)
     k_BNKD, v_BNKD = (_shared(_keys(x, piece), group, piece) for x in (k, v))
     out_BNQD, lse_BNQ = _FORWARD(q_BNQD, k_BNKD, v_BNKD, 0.0, causal, scale=scale)
@@ -98,17 +97,24 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, piece: Piece) -> tup
 def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse_TH: Tensor, scale: float, piece: Piece
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq_RQHD, dk_RKGD, dv_RKGD) of a piece; dk and dv in fp32 or wider."""
-    num_groups, causal = k.shape[1], piece.kind is not Kind.FULL
-    group = q.shape[1] // num_groups
+    """(dq_RQHD, dk_RKGD, dv_RKGD) of a piece; dk and dv in fp32 or wider where heads were summed."""
+    num_groups, group, causal = *_grouping(q, k), piece.kind is not Kind.FULL
     dout_BNQD, q_BNQD, out_BNQD = (_by_group(_queries(x, piece), num_groups, piece) for x in (dout, q, out))
     lse_BNQ = _by_group(_queries(lse_TH.unsqueeze(-1), piece), num_groups, piece).squeeze(-1)
     k_BNKD, v_BNKD = (_shared(_keys(x, piece), group, piece) for x in (k, v))
     dq_BNQD, dk_BNKD, dv_BNKD = _BACKWARD(
         dout_BNQD, q_BNQD, k_BNKD, v_BNKD, out_BNQD, lse_BNQ.contiguous(), 0.0, causal, scale=scale
     )
-    dk_RKGD, dv_RKGD = (_packed(x.sum(1, True, dtype=_wide(x)), num_groups, piece) for x in (dk_BNKD, dv_BNKD))
+    if group > 1:
+        dk_BNKD, dv_BNKD = (x.sum(1, True, dtype=_wide(x)) for x in (dk_BNKD, dv_BNKD))
+    dk_RKGD, dv_RKGD = (_packed(x, num_groups, piece) for x in (dk_BNKD, dv_BNKD))
     return _packed(dq_BNQD, num_groups, piece), dk_RKGD, dv_RKGD
+
+
+def _grouping(q_THD: Tensor, k_SGD: Tensor) -> tuple[int, int]:
+    """(G, N). Where no heads share keys all are one batch's: results then lie in the order of the sequence."""
+    num_heads, num_groups = q_THD.shape[1], k_SGD.shape[1]
+    return (1, 1) if num_heads == num_groups else (num_groups, num_heads // num_groups)
 
 
 def _merge(out_RQHC: Tensor, lse_RQH: Tensor, part_RQHC: Tensor, part_lse_RQH: Tensor) -> None:
@@ -141,6 +147,8 @@ def _by_group(x_RQHD: Tensor, num_groups: int, piece: Piece) -> Tensor:
 
 def _shared(x_RKGD: Tensor, group: int, piece: Piece) -> Tensor:
     """[R, K, G, D] -> [R * G, N, K, D]: the kernel reads through strides, so a group's shared keys are not repeated."""
+    if group == 1:
+        return _ordered(x_RKGD, piece).transpose(1, 2)
     return _ordered(x_RKGD, piece).transpose(1, 2).flatten(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
 
 

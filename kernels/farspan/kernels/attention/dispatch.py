@@ -1,47 +1,60 @@
-"""Choose an attention backend once, by device. What was chosen has a name; a caller that logs it hides nothing."""
+"""Choose an attention backend: limits.py decides, this loads it. What was chosen, and why not another, is logged once.
+
+A backend that is not installed, or whose library has another interface than we call, is passed over.
+"""
 
 from __future__ import annotations
 
-import importlib.util
-from dataclasses import dataclass
+import importlib
+import logging
+from collections.abc import Callable, Mapping
+from functools import cache
 
-import torch
-
-from farspan.kernels.attention.contract import Backward, Forward
+from farspan.kernels.attention.backend import Backend, pairwise_backend
 from farspan.kernels.attention.cpu import attend_cpu, attend_cpu_backward
-from farspan.kernels.attention.packed import PackedBackward, PackedForward, backward_each, forward_each
+from farspan.kernels.attention.flash import flash_backend
+from farspan.kernels.attention.limits import BACKENDS, Ask, decide
 from farspan.kernels.attention.tiled import attend_tiled, attend_tiled_backward
 
-
-@dataclass(frozen=True, slots=True)
-class Backend:
-    """One way to compute the contracts of contract.py and packed.py."""
-
-    name: str
-    forward: Forward
-    backward: Backward
-    packed_forward: PackedForward
-    packed_backward: PackedBackward
+logger = logging.getLogger(__name__)
 
 
-def choose_attention(device: torch.device) -> tuple[Forward, Backward]:
-    """(forward, backward) of a pair, for tensors on `device`."""
-    backend = choose_backend(device)
-    return backend.forward, backend.backward
+# The same case is asked for by every layer of every step: it is decided, and logged, once.
+@cache
+def choose_backend(ask: Ask) -> Backend:
+    """The best backend of this machine that computes `ask`."""
+    absent: dict[str, str] = {}
+    while True:
+        decision = decide(ask, absent)
+        try:
+            backend = load_backend(decision.name)
+        except (ImportError, AttributeError, OSError) as problem:
+            absent[decision.name] = " ".join(str(problem).split())[:200]
+            continue
+        why = "; ".join(f"{name} {reason}" for name, reason in decision.passed_over if "runs on" not in reason)
+        logger.info("attention by %s for %s%s", decision.name, ask, f" ({why})" if why else "")
+        return backend
 
 
-def choose_backend(device: torch.device) -> Backend:
-    """The fused CPU kernel on CPU; Triton on CUDA where it is installed; tiles of plain torch elsewhere."""
-    if device.type == "cpu":
-        return pairwise_backend("cpu", attend_cpu, attend_cpu_backward)
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
-        return triton_backend()
-    return pairwise_backend("tiled", attend_tiled, attend_tiled_backward)
+def load_backend(name: str) -> Backend:
+    """The backend called `name`.
+
+    Raises:
+        ImportError: its library is not installed, or has another interface (AttributeError, OSError: is broken).
+    """
+    return _LOADERS[name]()
 
 
-def pairwise_backend(name: str, forward: Forward, backward: Backward) -> Backend:
-    """A backend that computes packed documents one after another."""
-    return Backend(name, forward, backward, forward_each(forward), backward_each(backward))
+def installed_backends(ask: Ask) -> list[Backend]:
+    """Every backend of this machine that computes `ask`, the best first: what a bench sets side by side."""
+    found = []
+    for name, limits in BACKENDS.items():
+        if limits.refusal(ask) is None:
+            try:
+                found.append(load_backend(name))
+            except (ImportError, AttributeError, OSError):
+                continue
+    return found
 
 
 def triton_backend() -> Backend:
@@ -50,3 +63,20 @@ def triton_backend() -> Backend:
     from farspan.kernels.attention.triton_backward import attend_packed_triton_backward, attend_triton_backward
 
     return Backend("triton", attend_triton, attend_triton_backward, attend_packed_triton, attend_packed_triton_backward)
+
+
+def _flash(name: str, room: str) -> Callable[[], Backend]:
+    def load() -> Backend:
+        return flash_backend(name, importlib.import_module(f"farspan.kernels.attention.{room}").load_kernel())
+
+    return load
+
+
+_LOADERS: Mapping[str, Callable[[], Backend]] = {
+    "flash-attn 3": _flash("flash-attn 3", "flash_three"),
+    "flash-attn 2": _flash("flash-attn 2", "flash_two"),
+    "torch flash": _flash("torch flash", "flash_torch"),
+    "triton": triton_backend,
+    "cpu": lambda: pairwise_backend("cpu", attend_cpu, attend_cpu_backward),
+    "tiled": lambda: pairwise_backend("tiled", attend_tiled, attend_tiled_backward),
+}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from farspan.kernels.attention.dispatch import Backend
+from farspan.kernels.attention.backend import Backend
 
 
 @dataclass(frozen=True, slots=True)
