@@ -65,7 +65,7 @@ class Choice:
         if self.sp == 1:
             return "one rank"
         if self.strategy == "hybrid":
-            return f"{self.ulysses} heads x {self.sp // self.ulysses} ring"
+            return f"hybrid {self.ulysses}x{self.sp // self.ulysses}"
         return self.strategy
 
     def memory_text(self) -> str:

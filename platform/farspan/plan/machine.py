@@ -150,11 +150,19 @@ def parse_machine(
         device=device,
         devices_per_node=number,
         nodes=nodes,
-        # What machines with such devices usually have: twice the memory of the devices.
-        host_bytes=2 * device.bytes * number if host_gib is None else host_gib * GIB,
+        # What machines with such devices usually have: three times the memory of the devices.
+        host_bytes=3 * DEVICES[name].bytes * number if host_gib is None else host_gib * GIB,
         cxl_bytes=cxl_gib * GIB,
         nvme_bytes=nvme_gib * GIB,
     )
+
+
+def size_text(num_bytes: float) -> str:
+    """Bytes for a reader."""
+    if num_bytes < 0.1 * GIB:
+        return f"{num_bytes / 2**20:.0f} MiB"
+    size = num_bytes / GIB
+    return f"{size:,.0f} GiB" if size >= 100 else f"{size:.1f} GiB"
 
 
 def save_calibration(file: Path, machine: Machine) -> None:
@@ -192,4 +200,4 @@ def _efficiency(content: Mapping[str, object]) -> Efficiency:
     known = {f.name for f in fields(Efficiency)}
     if set(content) != known:
         raise ValueError(f"efficiency holds {sorted(content)}, expected {sorted(known)}")
-    return Efficiency(**{name: value for name, value in content.items()})  # type: ignore[arg-type]
+    return Efficiency(**content)  # type: ignore[arg-type]

@@ -81,6 +81,7 @@ class LayerKind:
 
     name: str
     count: int
+    width: int
     num_parameters: int
     boundary: Poly
     """Bytes of the layer's input: what is kept of it when the rest is computed again."""

@@ -75,6 +75,7 @@ class _Trace:
                 LayerKind(
                     name=_name(kind, self.shell.kinds),
                     count=kind.count,
+                    width=self.text.hidden_size,
                     num_parameters=kind.num_parameters,
                     boundary=_fit(self.lengths, [run.layers[kind.shown].boundary for run in again]),
                     whole=self._pass(kind, plain, again),
