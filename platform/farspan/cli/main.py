@@ -44,11 +44,74 @@ def quickstart(
 
 
 @app.command()
-def plan(config: Config, overrides: Overrides = None) -> None:
-    """Show what a training config would do and cost; starts nothing."""
-    from farspan.cli.train import show_plan
+def plan(
+    config: Annotated[str | None, typer.Argument(help="YAML config file.", metavar="[CONFIG]")] = None,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME[:COUNT]", help="Devices of a machine, such as h100:8; cpu is this one.")
+    ] = None,
+    seq: Annotated[str | None, typer.Option(metavar="TOKENS", help="Tokens of a sequence: 131072, 128K, 1M.")] = None,
+    nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Model folder or model_type instead of a config; then KEY=VALUE")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Plans to show.")] = 5,
+    explain: Annotated[bool, typer.Option("--explain", help="Every reason why plans were refused.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    host: Annotated[float | None, typer.Option(metavar="GIB", help="Host memory of a machine.")] = None,
+    memory: Annotated[float | None, typer.Option(metavar="GIB", help="Use only this much of each device.")] = None,
+    cxl: Annotated[float, typer.Option(metavar="GIB", min=0, help="CXL memory of a machine.")] = 0.0,
+    nvme: Annotated[float, typer.Option(metavar="GIB", min=0, help="NVMe space of a machine for offload.")] = 0.0,
+    optimizer: Annotated[str, typer.Option(help="adamw, or adamw8bit, whose states are rounded.")] = "adamw",
+    lora_rank: Annotated[int, typer.Option(min=0, help="Train adapters of this rank only; 0: all weights.")] = 0,
+    calibration: Annotated[str | None, typer.Option(metavar="FILE", help="Speeds that --calibrate measured.")] = None,
+    calibrate: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Measure this machine's speeds, nothing else.")
+    ] = None,
+) -> None:
+    """Show what a training config would do and cost; with --gpu, find the best way to train on that machine."""
+    if calibrate is not None:
+        from farspan.cli.plan import run_calibrate
 
-    show_plan(config, overrides or [])
+        run_calibrate(calibrate)
+        return
+    given = list(overrides or [])
+    if config is not None and model is not None:
+        # Without a config the first KEY=VALUE stands in its place.
+        given, config = [config, *given], None
+    if gpu is None:
+        from farspan.cli.train import show_plan
+
+        _refuse_without_gpu(config, seq=seq, model=model)
+        assert config is not None
+        show_plan(config, given)
+        return
+    from farspan.cli.plan import Question, parse_tokens, run_planner
+
+    question = Question(
+        config=config,
+        overrides=given,
+        gpu=gpu,
+        tokens=None if seq is None else parse_tokens(seq),
+        nodes=nodes,
+        model=model,
+        host_gib=host,
+        memory_gib=memory,
+        cxl_gib=cxl,
+        nvme_gib=nvme,
+        calibration=calibration,
+        optimizer=optimizer,
+        lora_rank=lora_rank,
+    )
+    run_planner(question, explain=explain, as_json=as_json, top=top)
+
+
+def _refuse_without_gpu(config: str | None, *, seq: str | None, model: str | None) -> None:
+    for name, value in (("--seq", seq), ("--model", model)):
+        if value is not None:
+            raise ConfigError("--gpu", f"must be given with {name}", None, "add for example --gpu h100:8")
+    if config is None:
+        raise ConfigError("CONFIG", "must be given, or --gpu and --model", None, "try farspan plan CONFIG.yaml")
 
 
 @app.command()

@@ -1,0 +1,164 @@
+"""Bytes of every memory tier at the worst moment of a step, on one rank. Torch-free, pure.
+
+A step has three moments that can be the worst: the loss, while everything kept for backward is there; the backward of
+the last layer, while nearly everything still is; the optimizer step, when none of it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from farspan.plan.choice import Choice
+from farspan.plan.profile import LayerKind, ModelProfile, Pass, Poly
+from farspan.plan.sharing import Sharing
+from farspan.plan.states import States, states_of
+
+SLACK = 0.04
+"""Share of the device's bytes an allocator with expandable segments loses between tensors."""
+_LAYERS_ON_DEVICE = 3  # one leaves or arrives, one is used, one was prefetched
+_BATCH_BYTES = 3 * 8  # tokens, labels and positions
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Named buffers in bytes: of the device at its worst `moment`, and of what lies in slower tiers."""
+
+    moment: str
+    device: Mapping[str, float]
+    optimizer_host: float
+    activations_host: float
+
+    @property
+    def device_bytes(self) -> float:
+        return sum(self.device.values())
+
+    def tiers(self, limits: Mapping[str, float]) -> dict[str, float]:
+        """Bytes of each tier: the CPU's optimizer stays in local memory, activations take what is left, tier by tier.
+
+        What fits nowhere is added to the first tier below the device, which then overflows.
+        """
+        used = {"device": self.device_bytes}
+        slower = [name for name in limits if name != "device"]
+        left = self.activations_host
+        for name in slower:
+            fixed = self.optimizer_host if name == "host" else 0.0
+            taken = min(left, max(0.0, limits[name] - fixed))
+            used[name], left = fixed + taken, left - taken
+        if left > 0 or (self.optimizer_host > 0 and "host" not in used):
+            lost = left + (0.0 if "host" in used else self.optimizer_host)
+            used["host"] = used.get("host", 0.0) + lost
+        return {name: size for name, size in used.items() if size > 0}
+
+
+def footprint(profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing], tokens: int) -> Footprint:
+    """What one sequence of `tokens` needs; `sharing` holds one entry for each kind of layer."""
+    states = states_of(profile, choice)
+    shard, whole = tokens / choice.sp, float(tokens)
+    # A chunk runs forward and backward by itself; only keys, values and their gradients outlive it.
+    alive = choice.chunk_tokens / choice.sp if choice.chunk != "none" else shard
+    kept, largest = _kept(profile, choice, sharing, alive, whole)
+    offloaded = choice.offload_activations != "none"
+    held = min(kept, _LAYERS_ON_DEVICE * largest) if offloaded else kept
+    always = {
+        "weights": states.weights,
+        "gradients": states.gradients,
+        "optimizer": states.optimizer + states.buckets,
+        "whole layers": states.gathered,
+        "batch": _BATCH_BYTES * shard,
+        "KV arena": _arena(profile, choice, sharing, shard),
+    }
+    outside = profile.outside_saved(alive)
+    work = max(_working(kind, choice, share, alive, whole) for kind, share in zip(profile.kinds, sharing, strict=True))
+    moments = {
+        "loss": {
+            **always,
+            "kept for backward": held + outside,
+            "loss tile": _loss(profile, choice, states, alive),
+        },
+        "backward": {
+            **always,
+            "kept for backward": held + outside,
+            "layer at work": work,
+            "whole gradients": states.root_gradients + states.layer_gradients,
+        },
+        "optimizer step": {
+            **always,
+            "kept for backward": 0.0,
+            "whole gradients": 3 * states.root_gradients,
+            "optimizer scratch": states.step_scratch,
+        },
+    }
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    device = {name: size for name, size in moments[moment].items() if size > 0}
+    device["allocator slack"] = SLACK * sum(device.values())
+    return Footprint(moment, device, states.host, kept if offloaded else 0.0)
+
+
+def passes(kind: LayerKind, choice: Choice) -> Pass:
+    """How this layer runs."""
+    return kind.tiled if choice.tiled_mlp and kind.tiled is not None else kind.whole
+
+
+def on_rank(kind: LayerKind, part: Pass, name: str, shard: float, whole: float) -> float:
+    """Bytes of one entry of a pass: a recurrent mixer sees the whole sequence, the rest a rank's own tokens."""
+    poly: Poly = getattr(part, name)
+    if kind.rest is None:
+        return poly(shard)
+    rest: Poly = getattr(kind.rest, name)
+    return rest(shard) + max(0.0, poly(whole) - rest(whole))
+
+
+def kept_of(kind: LayerKind, choice: Choice, share: Sharing, shard: float, whole: float) -> float:
+    """Bytes one layer keeps from forward to backward."""
+    if choice.recompute:
+        return kind.boundary(shard)
+    return on_rank(kind, passes(kind, choice), "saved", shard, whole) + share.extra_saved_bytes * shard
+
+
+def mlp_tile(width: int, shard: float) -> float:
+    """Tokens of an MLP tile: as many tiles as the model's width fits into the tokens (ALST)."""
+    return min(shard, float(width))
+
+
+def _kept(
+    profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing], shard: float, whole: float
+) -> tuple[float, float]:
+    layers = [
+        (kind.count, kept_of(kind, choice, share, shard, whole))
+        for kind, share in zip(profile.kinds, sharing, strict=True)
+    ]
+    return sum(count * size for count, size in layers), max(size for _, size in layers)
+
+
+def _working(kind: LayerKind, choice: Choice, share: Sharing, shard: float, whole: float) -> float:
+    """Most bytes a layer needs beyond what is kept, forward or backward."""
+    part = passes(kind, choice)
+    if choice.recompute:
+        work = on_rank(kind, part, "recompute_peak", shard, whole) + share.extra_saved_bytes * shard
+    else:
+        backward = on_rank(kind, part, "backward_peak", shard, whole)
+        forward = on_rank(kind, part, "forward_peak", shard, whole) - on_rank(kind, part, "saved", shard, whole)
+        work = max(backward, forward)
+    work += share.buffer_bytes * shard
+    if part is kind.tiled:
+        work += kind.mlp_peak(mlp_tile(kind.width, shard))
+    return work
+
+
+def _arena(profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing], shard: float) -> float:
+    if choice.chunk == "none":
+        return 0.0
+    return sum(
+        kind.count * kind.attention.arena_bytes(profile.itemsize) * share.kv_factor * shard
+        for kind, share in zip(profile.kinds, sharing, strict=True)
+        if kind.attention is not None
+    )
+
+
+def _loss(profile: ModelProfile, choice: Choice, states: States, shard: float) -> float:
+    """The tile, the last hidden states and their gradient, and the head's gradient: summed, and of the tile."""
+    tile = min(shard, float(choice.loss_tile_tokens))
+    hidden = 3 * profile.width * profile.itemsize * shard
+    head = profile.vocab_size * profile.width * profile.itemsize if states.root_gradients else 0.0
+    return profile.loss.peak(tile) + hidden + states.root_gradients + head
