@@ -11,6 +11,9 @@ FarspanError
 ├── PlanError            no legal plan
 ├── TrainingError        a run that had to stop
 │   └── OutOfMemoryError     a rank had no memory left for a step
+├── TierError            a memory tier did not do what was asked
+│   └── TierFullError        it has no room left
+├── StaleBufferError     a buffer was used again while somebody still read or wrote it
 ├── EngineError          the inference engine could not answer
 │   └── RequestError         one request could not be answered; the others go on
 ├── TransferError        KV pages did not arrive as they were sent
@@ -92,6 +95,35 @@ class OutOfMemoryError(TrainingError):
     def __init__(self, rank: int, step: int, reason: str) -> None:
         self.rank, self.step, self.reason = rank, step, reason
         super().__init__(f"rank {rank} ran out of memory in step {step}: {reason}")
+
+
+class TierError(FarspanError):
+    """A memory tier did not do what was asked."""
+
+    _fields = ("tier", "reason")
+
+    def __init__(self, tier: str, reason: str) -> None:
+        self.tier, self.reason = tier, reason
+        super().__init__(f"memory tier {tier}: {reason}")
+
+
+class TierFullError(TierError):
+    """It has no room left."""
+
+    _fields = ("tier", "owner", "wanted_bytes", "free_bytes", "capacity_bytes")
+
+    def __init__(self, tier: str, owner: str, wanted_bytes: int, free_bytes: int, capacity_bytes: int) -> None:
+        self.owner, self.wanted_bytes, self.free_bytes = owner, wanted_bytes, free_bytes
+        self.capacity_bytes = capacity_bytes
+        super().__init__(
+            tier,
+            f"{owner} asked for {wanted_bytes} bytes, {free_bytes} of {capacity_bytes} are free; "
+            f"give the tier at least {capacity_bytes - free_bytes + wanted_bytes} bytes or use a larger one",
+        )
+
+
+class StaleBufferError(FarspanError):
+    """A buffer was used again while somebody still read or wrote it."""
 
 
 class EngineError(FarspanError):

@@ -20,9 +20,14 @@ BASELINES = Path("benchmarks") / "baselines"
 def run_bench(what: str, *, as_json: bool, save: bool = False) -> None:
     """Run one bench, or all, and show the rows; see `show_results`."""
     from farspan.kernels.attention.bench import bench_attention
+    from farspan.memory.bench import bench_memory
     from farspan.parallel.bench import bench_parallel
 
-    benches: dict[str, Callable[[], list[dict[str, Any]]]] = {"attention": bench_attention, "parallel": bench_parallel}
+    benches: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "attention": bench_attention,
+        "memory": bench_memory,
+        "parallel": bench_parallel,
+    }
     if what != "all" and what not in benches:
         raise ConfigError("bench", f"must be all or one of {', '.join(benches)}", what, nearest(what, list(benches)))
     if save and not BASELINES.parent.is_dir():
