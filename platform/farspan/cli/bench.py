@@ -22,11 +22,13 @@ def run_bench(what: str, *, as_json: bool, save: bool = False) -> None:
     from farspan.kernels.attention.bench import bench_attention
     from farspan.memory.bench import bench_memory
     from farspan.parallel.bench import bench_parallel
+    from farspan.train.long_context import bench_long_context
 
     benches: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "attention": bench_attention,
         "memory": bench_memory,
         "parallel": bench_parallel,
+        "long-context": bench_long_context,
     }
     if what != "all" and what not in benches:
         raise ConfigError("bench", f"must be all or one of {', '.join(benches)}", what, nearest(what, list(benches)))
