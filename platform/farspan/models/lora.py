@@ -130,6 +130,8 @@ def merged_weights(
     for layer in _layers(shell).values():
         layer.merge()
     merged = {name.replace(".base_layer.", "."): t for name, t in shell.state_dict().items() if ".lora_" not in name}
+    # A tied weight may be given under one of its names.
+    merged = {name: t for name, t in merged.items() if not (t.is_meta and name in shell.all_tied_weights_keys)}
     assert not any(t.is_meta for t in merged.values()), "every weight was given"
     return merged
 
