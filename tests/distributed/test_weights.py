@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -9,17 +10,21 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.support.corpus import small_corpus
 from tests.support.engines import build_here, whole_gradients
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankFailed, RankPool
 from tests.support.relative import relative_error
 from tests.support.runs import tiny_run
+from transformers import AutoModelForCausalLM
 
 from farspan.batch import IGNORED_LABEL
 from farspan.config.schema import RunConfig
 from farspan.data.reader import Reader, open_corpus
 from farspan.errors import TrainingError
-from farspan.models.checkpoint import random_causal_lm
+from farspan.jobs.export import export_checkpoint
+from farspan.models.checkpoint import load_tokenizer, random_causal_lm, save_causal_lm
+from farspan.parallel.whole import WholeSequence
 from farspan.telemetry.events import EventBody, StepReport
 from farspan.train.build import model_config
 from farspan.train.loop import train
@@ -273,7 +278,7 @@ def test_losses_and_gradients_of_lora_equal_plain_peft(ranks: RankPool, corpus: 
         assert losses == pytest.approx(want_losses, rel=1e-12 if exact else 1e-6)
         assert gradients.keys() == want.keys()
         for n, grad in want.items():
-            assert relative_error(gradients[n], grad) < (1e-9 if exact else 2e-4), n
+            assert relative_error(gradients[n], grad) < (1e-9 if exact else 2e-3), n
     assert answers[0][2] == {f"model.{n}" for n in want}
 
 
@@ -286,3 +291,98 @@ def test_losses_and_norms_of_lora_under_zero_equal_plain_peft(
     for losses, norms, _ in ranks.run(trained_steps, 2, config, str(tmp_path / "cache")):
         assert losses == pytest.approx(want_losses, rel=1e-6)
         assert norms == pytest.approx(want_norms, rel=1e-4)
+
+
+@pytest.fixture
+def base(corpus: str, tmp_path: Path) -> str:
+    """A pretrained model's folder, with the corpus's tokenizer."""
+    config = tiny_run(corpus, str(tmp_path / "unused"))
+    opened = open_corpus(corpus, tmp_path / "base-cache")
+    model = random_causal_lm(model_config(config, opened.vocab_size, tmp_path), seed=5)
+    tokenizer = load_tokenizer(opened.tokenizer_folder)
+    save_causal_lm(tmp_path / "base", model.config, model.state_dict(), tokenizer)
+    return str(tmp_path / "base")
+
+
+def trained_logits(config: RunConfig, cache: str) -> torch.Tensor:
+    """Train to the end; then the logits of one more sequence as the training model computes them, on one rank."""
+    training = build_here(config, cache)
+    train(training, config, lambda event: None)
+    step, seen = training.step, []
+    head = step.loss.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, inputs, logits: seen.append(logits.detach().clone()))
+    batch = step.reader.batch(0)
+    layout = step.sequence.lay_out(batch.num_tokens, batch.bounds)
+    shard, whole = layout.shard(batch, step.exchange.rank), WholeSequence(batch.bounds, step.exchange, layout)
+    with torch.no_grad():
+        step.loss(shard, step.sequence.attention(layout, batch.bounds), torch.tensor(1.0), whole)
+    return torch.cat(seen)
+
+
+def document_logits(model: torch.nn.Module, config: RunConfig, cache: Path) -> torch.Tensor:
+    batch = Reader(open_corpus(config.data.corpus, cache), config.data.sequence_tokens, config.seed).batch(0)
+    documents = [batch.tokens_T[start:stop].unsqueeze(0) for start, stop in pairwise(batch.bounds)]
+    with torch.no_grad():
+        return torch.cat([model(input_ids=tokens, use_cache=False).logits[0] for tokens in documents])
+
+
+PUBLISHED = {
+    "fsdp2": [*DP2, "model.dtype=float64"],
+    "zero 3": [*DP2, *zero(3), "model.dtype=float32"],
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_model_and_adapter_compute_what_the_trained_model_computes(
+    ranks: RankPool, corpus: str, base: str, tmp_path: Path, name: str
+) -> None:
+    config = tiny_run(corpus, str(tmp_path / "run"), f"model.source={base}", "optim.lr=0.01", *LORA, *PUBLISHED[name])
+    got = ranks.run(trained_logits, 2, config, str(tmp_path / "cache"))[0].double()
+    small = 1e-12 if config.model.dtype == "float64" else 1e-5
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(bool(t.abs().max() > 0) for t in saved.values()), "an adapter that changes nothing"
+    plain = AutoModelForCausalLM.from_pretrained(base).double().eval()
+    before = document_logits(plain, config, tmp_path)
+    assert relative_error(got, before) > 1e-3
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").double().eval()
+    assert relative_error(document_logits(merged, config, tmp_path), got) < small
+    adapted = peft.PeftModel.from_pretrained(plain, str(tmp_path / "run" / "adapter")).double().eval()
+    assert relative_error(document_logits(adapted, config, tmp_path), got) < small
+    assert (
+        json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == base
+    )
+    # A checkpoint holds the adapter, not the model; exported, it is the published model again.
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004"
+    assert not (checkpoint / "model.safetensors").exists()
+    export_checkpoint(str(tmp_path / "run"), str(tmp_path / "exported"), "float32")
+    published, exported = (load_file(tmp_path / f / "model.safetensors") for f in ("run/model", "exported"))
+    assert published.keys() == exported.keys()
+    assert all(relative_error(exported[n], published[n]) < 1e-6 for n in exported)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (LORA, ["lora.rank=8"], r"trained with r=4, this run has 8; restore it in `lora`"),
+        (LORA, ["lora.rank=4", "lora.alpha=9"], r"trained with lora_alpha=8.0, this run has 9.0"),
+        (LORA, [], r"the checkpoint holds an adapter, this run trains every weight"),
+        ([], LORA, r"the checkpoint holds every weight, this run trains an adapter"),
+    ],
+    ids=["rank", "alpha", "adapter to every weight", "every weight to adapter"],
+)
+def test_a_checkpoint_of_other_trained_weights_is_refused(
+    ranks: RankPool, corpus: str, tmp_path: Path, first: list[str], second: list[str], message: str
+) -> None:
+    ranks.run(run_to_end, 1, tiny_run(corpus, str(tmp_path / "run"), "train.steps=1", *first), str(tmp_path / "cache"))
+    with pytest.raises(RankFailed, match=message):
+        ranks.run(run_to_end, 1, tiny_run(corpus, str(tmp_path / "run"), *second), str(tmp_path / "cache"))
+
+
+def test_an_adapter_does_not_go_on_beside_another_base(ranks: RankPool, corpus: str, base: str, tmp_path: Path) -> None:
+    config = tiny_run(corpus, str(tmp_path / "run"), f"model.source={base}", "train.steps=1", *LORA)
+    ranks.run(run_to_end, 1, config, str(tmp_path / "cache"))
+    weights = load_file(Path(base) / "model.safetensors")
+    save_file({n: t * 1.01 for n, t in weights.items()}, Path(base) / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RankFailed, match=r"trained beside other weights than those of .*base; restore them"):
+        ranks.run(run_to_end, 1, config, str(tmp_path / "cache2"))

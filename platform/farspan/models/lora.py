@@ -29,6 +29,7 @@ ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.j
 _BASE_DIGEST = "adapter_base.json"
 _NAME = "default"
 _PREFIX = "base_model.model."
+_RANDOM = "random weights of "
 # What must be the same for saved matrices to mean the same.
 _SETTINGS = ("r", "lora_alpha", "target_modules")
 
@@ -41,7 +42,12 @@ class Adapter:
     base: str
     """Folder of the frozen model, or how its random weights were made."""
     base_digest: str
-    """xxh3 over the frozen model's weights: the same folder may hold another model later."""
+    """xxh3 of the frozen model's weights in fp32: the same folder may hold another model later."""
+
+
+def base_of(source: str | None, architecture: str, seed: int) -> str:
+    """How an adapter names the model it stands beside."""
+    return source if source is not None else f"{_RANDOM}{architecture}, seed {seed}"
 
 
 def add_adapter(model: PreTrainedModel, lora: LoraConfig, base: str, seed: int, frozen: torch.dtype) -> Adapter:
@@ -98,15 +104,7 @@ def load_adapter(folder: Path, adapter: Adapter) -> dict[str, Tensor]:
             raise CheckpointError(
                 str(folder), f"the adapter was trained with {field}={was}, this run has {is_now}; restore it in `lora`"
             )
-    if _read(folder, _BASE_DIGEST).get("xxh3_128") != adapter.base_digest:
-        raise CheckpointError(
-            str(folder), f"the adapter was trained beside other weights than those of {adapter.base}; restore them"
-        )
-    return read_matrices(folder)
-
-
-def read_matrices(folder: Path) -> dict[str, Tensor]:
-    """The matrices of a folder in peft's format, by the names of the model they are injected into."""
+    _refuse_other_base(folder, adapter.base_digest)
     names = {}
     for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
         layer, _, weight = name.removeprefix(_PREFIX).rpartition(".")
@@ -117,6 +115,32 @@ def read_matrices(folder: Path) -> dict[str, Tensor]:
 def is_adapter_folder(folder: Path) -> bool:
     """Whether a folder holds an adapter instead of a model."""
     return (folder / ADAPTER_CONFIG).is_file()
+
+
+def read_base(folder: Path) -> str:
+    """Where the model is that an adapter's folder belongs to.
+
+    Raises:
+        CheckpointError: it was made for one run and is in no folder.
+    """
+    base = str(_read(folder, ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+    if not base or base.startswith(_RANDOM):
+        raise CheckpointError(
+            str(folder), "the adapter belongs to a model with random weights; use the run's own `model` folder"
+        )
+    return base
+
+
+def merge_folder(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """`model` with the adapter of a folder merged into it.
+
+    Raises:
+        CheckpointError: the adapter was trained beside another model.
+    """
+    _refuse_other_base(folder, _digest(model))
+    merged = peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    assert isinstance(merged, PreTrainedModel)
+    return merged
 
 
 def merged_weights(
@@ -136,6 +160,14 @@ def merged_weights(
     return merged
 
 
+def _refuse_other_base(folder: Path, digest: str) -> None:
+    if _read(folder, _BASE_DIGEST).get("xxh3_128") != digest:
+        base = _read(folder, ADAPTER_CONFIG).get("base_model_name_or_path")
+        raise CheckpointError(
+            str(folder), f"the adapter was trained beside other weights than those of {base}; restore them"
+        )
+
+
 def _layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
@@ -153,7 +185,8 @@ def _digest(model: nn.Module) -> str:
     digest = xxhash.xxh3_128()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
-        digest.update(parameter.detach().contiguous().view(torch.uint8).numpy())
+        # In fp32, whatever type the folder was opened in.
+        digest.update(parameter.detach().float().contiguous().numpy())
     return digest.hexdigest()
 
 

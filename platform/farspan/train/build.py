@@ -14,7 +14,7 @@ from farspan.data.reader import Corpus, Reader, open_corpus
 from farspan.errors import ConfigError
 from farspan.models.attention import use_farspan_attention
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer, make_config, open_config, random_causal_lm
-from farspan.models.lora import Adapter, add_adapter
+from farspan.models.lora import Adapter, add_adapter, base_of
 from farspan.models.parts import decoder_layers
 from farspan.parallel.mesh import Mesh, make_mesh
 from farspan.parallel.strategy import SequenceParallel, SequenceRanks
@@ -145,7 +145,7 @@ def _refuse_small_vocabulary(config: PretrainedConfig, corpus: Corpus) -> None:
 def _adapter(config: RunConfig, model: PreTrainedModel, device: torch.device) -> Adapter | None:
     if config.lora.rank == 0:
         return None
-    base = config.model.source or f"random {config.model.architecture}, seed {config.seed}"
+    base = base_of(config.model.source, config.model.architecture, config.seed)
     return add_adapter(model, config.lora, base, config.seed, compute_dtype(config.model.dtype, device))
 
 
