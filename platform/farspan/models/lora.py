@@ -11,19 +11,21 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import peft
 import torch
 import xxhash
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from farspan.config.schema import LoraConfig
 from farspan.errors import CheckpointError, ConfigError
+
+# peft takes seconds to import, and a run without LoRA does not need it.
+if TYPE_CHECKING:
+    import peft
+    from peft.tuners.lora import LoraLayer
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _BASE_DIGEST = "adapter_base.json"
@@ -60,24 +62,24 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, base: str, seed: int, 
     """
     wide = next(model.parameters()).dtype
     digest = _digest(model)
-    targets = "all-linear" if list(lora.targets) == ["all-linear"] else list(lora.targets)
-    config = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM", base_model_name_or_path=base
-    )
-    head = model.get_output_embeddings()
-    # Before the layers are made, which take the type of the weight they stand beside.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            peft.inject_adapter_in_model(config, model, _NAME)
-        except ValueError as problem:
-            raise _wrong_targets(lora, " ".join(str(problem).split())) from None
-    for name, layer in _layers(model).items():
-        if layer.get_base_layer() is head or not isinstance(layer, LoraLinear):
-            raise _wrong_targets(lora, f"{name} is the head or not a linear layer")
+        config = _inject(model, lora, base)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(wide if parameter.requires_grad else frozen)
     return Adapter(config, base, digest)
+
+
+def count_matrices(model: PretrainedConfig, lora: LoraConfig) -> int:
+    """Numbers in the matrices A and B of a model, counted on the meta device.
+
+    Raises:
+        ConfigError: `lora.targets` does not fit the model.
+    """
+    with torch.device("meta"):
+        shell = AutoModelForCausalLM.from_config(model)
+        _inject(shell, lora, "")
+    return sum(p.numel() for p in shell.parameters() if p.requires_grad)
 
 
 def save_adapter(out: Path, adapter: Adapter, weights: Mapping[str, Tensor]) -> None:
@@ -137,6 +139,8 @@ def merge_folder(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     Raises:
         CheckpointError: the adapter was trained beside another model.
     """
+    import peft
+
     _refuse_other_base(folder, _digest(model))
     merged = peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     assert isinstance(merged, PreTrainedModel)
@@ -147,6 +151,8 @@ def merged_weights(
     model: PretrainedConfig, config: peft.LoraConfig, weights: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Whole weights of a model with an adapter -> those of the plain model that computes the same, in `dtype`."""
+    import peft
+
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(model, dtype=dtype)
         peft.inject_adapter_in_model(copy.deepcopy(config), shell, _NAME)
@@ -160,6 +166,25 @@ def merged_weights(
     return merged
 
 
+def _inject(model: PreTrainedModel, lora: LoraConfig, base: str) -> peft.LoraConfig:
+    import peft
+    from peft.tuners.lora import Linear
+
+    targets = "all-linear" if list(lora.targets) == ["all-linear"] else list(lora.targets)
+    config = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM", base_model_name_or_path=base
+    )
+    head = model.get_output_embeddings()
+    try:
+        peft.inject_adapter_in_model(config, model, _NAME)
+    except ValueError as problem:
+        raise _wrong_targets(lora, " ".join(str(problem).split())) from None
+    for name, layer in _layers(model).items():
+        if layer.get_base_layer() is head or not isinstance(layer, Linear):
+            raise _wrong_targets(lora, f"{name} is the head or not a linear layer")
+    return config
+
+
 def _refuse_other_base(folder: Path, digest: str) -> None:
     if _read(folder, _BASE_DIGEST).get("xxh3_128") != digest:
         base = _read(folder, ADAPTER_CONFIG).get("base_model_name_or_path")
@@ -169,6 +194,8 @@ def _refuse_other_base(folder: Path, digest: str) -> None:
 
 
 def _layers(model: nn.Module) -> dict[str, LoraLayer]:
+    from peft.tuners.lora import LoraLayer
+
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
