@@ -184,7 +184,7 @@ class ZeroWeights:
             setter = utils.safe_set_full_optimizer_state if whole else utils.safe_set_local_optimizer_state
             setter(weight, part, key)
 
-    def _part(self, weight: nn.Parameter, full: Tensor) -> Tensor:
+    def _part(self, weight: Any, full: Tensor) -> Tensor:
         """This rank's equal part of a weight of stage 3; the last ones are padded with zeros."""
         numel = weight.ds_tensor.numel()
         padded = full.new_zeros(numel * dist.get_world_size(self._group))
@@ -208,7 +208,7 @@ def zero_config(
     zero: dict[str, Any] = {
         "stage": weights.zero,
         # Matrices are cut, vectors (norms, biases) stay whole: gathering them would only cost time.
-        "stage3_param_persistence_threshold": max(vectors, default=0) + 1,
+        "stage3_param_persistence_threshold": max(vectors, default=0),
     }
     if weights.offload_optimizer == "cpu":
         pinned = next(module.parameters()).device.type == "cuda"
