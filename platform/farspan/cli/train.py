@@ -74,6 +74,7 @@ def plan_of(config: RunConfig) -> RunPlan:
 
     from farspan.data.reader import read_corpus_manifest
     from farspan.models.attention import refuse_unsupported
+    from farspan.models.lora import count_matrices
     from farspan.plan.facts import model_facts
     from farspan.plan.run_plan import plan_run
     from farspan.train.build import compute_dtype, model_config, required_certificate
@@ -83,7 +84,8 @@ def plan_of(config: RunConfig) -> RunPlan:
         model = model_config(config, vocab_size, Path(scratch))
     refuse_unsupported(model)
     device = torch.device("cuda" if config.resources.gpus_per_worker > 0 else "cpu")
-    plan = plan_run(config, model_facts(model), compute_dtype(config.model.dtype, device).itemsize)
+    num_adapter = count_matrices(model, config.lora) if config.lora.rank > 0 else 0
+    plan = plan_run(config, model_facts(model), compute_dtype(config.model.dtype, device).itemsize, num_adapter)
     required_certificate(config, model, plan.parallel)
     return plan
 

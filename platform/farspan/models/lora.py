@@ -11,13 +11,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import peft
 import torch
 import xxhash
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -25,10 +22,16 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from farspan.config.schema import LoraConfig
 from farspan.errors import CheckpointError, ConfigError
 
+# peft takes seconds to import, and a run without LoRA does not need it.
+if TYPE_CHECKING:
+    import peft
+    from peft.tuners.lora import LoraLayer
+
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _BASE_DIGEST = "adapter_base.json"
 _NAME = "default"
 _PREFIX = "base_model.model."
+_RANDOM = "random weights of "
 # What must be the same for saved matrices to mean the same.
 _SETTINGS = ("r", "lora_alpha", "target_modules")
 
@@ -41,7 +44,12 @@ class Adapter:
     base: str
     """Folder of the frozen model, or how its random weights were made."""
     base_digest: str
-    """xxh3 over the frozen model's weights: the same folder may hold another model later."""
+    """xxh3 of the frozen model's weights in fp32: the same folder may hold another model later."""
+
+
+def base_of(source: str | None, architecture: str, seed: int) -> str:
+    """How an adapter names the model it stands beside."""
+    return source if source is not None else f"{_RANDOM}{architecture}, seed {seed}"
 
 
 def add_adapter(model: PreTrainedModel, lora: LoraConfig, base: str, seed: int, frozen: torch.dtype) -> Adapter:
@@ -54,24 +62,24 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, base: str, seed: int, 
     """
     wide = next(model.parameters()).dtype
     digest = _digest(model)
-    targets = "all-linear" if list(lora.targets) == ["all-linear"] else list(lora.targets)
-    config = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM", base_model_name_or_path=base
-    )
-    head = model.get_output_embeddings()
-    # Before the layers are made, which take the type of the weight they stand beside.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            peft.inject_adapter_in_model(config, model, _NAME)
-        except ValueError as problem:
-            raise _wrong_targets(lora, " ".join(str(problem).split())) from None
-    for name, layer in _layers(model).items():
-        if layer.get_base_layer() is head or not isinstance(layer, LoraLinear):
-            raise _wrong_targets(lora, f"{name} is the head or not a linear layer")
+        config = _inject(model, lora, base)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(wide if parameter.requires_grad else frozen)
     return Adapter(config, base, digest)
+
+
+def count_matrices(model: PretrainedConfig, lora: LoraConfig) -> int:
+    """Numbers in the matrices A and B of a model, counted on the meta device.
+
+    Raises:
+        ConfigError: `lora.targets` does not fit the model.
+    """
+    with torch.device("meta"):
+        shell = AutoModelForCausalLM.from_config(model)
+        _inject(shell, lora, "")
+    return sum(p.numel() for p in shell.parameters() if p.requires_grad)
 
 
 def save_adapter(out: Path, adapter: Adapter, weights: Mapping[str, Tensor]) -> None:
@@ -98,15 +106,7 @@ def load_adapter(folder: Path, adapter: Adapter) -> dict[str, Tensor]:
             raise CheckpointError(
                 str(folder), f"the adapter was trained with {field}={was}, this run has {is_now}; restore it in `lora`"
             )
-    if _read(folder, _BASE_DIGEST).get("xxh3_128") != adapter.base_digest:
-        raise CheckpointError(
-            str(folder), f"the adapter was trained beside other weights than those of {adapter.base}; restore them"
-        )
-    return read_matrices(folder)
-
-
-def read_matrices(folder: Path) -> dict[str, Tensor]:
-    """The matrices of a folder in peft's format, by the names of the model they are injected into."""
+    _refuse_other_base(folder, adapter.base_digest)
     names = {}
     for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
         layer, _, weight = name.removeprefix(_PREFIX).rpartition(".")
@@ -119,10 +119,40 @@ def is_adapter_folder(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
 
 
+def read_base(folder: Path) -> str:
+    """Where the model is that an adapter's folder belongs to.
+
+    Raises:
+        CheckpointError: it was made for one run and is in no folder.
+    """
+    base = str(_read(folder, ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+    if not base or base.startswith(_RANDOM):
+        raise CheckpointError(
+            str(folder), "the adapter belongs to a model with random weights; use the run's own `model` folder"
+        )
+    return base
+
+
+def merge_folder(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """`model` with the adapter of a folder merged into it.
+
+    Raises:
+        CheckpointError: the adapter was trained beside another model.
+    """
+    import peft
+
+    _refuse_other_base(folder, _digest(model))
+    merged = peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    assert isinstance(merged, PreTrainedModel)
+    return merged
+
+
 def merged_weights(
     model: PretrainedConfig, config: peft.LoraConfig, weights: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Whole weights of a model with an adapter -> those of the plain model that computes the same, in `dtype`."""
+    import peft
+
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(model, dtype=dtype)
         peft.inject_adapter_in_model(copy.deepcopy(config), shell, _NAME)
@@ -130,11 +160,42 @@ def merged_weights(
     for layer in _layers(shell).values():
         layer.merge()
     merged = {name.replace(".base_layer.", "."): t for name, t in shell.state_dict().items() if ".lora_" not in name}
+    # A tied weight may be given under one of its names.
+    merged = {name: t for name, t in merged.items() if not (t.is_meta and name in shell.all_tied_weights_keys)}
     assert not any(t.is_meta for t in merged.values()), "every weight was given"
     return merged
 
 
+def _inject(model: PreTrainedModel, lora: LoraConfig, base: str) -> peft.LoraConfig:
+    import peft
+    from peft.tuners.lora import Linear
+
+    targets = "all-linear" if list(lora.targets) == ["all-linear"] else list(lora.targets)
+    config = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM", base_model_name_or_path=base
+    )
+    head = model.get_output_embeddings()
+    try:
+        peft.inject_adapter_in_model(config, model, _NAME)
+    except ValueError as problem:
+        raise _wrong_targets(lora, " ".join(str(problem).split())) from None
+    for name, layer in _layers(model).items():
+        if layer.get_base_layer() is head or not isinstance(layer, Linear):
+            raise _wrong_targets(lora, f"{name} is the head or not a linear layer")
+    return config
+
+
+def _refuse_other_base(folder: Path, digest: str) -> None:
+    if _read(folder, _BASE_DIGEST).get("xxh3_128") != digest:
+        base = _read(folder, ADAPTER_CONFIG).get("base_model_name_or_path")
+        raise CheckpointError(
+            str(folder), f"the adapter was trained beside other weights than those of {base}; restore them"
+        )
+
+
 def _layers(model: nn.Module) -> dict[str, LoraLayer]:
+    from peft.tuners.lora import LoraLayer
+
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
@@ -151,7 +212,8 @@ def _digest(model: nn.Module) -> str:
     digest = xxhash.xxh3_128()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
-        digest.update(parameter.detach().contiguous().view(torch.uint8).numpy())
+        # In fp32, whatever type the folder was opened in.
+        digest.update(parameter.detach().float().contiguous().numpy().data)
     return digest.hexdigest()
 
 

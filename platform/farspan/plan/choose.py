@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from farspan.config.check import refuse_ragged_stripes
-from farspan.config.schema import ParallelConfig
+from farspan.config.schema import ParallelConfig, RunConfig
 from farspan.parallel.heads import plan_heads
 from farspan.parallel.strategy import bytes_sent
 from farspan.parallel.traffic import Block
@@ -18,23 +18,30 @@ from farspan.plan.facts import ModelFacts
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class NamedParallel:
     """A config whose strategy is named, and one sentence why; none where the user named it."""
 
     parallel: ParallelConfig
     reason: str | None = None
 
 
+def choose_parallel(config: RunConfig, facts: ModelFacts, compute_bytes: int) -> NamedParallel:
+    """`resolve_strategy` of a run: chunks are shared by exchanging heads."""
+    if config.memory.chunk != "none" and config.parallel.strategy == "auto":
+        return NamedParallel(replace(config.parallel, strategy="ulysses"), "ulysses: no ring passes over chunks")
+    return resolve_strategy(config.parallel, config.data.sequence_tokens, facts, compute_bytes)
+
+
 def resolve_strategy(
     parallel: ParallelConfig, sequence_tokens: int, facts: ModelFacts, compute_bytes: int = 2
-) -> Choice:
+) -> NamedParallel:
     """`parallel` with its strategy named; what is not `auto` stays as it is.
 
     Raises:
         ConfigError: the named layout cannot cut these sequences.
     """
     if parallel.strategy != "auto":
-        return Choice(parallel)
+        return NamedParallel(parallel)
     strategy, ulysses, reason = _by_heads(parallel.sp, sequence_tokens // parallel.sp, facts)
     named = replace(parallel, strategy=strategy, ulysses=ulysses)
     num_ring = parallel.sp // ulysses if strategy != "ulysses" else 1
@@ -42,7 +49,7 @@ def resolve_strategy(
         named = replace(named, layout="document_zigzag")
         reason += f"; {sequence_tokens} tokens do not cut into {2 * num_ring} stripes, so documents are cut one by one"
     refuse_ragged_stripes(named, sequence_tokens)
-    return Choice(named, reason + _cost(named, sequence_tokens, facts, compute_bytes))
+    return NamedParallel(named, reason + _cost(named, sequence_tokens, facts, compute_bytes))
 
 
 def _by_heads(num_ranks: int, shard_tokens: int, facts: ModelFacts) -> tuple[str, int, str]:

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from farspan.config.schema import ParallelConfig, RunConfig
 from farspan.errors import ConfigError
 from farspan.parallel.heads import HeadPlan, plan_heads
-from farspan.parallel.strategy import bytes_sent, choose_layout
-from farspan.parallel.traffic import Block
-from farspan.plan.choose import resolve_strategy
+from farspan.parallel.strategy import choose_layout
+from farspan.plan.choose import choose_parallel
+from farspan.plan.exchange import exchange_bytes
 from farspan.plan.facts import ModelFacts
-
-_STATE_BYTES_PER_PARAMETER = 4 + 4 + 4  # fp32 weight and AdamW's two moments
-_GRADIENT_BYTES_PER_PARAMETER = 4
+from farspan.plan.weights import weights_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +28,7 @@ class RunPlan:
     shard_tokens: int
     tokens_per_step: int
     num_parameters: int
+    num_trained: int
     heads: HeadPlan
     q_heads_per_rank: int
     kv_head_copies: int
@@ -39,6 +38,8 @@ class RunPlan:
     exchange_bytes_per_step: int
     parallel: ParallelConfig
     """The run's, its strategy named."""
+    host_bytes: int = 0
+    cut: str = "sharded"
     reason: str | None = None
     """Why that strategy, where the config left it open."""
     recurrent: str | None = None
@@ -51,11 +52,15 @@ class RunPlan:
             ("mesh", f"dp {self.dp} x sp {self.sp}: {self.dp} sequences side by side, each on {self.sp} processes"),
             ("tokens", f"{self.shard_tokens} of a sequence per process, {self.tokens_per_step} per step in all"),
             ("attention", f"{self.strategy}, {self.layout} layout, {self.q_heads_per_rank} query heads per process"),
-            ("weights + AdamW", f"{_mib(self.state_bytes)} per process, sharded over all {self.dp * self.sp}"),
+            ("weights + AdamW", f"{_mib(self.state_bytes)} per process, {self.cut} over all {self.dp * self.sp}"),
             ("gradients", f"{_mib(self.gradient_bytes)} per process"),
             ("logits", f"{_mib(self.loss_tile_bytes)} per loss tile, never the whole sequence"),
             ("exchange", f"{_mib(self.exchange_bytes_per_step)} sent per process and step by attention"),
         ]
+        if self.num_trained < self.num_parameters:
+            rows.insert(1, ("LoRA", f"{self.num_trained / 1e6:.2f} M parameters trained beside the frozen model"))
+        if self.host_bytes > 0:
+            rows.append(("host memory", f"{_mib(self.host_bytes)} per process of weights + AdamW"))
         if self.kv_head_copies > 1:
             rows.append(
                 ("kv heads", f"each sent {self.kv_head_copies} times, so that every process has those it reads")
@@ -67,8 +72,10 @@ class RunPlan:
         return rows
 
 
-def plan_run(config: RunConfig, facts: ModelFacts, compute_bytes: int) -> RunPlan:
+def plan_run(config: RunConfig, facts: ModelFacts, compute_bytes: int, num_adapter: int = 0) -> RunPlan:
     """The plan of `config`; `compute_bytes` is the size of one number in the compute type.
+
+    `num_adapter` are the parameters trained in place of the model's own; 0: those are trained.
 
     Raises:
         ConfigError: a sequence longer than the model's positions.
@@ -80,7 +87,7 @@ def plan_run(config: RunConfig, facts: ModelFacts, compute_bytes: int) -> RunPla
             config.data.sequence_tokens,
             f"use data.sequence_tokens={facts.max_positions // config.parallel.sp * config.parallel.sp}",
         )
-    chosen = resolve_strategy(config.parallel, config.data.sequence_tokens, facts, compute_bytes)
+    chosen = choose_parallel(config, facts, compute_bytes)
     parallel = chosen.parallel
     sp, dp, strategy = parallel.sp, parallel.workers // parallel.sp, parallel.strategy
     # Processes that exchange heads, and those that a ring (or a gathering of keys) is made of.
@@ -88,6 +95,8 @@ def plan_run(config: RunConfig, facts: ModelFacts, compute_bytes: int) -> RunPla
     heads = plan_heads(facts.num_q_heads, facts.num_kv_heads, inner)
     num_ring = sp // parallel.ulysses if strategy == "hybrid" else sp
     widths = 2 if config.model.dtype == "float64" else 1
+    num_frozen, num_trained = (facts.num_parameters, num_adapter) if num_adapter else (0, facts.num_parameters)
+    kept = weights_bytes(config.weights, num_frozen, num_trained, config.parallel.workers, compute_bytes)
     shard_tokens = config.data.sequence_tokens // sp
     return RunPlan(
         dp=dp,
@@ -96,29 +105,21 @@ def plan_run(config: RunConfig, facts: ModelFacts, compute_bytes: int) -> RunPla
         layout=choose_layout(strategy, parallel.layout, num_ring),
         shard_tokens=shard_tokens,
         tokens_per_step=config.data.sequence_tokens * dp * config.train.accumulation,
-        num_parameters=facts.num_parameters,
+        num_parameters=num_frozen + num_trained,
+        num_trained=num_trained,
         heads=heads,
         q_heads_per_rank=heads.q_heads // inner,
         kv_head_copies=heads.copies,
-        state_bytes=_STATE_BYTES_PER_PARAMETER * widths * facts.num_parameters // config.parallel.workers,
-        gradient_bytes=_GRADIENT_BYTES_PER_PARAMETER * widths * facts.num_parameters // config.parallel.workers,
+        state_bytes=kept.state,
+        gradient_bytes=kept.gradient,
         loss_tile_bytes=min(config.train.loss_tile_tokens, shard_tokens) * facts.vocab_size * 4 * widths,
-        exchange_bytes_per_step=_exchange_bytes(config, parallel, facts, compute_bytes),
+        exchange_bytes_per_step=exchange_bytes(config, parallel, facts, compute_bytes),
+        host_bytes=kept.host,
+        cut="sharded" if config.weights.engine == "fsdp2" else f"ZeRO-{config.weights.zero}",
         parallel=parallel,
         reason=chosen.reason,
         recurrent=_recurrent(facts, sp),
     )
-
-
-def _exchange_bytes(config: RunConfig, parallel: ParallelConfig, facts: ModelFacts, compute_bytes: int) -> int:
-    """Bytes one rank sends for its sequences of one step, in every layer; recomputing a layer sends again."""
-    heads, shard_tokens = (facts.num_q_heads, facts.num_kv_heads), config.data.sequence_tokens // parallel.sp
-    block = Block(shard_tokens, *heads, facts.head_dim, facts.head_dim, compute_bytes)
-    layer = bytes_sent(parallel.strategy, block, parallel.sp, parallel.ulysses)
-    forwards = 2 if config.train.recompute else 1
-    attention = (facts.num_layers - len(facts.recurrent_layers)) * (forwards * layer.forward + layer.backward)
-    recurrent = sum(mixer.bytes_sent(block.num_tokens, compute_bytes, parallel.sp) for mixer in facts.recurrent_layers)
-    return config.train.accumulation * (attention + (forwards + 1) * recurrent)
 
 
 def _recurrent(facts: ModelFacts, num_ranks: int) -> str | None:

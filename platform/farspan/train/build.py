@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,11 +17,11 @@ from farspan.data.reader import Corpus, Reader, open_corpus
 from farspan.errors import ConfigError
 from farspan.models.attention import use_farspan_attention
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer, make_config, open_config, random_causal_lm
-from farspan.models.lora import Adapter, add_adapter
+from farspan.models.lora import Adapter, add_adapter, base_of
 from farspan.models.parts import decoder_layers
 from farspan.parallel.mesh import Mesh, make_mesh
 from farspan.parallel.strategy import SequenceParallel, SequenceRanks
-from farspan.plan.choose import resolve_strategy
+from farspan.plan.choose import choose_parallel
 from farspan.plan.facts import model_facts
 from farspan.storage.publish import fetch_folder
 from farspan.train.checkpoint import TrainState
@@ -90,9 +90,7 @@ def named_parallel(config: RunConfig, model: PretrainedConfig, compute_bytes: in
     """`config.parallel` with its strategy named, as the plan names it."""
     if config.parallel.strategy != "auto":
         return config.parallel
-    if config.memory.chunk != "none":
-        return replace(config.parallel, strategy="ulysses")
-    return resolve_strategy(config.parallel, config.data.sequence_tokens, model_facts(model), compute_bytes).parallel
+    return choose_parallel(config, model_facts(model), compute_bytes).parallel
 
 
 def required_certificate(config: RunConfig, model: PretrainedConfig, parallel: ParallelConfig) -> str | None:
@@ -165,7 +163,7 @@ def _refuse_small_vocabulary(config: PretrainedConfig, corpus: Corpus) -> None:
 def _adapter(config: RunConfig, model: PreTrainedModel, device: torch.device) -> Adapter | None:
     if config.lora.rank == 0:
         return None
-    base = config.model.source or f"random {config.model.architecture}, seed {config.seed}"
+    base = base_of(config.model.source, config.model.architecture, config.seed)
     return add_adapter(model, config.lora, base, config.seed, compute_dtype(config.model.dtype, device))
 
 

@@ -42,7 +42,7 @@ class WeightsEngine(Protocol):
         ...
 
     def whole_states(self) -> dict[str, Tensor]:
-        """`<weight>/<state>` -> whole tensor on the CPU of rank 0; empty before the first step."""
+        """`<weight>/<state>` -> whole tensor on the CPU of rank 0."""
         ...
 
     def load(self, weights: Mapping[str, Tensor], states: Mapping[str, Tensor], *, trained_only: bool) -> None:

@@ -81,6 +81,7 @@ class ZeroWeights:
                 mpu=_OneAxis(self._group),
                 dist_init_required=False,
             )
+        self._make_states()
         if compute_dtype == torch.bfloat16:
             self._set_weights(masters, self._trained())
 
@@ -100,8 +101,8 @@ class ZeroWeights:
         return torch.as_tensor(self._engine.get_global_grad_norm())
 
     def whole_weights(self, *, trained_only: bool) -> dict[str, Tensor]:
+        from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
-        from deepspeed.zero import GatheredParameters
 
         whole: dict[str, Tensor] = {}
         for name, weight in self.module.named_parameters():
@@ -119,11 +120,9 @@ class ZeroWeights:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         whole: dict[str, Tensor] = {}
-        steps = [state["step"] for state in self._adamw.state.values()]
-        if not steps:
-            return whole
+        step = next(iter(self._adamw.state.values()))["step"]
         for name, weight in self._trained():
-            self._keep(whole, f"{name}/step", steps[0])
+            self._keep(whole, f"{name}/step", step)
             for key in _MOMENTS:
                 self._keep(whole, f"{name}/{key}", safe_get_full_optimizer_state(weight, key))
         return whole
@@ -156,7 +155,7 @@ class ZeroWeights:
     @torch.no_grad()
     def _set_weights(self, weights: Mapping[str, Tensor], named: Iterable[tuple[str, nn.Parameter]]) -> None:
         """Compute weights and fp32 masters, one at a time."""
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         for name, weight in named:
             full = self._from_rank_0(weights.get(name), getattr(weight, "ds_shape", weight.shape), torch.float32)
@@ -166,29 +165,26 @@ class ZeroWeights:
                 self._set_fp32(weight, full, None)
 
     def _set_states(self, states: Mapping[str, Tensor]) -> None:
-        found: list[Any] = [None]
-        if dist.get_rank() == 0:
-            found = [next((value.item() for name, value in states.items() if name.endswith("/step")), None)]
-        dist.broadcast_object_list(found, src=0)
-        if found[0] is None:
-            return
-        self._make_states(found[0])
+        step: list[Any] = [next((value.item() for name, value in states.items() if name.endswith("/step")), 0.0)]
+        dist.broadcast_object_list(step, src=0)
+        for state in self._adamw.state.values():
+            state["step"].fill_(step[0])
         for name, weight in self._trained():
             for key in _MOMENTS:
                 shape = getattr(weight, "ds_shape", weight.shape)
-                full = self._from_rank_0(states.get(f"{name}/{key}"), shape, torch.float32)
-                self._set_fp32(weight, full, key)
+                self._set_fp32(weight, self._from_rank_0(states.get(f"{name}/{key}"), shape, torch.float32), key)
 
-    def _make_states(self, step: float) -> None:
-        """States as AdamW's first step would make them, which DeepSpeed only then links to the weights."""
+    def _make_states(self) -> None:
+        """AdamW's states as they are before its first step.
+
+        Left to itself, stage 1 and 2 of DeepSpeed 0.19 link states to weights after the first parameter group's first
+        step, when those of the next group do not exist yet, and never again.
+        """
         optimizer = self._engine.optimizer
-        if self._stage == 3:
-            flats = optimizer.fp32_partitioned_groups_flat
-        else:
-            flats = [p for group in self._adamw.param_groups for p in group["params"]]
-        for flat in flats:
+        kept = [p for group in self._adamw.param_groups for p in group["params"]]
+        for flat in optimizer.fp32_partitioned_groups_flat if self._stage == 3 else kept:
             moments = {key: torch.zeros_like(flat, requires_grad=False) for key in _MOMENTS}
-            self._adamw.state[flat] = {"step": torch.tensor(float(step)), **moments}
+            self._adamw.state[flat] = {"step": torch.zeros(()), **moments}
         if self._stage < 3:
             optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -204,7 +200,7 @@ class ZeroWeights:
             setter = utils.safe_set_full_optimizer_state if whole else utils.safe_set_local_optimizer_state
             setter(weight, part, key)
 
-    def _part(self, weight: nn.Parameter, full: Tensor) -> Tensor:
+    def _part(self, weight: Any, full: Tensor) -> Tensor:
         """This rank's equal part of a weight of stage 3; the last ones are padded with zeros."""
         numel = weight.ds_tensor.numel()
         padded = full.new_zeros(numel * dist.get_world_size(self._group))
@@ -228,7 +224,7 @@ def zero_config(
     zero: dict[str, Any] = {
         "stage": weights.zero,
         # Matrices are cut, vectors (norms, biases) stay whole: gathering them would only cost time.
-        "stage3_param_persistence_threshold": max(vectors, default=0) + 1,
+        "stage3_param_persistence_threshold": max(vectors, default=0),
     }
     if weights.offload_optimizer == "cpu":
         pinned = next(module.parameters()).device.type == "cuda"

@@ -37,6 +37,13 @@ def test_the_config_knows_the_strategies_and_layouts_that_exist() -> None:
             ["parallel.strategy=hybrid", "parallel.ulysses=2", "data.sequence_tokens=1006"],
             r"parallel.sp: must divide data.sequence_tokens \(1006\), got 4",
         ),
+        (["weights.engine=deepsped"], "must be one of fsdp2, deepspeed, got 'deepsped'.*deepspeed"),
+        (["weights.engine=deepspeed", "weights.zero=4"], "weights.zero: must lie in 1..3, got 4; use weights.zero=3"),
+        (["weights.offload_optimizer=cpu"], "must be none for weights.engine=fsdp2, got 'cpu'; use .*=deepspeed"),
+        (["weights.engine=deepspeed", "model.dtype=float64"], "fp32 weights that DeepSpeed keeps.*model.dtype=float32"),
+        (["lora.dropout=0.1"], "lora.dropout: must be 0: dropped values would depend .* use lora.dropout=0"),
+        (["lora.rank=-1"], "lora.rank: must be at least 0"),
+        (["lora.targets=[all-linear,q_proj]"], "all-linear stands alone"),
     ],
 )
 def test_what_cannot_run_is_refused_with_the_nearest_legal_value(overrides: list[str], message: str) -> None:
