@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from farspan.errors import ClusterError
-from farspan.parallel.bench import ONE_PROCESS, PEER, BenchCase, bench_parallel
+from farspan.parallel.bench import bench_parallel
+from farspan.parallel.contenders import ONE_PROCESS, PEER, BenchCase
 from farspan.parallel.strategy import STRATEGIES
 
 

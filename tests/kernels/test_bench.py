@@ -29,17 +29,21 @@ def without_window(backend: Backend) -> Backend:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's bench compiles its peers")
 def test_every_case_is_measured_both_ways_beside_its_peer() -> None:
     rows = bench_attention(CASES)
-    assert [(row["pattern"], row["direction"]) for row in rows] == [
-        (pattern, direction) for pattern in ("causal", "window 20", "packed") for direction in ("forward", "backward")
+    assert [(row["pattern"], row["direction"], row["contestant"]) for row in rows] == [
+        (pattern, direction, contestant)
+        for pattern in ("causal", "window 20", "packed")
+        for direction in ("forward", "backward")
+        for contestant in ("farspan cpu", "farspan tiled", "torch sdpa")
     ]
-    assert all(row["ours_s"] > 0 and row["peer_s"] > 0 and row["ratio"] > 0 for row in rows)
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 and row["peak_bytes"] >= 0 for row in rows)
+    assert all(row["ratio"] == 1.0 for row in rows if row["contestant"] == row["fastest_peer"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's bench compiles its peers")
 def test_a_wrong_result_has_no_speed_and_no_baseline(tmp_path, monkeypatch, capsys) -> None:
     rows = bench_attention(CASES[:2], without_window(CPU))
-    assert ["wrong" in row for row in rows] == [False, False, True, True]
-    assert not any("ratio" in row or "ours_s" in row for row in rows[2:])
+    assert ["wrong" in row for row in rows] == [False] * 4 + [True, False] * 2
+    assert not any("ratio" in row or "seconds" in row for row in rows if "wrong" in row)
     (tmp_path / "benchmarks").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FarspanError, match="2 rows of the bench are wrong"):

@@ -1,7 +1,8 @@
 """Our attention beside its peers: the same tensors, the same run, checked before it is timed.
 
-Contestants take turns in every round, so that a machine whose speed drifts drifts for all; a ratio is the median of
-the rounds' ratios. torch's SDPA computes packed documents one call each, and a window with its mask written out.
+Contestants (each of our backends that computes the case here, and each peer) take turns in every round, so that a
+machine whose speed drifts drifts for all; a ratio is the median of the rounds' ratios. torch's SDPA computes packed
+documents one call each, and a window with its mask written out.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.attention.backend import Backend
-from farspan.kernels.attention.dispatch import choose_backend
+from farspan.kernels.attention.dispatch import installed_backends
 from farspan.kernels.attention.limits import Ask
 from farspan.kernels.attention.peers import Contestant, Work, ours, peers_on
+from farspan.kernels.peak import peak_bytes_of
 
 # Rounds of a case: at least three; more while this many seconds last.
 _MIN_ROUNDS, _MAX_ROUNDS, _SECONDS = 3, 15, 2.0
+_LONGEST_TILED = 4096
 # A mask written out beyond this many bytes is no peer, it is an out-of-memory error.
 _LARGEST_MASK_BYTES = 4 * 1024**3
 # Largest relative difference from SDPA that two correct kernels show.
@@ -56,16 +59,20 @@ _CUDA_CASES = tuple(
 
 
 def bench_attention(cases: tuple[Case, ...] | None = None, backend: Backend | None = None) -> list[dict[str, Any]]:
-    """One row per case, peer and direction: median seconds of both and ours as a ratio of the peer's (below 1 wins).
+    """One row per case, direction and contestant: median seconds, and them as a ratio of the fastest peer's.
 
-    A row whose results disagree says so in `wrong` and carries no time. `backend`: ours, by default the one that
-    would be chosen for this machine's device.
+    A row whose results disagree with the first peer's says so in `wrong` and carries no time. The first of our rows
+    is the backend that runs; `backend` puts another in place of all of them.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[dict[str, Any]] = []
     for case in cases or (_CPU_CASES if device.type == "cpu" else _CUDA_CASES):
         work = _work(case, device)
-        rows += _rows(case, work, backend or choose_backend(Ask.of(work.q_THD, work.v_TGD)))
+        ask = Ask.of(work.q_THD, work.v_TGD)
+        found = (
+            [backend] if backend is not None else [b for b in installed_backends(ask) if _is_contestant(b, case, ask)]
+        )
+        rows += _rows(case, work, found)
     return rows
 
 
@@ -89,33 +96,57 @@ def document_bounds(tokens: int) -> tuple[int, ...]:
     return (0, *accumulate(lengths))
 
 
-def _rows(case: Case, work: Work, backend: Backend) -> list[dict[str, Any]]:
-    ours_here = ours(backend, work)
+def _rows(case: Case, work: Work, backends: list[Backend]) -> list[dict[str, Any]]:
     peers = [make(work) for make in peers_on(work.q_THD.device, case.dtype) if _fits(case, make)]
     if not peers:
         return []
-    shape = {
+    contestants = [*(ours(backend, work) for backend in backends), *peers]
+    want = peers[0].backward(peers[0].forward())
+    errors = [_error(contestant, want) for contestant in contestants]
+    peaks = {direction: [_peak(c, direction) for c in contestants] for direction in ("forward", "backward")}
+    times = _times(contestants)
+    rows = []
+    for direction in ("forward", "backward"):
+        seconds = [statistics.median(rounds) for rounds in times[direction]]
+        fastest = min(range(len(backends), len(contestants)), key=seconds.__getitem__)
+        for index, contestant in enumerate(contestants):
+            row = {**_shape(case, work), "direction": direction, "contestant": contestant.name, "error": errors[index]}
+            # Not below: a NaN is no success.
+            if not errors[index] < _TOLERANCE[case.dtype]:
+                rows.append({**row, "wrong": f"differs by {errors[index]:.2g}; allowed {_TOLERANCE[case.dtype]:.2g}"})
+                continue
+            rounds = zip(times[direction][index], times[direction][fastest], strict=True)
+            ratio = statistics.median(mine / other for mine, other in rounds)
+            speed = {"seconds": seconds[index], "ratio": ratio, "fastest_peer": contestants[fastest].name}
+            rows.append({**row, **speed, "peak_bytes": peaks[direction][index]})
+    return rows
+
+
+def _shape(case: Case, work: Work) -> dict[str, Any]:
+    return {
         "pattern": case.pattern,
         "dtype": str(case.dtype).removeprefix("torch."),
         "tokens": case.tokens,
         "heads": f"{work.q_THD.shape[1]}:{work.k_TGD.shape[1]}",
     }
-    first = ours_here.backward(ours_here.forward())
-    theirs = [peer.backward(peer.forward()) for peer in peers]
-    times = _times([ours_here, *peers])
-    rows = []
-    for index, (peer, their) in enumerate(zip(peers, theirs, strict=True), start=1):
-        error = max(relative_error(a, b) for a, b in zip(first, their, strict=True))
-        for direction in ("forward", "backward"):
-            row = {**shape, "direction": direction, "ours": ours_here.name, "peer": peer.name, "error": error}
-            # Not below: a NaN is no success.
-            if not error < _TOLERANCE[case.dtype]:
-                rows.append({**row, "wrong": f"results differ by {error:.2g}; allowed {_TOLERANCE[case.dtype]:.2g}"})
-                continue
-            mine, other = times[direction][0], times[direction][index]
-            ratio = statistics.median(a / b for a, b in zip(mine, other, strict=True))
-            rows.append({**row, "ours_s": statistics.median(mine), "peer_s": statistics.median(other), "ratio": ratio})
-    return rows
+
+
+def _error(contestant: Contestant, want: tuple[Tensor, ...]) -> float:
+    """Worst relative difference of out, dq, dk and dv; this first run also compiles what is compiled."""
+    return max(relative_error(a, b) for a, b in zip(contestant.backward(contestant.forward()), want, strict=True))
+
+
+def _peak(contestant: Contestant, direction: str) -> int | None:
+    made = contestant.forward()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if direction == "backward":
+        return peak_bytes_of(lambda: contestant.backward(made), device)
+    return peak_bytes_of(contestant.forward, device)
+
+
+def _is_contestant(backend: Backend, case: Case, ask: Ask) -> bool:
+    # Tiles of plain torch are a last resort: slower at any length, on a GPU by minutes.
+    return backend.name != "tiled" or case.tokens <= (_LONGEST_TILED if ask.device == "cpu" else 0)
 
 
 def _fits(case: Case, make: Callable[[Work], Contestant]) -> bool:

@@ -1,4 +1,4 @@
-"""Peak memory of this process during one call, on the CPU of a Linux machine."""
+"""Peak memory of one call: of this process on the CPU of a Linux machine, or of torch's allocator on a GPU."""
 
 from __future__ import annotations
 
@@ -6,11 +6,20 @@ import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def peak_bytes_of(call: Callable[[], object]) -> int | None:
+def peak_bytes_of(call: Callable[[], object], device: str = "cpu") -> int | None:
     """Most memory `call` held beyond what was held before it; none where the system cannot tell."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - held
     if not _RESET.exists():
         return None
     # Memory that was freed but kept by the allocator would hide what the call really needs.
