@@ -69,6 +69,8 @@ def footprint(profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing],
         "KV arena": _arena(profile, choice, sharing, shard),
     }
     outside = profile.outside_saved(alive)
+    # The final norm has run backward before the last layer does.
+    shared = max(0.0, outside - profile.tail_saved(alive))
     work = max(_working(kind, choice, share, alive, whole) for kind, share in zip(profile.kinds, sharing, strict=True))
     moments = {
         "loss": {
@@ -78,7 +80,7 @@ def footprint(profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing],
         },
         "backward": {
             **always,
-            "kept for backward": held + outside,
+            "kept for backward": held + shared,
             "layer at work": work,
             "whole gradients": states.root_gradients + states.layer_gradients,
         },
@@ -157,8 +159,8 @@ def _arena(profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing], sh
 
 
 def _loss(profile: ModelProfile, choice: Choice, states: States, shard: float) -> float:
-    """The tile, the last hidden states and their gradient, and the head's gradient: summed, and of the tile."""
+    """The last hidden states and their gradient; with them a tile and the head's gradient of it, or the final norm."""
     tile = min(shard, float(choice.loss_tile_tokens))
     hidden = 3 * profile.width * profile.itemsize * shard
     head = profile.vocab_size * profile.width * profile.itemsize if states.root_gradients else 0.0
-    return profile.loss.peak(tile) + hidden + states.root_gradients + head
+    return hidden + states.root_gradients + max(profile.loss.peak(tile) + head, profile.tail_peak(shard))
