@@ -91,7 +91,8 @@ class StepSimulator:
             if not self.choice.recompute:
                 peak = on_rank(kind, passes(kind, self.choice), "forward_peak", self.alive, self.tokens)
                 saved = on_rank(kind, passes(kind, self.choice), "saved", self.alive, self.tokens)
-                self.device.take("forward", peak - saved)
+                tile = kind.mlp_peak(mlp_tile(kind.width, self.alive)) if self._tiles(kind) else 0.0
+                self.device.take("forward", peak - saved + tile + share.buffer_bytes * self.alive)
                 self.device.give("forward")
             self._reshard(number)
             if self.offloads:
@@ -142,6 +143,9 @@ class StepSimulator:
                 self.host.give(f"kept {number}")
         self.device.give("outside")
 
+    def _tiles(self, kind: LayerKind) -> bool:
+        return self.choice.tiled_mlp and kind.tiled is not None
+
     def _largest(self) -> int:
         return max(kind.num_parameters for kind in self.profile.kinds)
 
@@ -151,7 +155,7 @@ class StepSimulator:
         size = on_rank(kind, part, name, self.alive, self.tokens) + share.buffer_bytes * self.alive
         if self.choice.recompute:
             size += share.extra_saved_bytes * self.alive
-        if part is kind.tiled:
+        if self._tiles(kind):
             size += kind.mlp_peak(mlp_tile(kind.width, self.alive))
         return size
 
