@@ -1,7 +1,7 @@
 """Bytes of every memory tier at the worst moment of a step, on one rank. Torch-free, pure.
 
-A step has three moments that can be the worst: the loss, while everything kept for backward is there; the backward of
-the last layer, while nearly everything still is; the optimizer step, when none of it is.
+A step has four moments that can be the worst: the last layer's forward; the loss, while everything kept for backward is
+there; the backward of the last layer, while nearly everything still is; the optimizer step, when none of it is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from farspan.plan.states import States, states_of
 
 SLACK = 0.04
 """Share of the device's bytes an allocator with expandable segments loses between tensors."""
-_LAYERS_ON_DEVICE = 3  # one leaves or arrives, one is used, one was prefetched
+# Of what is offloaded: in forward one layer makes it and two are leaving, in backward one is used and one arrives.
+_FORWARD_LAYERS, _BACKWARD_LAYERS = 3, 2
 _BATCH_BYTES = 3 * 8  # tokens, labels and positions
 
 
@@ -59,7 +60,7 @@ def footprint(profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing],
     alive = choice.chunk_tokens / choice.sp if choice.chunk != "none" else shard
     kept, largest = _kept(profile, choice, sharing, alive, whole)
     offloaded = choice.offload_activations != "none"
-    held = min(kept, _LAYERS_ON_DEVICE * largest) if offloaded else kept
+    leaving, held = (min(kept, n * largest) if offloaded else kept for n in (_FORWARD_LAYERS, _BACKWARD_LAYERS))
     always = {
         "weights": states.weights,
         "gradients": states.gradients,
@@ -69,8 +70,15 @@ def footprint(profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing],
         "KV arena": _arena(profile, choice, sharing, shard),
     }
     outside = profile.outside_saved(alive)
-    work = max(_working(kind, choice, share, alive, whole) for kind, share in zip(profile.kinds, sharing, strict=True))
+    # The final norm has run backward before the last layer does.
+    shared = max(0.0, outside - profile.tail_saved(alive))
+    works = [_working(kind, choice, share, alive, whole) for kind, share in zip(profile.kinds, sharing, strict=True)]
     moments = {
+        "forward": {
+            **always,
+            "kept for backward": leaving + outside,
+            "layer at work": max(forward for forward, _ in works),
+        },
         "loss": {
             **always,
             "kept for backward": held + outside,
@@ -78,8 +86,8 @@ def footprint(profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing],
         },
         "backward": {
             **always,
-            "kept for backward": held + outside,
-            "layer at work": work,
+            "kept for backward": held + shared,
+            "layer at work": max(backward for _, backward in works),
             "whole gradients": states.root_gradients + states.layer_gradients,
         },
         "optimizer step": {
@@ -131,19 +139,18 @@ def _kept(
     return sum(count * size for count, size in layers), max(size for _, size in layers)
 
 
-def _working(kind: LayerKind, choice: Choice, share: Sharing, shard: float, whole: float) -> float:
-    """Most bytes a layer needs beyond what is kept, forward or backward."""
+def _working(kind: LayerKind, choice: Choice, share: Sharing, shard: float, whole: float) -> tuple[float, float]:
+    """Most bytes a layer needs beyond what is kept, in (forward, backward)."""
     part = passes(kind, choice)
+    # The tile of an MLP comes on top: it begins when the layer's other tensors are there.
+    tile = kind.mlp_peak(mlp_tile(kind.width, shard)) if part is kind.tiled else 0.0
+    beyond = share.buffer_bytes * shard + tile
     if choice.recompute:
-        work = on_rank(kind, part, "recompute_peak", shard, whole) + share.extra_saved_bytes * shard
-    else:
-        backward = on_rank(kind, part, "backward_peak", shard, whole)
-        forward = on_rank(kind, part, "forward_peak", shard, whole) - on_rank(kind, part, "saved", shard, whole)
-        work = max(backward, forward)
-    work += share.buffer_bytes * shard
-    if part is kind.tiled:
-        work += kind.mlp_peak(mlp_tile(kind.width, shard))
-    return work
+        again = on_rank(kind, part, "recompute_peak", shard, whole) + share.extra_saved_bytes * shard
+        # Forward keeps nothing but inputs, so that backward, which begins with it, needs more.
+        return 0.0, again + beyond
+    forward = on_rank(kind, part, "forward_peak", shard, whole) - on_rank(kind, part, "saved", shard, whole)
+    return forward + beyond, on_rank(kind, part, "backward_peak", shard, whole) + beyond
 
 
 def _arena(profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing], shard: float) -> float:
@@ -157,8 +164,8 @@ def _arena(profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing], sh
 
 
 def _loss(profile: ModelProfile, choice: Choice, states: States, shard: float) -> float:
-    """The tile, the last hidden states and their gradient, and the head's gradient: summed, and of the tile."""
+    """The last hidden states and their gradient; with them a tile and the head's gradient of it, or the final norm."""
     tile = min(shard, float(choice.loss_tile_tokens))
     hidden = 3 * profile.width * profile.itemsize * shard
     head = profile.vocab_size * profile.width * profile.itemsize if states.root_gradients else 0.0
-    return profile.loss.peak(tile) + hidden + states.root_gradients + head
+    return hidden + states.root_gradients + max(profile.loss.peak(tile) + head, profile.tail_peak(shard))

@@ -140,6 +140,10 @@ class ModelProfile:
     """Bytes of one number of the compute type."""
     outside_saved: Poly
     """Bytes kept outside the layers: embedding, positions, final norm."""
+    tail_saved: Poly
+    """Of it, what is free again when the last layer's backward begins."""
+    tail_peak: Poly
+    """Most bytes the final norm needs in backward beyond what it kept and the gradient it is given."""
     outside: Work
     loss: LossCost
     quadratics: tuple[Quadratic, ...] = ()

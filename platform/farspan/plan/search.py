@@ -108,16 +108,18 @@ def limit_of(task: Task, choice: Choice, most: int = 1 << 30) -> Limit:
         return overflow(replace(task, tokens=steps * step), choice)
 
     fits, fails = 0, most // step
-    if over(fails) is None:
+    if fails == 0 or over(fails) is None:
         return Limit(fails * step, None)
     while fails - fits > 1:
         middle = (fits + fails) // 2
         fits, fails = (middle, fails) if over(middle) is None else (fits, middle)
-    return Limit(fits * step, over(fails))
+    # The asked length need not be a multiple of the step.
+    asked = task.tokens if overflow(task, choice) is None else 0
+    return Limit(max(fits * step, asked if asked < fails * step else 0), over(fails))
 
 
 def longest(task: Task, space: Space = Space()) -> tuple[int, Choice] | None:
-    """The longest sequence any plan can train on this machine, and that plan."""
+    """The longest sequence up to the task's that any plan can train on this machine, and that plan."""
     best: tuple[int, Choice] | None = None
     for choice in all_choices(task, space):
         if broken_rule(choice, task.profile, _step_tokens(choice)) is not None:
@@ -125,8 +127,8 @@ def longest(task: Task, space: Space = Space()) -> tuple[int, Choice] | None:
         step = _step_tokens(choice)
         beyond = step if best is None else (best[0] // step + 1) * step
         # A plan that cannot go further than the best one so far needs no closer look.
-        if overflow(replace(task, tokens=beyond), choice) is None:
-            best = (limit_of(task, choice).longest_tokens, choice)
+        if beyond <= task.tokens and overflow(replace(task, tokens=beyond), choice) is None:
+            best = (limit_of(task, choice, most=task.tokens).longest_tokens, choice)
     return best
 
 
@@ -192,17 +194,18 @@ def _static_overflow(task: Task, group: Choice) -> Overflow | None:
 
 
 def _num_levers(choice: Choice) -> int:
+    """What a plan adds to the plain way to train; what leans on more parts counts more."""
     on = (
-        choice.recompute,
-        choice.tiled_mlp,
-        choice.offload_activations != "none",
-        choice.offload_optimizer != "none",
-        choice.chunk != "none",
-        choice.optimizer != "adamw",
-        choice.engine != "fsdp2",
-        choice.strategy == "hybrid",
+        (1, choice.recompute),
+        (1, choice.tiled_mlp),
+        (1, choice.offload_activations != "none"),
+        (2, choice.offload_optimizer != "none"),
+        (2, choice.chunk != "none"),
+        (3, choice.optimizer != "adamw"),
+        (1, choice.engine != "fsdp2"),
+        (1, choice.strategy == "hybrid"),
     )
-    return sum(on)
+    return sum(weight for weight, chosen in on if chosen)
 
 
 def _is_tight(plan: Plan) -> bool:

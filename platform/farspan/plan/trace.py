@@ -95,6 +95,8 @@ class _Trace:
             vocab_size=self.text.vocab_size,
             itemsize=self.dtype.itemsize,
             outside_saved=_fit(self.lengths, [run.outside_saved for run in plain]),
+            tail_saved=_fit(self.lengths, [run.tail_saved for run in plain]),
+            tail_peak=_fit(self.lengths, [run.tail_peak for run in plain]),
             outside=Work(
                 _fit(self.lengths, [run.outside_flops for run in plain]),
                 _fit(self.lengths, [run.outside_moved for run in plain]),

@@ -34,6 +34,10 @@ class Run:
 
     layers: list[Seen]
     outside_saved: int = 0
+    tail_saved: int = 0
+    """Of it, what comes after the last layer."""
+    tail_peak: int = 0
+    """Most bytes alive in its backward beyond what was alive before."""
     outside_flops: int = 0
     outside_moved: int = 0
     kept: dict[str, int] = field(default_factory=dict)
@@ -56,6 +60,7 @@ class Windows:
         self.recompute = recompute
         self.open: tuple[Seen, int, int, int, int] | None = None
         self.forward = True
+        self.before_tail = self.before_backward = 0
 
     @contextmanager
     def hooked(self, model: nn.Module) -> Any:
@@ -71,6 +76,8 @@ class Windows:
 
     def forward_done(self) -> None:
         self.forward = False
+        self.run.tail_saved = self.saved.total - self.before_tail
+        self.before_backward = self.meter.mark()
 
     def backward_done(self) -> None:
         self._close(backward=True)
@@ -112,12 +119,15 @@ class Windows:
             return
         self._close(backward=False)
         if layer is self.layers[-1]:
+            self.before_tail = self.saved.total
             last = output[0] if isinstance(output, tuple) else output
             last.register_hook(lambda _grad: self._turn(len(self.layers) - 1))
 
     def _turn(self, number: int) -> None:
         """The gradient of layer `number`'s output is there: its backward starts, the one after it has ended."""
         self._close(backward=True)
+        if number == len(self.layers) - 1:
+            self.run.tail_peak = self.meter.peak - self.before_backward
         if number >= 0:
             self._start(self.run.layers[number], backward=True)
 
