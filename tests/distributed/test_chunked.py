@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.support.decoders import decoder_config
-from tests.support.packed import gradients_by_transformers, num_labels, random_batch
+from tests.support.packed import gradients_by_transformers, num_labels, random_batch, token_losses_by_transformers
 from tests.support.ranks import RankFailed, RankPool
 from tests.support.relative import relative_error
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from farspan.activations.tiled import tile_mlps
+from farspan.chunked.evaluate import losses_of
 from farspan.chunked.seco import ChunkedStep
 from farspan.chunked.spaco import bernoulli, even_probabilities
 from farspan.models.attention import use_farspan_attention
@@ -25,6 +26,7 @@ from farspan.train.loss import PackedLoss
 from farspan.verify.shrink import VOCAB, small_model
 
 PACKED = (0, 13, 14, 41, 60)
+SEED = 0
 
 
 def gradients(
@@ -73,13 +75,32 @@ def test_chunks_over_2_ranks_equal_full_backpropagation(
 
 
 def test_ranks_with_equal_generators_leave_out_the_same_chunks_and_agree_on_every_gradient(ranks: RankPool) -> None:
-    found = ranks.run(gradients, 2, "llama", "ulysses", True, 5)
+    # Norms of this model are computed in fp64: its gradients do not depend on how a sum was scaled.
+    found = ranks.run(gradients, 2, "gpt_neox", "ulysses", True, SEED)
     (loss, first, kept), (other_loss, second, _) = found
     assert kept == 2, "the seed leaves two chunks out"
     assert loss == other_loss
     assert all(torch.equal(first[name], second[name]) for name in first)
-    alone = ranks.run(gradients, 1, "llama", "ulysses", False, 5)[0]
+    alone = ranks.run(gradients, 1, "gpt_neox", "ulysses", False, SEED)[0]
     assert max(relative_error(first[name], alone[1][name]) for name in first) < 1e-12
+
+
+def losses(strategy: str) -> Tensor:
+    """loss_T of a whole sequence, by chunks over all ranks."""
+    model = small_model(decoder_config("mistral"))
+    use_farspan_attention(model)
+    exchange = Exchange(dist.new_group(timeout=timedelta(seconds=60)))
+    step, batch = ChunkedStep(model, 16, exchange, strategy), random_batch(PACKED, VOCAB)
+    layout = step.lay_out(batch.num_tokens)
+    mine_t = step.forward_only(losses_of(model, tile_tokens=3), layout.shard(batch, exchange.rank))
+    return layout.join(list(exchange.gather([mine_t]).wait()[0]))
+
+
+@pytest.mark.parametrize("strategy", ["ulysses", "allgather"])
+def test_losses_of_tokens_by_chunks_over_2_ranks_equal_one_forward(ranks: RankPool, strategy: str) -> None:
+    with torch.no_grad():
+        want_T = token_losses_by_transformers(small_model(decoder_config("mistral")), random_batch(PACKED, VOCAB))
+    assert all(relative_error(got_T, want_T) < 1e-12 for got_T in ranks.run(losses, 2, strategy))
 
 
 def test_a_ring_over_chunks_is_refused_by_name(ranks: RankPool) -> None:

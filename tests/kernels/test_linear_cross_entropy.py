@@ -132,6 +132,29 @@ def test_the_logits_of_all_tokens_never_exist_at_once() -> None:
     assert peak is None or peak < all_logits / 4
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_half_precision_gradients_are_as_good_as_those_of_all_logits_at_once() -> None:
+    num_tokens, vocab, width = 300, 40_000, 128
+    generator = torch.Generator().manual_seed(0)
+    hidden_TE, weight_VE = (
+        torch.randn(n, width, generator=generator, dtype=torch.float64) for n in (num_tokens, vocab)
+    )
+    labels_T = torch.randint(vocab, (num_tokens,), generator=generator)
+
+    def found(dtype: torch.dtype, tile_tokens: int | None) -> list[torch.Tensor]:
+        x_TE, w_VE = (x.to("cuda", dtype).requires_grad_() for x in (hidden_TE, weight_VE))
+        if tile_tokens is None:
+            loss_T = linear_cross_entropy_reference(x_TE, w_VE, None, labels_T.cuda(), HeadRule())
+        else:
+            loss_T = linear_cross_entropy(x_TE, w_VE, labels_T.cuda(), tile_tokens=tile_tokens)
+        return [g.cpu() for g in torch.autograd.grad(loss_T.sum() / num_tokens, (x_TE, w_VE))]
+
+    want = found(torch.float64, None)
+    peers, ours = found(torch.bfloat16, None), found(torch.bfloat16, 64)
+    for exact, peer, own in zip(want, peers, ours, strict=True):
+        assert relative_error(own, exact) < 1.2 * relative_error(peer, exact) + 1e-3
+
+
 def by_deepspeed(hidden_TE: torch.Tensor, weight_VE: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
     """The summed loss of the same head by DeepSpeed's fused loss, four tiles."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss

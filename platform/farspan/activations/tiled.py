@@ -68,7 +68,7 @@ def tile_mlps(model: PreTrainedModel, layers: list[nn.Module], tile_tokens: int)
     for mlp in mlps:
         refuse_dropout(mlp, f"a tile of {type(model).__name__}", "memory.tiled_mlp")
         # On this one module: its class, and every other model in the process, stay as they are.
-        mlp.forward = partial(_forward_by_tiles, mlp, tile_tokens)  # type: ignore[method-assign]
+        mlp.forward = partial(_forward_by_tiles, mlp, tile_tokens)
     return mlps
 
 

@@ -24,8 +24,8 @@ Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
 class _Layer:
     k_SGD: Tensor
     v_SGC: Tensor
-    dk_SGD: Tensor | None
-    dv_SGC: Tensor | None
+    dk_SGD: Tensor | None = None
+    dv_SGC: Tensor | None = None
     num_written: int = 0
 
     @property
@@ -106,11 +106,12 @@ class KvArena:
         allocate = self._allocate or _beside(k_cGD)
         shapes = [(self._num_tokens, *x.shape[1:]) for x in (k_cGD, v_cGC)]
         k_SGD, v_SGC = (allocate(shape, x.dtype) for shape, x in zip(shapes, (k_cGD, v_cGC), strict=True))
-        sums: list[Tensor | None] = [None, None]
+        layer = _Layer(k_SGD, v_SGC)
         if self._with_gradients:
-            sums = [allocate(shape, self._gradient_dtype or k_cGD.dtype).zero_() for shape in shapes]
-        self._layers[number] = _Layer(k_SGD, v_SGC, *sums)
-        return self._layers[number]
+            dtype = self._gradient_dtype or k_cGD.dtype
+            layer.dk_SGD, layer.dv_SGC = (allocate(shape, dtype).zero_() for shape in shapes)
+        self._layers[number] = layer
+        return layer
 
 
 def _beside(x: Tensor) -> Allocate:

@@ -115,8 +115,8 @@ def _one_document(num_tokens: int, model: PreTrainedModel, device: torch.device)
     tokens_T = torch.randint(vocab_size, (num_tokens,), generator=generator)
     labels_T = tokens_T.roll(-1)
     labels_T[-1] = IGNORED_LABEL
-    tensors = (x.to(device) for x in (tokens_T, labels_T, torch.arange(num_tokens)))
-    return ShardedBatch(*tensors, bounds=(0, num_tokens))
+    positions_T = torch.arange(num_tokens, device=device)
+    return ShardedBatch(tokens_T.to(device), labels_T.to(device), positions_T, (0, num_tokens))
 
 
 def _peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:

@@ -154,8 +154,8 @@ class _Sequence:
 
     def chunk(self, number: int) -> ShardedBatch:
         rows = self.layout.held_rows(self.layout.chunks[number])
-        tensors = (x[rows] for x in (self.shard.tokens_T, self.shard.labels_T, self.shard.positions_T))
-        return ShardedBatch(*tensors, bounds=self.shard.bounds)
+        shard = self.shard
+        return ShardedBatch(shard.tokens_T[rows], shard.labels_T[rows], shard.positions_T[rows], shard.bounds)
 
 
 def _unlabelled(chunk: ShardedBatch) -> ShardedBatch:

@@ -120,6 +120,14 @@ def test_dropout_inside_a_tiled_mlp_is_refused() -> None:
         tile_mlps(model, decoder_layers(model), 4)
 
 
+def test_weights_that_zero3_would_free_in_the_middle_of_a_tile_are_refused() -> None:
+    model = small_model(decoder_config("llama"))
+    mlp, *_ = tile_mlps(model, decoder_layers(model), 4)
+    mlp.up_proj.weight.ds_id = 0  # DeepSpeed's mark on a weight it scatters.
+    with pytest.raises(ModelError, match=r"set_z3_leaf_module\(module, True\)"):
+        gradients(model)
+
+
 def test_the_widest_activation_of_all_tokens_never_exists_at_once() -> None:
     num_tokens, narrow, wide = 8192, 16, 2048
     first, second = (torch.randn(*shape, requires_grad=True) for shape in ((wide, narrow), (narrow, wide)))
