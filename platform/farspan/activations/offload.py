@@ -70,6 +70,7 @@ class ActivationOffload:
         self._policy = policy or SavePolicy()
         self._policy.refuse_recompute()
         self.store = SavedStore(tier, OWNER, debug=debug, deadline_s=deadline_s)
+        self.watch_modules = self._policy.asks_for_modules
         self._modules: list[str] = []
         self._weights: set[int] = set()
         # Layers that have ended in this pass, and the group of the pass's first layer.
@@ -106,6 +107,11 @@ class ActivationOffload:
     def group(self) -> int:
         """The layer that is being computed, counted over all passes of the step."""
         return self._first + self._ended
+
+    @property
+    def layer(self) -> int:
+        """The layer that is being computed, counted in its pass."""
+        return self._ended
 
     @property
     def module(self) -> str:
@@ -148,7 +154,7 @@ class ActivationOffload:
         for layer in self._layers:
             add(layer.register_forward_pre_hook(self._note_weights))
             add(layer.register_forward_hook(self._end_layer))
-        if self._policy.asks_for_modules:
+        if self.watch_modules:
             for name, module in self._root.named_modules():
                 add(module.register_forward_pre_hook(cast(Callable[..., None], partial(self._enter, name))))
                 add(module.register_forward_hook(self._exit, always_call=True))

@@ -7,7 +7,7 @@ again: a reader that was left over reads NaN, and a writer that was left over is
 from __future__ import annotations
 
 from farspan.activations.poison import refuse_busy, refuse_written
-from farspan.errors import TierFullError
+from farspan.errors import StaleBufferError, TierFullError
 from farspan.memory.tier import Region, Tier
 
 # A larger buffer is taken for a smaller tensor only up to this factor: the rest of it is wasted.
@@ -44,8 +44,11 @@ class BufferPool:
         """A buffer is idle again. Transfers of one region follow each other, so the last one may still be under way.
 
         Raises:
-            StaleBufferError: it is (only with poison, where every transfer is over before its buffer comes back).
+            StaleBufferError: it is (only with poison, where every transfer is over before its buffer comes back), or
+                it came back before.
         """
+        if region in self._idle:
+            raise StaleBufferError(f"a buffer of {self._owner} in {self.tier.label} was returned twice")
         self.num_taken -= 1
         self._idle.append(region)
         if self._poison:

@@ -70,13 +70,13 @@ class SavedStore:
         self.stored_bytes = 0
         self.waited_s = 0.0
 
-    def save(self, tensor: Tensor, group: int) -> Handle:
-        """Begin to move a tensor's memory, unless it is on its way already.
+    def save(self, tensor: Tensor, group: int, *, alone: bool = False) -> Handle:
+        """Begin to move a tensor's memory, unless it is on its way already; `alone`: not the rest of its storage.
 
         Raises:
             TierFullError: the tier cannot hold it.
         """
-        start, nbytes = _span(tensor)
+        start, nbytes = _span(tensor, alone)
         storage = tensor.untyped_storage()
         whole = nbytes == storage.nbytes()
         # The same address may be other memory by now, and the same memory may hold other values.
@@ -216,12 +216,12 @@ class SavedStore:
         self.pool.give(region)
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
+def _span(tensor: Tensor, alone: bool) -> tuple[int, int]:
     """(first byte, bytes) of the memory to move: the whole storage, unless the tensor uses less than half of it."""
     item, total = tensor.element_size(), tensor.untyped_storage().nbytes()
     last = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
     used = (last + 1) * item
-    return (0, total) if 2 * used >= total else (tensor.storage_offset() * item, used)
+    return (0, total) if 2 * used >= total and not alone else (tensor.storage_offset() * item, used)
 
 
 def _all(groups: Iterable[list[Entry]]) -> list[Entry]:
