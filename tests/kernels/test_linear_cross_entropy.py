@@ -11,7 +11,7 @@ from tests.support.relative import relative_error
 from farspan.kernels.linear_cross_entropy.contract import HeadRule
 from farspan.kernels.linear_cross_entropy.op import linear_cross_entropy
 from farspan.kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
-from farspan.parallel.peak import peak_bytes_of
+from farspan.kernels.peak import peak_bytes_of
 
 NUM_TOKENS, WIDTH, VOCAB = 23, 8, 29
 IGNORED = -100

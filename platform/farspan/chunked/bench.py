@@ -16,10 +16,10 @@ from farspan.batch import IGNORED_LABEL, ShardedBatch
 from farspan.chunked.arena import Allocate, KvArena
 from farspan.chunked.seco import ChunkedStep
 from farspan.errors import ConfigError
+from farspan.kernels.peak import peak_bytes_of
 from farspan.models.attention import packed_hidden, use_farspan_attention
 from farspan.models.parts import decoder_layers, trunk_and_head
 from farspan.parallel.documents import attend_documents
-from farspan.parallel.peak import peak_bytes_of
 
 MODES = ("plain", "recompute", "tiled", "seco")
 _WARM_TOKENS = 64

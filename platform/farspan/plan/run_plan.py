@@ -12,8 +12,8 @@ from farspan.errors import ConfigError
 from farspan.parallel.heads import HeadPlan, plan_heads
 from farspan.parallel.strategy import choose_layout
 from farspan.plan.choose import choose_parallel
-from farspan.plan.exchange import exchange_bytes
 from farspan.plan.facts import ModelFacts
+from farspan.plan.sent import exchange_bytes
 from farspan.plan.weights import weights_bytes
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,10 @@ from farspan.activations.tiled import tile_mlps
 from farspan.batch import IGNORED_LABEL, ShardedBatch
 from farspan.chunked.seco import ChunkedStep
 from farspan.errors import ClusterError
+from farspan.kernels.peak import peak_bytes_of
 from farspan.models.attention import use_farspan_attention
 from farspan.models.parts import decoder_layers
 from farspan.parallel.documents import attend_documents
-from farspan.parallel.peak import peak_bytes_of
 from farspan.train.limit import memory_limit
 from farspan.train.loss import PackedLoss
 from farspan.train.rescue import is_out_of_memory
@@ -191,13 +191,9 @@ def _alst(model: PreTrainedModel) -> Callable[[ShardedBatch], Tensor]:
     from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss, TiledMLP
 
     for layer in decoder_layers(model):
-        own, mlp = type(layer.mlp).forward, layer.mlp
-
-        def forward(x_1TE: Tensor, mlp: nn.Module = mlp, own: Any = own) -> Tensor:
-            tiles = math.ceil(x_1TE.shape[-2] / _TILE_TOKENS)
-            return TiledMLP.apply(own, mlp, x_1TE, tiles, list(mlp.parameters()))
-
-        mlp.forward = forward  # type: ignore[method-assign]
+        mlp = layer.mlp
+        assert isinstance(mlp, nn.Module), "a Llama has one"
+        mlp.forward = partial(_alst_mlp, TiledMLP, type(mlp).forward, mlp)
     model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def nll(head: nn.Module, x_tE: Tensor, y_t: Tensor) -> Tensor:
@@ -217,6 +213,11 @@ def _alst(model: PreTrainedModel) -> Callable[[ShardedBatch], Tensor]:
         return loss.detach()
 
     return step
+
+
+def _alst_mlp(tiled: Any, own: Callable[..., Tensor], mlp: nn.Module, x_1TE: Tensor) -> Tensor:
+    tiles = math.ceil(x_1TE.shape[-2] / _TILE_TOKENS)
+    return cast(Tensor, tiled.apply(own, mlp, x_1TE, tiles, list(mlp.parameters())))
 
 
 def _divided(nll: Callable[..., Tensor], num_labels: Tensor, *inputs: Any) -> Tensor:

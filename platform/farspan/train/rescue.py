@@ -19,9 +19,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -42,6 +42,14 @@ def is_out_of_memory(problem: BaseException) -> bool:
     return isinstance(problem, RuntimeError) and "can't allocate memory" in str(problem)
 
 
+class NoticeBoard(Protocol):
+    """A key-value store that every rank reaches: torch's `Store`."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def check(self, keys: list[str]) -> bool: ...
+
+
 @dataclass
 class Rescue:
     """Keeps watch over one rank's steps; a context around them.
@@ -50,7 +58,7 @@ class Rescue:
     """
 
     output: str
-    store: dist.Store
+    store: NoticeBoard
     rank: int
     num_ranks: int
     _state: TrainState | None = None

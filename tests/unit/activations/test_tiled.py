@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from farspan.activations.tiled import by_tiles, tile_mlps
 from farspan.errors import ModelError
+from farspan.kernels.peak import peak_bytes_of
 from farspan.models.parts import decoder_layers, trunk_and_head
-from farspan.parallel.peak import peak_bytes_of
 from farspan.train.loss import token_losses
 from farspan.verify.shrink import small_model
 
