@@ -114,6 +114,37 @@ def test_the_plan_predicts_the_bytes_that_are_sent(ranks: RankPool, corpus: str,
     assert {sent for _, _, sent in answers} == {plan_run(config, facts, compute_bytes=8).exchange_bytes_per_step}
 
 
+def offloaded_gradients(config: RunConfig, cache: str) -> tuple[dict[str, torch.Tensor], int]:
+    """(every whole gradient of the first step, bytes that left for the tier), on one rank."""
+    step = build(config, CPU, Path(cache)).step
+    step.backward()
+    stored = 0 if step.offload is None else step.offload.stored_bytes
+    if step.offload is not None:
+        step.offload.close()
+    return {n: p.grad.full_tensor() for n, p in step.loss.named_parameters()}, stored
+
+
+@pytest.mark.parametrize("more", [[], ["train.recompute=true"], ["parallel.strategy=ring"]], ids=str)
+def test_activations_that_wait_in_another_tier_change_no_bit(
+    ranks: RankPool, corpus: str, tmp_path: Path, more: list[str]
+) -> None:
+    layout = ["parallel.workers=2", "parallel.sp=2", "data.sequence_tokens=1024", *more]
+    tiers = ["memory.offload_activations=cxl", "memory.tiers=[cxl:emulated:64MiB]"]
+    plain, away = (tiny_run(corpus, str(tmp_path / "run"), *layout, *extra) for extra in ([], tiers))
+    want = ranks.run(offloaded_gradients, 2, plain, str(tmp_path / "cache"))
+    for (grads, stored), (expected, _) in zip(
+        ranks.run(offloaded_gradients, 2, away, str(tmp_path / "cache")), want, strict=True
+    ):
+        assert stored >= 512 * 32 * 8
+        assert all(torch.equal(grads[name], grad) for name, grad in expected.items())
+
+
+def test_a_tier_that_is_not_described_is_refused(ranks: RankPool, corpus: str, tmp_path: Path) -> None:
+    config = tiny_run(corpus, str(tmp_path / "run"), "memory.offload_activations=nvme")
+    (message,) = ranks.run(run_refused, 1, config, str(tmp_path / "cache"))
+    assert "memory.tiers: must describe a tier of kind nvme" in message
+
+
 def run_to_end(config: RunConfig, cache: str) -> list[EventBody]:
     events: list[EventBody] = []
     train(build(config, CPU, Path(cache)), config, events.append)

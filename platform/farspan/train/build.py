@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,6 +31,7 @@ from farspan.train.checkpoint import TrainState
 from farspan.train.chunks import Chunks
 from farspan.train.fsdp2 import Fsdp2Weights
 from farspan.train.loss import PackedLoss
+from farspan.train.offload import RunOffload
 from farspan.train.step import TrainStep
 from farspan.train.weights import WeightsEngine
 from farspan.train.zero import ZeroWeights, refuse_without_deepspeed
@@ -81,6 +85,8 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
         device=device,
         chunks=_chunks(config, model, sequence, mesh),
     )
+    if config.memory.offload_activations != "none":
+        step.offload = RunOffload(config.memory, model, device, local_ranks())
     state = TrainState(0, 0, config.seed, config.data.sequence_tokens, corpus.fingerprint)
     tokenizer = load_tokenizer(corpus.tokenizer_folder)
     return Training(step=step, tokenizer=tokenizer, state=state, certificate=certificate, adapter=adapter)
@@ -165,6 +171,13 @@ def _adapter(config: RunConfig, model: PreTrainedModel, device: torch.device) ->
         return None
     base = base_of(config.model.source, config.model.architecture, config.seed)
     return add_adapter(model, config.lora, base, config.seed, compute_dtype(config.model.dtype, device))
+
+
+def local_ranks() -> int:
+    """Processes of this run on this host; collective."""
+    names: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, platform.node())
+    return names.count(platform.node())
 
 
 def _chunks(config: RunConfig, model: PreTrainedModel, sequence: SequenceParallel, mesh: Mesh) -> Chunks | None:

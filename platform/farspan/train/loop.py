@@ -19,6 +19,14 @@ from farspan.train.rescue import Rescue, clear_rescue, load_rescue
 
 def train(training: Training, config: RunConfig, tell: Callable[[EventBody], None]) -> str:
     """Run to the last step; gives the URI of the published model. Collective: every rank calls it."""
+    try:
+        return _train(training, config, tell)
+    finally:
+        if training.step.offload is not None:
+            training.step.offload.close()
+
+
+def _train(training: Training, config: RunConfig, tell: Callable[[EventBody], None]) -> str:
     started, tokens = time.perf_counter(), 0
     first = _resume(training, config, tell)
     step = training.step

@@ -6,6 +6,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from farspan.parallel.whole import WholeSequence
 from farspan.telemetry.events import StepReport
 from farspan.train.chunks import Chunks
 from farspan.train.loss import PackedLoss
+from farspan.train.offload import RunOffload
 from farspan.train.weights import WeightsEngine
 
 
@@ -42,6 +44,8 @@ class TrainStep:
     device: torch.device
     chunks: Chunks | None = None
     """How sequences are cut in time; none: they are not."""
+    offload: RunOffload | None = None
+    """Where activations wait; none: on the device."""
     cursor: int = 0
 
     @property
@@ -133,8 +137,9 @@ class TrainStep:
             return self.chunks.forward_backward(self.weights, shard, num_labels, first_sequence, last=last)
         attention = self.sequence.attention(layout, shard.bounds)
         whole = WholeSequence(shard.bounds, self.exchange, layout)
-        loss = self.weights.loss(shard, attention, num_labels, whole)
-        self.weights.backward(loss, last=last)
+        with nullcontext() if self.offload is None else self.offload.step():
+            loss = self.weights.loss(shard, attention, num_labels, whole)
+            self.weights.backward(loss, last=last)
         return loss.detach()
 
     def _over_all_ranks(self, value: Any, op: Any = dist.ReduceOp.SUM) -> Tensor:
