@@ -91,15 +91,15 @@ def zero(stage: int, *more: str) -> list[str]:
     return ["weights.engine=deepspeed", f"weights.zero={stage}", *more]
 
 
-DP2, SP2 = ["parallel.workers=2"], ["parallel.workers=2", "parallel.sp=2"]
+DP2, DP3, SP2 = ["parallel.workers=2"], ["parallel.workers=3"], ["parallel.workers=2", "parallel.sp=2"]
 ENGINES = {
     "fsdp2, sp 2": SP2,
     "fsdp2, dp 2, accumulation 4": [*DP2, "train.accumulation=4"],
     "zero 1, dp 2": [*DP2, *zero(1)],
     "zero 1, sp 2, accumulation 4": [*SP2, *zero(1, "train.accumulation=4")],
     "zero 2, sp 2": [*SP2, *zero(2)],
-    "zero 2, dp 2, accumulation 4": [*DP2, *zero(2, "train.accumulation=4")],
-    "zero 3, dp 2": [*DP2, *zero(3)],
+    "zero 2, dp 3, accumulation 4": [*DP3, *zero(2, "train.accumulation=4")],
+    "zero 3, dp 3": [*DP3, *zero(3)],
     "zero 3, sp 2, accumulation 4": [*SP2, *zero(3, "train.accumulation=4")],
     "zero 3, one process": ["parallel.workers=1", *zero(3)],
     "zero 3, dp 2 x ring 2, recompute": [
@@ -125,8 +125,8 @@ def test_losses_norms_and_updates_of_three_steps_equal_plain_transformers(
         assert norms == pytest.approx(want_norms, rel=2e-6)
     got = answers[0][2]
     for n, p in model.named_parameters():
-        # AdamW's first steps divide a gradient by its own size: rounding of the smallest ones shows.
-        assert relative_error(got[f"model.{n}"] - start[n], p - start[n]) < 1e-4, n
+        # AdamW's first steps divide a gradient by its own size: one that is nearly zero keeps few true digits.
+        assert relative_error(got[f"model.{n}"] - start[n], p - start[n]) < 1e-3, n
 
 
 def bf16_steps(config: RunConfig, cache: str) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -193,7 +193,7 @@ LORA = ["lora.rank=4", "lora.alpha=8"]
 HALTED = {
     "zero 1": [*SP2, *zero(1), "model.dtype=bfloat16"],
     "zero 2, offload": [*SP2, *zero(2, "weights.offload_optimizer=cpu"), "model.dtype=float32"],
-    "zero 3": [*SP2, *zero(3), "model.dtype=bfloat16"],
+    "zero 3, parts of unequal size": [*DP3, *zero(3), "model.dtype=bfloat16"],
     "zero 3, lora": [*SP2, *zero(3), *LORA, "model.dtype=float32"],
     "fsdp2, lora": [*SP2, *LORA, "model.dtype=bfloat16"],
 }
@@ -291,6 +291,16 @@ def test_losses_and_norms_of_lora_under_zero_equal_plain_peft(
     for losses, norms, _ in ranks.run(trained_steps, 2, config, str(tmp_path / "cache")):
         assert losses == pytest.approx(want_losses, rel=1e-6)
         assert norms == pytest.approx(want_norms, rel=1e-4)
+
+
+@pytest.mark.parametrize("engine", [[], zero(1), zero(3)], ids=["fsdp2", "zero 1", "zero 3"])
+def test_lora_in_bf16_learns_as_plain_peft_in_fp32(
+    ranks: RankPool, corpus: str, tmp_path: Path, engine: list[str]
+) -> None:
+    config = tiny_run(corpus, str(tmp_path / "run"), "model.dtype=bfloat16", "optim.lr=0.01", *LORA, *SP2, *engine)
+    want, _ = plain_steps(lora_model(config, tmp_path), config, tmp_path)
+    for losses, _, _ in ranks.run(trained_steps, 2, config, str(tmp_path / "cache")):
+        assert losses == pytest.approx(want, rel=2e-3)
 
 
 @pytest.fixture
