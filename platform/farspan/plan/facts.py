@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from farspan.models.rules import layer_rules
+from farspan.models.rules import LayerRule, layer_rules
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,8 @@ class ModelFacts:
     max_positions: int | None = None
     """Longest position the model was made for; none: the config does not say."""
     num_recurrent_layers: int = 0
+    attention_rules: tuple[LayerRule, ...] = ()
+    """Of the layers that attend; none: all of them without limits."""
 
 
 def model_facts(config: PretrainedConfig) -> ModelFacts:
@@ -36,6 +38,7 @@ def model_facts(config: PretrainedConfig) -> ModelFacts:
         name=text.model_type,
         num_layers=text.num_hidden_layers,
         num_recurrent_layers=sum(rule.recurrent for rule in layer_rules(config)),
+        attention_rules=tuple(rule for rule in layer_rules(config) if not rule.recurrent),
         width=text.hidden_size,
         num_q_heads=text.num_attention_heads,
         num_kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from farspan.config.schema import RunConfig
 from farspan.errors import ConfigError
+from farspan.models.rules import LayerRule
 from farspan.parallel import whole
 from farspan.parallel.heads import HeadPlan, plan_heads
-from farspan.parallel.strategy import bytes_sent, choose_layout
+from farspan.parallel.strategy import bytes_sent, choose_layout, count_hops, lay_out
 from farspan.parallel.traffic import Block
 from farspan.plan.facts import ModelFacts
 
@@ -102,9 +103,15 @@ def _exchange_bytes(config: RunConfig, facts: ModelFacts, shard_tokens: int, com
     """Bytes one rank sends for its sequences of one step, in every layer; recomputing a layer sends again."""
     parallel, heads = config.parallel, (facts.num_q_heads, facts.num_kv_heads)
     block = Block(shard_tokens, *heads, facts.head_dim, facts.head_dim, compute_bytes)
-    layer = bytes_sent(parallel.strategy, block, parallel.sp, parallel.ulysses)
+    num_tokens, ways = config.data.sequence_tokens, (parallel.sp, parallel.ulysses)
+    # Hops follow from the layout and the layer's window; documents, known later, change nothing.
+    layout = lay_out(parallel.strategy, parallel.layout, num_tokens, *ways, (0, num_tokens))
     forwards = 2 if config.train.recompute else 1
-    attention = (facts.num_layers - facts.num_recurrent_layers) * (forwards * layer.forward + layer.backward)
+    attention = 0
+    for rule in facts.attention_rules or (LayerRule(),) * (facts.num_layers - facts.num_recurrent_layers):
+        hops = count_hops(parallel.strategy, layout, parallel.ulysses, rule.window, rule.chunk)
+        layer = bytes_sent(parallel.strategy, block, *ways, hops)
+        attention += forwards * layer.forward + layer.backward
     gather = whole.bytes_sent(block.num_tokens, facts.width, block.itemsize, parallel.sp)
     return config.train.accumulation * (attention + facts.num_recurrent_layers * (forwards + 1) * gather)
 

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from farspan.config.schema import ParallelConfig
 from farspan.models.rules import layer_rules
 from farspan.parallel import whole
-from farspan.parallel.strategy import bytes_sent
+from farspan.parallel.strategy import bytes_sent, count_hops, lay_out
 from farspan.parallel.traffic import Block
 from farspan.verify.cases import PACKED, SINGLE, Case, document_of
 from farspan.verify.probe import RankAnswer
@@ -109,7 +109,14 @@ def _bytes(answers: Sequence[RankAnswer], parallel: ParallelConfig, small: Pretr
     """Bytes each rank sent for a step on packed documents, against the formula of its strategy."""
     first = answers[0].shapes
     blocks = [Block(t, h, g, d, c, _FP64_BYTES) for t, h, g, d, c in first]
-    wanted = sum(sum(bytes_sent(parallel.strategy, block, parallel.sp, parallel.ulysses)) for block in blocks)
+    # Layers call in their order, once for each sequence of the case.
+    rules = [rule for rule in layer_rules(small) if not rule.recurrent]
+    wanted, ways = 0, (parallel.sp, parallel.ulysses)
+    for call, block in enumerate(blocks):
+        rule, num_tokens = rules[call % len(rules)], block.num_tokens * parallel.sp
+        layout = lay_out(parallel.strategy, parallel.layout, num_tokens, *ways, (0, num_tokens))
+        hops = count_hops(parallel.strategy, layout, parallel.ulysses, rule.window, rule.chunk)
+        wanted += sum(bytes_sent(parallel.strategy, block, *ways, hops))
     shard_tokens = first[0][0] if first else 0
     recurrent = sum(rule.recurrent for rule in layer_rules(small))
     width = small.get_text_config(decoder=True).hidden_size
