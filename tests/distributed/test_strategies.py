@@ -19,7 +19,7 @@ from farspan.parallel.layout import Layout, make_layout
 from farspan.parallel.mesh import make_mesh
 from farspan.parallel.pairs import PairTable
 from farspan.parallel.ring import RingAttention
-from farspan.parallel.strategy import STRATEGIES, SequenceRanks, bytes_sent, lay_out, make_strategy
+from farspan.parallel.strategy import STRATEGIES, SequenceRanks, bytes_sent, count_hops, lay_out, make_strategy
 from farspan.parallel.switch import LayoutSwitch
 from farspan.parallel.tokenring import TokenRingAttention
 from farspan.parallel.traffic import Block
@@ -64,6 +64,7 @@ CASES = [
     Case(window=7),
     Case(window=7, bounds=(0, NUM_TOKENS), layout="document_zigzag"),
     Case(window=40, bounds=(0, NUM_TOKENS)),
+    Case(window=9, layout="contiguous"),
     Case(softcap=1.5),
     Case(softcap=1.5, window=7, heads=(4, 1), layout="document_zigzag"),
     Case(chunk=16),
@@ -185,7 +186,10 @@ def test_every_strategy_equals_one_process_and_sends_what_its_formula_says(
     for index, case in enumerate(CASES):
         layout = layout_of(name, ulysses, case, num_ranks)
         block = Block(NUM_TOKENS // num_ranks, *case.heads, HEAD_DIM, case.value_dim, itemsize=8)
-        assert {answer[index][1] for answer in answers} == {sum(bytes_sent(name, block, num_ranks, ulysses))}, case
+        hops = count_hops(name, layout, ulysses, case.window, case.chunk)
+        assert {answer[index][1] for answer in answers} == {sum(bytes_sent(name, block, num_ranks, ulysses, hops))}, (
+            case
+        )
         for part, theirs in enumerate(whole(case)):
             parts = [answer[index][0][part] for answer in answers]
             # The gradient of a weight is the sum of what the ranks found; that of tokens lies where they are held.

@@ -31,11 +31,11 @@ def group_table(layout: Layout, bounds: Sequence[int], inner: int) -> PairTable:
     """Pairs between groups of `inner` neighbouring ranks, whose tokens lie end to end after the exchange by heads."""
     groups = range(0, layout.num_ranks, inner)
     ranges = tuple(joined(r for rank in range(g, g + inner) for r in layout.ranges_of(rank)) for g in groups)
-    return PairTable(ranges, tuple(bounds))
+    return PairTable(ranges, tuple(bounds), not layout.cuts_documents)
 
 
-def bytes_sent(block: Block, num_ulysses: int, num_ring: int) -> Traffic:
+def bytes_sent(block: Block, num_ulysses: int, num_ring: int, num_hops: int | None = None) -> Traffic:
     """The exchange by heads, and the ring over what it leaves on a rank."""
     inside = heads_exchange.bytes_sent(block, num_ulysses)
-    outside = ring.bytes_sent(heads_exchange.inner_block(block, num_ulysses), num_ring)
+    outside = ring.bytes_sent(heads_exchange.inner_block(block, num_ulysses), num_ring, num_hops)
     return Traffic(inside.forward + outside.forward, inside.backward + outside.backward)

@@ -28,6 +28,11 @@ class Layout(ABC):
     num_ranks: int
 
     @property
+    def cuts_documents(self) -> bool:
+        """Whether which tokens a rank holds depends on the documents of the batch."""
+        return False
+
+    @property
     def shard_tokens(self) -> int:
         """Tokens each rank holds: the same for all, because collectives need equal shapes."""
         return self.num_tokens // self.num_ranks
@@ -112,6 +117,10 @@ class DocumentZigzagLayout(Layout):
     num_ranks: int
     bounds: tuple[int, ...]
 
+    @property
+    def cuts_documents(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         _refuse_remainder("document_zigzag", self.num_tokens, self.num_ranks, "num_ranks", self.num_ranks)
         assert self.bounds[0] == 0, "documents start at token 0"
@@ -151,6 +160,10 @@ class NestedLayout(Layout):
     @property
     def num_tokens(self) -> int:  # type: ignore[override]
         return self.outer.num_tokens
+
+    @property
+    def cuts_documents(self) -> bool:
+        return self.outer.cuts_documents
 
     @property
     def num_ranks(self) -> int:  # type: ignore[override]

@@ -69,11 +69,16 @@ class PairTable:
 
     ranges: tuple[tuple[Range, ...], ...]
     bounds: tuple[int, ...]
+    fixed: bool = False
+    """Whether the ranges are the same for any documents."""
     _made: dict[tuple[int, int, int | None, int | None], list[Pair]] = field(default_factory=dict, compare=False)
+    _hops: dict[int, tuple[int, ...]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, layout: Layout, bounds: Sequence[int]) -> PairTable:
-        return cls(tuple(layout.ranges_of(rank) for rank in range(layout.num_ranks)), tuple(bounds))
+        return cls(
+            tuple(layout.ranges_of(rank) for rank in range(layout.num_ranks)), tuple(bounds), not layout.cuts_documents
+        )
 
     def between(self, query_rank: int, key_rank: int, window: int | None, chunk: int | None) -> list[Pair]:
         """Pairs of the queries of one rank with the keys of another."""
@@ -81,6 +86,24 @@ class PairTable:
         if name not in self._made:
             self._made[name] = pairs(self.ranges[query_rank], self.ranges[key_rank], self.bounds, window, chunk)
         return self._made[name]
+
+    def hops(self, window: int | None, chunk: int | None) -> tuple[int, ...]:
+        """The distances h > 0 at which some rank r may need keys of rank r - h, in ascending order.
+
+        Decided by the ranges and the reach of a window or chunk, never by where documents end: what is sent is known
+        before the documents are. Where the ranges follow the documents every hop is made.
+        """
+        num_ranks, reach = len(self.ranges), min((n for n in (window, chunk) if n is not None), default=None)
+        if reach is None or not self.fixed:
+            return tuple(range(1, num_ranks))
+        if reach not in self._hops:
+            whole = (0, self.bounds[-1])
+            self._hops[reach] = tuple(
+                hop
+                for hop in range(1, num_ranks)
+                if any(pairs(self.ranges[r], self.ranges[r - hop], whole, reach) for r in range(num_ranks))
+            )
+        return self._hops[reach]
 
 
 def _pieces(ranges: Sequence[Range], bounds: Sequence[int], chunk: int | None) -> Iterator[tuple[int, _Piece]]:

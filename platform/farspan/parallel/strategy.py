@@ -92,9 +92,19 @@ class SequenceParallel:
         return make_strategy(self.strategy, self.ranks, layout, bounds)
 
 
-def bytes_sent(strategy: str, block: Block, num_ranks: int, num_ulysses: int) -> Traffic:
-    """Bytes one rank sends for one layer of one sequence."""
+def count_hops(strategy: str, layout: Layout, num_ulysses: int, window: int | None, chunk: int | None) -> int:
+    """Hops of a ring over `layout` in a layer of that window or chunk; 0 where nothing is passed from rank to rank."""
+    if strategy not in ("ring", "tokenring", "hybrid"):
+        return 0
+    inner = num_ulysses if strategy == "hybrid" else 1
+    return len(group_table(layout, (0, layout.num_tokens), inner).hops(window, chunk))
+
+
+def bytes_sent(strategy: str, block: Block, num_ranks: int, num_ulysses: int, num_hops: int | None = None) -> Traffic:
+    """Bytes one rank sends for one layer of one sequence; `num_hops`: see `count_hops`, none for all of them."""
     if strategy == "hybrid":
-        return hybrid.bytes_sent(block, num_ulysses, num_ranks // num_ulysses)
-    rooms = {"ulysses": ulysses, "ring": ring, "tokenring": tokenring, "allgather": allgather}
+        return hybrid.bytes_sent(block, num_ulysses, num_ranks // num_ulysses, num_hops)
+    if strategy in ("ring", "tokenring"):
+        return {"ring": ring, "tokenring": tokenring}[strategy].bytes_sent(block, num_ranks, num_hops)
+    rooms = {"ulysses": ulysses, "allgather": allgather}
     return rooms[strategy].bytes_sent(block, num_ranks)

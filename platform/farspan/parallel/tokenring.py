@@ -12,6 +12,7 @@ Source: TokenRing (Wang et al. 2024, https://arxiv.org/abs/2412.20501), whose co
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -32,18 +33,26 @@ class TokenRingAttention(BlockwiseAttention):
         rank, num_ranks = self.exchange.rank, self.exchange.num_ranks
         own, visiting = Partial(q_tHD, v_tGC.shape[2]), q_tHD
         returning: Transfer | None = None
-        for hop in range(num_ranks):
-            owner, last = (rank - hop) % num_ranks, hop + 1 == num_ranks
-            coming = None if last else self.exchange.pass_on((visiting,))
+        before = 0
+        for hop, to_next in self._hops(rule):
+            owner, last = (rank - hop) % num_ranks, hop + to_next == num_ranks
+            coming = None if last else self.exchange.pass_on((visiting,), to_next)
             found = own if hop == 0 else Partial(visiting, v_tGC.shape[2])
             found.add(visiting, k_tGD, v_tGC, self.table.between(owner, rank, rule.window, rule.chunk), rule)
-            self._merge(own, returning, hop - 1, rule)
+            self._merge(own, returning, before, rule)
+            before = hop
             if hop > 0:
                 returning = self.exchange.pass_on((found.out_tHC.to(q_tHD.dtype), found.lse_tH), -hop)
             if coming is not None:
                 (visiting,) = coming.wait()
-        self._merge(own, returning, num_ranks - 1, rule)
+        self._merge(own, returning, before, rule)
         return own.out_tHC.to(q_tHD.dtype), own.lse_tH
+
+    def _hops(self, rule: Rule) -> list[tuple[int, int]]:
+        """(hop, how far on the next one is): queries visit the ranks whose keys their owner may need."""
+        num_ranks = self.exchange.num_ranks
+        needed = sorted(num_ranks - hop for hop in self.table.hops(rule.window, rule.chunk))
+        return [(hop, further - hop) for hop, further in pairwise((0, *needed, num_ranks))]
 
     def _merge(self, own: Partial, returning: Transfer | None, hop: int, rule: Rule) -> None:
         """Merge what this rank's queries found at `hop`, `hop` ranks further on."""
@@ -61,9 +70,9 @@ class TokenRingAttention(BlockwiseAttention):
         dq_tHD, dk_tGD, dv_tGC = zeros_wide(q_tHD), zeros_wide(k_tGD), zeros_wide(v_tGC)
         visiting: tuple[Tensor, ...] = (q_tHD, dout_tHC, out_tHC, lse_tH.contiguous())
         returning: Transfer | None = None
-        for hop in range(num_ranks):
-            owner, last = (rank - hop) % num_ranks, hop + 1 == num_ranks
-            coming = None if last else self.exchange.pass_on(visiting)
+        for hop, to_next in self._hops(rule):
+            owner, last = (rank - hop) % num_ranks, hop + to_next == num_ranks
+            coming = None if last else self.exchange.pass_on(visiting, to_next)
             q, dout, out, lse = visiting
             into = Gradients(dq_tHD if hop == 0 else zeros_wide(q), dk_tGD, dv_tGC)
             met = self.table.between(owner, rank, rule.window, rule.chunk)
@@ -79,9 +88,9 @@ class TokenRingAttention(BlockwiseAttention):
         return dq_tHD, dk_tGD, dv_tGC
 
 
-def bytes_sent(block: Block, num_ranks: int) -> Traffic:
-    """R - 1 visits: queries there, out and log-sum-exp back; in backward four tensors there, dq back."""
-    visits = num_ranks - 1
+def bytes_sent(block: Block, num_ranks: int, num_hops: int | None = None) -> Traffic:
+    """R - 1 visits, or as many as a window needs: queries there, out and lse back; in backward four tensors, and dq."""
+    visits = num_ranks - 1 if num_hops is None else num_hops
     queries, outs = block.q_numbers * block.itemsize, block.out_numbers * block.itemsize
     return Traffic(
         forward=visits * (queries + outs + block.lse_bytes),

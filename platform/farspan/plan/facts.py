@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from farspan.models.mixers import MixerFacts, mixer_facts
-from farspan.models.rules import layer_rules
+from farspan.models.rules import LayerRule, layer_rules
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,8 @@ class ModelFacts:
     """Layers without attention, in order."""
     reach: int | None = None
     """Tokens the furthest-seeing attention layer sees back; none: all of its document."""
+    attention_rules: tuple[LayerRule, ...] = ()
+    """Of the layers that attend; none: all of them without limits."""
 
 
 def model_facts(config: PretrainedConfig) -> ModelFacts:
@@ -41,6 +43,7 @@ def model_facts(config: PretrainedConfig) -> ModelFacts:
         num_layers=text.num_hidden_layers,
         recurrent_layers=mixer_facts(model),
         reach=_reach(config),
+        attention_rules=tuple(rule for rule in layer_rules(config) if not rule.recurrent),
         width=text.hidden_size,
         num_q_heads=text.num_attention_heads,
         num_kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from farspan.config.schema import ParallelConfig, RunConfig
-from farspan.parallel.strategy import bytes_sent
+from farspan.models.rules import LayerRule
+from farspan.parallel.strategy import bytes_sent, count_hops, lay_out
 from farspan.parallel.traffic import Block, Traffic
 from farspan.plan.facts import ModelFacts
 
@@ -14,15 +15,27 @@ def exchange_bytes(config: RunConfig, parallel: ParallelConfig, facts: ModelFact
     For chunks over gathered keys it is the most: chunks of other documents are not gathered.
     """
     forwards = 2 if config.train.recompute else 1
-    num_attention = facts.num_layers - len(facts.recurrent_layers)
     shard_tokens = config.data.sequence_tokens // parallel.sp
     recurrent = sum(mixer.bytes_sent(shard_tokens, compute_bytes, parallel.sp) for mixer in facts.recurrent_layers)
     if config.memory.chunk == "none":
-        layer = _of_layer(parallel, facts, shard_tokens, compute_bytes)
-        attention = forwards * layer.forward + layer.backward
+        attention = _at_once(config, parallel, facts, compute_bytes)
     else:
-        attention = _by_chunks(config, parallel, facts, compute_bytes)
-    return config.train.accumulation * (num_attention * attention + (forwards + 1) * recurrent)
+        num_attention = facts.num_layers - len(facts.recurrent_layers)
+        attention = num_attention * _by_chunks(config, parallel, facts, compute_bytes)
+    return config.train.accumulation * (attention + (forwards + 1) * recurrent)
+
+
+def _at_once(config: RunConfig, parallel: ParallelConfig, facts: ModelFacts, compute_bytes: int) -> int:
+    """All layers. Hops follow from the layout and the layer's window; documents, known later, change nothing."""
+    num_tokens, ways = config.data.sequence_tokens, (parallel.sp, parallel.ulysses)
+    layout = lay_out(parallel.strategy, parallel.layout, num_tokens, *ways, (0, num_tokens))
+    forwards, total = 2 if config.train.recompute else 1, 0
+    no_limits = (LayerRule(),) * (facts.num_layers - len(facts.recurrent_layers))
+    for rule in facts.attention_rules or no_limits:
+        hops = count_hops(parallel.strategy, layout, parallel.ulysses, rule.window, rule.chunk)
+        layer = bytes_sent(parallel.strategy, _block(facts, num_tokens // parallel.sp, compute_bytes), *ways, hops)
+        total += forwards * layer.forward + layer.backward
+    return total
 
 
 def _by_chunks(config: RunConfig, parallel: ParallelConfig, facts: ModelFacts, compute_bytes: int) -> int:
@@ -43,6 +56,9 @@ def _by_chunks(config: RunConfig, parallel: ParallelConfig, facts: ModelFacts, c
 
 
 def _of_layer(parallel: ParallelConfig, facts: ModelFacts, num_tokens: int, compute_bytes: int) -> Traffic:
+    return bytes_sent(parallel.strategy, _block(facts, num_tokens, compute_bytes), parallel.sp, parallel.ulysses)
+
+
+def _block(facts: ModelFacts, num_tokens: int, compute_bytes: int) -> Block:
     heads = (facts.num_q_heads, facts.num_kv_heads)
-    block = Block(num_tokens, *heads, facts.head_dim, facts.head_dim, compute_bytes)
-    return bytes_sent(parallel.strategy, block, parallel.sp, parallel.ulysses)
+    return Block(num_tokens, *heads, facts.head_dim, facts.head_dim, compute_bytes)

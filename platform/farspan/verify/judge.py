@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from farspan.config.schema import ParallelConfig
 from farspan.models.mixers import mixer_facts
-from farspan.parallel.strategy import bytes_sent
+from farspan.models.rules import layer_rules
+from farspan.parallel.strategy import bytes_sent, count_hops, lay_out
 from farspan.parallel.traffic import Block
 from farspan.verify.cases import PACKED, SINGLE, Case, document_of, num_tokens
 from farspan.verify.probe import RankAnswer
@@ -116,7 +117,14 @@ def _bytes(answers: Sequence[RankAnswer], parallel: ParallelConfig, small: PreTr
     """Bytes each rank sent for a step on packed documents, against the formula of its strategy."""
     first = answers[0].shapes
     blocks = [Block(t, h, g, d, c, _FP64_BYTES) for t, h, g, d, c in first]
-    wanted = sum(sum(bytes_sent(parallel.strategy, block, parallel.sp, parallel.ulysses)) for block in blocks)
+    # Layers call in their order, once for each sequence of the case.
+    rules = [rule for rule in layer_rules(small.config) if not rule.recurrent]
+    wanted, ways = 0, (parallel.sp, parallel.ulysses)
+    for call, block in enumerate(blocks):
+        rule, held = rules[call % len(rules)], block.num_tokens * parallel.sp
+        layout = lay_out(parallel.strategy, parallel.layout, held, *ways, (0, held))
+        hops = count_hops(parallel.strategy, layout, parallel.ulysses, rule.window, rule.chunk)
+        wanted += sum(bytes_sent(parallel.strategy, block, *ways, hops))
     shard_tokens = num_tokens(parallel.sp) // parallel.sp
     wanted += 2 * sum(mixer.bytes_sent(shard_tokens, _FP64_BYTES, parallel.sp) for mixer in mixer_facts(small))
     off = max(abs(answer.bytes_sent - wanted) for answer in answers)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
+from farspan.kernels.attention.reference import visible
+from farspan.parallel import blockwise
 from farspan.parallel.allgather import AllGatherAttention
-from farspan.parallel.layout import ZigzagLayout
+from farspan.parallel.blockwise import Rule, attend_pair
+from farspan.parallel.layout import ZigzagLayout, make_layout
 from farspan.parallel.pairs import Pair, PairTable
 from farspan.parallel.ring import RingAttention
 from farspan.parallel.tokenring import TokenRingAttention
@@ -91,6 +95,35 @@ def events_of(strategy: type, *, backward: bool) -> list[str]:
         events.clear()
         out.sum().backward()
     return events
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "document_zigzag"])
+@pytest.mark.parametrize("strategy", [RingAttention, TokenRingAttention, AllGatherAttention])
+def test_only_blocks_that_somebody_sees_are_computed_and_each_once(
+    strategy: type, layout: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bounds, computed, seen = (0, 21, 64), 0, 0
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, pair: Pair, rule: Rule) -> tuple[Tensor, Tensor]:
+        nonlocal computed, seen
+        shape = (pair.queries.stop - pair.queries.start, pair.keys.stop - pair.keys.start)
+        band = torch.ones(shape, dtype=torch.bool)
+        if pair.offset is not None:
+            band = visible(*shape, pair.offset, pair.window, q.device)
+        assert bool(band.any(1).all() and band.any(0).all()), "no row and no column is computed in vain"
+        computed, seen = computed + 1, seen + int(band.sum())
+        return attend_pair(q, k, v, pair, rule)
+
+    monkeypatch.setattr(blockwise, "attend_pair", attend)
+    laid = make_layout(layout, 64, NUM_RANKS, bounds)
+    table = PairTable.of(laid, bounds)
+    for rank in range(NUM_RANKS):
+        q, k, v = (torch.randn(16, heads, 8) for heads in (4, 2, 2))
+        strategy(Loop([], rank), table)(q, k, v, scale=0.3, window=window)
+    pairs_of = [len(table.between(a, b, window, None)) for a in range(NUM_RANKS) for b in range(NUM_RANKS)]
+    assert computed == sum(pairs_of)
+    assert seen == sum(int(visible(b - a, b - a, 0, window, torch.device("cpu")).sum()) for a, b in pairwise(bounds))
 
 
 def test_a_ring_starts_the_next_block_before_it_computes_the_current_one() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -82,6 +83,21 @@ def test_no_pair_is_made_for_the_future_or_another_document() -> None:
     assert pairs([(0, 4)], [(4, 8)], (0, 8)) == []
     assert pairs([(4, 8)], [(0, 4)], (0, 4, 8)) == []
     assert pairs([(8, 12)], [(0, 4)], (0, 12), window=4) == []
+
+
+@pytest.mark.parametrize(("layout", "window", "hops"), [
+    ("contiguous", 8, (1,)), ("contiguous", 9, (1,)), ("contiguous", 10, (1, 2)), ("zigzag", 3, (1, 7)),
+    ("contiguous", 1, ()), ("zigzag", 1, ()), ("zigzag", None, tuple(range(1, 8))),
+    ("document_zigzag", 3, tuple(range(1, 8))),
+])  # fmt: skip
+def test_hops_at_which_a_window_hides_every_block_are_not_made(layout: str, window: int | None, hops) -> None:
+    bounds = (0, 30, 64)
+    table = PairTable.of(make_layout(layout, 64, 8, bounds), bounds)
+    assert table.hops(window, None) == table.hops(None, window) == hops
+    for rank in range(8):
+        for other in range(8):
+            if (rank - other) % 8 not in (0, *hops):
+                assert table.between(rank, other, window, None) == []
 
 
 def test_a_table_makes_each_list_once() -> None:
