@@ -10,6 +10,7 @@ FarspanError
 ├── ModelError           a model farspan cannot run exactly
 ├── PlanError            no legal plan
 ├── TrainingError        a run that had to stop
+│   └── VerifyError          the sharded run no longer computes what one process computes
 ├── EngineError          the inference engine could not answer
 │   └── RequestError         one request could not be answered; the others go on
 ├── TransferError        KV pages did not arrive as they were sent
@@ -81,6 +82,10 @@ class PlanError(FarspanError):
 
 class TrainingError(FarspanError):
     """A run that had to stop."""
+
+
+class VerifyError(TrainingError):
+    """The sharded run no longer computes what one process computes."""
 
 
 class EngineError(FarspanError):

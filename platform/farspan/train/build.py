@@ -35,6 +35,8 @@ class Training:
     step: TrainStep
     tokenizer: PreTrainedTokenizerBase
     state: TrainState
+    compute: torch.dtype = torch.float32
+    """The type the model computes in."""
     certificate: str | None = None
     """What the doctor found about this model and layout, as JSON; kept beside checkpoints."""
 
@@ -69,7 +71,8 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
         device=device,
     )
     state = TrainState(0, 0, config.seed, config.data.sequence_tokens, corpus.fingerprint)
-    return Training(step=step, tokenizer=load_tokenizer(corpus.tokenizer_folder), state=state, certificate=certificate)
+    tokenizer = load_tokenizer(corpus.tokenizer_folder)
+    return Training(step=step, tokenizer=tokenizer, state=state, compute=dtype, certificate=certificate)
 
 
 def named_parallel(config: RunConfig, model: PretrainedConfig, compute_bytes: int) -> ParallelConfig:

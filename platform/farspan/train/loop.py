@@ -10,6 +10,7 @@ from farspan.config.schema import RunConfig
 from farspan.telemetry.events import EventBody, Note, RunFinished
 from farspan.train.build import Training
 from farspan.train.checkpoint import TrainState, load_newest, save_checkpoint, save_model
+from farspan.train.reprobe import probe_layout, refuse_failed
 
 
 def train(training: Training, config: RunConfig, tell: Callable[[EventBody], None]) -> str:
@@ -22,6 +23,11 @@ def train(training: Training, config: RunConfig, tell: Callable[[EventBody], Non
         tokens += report.tokens
         tell(report)
         done = index + 1
+        # Before the checkpoint: what is published was proven.
+        if config.train.reprobe_every and done % config.train.reprobe_every == 0:
+            probed = probe_layout(step, done, training.compute)
+            tell(probed)
+            refuse_failed(probed)
         due = config.train.checkpoint_every and done % config.train.checkpoint_every == 0
         if due or done == config.train.steps:
             state = _state(training, done)
