@@ -10,6 +10,7 @@ It costs rank 0 a whole copy of the weights in the type they are kept in, on the
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -158,7 +159,8 @@ def _plain_model(step: TrainStep) -> PreTrainedModel | None:
     kept = dict(live.named_parameters())
 
     def make() -> None:
-        plain = random_causal_lm(live.config, 0).to(next(iter(kept.values())).dtype)
+        # A config of its own: choosing an attention for the copy must not choose it for the live model.
+        plain = random_causal_lm(copy.deepcopy(live.config), 0).to(next(iter(kept.values())).dtype)
         wanted = dict(plain.named_parameters())
         if wanted.keys() != kept.keys():
             other = sorted(wanted.keys() ^ kept.keys())[0]
@@ -177,4 +179,6 @@ def _plain_model(step: TrainStep) -> PreTrainedModel | None:
 
 def _sentence(check: Check) -> str:
     place = f" ({check.about})" if check.about else ""
+    if check.allowed == 0:
+        return f"{check.name}: {check.measured:g}, allowed 0{place}"
     return f"{check.name} {check.measured:.1e}, allowed {check.allowed:.1e}{place}"
