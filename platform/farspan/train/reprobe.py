@@ -96,11 +96,12 @@ def _as_found(step: TrainStep) -> Iterator[None]:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
-        step.loss.zero_grad(set_to_none=True)
         step.loss.train(training)
         for module in step.loss.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+        # Only now: while weights are whole, the shards that hold the probe's gradients are not among the parameters.
+        step.loss.zero_grad(set_to_none=True)
 
 
 def _sharded_answer(step: TrainStep, sequence: ProbeSequence, names: list[str]) -> LiveAnswer:
@@ -138,8 +139,8 @@ def _shard(step: TrainStep, sequence: ProbeSequence, changed: int | None) -> tup
     batch = sequence.batch(step.loss.model.config.get_text_config(decoder=True).vocab_size, changed)
     layout = step.sequence.lay_out(batch.num_tokens, batch.bounds)
     shard = layout.shard(batch, step.exchange.rank)
-    tensors = (x.to(step.device) for x in (shard.tokens_T, shard.labels_T, shard.positions_T))
-    return ShardedBatch(*tensors, bounds=shard.bounds), layout
+    tokens_T, labels_T, positions_T = (x.to(step.device) for x in (shard.tokens_T, shard.labels_T, shard.positions_T))
+    return ShardedBatch(tokens_T, labels_T, positions_T, shard.bounds), layout
 
 
 def _in_order(step: TrainStep, layout: Layout, rows_tV: Tensor) -> Tensor:
@@ -171,7 +172,7 @@ def _plain_model(step: TrainStep) -> PreTrainedModel | None:
 
     on_rank_0(make)
     for name, weight in kept.items():
-        whole = weight.detach().full_tensor() if isinstance(weight, DTensor) else weight.detach()
+        whole = (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach()
         if held:
             held[0].get_parameter(name).data.copy_(whole)
     return held[0] if held else None
