@@ -10,7 +10,8 @@ FarspanError
 ├── ModelError           a model farspan cannot run exactly
 ├── PlanError            no legal plan
 ├── TrainingError        a run that had to stop
-│   └── OutOfMemoryError     a rank had no memory left for a step
+│   ├── OutOfMemoryError     a rank had no memory left for a step
+│   └── VerifyError          the sharded run no longer computes what one process computes
 ├── TierError            a memory tier did not do what was asked
 │   └── TierFullError        it has no room left
 ├── StaleBufferError     a buffer was used again while somebody still read or wrote it
@@ -124,6 +125,10 @@ class TierFullError(TierError):
 
 class StaleBufferError(FarspanError):
     """A buffer was used again while somebody still read or wrote it."""
+
+
+class VerifyError(TrainingError):
+    """The sharded run no longer computes what one process computes."""
 
 
 class EngineError(FarspanError):

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from farspan.telemetry.events import CheckpointPublished, Event, Note, RunFinished, StepReport
+from farspan.telemetry.events import CheckpointPublished, Event, LayoutProbed, Note, RunFinished, StepReport
 
 
 class _Live:
@@ -53,6 +53,11 @@ class TrainProgress(_Live):
             )
         elif isinstance(body, CheckpointPublished):
             self.console.print(f"checkpoint after step {body.step}: {body.uri} ({body.seconds:.1f} s)", markup=False)
+        elif isinstance(body, LayoutProbed):
+            verdict = (
+                f"FAILED: {'; '.join(body.failed)}" if body.failed else f"{len(body.passed)} checks equal one process"
+            )
+            self.console.print(f"layout probed after step {body.step}: {verdict} ({body.seconds:.1f} s)", markup=False)
         elif isinstance(body, Note):
             self.console.print(body.text, markup=False)
         elif isinstance(body, RunFinished):

@@ -46,9 +46,11 @@ def check_run(config: RunConfig) -> None:
     _at_least("train.accumulation", train.accumulation, 1)
     _at_least("train.loss_tile_tokens", train.loss_tile_tokens, 1)
     _at_least("train.checkpoint_every", train.checkpoint_every, 0)
+    _at_least("train.reprobe_every", train.reprobe_every, 0)
     _at_least("data.sequence_tokens", data.sequence_tokens, 2)
     _check_optim(config.optim)
     _check_memory(config.memory)
+    _check_reprobe(config)
     _check_chunks(config)
     _check_weights(config)
     _check_lora(config.lora)
@@ -68,6 +70,23 @@ def check_run(config: RunConfig) -> None:
         )
     if parallel.strategy != "auto":
         refuse_ragged_stripes(parallel, data.sequence_tokens)
+
+
+def _check_reprobe(config: RunConfig) -> None:
+    if config.train.reprobe_every == 0:
+        return
+    for field, value, legal in (
+        ("weights.engine", config.weights.engine, "fsdp2"),
+        ("lora.rank", config.lora.rank, 0),
+        ("memory.chunk", config.memory.chunk, "none"),
+    ):
+        if value != legal:
+            raise ConfigError(
+                "train.reprobe_every",
+                f"compares whole weights and needs {field}={legal}, not {value}",
+                config.train.reprobe_every,
+                f"use train.reprobe_every=0 or {field}={legal}",
+            )
 
 
 def _check_chunks(config: RunConfig) -> None:

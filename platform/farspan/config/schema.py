@@ -137,6 +137,9 @@ class TrainConfig:
     """Tokens whose logits exist at the same time."""
     checkpoint_every: int = 0
     """Steps between resumable checkpoints; 0: only at the end."""
+    reprobe_every: int = 0
+    """Steps between probes of the running layout, with the live weights, against one plain process on rank 0; a probe
+    that fails stops the run. 0: none. A probe holds all weights once more in rank 0's memory."""
     resume: bool = True
     """Go on from the newest checkpoint of this run, if there is one."""
     certificate: str | None = None

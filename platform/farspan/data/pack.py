@@ -64,10 +64,6 @@ class PackPlan:
             start += wanted
         return tuple(pieces)
 
-    def epoch_of(self, index: int) -> int:
-        """The epoch in which sequence `index` begins."""
-        return index * self.sequence_tokens // self.epoch_tokens
-
     def order(self, epoch: int) -> np.ndarray:
         """The documents of one epoch in the order in which they are laid."""
         return self._order(epoch)[0]

@@ -67,10 +67,6 @@ class Engine:
         """The last step could do nothing: pages that are held outside must come back first."""
         return self._stalled
 
-    @property
-    def num_requests(self) -> int:
-        return len(self._running) + len(self._waiting) + len(self._taken)
-
     def add(
         self,
         request_id: str,

@@ -26,8 +26,6 @@ class State(StrEnum):
 
 
 class Event(StrEnum):
-    REFUSED = "refused"
-    """The ticket is not acceptable, or there is no room for its pages."""
     STARTED = "started"
     """The read of the pages was posted."""
     LANDED = "landed"
@@ -49,7 +47,6 @@ class Event(StrEnum):
 
 
 _NEXT: dict[tuple[State, Event], State] = {
-    (State.OFFERED, Event.REFUSED): State.FAILED,
     (State.OFFERED, Event.STARTED): State.PULLING,
     (State.PULLING, Event.LANDED): State.LANDED,
     (State.PULLING, Event.BROKEN): State.FAILED,

@@ -8,6 +8,7 @@ Source: Yang et al. 2024, https://arxiv.org/abs/2412.06464; transformers' models
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +26,13 @@ _APART = _COMMON | {"q_proj", "k_proj", "v_proj", "a_proj", "b_proj", "g_proj", 
 
 def gated_delta(mixer: nn.Module) -> Recurrence | None:
     """`mixer` in units, if its parts are those of a gated delta net."""
-    style = {_FUSED: _Fused, _SPLIT: _Split, _APART: _Apart}.get(parts_named(mixer))
+    styles: dict[frozenset[str], type[_GatedDelta]] = {_FUSED: _Fused, _SPLIT: _Split, _APART: _Apart}
+    style = styles.get(parts_named(mixer))
     return None if style is None else style(mixer)
 
 
 @dataclass(frozen=True)
-class _GatedDelta:
+class _GatedDelta(ABC):
     mixer: Any
 
     @property
@@ -82,9 +84,17 @@ class _GatedDelta:
         result: Tensor = back(normed.reshape(out_tKC.shape[0], -1))
         return result
 
+    @abstractmethod
+    def project(self, hidden_tE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(units_tKX, nothing shared, the gate)."""
+
+    @abstractmethod
+    def finish(self, out_tKC: Tensor, gate: Tensor) -> Tensor:
+        """[t, E]: norm, gate and the projection back."""
+
+    @abstractmethod
     def _replaced(self, num_units: int) -> dict[str, Any]:
         """What stands for the module's projections and tail in a part, which gets x [1, L, U * X]."""
-        raise NotImplementedError
 
     def _cut(self, num_units: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """x [1, L, U * X] -> q, k, v, beta, decay [1, L, U, ...]."""

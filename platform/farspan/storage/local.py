@@ -7,7 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -71,10 +71,6 @@ class LocalStore(Store):
     def delete(self, path: str) -> None:
         with explained(self.uri, f"deleting {path}"):
             self._at(path).unlink(missing_ok=True)
-
-    def delete_all(self) -> None:
-        with explained(self.uri, "deleting"), suppress(FileNotFoundError):
-            shutil.rmtree(self.folder)
 
     def _at(self, path: str) -> Path:
         return self.folder / check_relative(self.uri, path)

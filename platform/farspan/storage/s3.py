@@ -110,10 +110,6 @@ class S3Store(Store):
         except NotFoundError:
             return
 
-    def delete_all(self) -> None:
-        for info in self.list():
-            self.delete(info.path)
-
     def _at(self, path: str) -> str:
         return f"{self.root}/{check_relative(self.uri, path)}"
 

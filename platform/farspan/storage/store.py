@@ -69,7 +69,3 @@ class Store(ABC):
     @abstractmethod
     def delete(self, path: str) -> None:
         """Remove one file; fine when it is not there."""
-
-    @abstractmethod
-    def delete_all(self) -> None:
-        """Remove every file of the folder."""

@@ -60,6 +60,17 @@ class CheckpointPublished:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayoutProbed:
+    """The running layout was held against one plain process, with the live weights."""
+
+    step: int
+    seconds: float
+    failed: tuple[str, ...]
+    """One sentence per check: what, how much, the bound."""
+    passed: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunFinished:
     """The last event of a run that came to its end; a run without it was stopped or died."""
 
@@ -106,12 +117,15 @@ class PlanSteppedDown:
     """What the new plan does differently."""
 
 
-EventBody = RunStarted | StepReport | CheckpointPublished | RunFinished | RequestServed | PlanSteppedDown | Note
+EventBody = (
+    RunStarted | StepReport | CheckpointPublished | LayoutProbed | RunFinished | RequestServed | PlanSteppedDown | Note
+)
 
 KINDS: dict[str, type[EventBody]] = {
     "run_started": RunStarted,
     "step": StepReport,
     "checkpoint_published": CheckpointPublished,
+    "layout_probed": LayoutProbed,
     "run_finished": RunFinished,
     "request_served": RequestServed,
     "plan_stepped_down": PlanSteppedDown,

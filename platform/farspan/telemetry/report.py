@@ -21,6 +21,7 @@ from farspan.errors import UnreachableError
 from farspan.telemetry.kinds import (
     CheckpointPublished,
     Event,
+    LayoutProbed,
     Note,
     RequestServed,
     RunFinished,
@@ -220,6 +221,9 @@ def _timeline_row(event: Event) -> tuple[str, str, str]:
             return clock, "Run started", ""
         case CheckpointPublished(step=step, uri=uri, seconds=seconds, bytes=size):
             return clock, f"Checkpoint at step {step}", f"{uri} · {byte_size(size)} in {duration(seconds)}"
+        case LayoutProbed(step=step, seconds=seconds, failed=failed, passed=passed):
+            verdict = "FAILED: " + "; ".join(failed) if failed else "equal: " + "; ".join(passed)
+            return clock, f"Layout probed after step {step}", f"{verdict} · {duration(seconds)}"
         case RunFinished(steps=steps, tokens=tokens, seconds=seconds):
             detail = f"{plural(steps, 'step')} · {plural(tokens, 'token')} · {duration(seconds)}"
             return clock, "Run finished", detail

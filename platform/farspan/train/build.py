@@ -46,6 +46,8 @@ class Training:
     step: TrainStep
     tokenizer: PreTrainedTokenizerBase
     state: TrainState
+    compute: torch.dtype = torch.float32
+    """The type the model computes in."""
     certificate: str | None = None
     """What the doctor found about this model and layout, as JSON; kept beside checkpoints."""
     adapter: Adapter | None = None
@@ -89,7 +91,9 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
         step.offload = RunOffload(config.memory, model, device, local_ranks())
     state = TrainState(0, 0, config.seed, config.data.sequence_tokens, corpus.fingerprint)
     tokenizer = load_tokenizer(corpus.tokenizer_folder)
-    return Training(step=step, tokenizer=tokenizer, state=state, certificate=certificate, adapter=adapter)
+    return Training(
+        step=step, tokenizer=tokenizer, state=state, compute=dtype, certificate=certificate, adapter=adapter
+    )
 
 
 def named_parallel(config: RunConfig, model: PretrainedConfig, compute_bytes: int) -> ParallelConfig:

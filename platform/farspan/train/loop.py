@@ -14,6 +14,7 @@ from farspan.config.schema import RunConfig
 from farspan.telemetry.events import EventBody, Note, RunFinished
 from farspan.train.build import Training
 from farspan.train.checkpoint import TrainState, load_newest, newest_step, on_rank_0, save_checkpoint, save_model
+from farspan.train.reprobe import probe_layout, refuse_failed
 from farspan.train.rescue import Rescue, clear_rescue, load_rescue
 
 
@@ -38,6 +39,11 @@ def _train(training: Training, config: RunConfig, tell: Callable[[EventBody], No
             tell(report)
             state = _state(training, index + 1)
             rescue.at_boundary(state, _held(training, config))
+            # Before the checkpoint: what is published was proven.
+            if config.train.reprobe_every and state.step % config.train.reprobe_every == 0:
+                probed = probe_layout(step, state.step, training.compute)
+                tell(probed)
+                refuse_failed(probed)
             due = config.train.checkpoint_every and state.step % config.train.checkpoint_every == 0
             if due or state.step == config.train.steps:
                 tell(

@@ -79,8 +79,6 @@ def test_what_is_deleted_is_gone_and_the_rest_stays(store: Store) -> None:
     store.delete("a/x")
     store.delete("a/x")
     assert [info.path for info in store.list()] == ["a/y", "b"]
-    store.delete_all()
-    assert store.list() == []
 
 
 def test_a_missing_file_is_not_found(store: Store, tmp_path: Path) -> None:
