@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _WIDTH = 100
 _MOST_TOKENS = 1 << 30
+_MORE_NODES = 8
 _SUFFIXES = {"k": 1024, "m": 1024**2}
 
 
@@ -65,8 +66,9 @@ def run_planner(question: Question, *, explain: bool, as_json: bool, top: int) -
         PlanError: nothing fits; the message names what would.
     """
     machine = _machine(question)
+    space = _space(question)
     config, tokens = _run_config(question)
-    task, space = _task(config, machine, tokens), _space(question)
+    task = _task(config, machine, tokens)
     found = search(task, space)
     best = found.best
     limit = None if best is None else limit_of(task, best.choice)
@@ -187,7 +189,9 @@ def _task(config: RunConfig, machine: Machine, tokens: int) -> Task:
         model = _model(config, tokens)
         refuse_unsupported(model)
         profile = trace_model(model)
-    sizes = [n for n in range(1, machine.num_devices + 1) if machine.num_devices % n == 0]
+    # Also of the larger machines that are looked at when nothing fits on this one.
+    largest = _MORE_NODES * machine.num_devices
+    sizes = [n for n in range(1, largest + 1) if largest % n == 0]
     return Task(profile, machine, tokens, ways_of(profile, sizes))
 
 
@@ -216,7 +220,7 @@ def _way_out(task: Task, space: Space) -> str:
     most = longest(task, space)
     if most is not None:
         ways.append(f"--seq {most[0]} (sp {most[1].sp} {most[1].attention_text()}, {most[1].memory_text()})")
-    nodes = fewest_nodes(task, space)
+    nodes = fewest_nodes(task, space, most=_MORE_NODES * task.machine.nodes)
     if nodes is not None:
         ways.append(f"--nodes {nodes[0]}")
     if "adamw8bit" not in space.optimizers and search(task, replace(space, optimizers=("adamw8bit",))).plans:

@@ -73,7 +73,7 @@ def _gpus() -> Machine:
         gemm=_gemm(gpu, 8192, torch.bfloat16) / sheet.flops,
         attention=_attention(gpu, 16_384, 16, 128, torch.bfloat16) / sheet.flops,
         memory=_copy(gpu, 1 << 30) / sheet.memory_bandwidth,
-        node=_peer_copy(1 << 28) / sheet.node_bandwidth if torch.cuda.device_count() > 1 else Efficiency.node,
+        node=_peer_copy(1 << 28) / sheet.node_bandwidth if torch.cuda.device_count() > 1 else Efficiency().node,
         host_link=_host_copy(gpu, 1 << 28) / sheet.host_link,
         launch_s=_best(lambda: [small.add_(1) for _ in range(200)], gpu) / 200,
         measured=True,

@@ -15,6 +15,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from farspan.config.load import nearest
 from farspan.errors import ConfigError, NotFoundError
@@ -167,7 +168,7 @@ def size_text(num_bytes: float) -> str:
 
 def save_calibration(file: Path, machine: Machine) -> None:
     """Write what was measured as JSON."""
-    content = {"device": asdict(machine.device), "efficiency": asdict(machine.efficiency)}
+    content: dict[str, Any] = {"device": asdict(machine.device), "efficiency": asdict(machine.efficiency)}
     content["host_bandwidth"] = machine.host_bandwidth
     file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -1,0 +1,82 @@
+"""Measured speeds are kept and used; what is written wrong is answered in one sentence."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tests.unit.plan.test_search import random_task
+
+from farspan.errors import ConfigError, NotFoundError
+from farspan.plan.calibrate import cpu_machine
+from farspan.plan.cost import plan_of_choice
+from farspan.plan.machine import GIB, calibrated, parse_machine, save_calibration, size_text
+from farspan.plan.predicted import predicted_against_measured
+from farspan.plan.search import search
+
+
+def test_this_machine_is_measured_and_its_processes_share_it() -> None:
+    one, two = cpu_machine(1), cpu_machine(2)
+    assert one.efficiency.measured
+    assert one.device.flops > 1e9
+    assert one.device.memory_bandwidth > 1e8
+    assert two.num_devices == 2
+    assert two.device.bytes == one.device.bytes / 2
+    assert list(one.tier_bytes()) == ["device"]
+
+
+def test_a_calibration_changes_the_time_and_not_the_bytes(tmp_path: Path) -> None:
+    machine = parse_machine("h100:8")
+    slower = replace(machine, efficiency=replace(machine.efficiency, attention=0.05, gemm=0.06, measured=True))
+    save_calibration(tmp_path / "h100.json", slower)
+    found = calibrated(machine, tmp_path / "h100.json")
+    assert found.efficiency == slower.efficiency
+    task, _ = random_task(random.Random(7))
+    choice = search(replace(task, machine=machine)).plans[0].choice
+    fast = plan_of_choice(replace(task, machine=machine), choice)
+    slow = plan_of_choice(replace(task, machine=found), choice)
+    assert slow.step_s > 2 * fast.step_s
+    assert slow.footprint == fast.footprint
+
+
+def test_a_calibration_of_another_device_or_a_torn_one_is_refused(tmp_path: Path) -> None:
+    machine = parse_machine("h100:8")
+    save_calibration(tmp_path / "h100.json", machine)
+    with pytest.raises(ConfigError, match="must be measured on h200, got 'h100'; use --gpu h100"):
+        calibrated(parse_machine("h200"), tmp_path / "h100.json")
+    with pytest.raises(NotFoundError, match="no such calibration"):
+        calibrated(machine, tmp_path / "none.json")
+    content = json.loads((tmp_path / "h100.json").read_text())
+    del content["efficiency"]["gemm"]
+    (tmp_path / "torn.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="must be a file of `farspan plan --calibrate`"):
+        calibrated(machine, tmp_path / "torn.json")
+
+
+def test_slower_tiers_are_filled_in_order_and_the_optimizer_stays_in_local_memory() -> None:
+    machine = parse_machine("h100:8", host_gib=800, cxl_gib=400, nvme_gib=8000)
+    assert list(machine.tier_bytes()) == ["device", "host", "cxl", "nvme"]
+    assert machine.tier_bytes()["host"] == 100 * GIB
+    task, _ = random_task(random.Random(7))
+    plan = search(replace(task, machine=machine)).plans[0]
+    footprint = replace(plan.footprint, optimizer_host=90.0 * GIB, activations_host=70.0 * GIB)
+    tiers = footprint.tiers(machine.tier_bytes())
+    assert (tiers["host"], tiers["cxl"], tiers["nvme"]) == (100 * GIB, 50 * GIB, 10 * GIB)
+
+
+def test_a_plan_is_held_against_what_was_measured() -> None:
+    task, _ = random_task(random.Random(7))
+    plan = search(task).plans[0]
+    memory, step, tokens = predicted_against_measured(plan, peak_bytes=2 * GIB, step_s=2 * plan.step_s)
+    assert step.error == pytest.approx(-0.5)
+    assert tokens.error == pytest.approx(1.0)
+    assert memory.predicted == pytest.approx(plan.footprint.device_bytes / 1.04, rel=1e-6)
+    assert memory.line()[1].startswith("2.0 GiB measured, ")
+    assert predicted_against_measured(plan) == []
+
+
+def test_bytes_are_written_for_readers() -> None:
+    assert [size_text(x) for x in (0, 50 * 2**20, 1.5 * GIB, 2048 * GIB)] == ["0 MiB", "50 MiB", "1.5 GiB", "2,048 GiB"]
