@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -15,9 +16,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from farspan.activations.tiled import tile_mlps
+from farspan.batch import IGNORED_LABEL
 from farspan.chunked.evaluate import losses_of
 from farspan.chunked.seco import ChunkedStep
-from farspan.chunked.spaco import bernoulli, even_probabilities
 from farspan.models.attention import use_farspan_attention
 from farspan.models.parts import decoder_layers
 from farspan.parallel.exchange import Exchange
@@ -46,12 +47,21 @@ def gradients(
     batch = random_batch(PACKED, VOCAB)
     shard, draw = step.lay_out(batch.num_tokens).shard(batch, exchange.rank), None
     if draw_seed is not None:
-        chances = even_probabilities(0.5, [False, True, False, False])
-        draw = bernoulli(chances, torch.Generator().manual_seed(draw_seed))
+        # Every rank looks at another sequence, of which only one chunk on rank 0 holds labels.
+        labels_T = torch.full_like(batch.labels_T, IGNORED_LABEL)
+        labels_T[16:32] = 0 if exchange.rank == 0 else IGNORED_LABEL
+        generator = torch.Generator().manual_seed(draw_seed)
+        flags = replace(batch, labels_T=labels_T)
+        draw = step.draw(flags, 0.5, generator, keep_labelled=True, over_ranks=largest_over_ranks)
     total = step.forward_backward(loss, shard, num_labels(batch), draw)
     dist.all_reduce(total)
     found = {n.removeprefix("model."): _whole(p.grad) for n, p in loss.named_parameters() if p.grad is not None}
     return total.item(), found, 4 if draw is None else draw.num_kept
+
+
+def largest_over_ranks(x: Tensor) -> Tensor:
+    dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
 
 
 def _whole(gradient: Tensor) -> Tensor:

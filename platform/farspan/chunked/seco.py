@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from farspan.activations.tiled import refuse_dropout
-from farspan.batch import IGNORED_LABEL, ShardedBatch
+from farspan.batch import IGNORED_LABEL, PackedBatch, ShardedBatch
 from farspan.chunked.arena import KvArena
 from farspan.chunked.attention import ChunkAttention, ChunkedAttention
 from farspan.chunked.layout import ChunkedLayout
-from farspan.chunked.spaco import Draw, every_chunk
+from farspan.chunked.spaco import Draw, bernoulli, even_probabilities, every_chunk, labelled_chunks
 from farspan.errors import ConfigError, ModelError
 from farspan.models.mixers import recurrent_mixers
 from farspan.parallel.exchange import Exchange
@@ -86,6 +86,25 @@ class ChunkedStep:
             part.backward()
             total += part.detach()
         return total
+
+    def draw(
+        self,
+        batch: PackedBatch,
+        keep: float,
+        generator: torch.Generator,
+        *,
+        keep_labelled: bool = False,
+        over_ranks: Callable[[Tensor], Tensor] | None = None,
+    ) -> Draw:
+        """An unbiased draw for the whole sequence `batch`: each chunk with probability `keep`.
+
+        All ranks that reduce gradients together need equal draws: equal generators, and with `keep_labelled` (chunks
+        that hold labels are always kept) also `over_ranks`, the maximum over those ranks.
+        """
+        labelled = labelled_chunks(batch.labels_T, self.lay_out(batch.num_tokens).chunks, IGNORED_LABEL)
+        if keep_labelled and over_ranks is not None:
+            labelled = tuple(bool(flag) for flag in over_ranks(torch.tensor(labelled, dtype=torch.float64)))
+        return bernoulli(even_probabilities(keep, labelled, keep_labelled=keep_labelled), generator)
 
     def forward_only(self, evaluate: Callable[[ShardedBatch, ChunkAttention], Tensor], shard: ShardedBatch) -> Tensor:
         """What `evaluate` gives for each token of this rank's `shard`, chunk after chunk, without autograd."""
