@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import timedelta
 
 import pytest
 import torch
@@ -21,8 +20,9 @@ from farspan.chunked.evaluate import losses_of
 from farspan.chunked.seco import ChunkedStep
 from farspan.models.attention import use_farspan_attention
 from farspan.models.parts import decoder_layers
-from farspan.parallel.exchange import Exchange
+from farspan.parallel.mesh import make_mesh
 from farspan.parallel.shard import shard_weights
+from farspan.parallel.strategy import SequenceParallel, SequenceRanks
 from farspan.train.loss import PackedLoss
 from farspan.verify.shrink import VOCAB, small_model
 
@@ -36,8 +36,8 @@ def gradients(
     """(loss, every whole gradient, chunks kept) of one sequence on all ranks; the last chunk is ragged."""
     model = small_model(decoder_config(architecture)).train()
     use_farspan_attention(model)
-    exchange = Exchange(dist.new_group(timeout=timedelta(seconds=60)))
-    step = ChunkedStep(model, 16, exchange, strategy)
+    sequence = sequence_over_all_ranks(strategy)
+    step, exchange = ChunkedStep(model, 16, sequence), sequence.ranks.all
     loss = PackedLoss(model, tile_tokens=3)
     if sharded:
         tile_mlps(model, decoder_layers(model), 3)
@@ -59,6 +59,12 @@ def gradients(
     return total.item(), found, 4 if draw is None else draw.num_kept
 
 
+def sequence_over_all_ranks(strategy: str) -> SequenceParallel:
+    """One sequence; a hybrid's neighbours exchange heads two by two."""
+    mesh = make_mesh("cpu", dist.get_world_size(), 2 if strategy == "hybrid" else 1, timeout_s=60)
+    return SequenceParallel(SequenceRanks.of(mesh), strategy)
+
+
 def largest_over_ranks(x: Tensor) -> Tensor:
     dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return x
@@ -75,7 +81,7 @@ def _whole(gradient: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("architecture", "strategy", "sp"),
     # Over 4 ranks the key heads of qwen2 are copied and its query heads padded.
-    [("llama", "ulysses", 2), ("mistral", "allgather", 2), ("qwen2", "ulysses", 4), ("llama", "allgather", 4)],
+    [("llama", "ulysses", 2), ("mistral", "allgather", 2), ("qwen2", "ulysses", 4), ("mistral", "hybrid", 4)],
 )
 def test_chunks_over_ranks_equal_full_backpropagation(
     ranks: RankPool, architecture: str, strategy: str, sp: int, sharded: bool
@@ -102,8 +108,8 @@ def losses(strategy: str) -> Tensor:
     """loss_T of a whole sequence, by chunks over all ranks."""
     model = small_model(decoder_config("mistral"))
     use_farspan_attention(model)
-    exchange = Exchange(dist.new_group(timeout=timedelta(seconds=60)))
-    step, batch = ChunkedStep(model, 16, exchange, strategy), random_batch(PACKED, VOCAB)
+    sequence = sequence_over_all_ranks(strategy)
+    step, exchange, batch = ChunkedStep(model, 16, sequence), sequence.ranks.all, random_batch(PACKED, VOCAB)
     layout = step.lay_out(batch.num_tokens)
     mine_t = step.forward_only(losses_of(model, tile_tokens=3), layout.shard(batch, exchange.rank))
     return layout.join(list(exchange.gather([mine_t]).wait()[0]))

@@ -25,8 +25,9 @@ from farspan.chunked.spaco import Draw, bernoulli, even_probabilities, every_chu
 from farspan.errors import ConfigError, ModelError
 from farspan.models.mixers import recurrent_mixers
 from farspan.parallel.exchange import Exchange
+from farspan.parallel.strategy import SequenceParallel
 
-STRATEGIES = ("ulysses", "allgather")
+STRATEGIES = ("ulysses", "allgather", "hybrid")
 
 ChunkLoss = Callable[[ShardedBatch, ChunkAttention, Tensor], Tensor]
 """(chunk, its attention, number of labels) -> loss: a `PackedLoss`, sharded or not."""
@@ -34,23 +35,37 @@ ChunkLoss = Callable[[ShardedBatch, ChunkAttention, Tensor], Tensor]
 
 @dataclass
 class ChunkedStep:
-    """Forward and backward by chunks of `chunk_tokens` tokens of the sequence (over all ranks of `exchange`)."""
+    """Forward and backward by chunks of `chunk_tokens` tokens of the sequence (over all ranks of `sequence`)."""
 
     model: PreTrainedModel
     chunk_tokens: int
-    exchange: Exchange | None = None
-    strategy: str = "ulysses"
+    sequence: SequenceParallel | None = None
     arena: KvArena = field(default_factory=KvArena)
 
     def __post_init__(self) -> None:
         refuse_unchunkable(self.model)
-        if self.exchange is not None and self.exchange.num_ranks > 1 and self.strategy not in STRATEGIES:
+        if self.num_ranks > 1 and self.sequence is not None and self.sequence.strategy not in STRATEGIES:
             raise ConfigError(
                 "parallel.strategy",
-                f"with memory.chunk must be one of {', '.join(STRATEGIES)}: no ring passes over the arena yet",
-                self.strategy,
-                "use parallel.strategy=ulysses",
+                f"with memory.chunk must be one of {', '.join(STRATEGIES)}: keys of chunks are not sent around a ring",
+                self.sequence.strategy,
+                "use parallel.strategy=ulysses, or allgather, which holds the keys of one chunk at a time",
             )
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that share a sequence."""
+        return 1 if self.sequence is None else self.sequence.ranks.all.num_ranks
+
+    @property
+    def exchanges(self) -> tuple[Exchange | None, Exchange | None]:
+        """(ranks keys are gathered from, ranks heads are exchanged with)."""
+        if self.sequence is None or self.num_ranks == 1:
+            return None, None
+        ranks = self.sequence.ranks
+        return {"ulysses": (None, ranks.all), "allgather": (ranks.all, None), "hybrid": (ranks.ring, ranks.ulysses)}[
+            self.sequence.strategy
+        ]
 
     def lay_out(self, num_tokens: int) -> ChunkedLayout:
         """Which tokens of a sequence each rank holds.
@@ -58,8 +73,7 @@ class ChunkedStep:
         Raises:
             ConfigError: lengths that ranks cannot share equally.
         """
-        num_ranks = 1 if self.exchange is None else self.exchange.num_ranks
-        return ChunkedLayout(num_tokens, num_ranks, self.chunk_tokens)
+        return ChunkedLayout(num_tokens, self.num_ranks, self.chunk_tokens)
 
     def forward_backward(
         self, loss: ChunkLoss, shard: ShardedBatch, num_labels: Tensor, draw: Draw | None = None
@@ -152,8 +166,7 @@ class _Sequence:
 
     @cached_property
     def attention(self) -> ChunkedAttention:
-        step = self.step
-        return ChunkedAttention.of(step.arena, self.layout, self.shard.bounds, step.strategy, step.exchange)
+        return ChunkedAttention.of(self.step.arena, self.layout, self.shard.bounds, *self.step.exchanges)
 
     @property
     def num_chunks(self) -> int:
