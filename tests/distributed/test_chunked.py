@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from farspan.activations.tiled import tile_mlps
+from farspan.batch import IGNORED_LABEL
 from farspan.chunked.evaluate import losses_of
 from farspan.chunked.seco import ChunkedStep
-from farspan.chunked.spaco import bernoulli, even_probabilities
 from farspan.models.attention import use_farspan_attention
 from farspan.models.parts import decoder_layers
-from farspan.parallel.exchange import Exchange
+from farspan.parallel.mesh import make_mesh
 from farspan.parallel.shard import shard_weights
+from farspan.parallel.strategy import SequenceParallel, SequenceRanks
 from farspan.train.loss import PackedLoss
 from farspan.verify.shrink import VOCAB, small_model
 
@@ -35,8 +36,8 @@ def gradients(
     """(loss, every whole gradient, chunks kept) of one sequence on all ranks; the last chunk is ragged."""
     model = small_model(decoder_config(architecture)).train()
     use_farspan_attention(model)
-    exchange = Exchange(dist.new_group(timeout=timedelta(seconds=60)))
-    step = ChunkedStep(model, 16, exchange, strategy)
+    sequence = sequence_over_all_ranks(strategy)
+    step, exchange = ChunkedStep(model, 16, sequence), sequence.ranks.all
     loss = PackedLoss(model, tile_tokens=3)
     if sharded:
         tile_mlps(model, decoder_layers(model), 3)
@@ -46,12 +47,27 @@ def gradients(
     batch = random_batch(PACKED, VOCAB)
     shard, draw = step.lay_out(batch.num_tokens).shard(batch, exchange.rank), None
     if draw_seed is not None:
-        chances = even_probabilities(0.5, [False, True, False, False])
-        draw = bernoulli(chances, torch.Generator().manual_seed(draw_seed))
+        # Every rank looks at another sequence, of which only one chunk on rank 0 holds labels.
+        labels_T = torch.full_like(batch.labels_T, IGNORED_LABEL)
+        labels_T[16:32] = 0 if exchange.rank == 0 else IGNORED_LABEL
+        generator = torch.Generator().manual_seed(draw_seed)
+        flags = replace(batch, labels_T=labels_T)
+        draw = step.draw(flags, 0.5, generator, keep_labelled=True, over_ranks=largest_over_ranks)
     total = step.forward_backward(loss, shard, num_labels(batch), draw)
     dist.all_reduce(total)
     found = {n.removeprefix("model."): _whole(p.grad) for n, p in loss.named_parameters() if p.grad is not None}
     return total.item(), found, 4 if draw is None else draw.num_kept
+
+
+def sequence_over_all_ranks(strategy: str) -> SequenceParallel:
+    """One sequence; a hybrid's neighbours exchange heads two by two."""
+    mesh = make_mesh("cpu", dist.get_world_size(), 2 if strategy == "hybrid" else 1, timeout_s=60)
+    return SequenceParallel(SequenceRanks.of(mesh), strategy)
+
+
+def largest_over_ranks(x: Tensor) -> Tensor:
+    dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
 
 
 def _whole(gradient: Tensor) -> Tensor:
@@ -62,13 +78,16 @@ def _whole(gradient: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole weights", "FSDP2, tiled, recomputed"])
-@pytest.mark.parametrize("strategy", ["ulysses", "allgather"])
-@pytest.mark.parametrize("architecture", ["llama", "mistral"])
-def test_chunks_over_2_ranks_equal_full_backpropagation(
-    ranks: RankPool, architecture: str, strategy: str, sharded: bool
+@pytest.mark.parametrize(
+    ("architecture", "strategy", "sp"),
+    # Over 4 ranks the key heads of qwen2 are copied and its query heads padded.
+    [("llama", "ulysses", 2), ("mistral", "allgather", 2), ("qwen2", "ulysses", 4), ("mistral", "hybrid", 4)],
+)
+def test_chunks_over_ranks_equal_full_backpropagation(
+    ranks: RankPool, architecture: str, strategy: str, sp: int, sharded: bool
 ) -> None:
     want_loss, want = gradients_by_transformers(small_model(decoder_config(architecture)), random_batch(PACKED, VOCAB))
-    for loss, got, _ in ranks.run(gradients, 2, architecture, strategy, sharded):
+    for loss, got, _ in ranks.run(gradients, sp, architecture, strategy, sharded):
         assert loss == pytest.approx(want_loss, rel=1e-12)
         assert got.keys() == want.keys()
         assert max(relative_error(got[name], want[name]) for name in want) < 1e-12
@@ -89,8 +108,8 @@ def losses(strategy: str) -> Tensor:
     """loss_T of a whole sequence, by chunks over all ranks."""
     model = small_model(decoder_config("mistral"))
     use_farspan_attention(model)
-    exchange = Exchange(dist.new_group(timeout=timedelta(seconds=60)))
-    step, batch = ChunkedStep(model, 16, exchange, strategy), random_batch(PACKED, VOCAB)
+    sequence = sequence_over_all_ranks(strategy)
+    step, exchange, batch = ChunkedStep(model, 16, sequence), sequence.ranks.all, random_batch(PACKED, VOCAB)
     layout = step.lay_out(batch.num_tokens)
     mine_t = step.forward_only(losses_of(model, tile_tokens=3), layout.shard(batch, exchange.rank))
     return layout.join(list(exchange.gather([mine_t]).wait()[0]))

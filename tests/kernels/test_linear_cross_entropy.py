@@ -172,11 +172,7 @@ def by_deepspeed(hidden_TE: torch.Tensor, weight_VE: torch.Tensor, labels_T: tor
     return head.weight.grad
 
 
-def test_a_loss_divided_by_8_has_a_head_gradient_divided_by_8_where_deepspeeds_is_8_times_too_large(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # Importing DeepSpeed sets it for the whole process.
-    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+def test_a_loss_divided_by_8_has_a_head_gradient_divided_by_8_where_deepspeeds_is_8_times_too_large() -> None:
     hidden_TE, weight_VE, _, labels_T = inputs()
     loss_T = linear_cross_entropy_reference(hidden_TE, weight_VE, None, labels_T, HeadRule())
     want = torch.autograd.grad(loss_T.sum() / 8, weight_VE)[0]

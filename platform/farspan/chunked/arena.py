@@ -114,5 +114,19 @@ class KvArena:
         return layer
 
 
+def arena_bytes(
+    num_tokens: int,
+    num_layers: int,
+    num_kv_heads: int,
+    qk_dim: int,
+    v_dim: int,
+    itemsize: int,
+    gradient_itemsize: int | None = None,
+) -> int:
+    """Bytes an arena holds for one rank's tokens and heads; `gradient_itemsize` 0: without gradients, none: as keys."""
+    sums = itemsize if gradient_itemsize is None else gradient_itemsize
+    return num_tokens * num_layers * num_kv_heads * (qk_dim + v_dim) * (itemsize + sums)
+
+
 def _beside(x: Tensor) -> Allocate:
     return lambda shape, dtype: torch.empty(shape, dtype=dtype, device=x.device)

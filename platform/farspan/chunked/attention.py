@@ -27,7 +27,8 @@ from farspan.parallel.ulysses import UlyssesAttention
 class ChunkedAttention:
     """The attention of every chunk of one sequence. `keys`: ranks to gather keys from; `heads`: to exchange them with.
 
-    `table` has one entry per chunk and rank of `keys`; `rows` say where each chunk lies in the arena.
+    `table` has one entry per chunk and rank of `keys` (or group that exchanges heads); `rows` say where each chunk
+    lies in the arena.
     """
 
     arena: KvArena
@@ -38,21 +39,24 @@ class ChunkedAttention:
 
     @classmethod
     def of(
-        cls, arena: KvArena, layout: ChunkedLayout, bounds: Sequence[int], strategy: str, exchange: Exchange | None
+        cls,
+        arena: KvArena,
+        layout: ChunkedLayout,
+        bounds: Sequence[int],
+        keys: Exchange | None = None,
+        heads: Exchange | None = None,
     ) -> ChunkedAttention:
-        """Attention over documents at `bounds` by `strategy`: ulysses or allgather."""
-        chunks = layout.chunks
-        held = tuple(layout.held_rows(chunk) for chunk in chunks)
-        if exchange is None or exchange.num_ranks == 1:
-            table = PairTable(tuple((chunk,) for chunk in chunks), tuple(bounds))
-            return cls(arena, table, held)
-        if strategy == "ulysses":
-            # After the exchange by heads a rank holds all tokens of a chunk, in their order.
-            table = PairTable(tuple((chunk,) for chunk in chunks), tuple(bounds))
-            return cls(arena, table, tuple(slice(*chunk) for chunk in chunks), heads=exchange)
-        assert strategy == "allgather", f"strategy {strategy!r}: it was not checked"
-        parts = tuple((layout.part_of(chunk, rank),) for chunk in chunks for rank in range(layout.num_ranks))
-        return cls(arena, PairTable(parts, tuple(bounds)), held, keys=exchange)
+        """Attention over documents at `bounds`; with both exchanges neighbours in rank order exchange heads."""
+        inner = 1 if heads is None else heads.num_ranks
+        groups = range(0, layout.num_ranks, inner)
+        # After the exchange by heads a rank holds the tokens of its neighbours too: one range of the chunk.
+        parts = tuple(
+            ((layout.part_of(chunk, first)[0], layout.part_of(chunk, first + inner - 1)[1]),)
+            for chunk in layout.chunks
+            for first in groups
+        )
+        rows = tuple(slice(start // len(groups), stop // len(groups)) for start, stop in layout.chunks)
+        return cls(arena, PairTable(parts, tuple(bounds)), rows, keys, heads)
 
     def chunk(self, number: int, *, store: bool = False, weight: float = 1.0) -> ChunkAttention:
         """Attention of chunk `number`, for the model's forward."""

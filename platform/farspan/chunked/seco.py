@@ -17,16 +17,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from farspan.activations.tiled import refuse_dropout
-from farspan.batch import IGNORED_LABEL, ShardedBatch
+from farspan.batch import IGNORED_LABEL, PackedBatch, ShardedBatch
 from farspan.chunked.arena import KvArena
 from farspan.chunked.attention import ChunkAttention, ChunkedAttention
 from farspan.chunked.layout import ChunkedLayout
-from farspan.chunked.spaco import Draw, every_chunk
+from farspan.chunked.spaco import Draw, bernoulli, even_probabilities, every_chunk, labelled_chunks
 from farspan.errors import ConfigError, ModelError
 from farspan.models.mixers import recurrent_mixers
 from farspan.parallel.exchange import Exchange
+from farspan.parallel.strategy import SequenceParallel
 
-STRATEGIES = ("ulysses", "allgather")
+STRATEGIES = ("ulysses", "allgather", "hybrid")
 
 ChunkLoss = Callable[[ShardedBatch, ChunkAttention, Tensor], Tensor]
 """(chunk, its attention, number of labels) -> loss: a `PackedLoss`, sharded or not."""
@@ -41,23 +42,37 @@ def backward_of(loss: Tensor, last: bool) -> None:
 
 @dataclass
 class ChunkedStep:
-    """Forward and backward by chunks of `chunk_tokens` tokens of the sequence (over all ranks of `exchange`)."""
+    """Forward and backward by chunks of `chunk_tokens` tokens of the sequence (over all ranks of `sequence`)."""
 
     model: PreTrainedModel
     chunk_tokens: int
-    exchange: Exchange | None = None
-    strategy: str = "ulysses"
+    sequence: SequenceParallel | None = None
     arena: KvArena = field(default_factory=KvArena)
 
     def __post_init__(self) -> None:
         refuse_unchunkable(self.model)
-        if self.exchange is not None and self.exchange.num_ranks > 1 and self.strategy not in STRATEGIES:
+        if self.num_ranks > 1 and self.sequence is not None and self.sequence.strategy not in STRATEGIES:
             raise ConfigError(
                 "parallel.strategy",
-                f"with memory.chunk must be one of {', '.join(STRATEGIES)}: no ring passes over the arena yet",
-                self.strategy,
-                "use parallel.strategy=ulysses",
+                f"with memory.chunk must be one of {', '.join(STRATEGIES)}: keys of chunks are not sent around a ring",
+                self.sequence.strategy,
+                "use parallel.strategy=ulysses, or allgather, which holds the keys of one chunk at a time",
             )
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that share a sequence."""
+        return 1 if self.sequence is None else self.sequence.ranks.all.num_ranks
+
+    @property
+    def exchanges(self) -> tuple[Exchange | None, Exchange | None]:
+        """(ranks keys are gathered from, ranks heads are exchanged with)."""
+        if self.sequence is None or self.num_ranks == 1:
+            return None, None
+        ranks = self.sequence.ranks
+        return {"ulysses": (None, ranks.all), "allgather": (ranks.all, None), "hybrid": (ranks.ring, ranks.ulysses)}[
+            self.sequence.strategy
+        ]
 
     def lay_out(self, num_tokens: int) -> ChunkedLayout:
         """Which tokens of a sequence each rank holds.
@@ -65,8 +80,7 @@ class ChunkedStep:
         Raises:
             ConfigError: lengths that ranks cannot share equally.
         """
-        num_ranks = 1 if self.exchange is None else self.exchange.num_ranks
-        return ChunkedLayout(num_tokens, num_ranks, self.chunk_tokens)
+        return ChunkedLayout(num_tokens, self.num_ranks, self.chunk_tokens)
 
     def forward_backward(
         self,
@@ -98,6 +112,25 @@ class ChunkedStep:
             backward(part, number == kept[0])
             total += part.detach()
         return total
+
+    def draw(
+        self,
+        batch: PackedBatch,
+        keep: float,
+        generator: torch.Generator,
+        *,
+        keep_labelled: bool = False,
+        over_ranks: Callable[[Tensor], Tensor] | None = None,
+    ) -> Draw:
+        """An unbiased draw for the whole sequence `batch`: each chunk with probability `keep`.
+
+        All ranks that reduce gradients together need equal draws: equal generators, and with `keep_labelled` (chunks
+        that hold labels are always kept) also `over_ranks`, the maximum over those ranks.
+        """
+        labelled = labelled_chunks(batch.labels_T, self.lay_out(batch.num_tokens).chunks, IGNORED_LABEL)
+        if keep_labelled and over_ranks is not None:
+            labelled = tuple(bool(flag) for flag in over_ranks(torch.tensor(labelled, dtype=torch.float64)))
+        return bernoulli(even_probabilities(keep, labelled, keep_labelled=keep_labelled), generator)
 
     def forward_only(self, evaluate: Callable[[ShardedBatch, ChunkAttention], Tensor], shard: ShardedBatch) -> Tensor:
         """What `evaluate` gives for each token of this rank's `shard`, chunk after chunk, without autograd."""
@@ -145,8 +178,7 @@ class _Sequence:
 
     @cached_property
     def attention(self) -> ChunkedAttention:
-        step = self.step
-        return ChunkedAttention.of(step.arena, self.layout, self.shard.bounds, step.strategy, step.exchange)
+        return ChunkedAttention.of(self.step.arena, self.layout, self.shard.bounds, *self.step.exchanges)
 
     @property
     def num_chunks(self) -> int:

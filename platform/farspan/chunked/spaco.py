@@ -61,8 +61,8 @@ def without_replacement_of(num_chunks: int, chosen: Sequence[int], clip: float |
     return Draw(tuple(weight if i in set(chosen) else 0.0 for i in range(num_chunks)), biased=True)
 
 
-def even_probabilities(keep: float, labelled: Sequence[bool], *, keep_labelled: bool = True) -> tuple[float, ...]:
-    """`keep` for every chunk, and 1 for those that hold labels.
+def even_probabilities(keep: float, labelled: Sequence[bool], *, keep_labelled: bool = False) -> tuple[float, ...]:
+    """`keep` for every chunk; with `keep_labelled` 1 for those that hold labels: for long prompts and short answers.
 
     `labelled` must be the same on every rank that reduces gradients together, or they would wait for each other.
     """

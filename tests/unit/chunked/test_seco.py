@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from farspan.activations.tiled import tile_mlps
 from farspan.batch import PackedBatch
-from farspan.chunked.arena import KvArena
+from farspan.chunked.arena import KvArena, arena_bytes
 from farspan.chunked.evaluate import chunked_losses
 from farspan.chunked.seco import ChunkedStep
 from farspan.errors import ConfigError, ModelError
@@ -133,8 +133,10 @@ def test_the_arena_lies_where_its_allocator_says_and_holds_8_bytes_per_head_dim_
     arena = KvArena(poisoned)
     _, got = by_chunks(model, random_batch((0, 60), VOCAB), 16, arena)
     text = model.config
-    per_token_and_layer = 8 * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
-    assert arena.num_bytes == sum(x.nbytes for x in made) == 60 * text.num_hidden_layers * per_token_and_layer
+    dim = text.hidden_size // text.num_attention_heads
+    want = arena_bytes(60, text.num_hidden_layers, text.num_key_value_heads, dim, dim, itemsize=2)
+    assert want == 60 * text.num_hidden_layers * 8 * text.num_key_value_heads * dim
+    assert arena.num_bytes == sum(x.nbytes for x in made) == want
     assert all(bool(grad.isfinite().all()) for grad in got.values())
     arena.release()
     assert arena.num_bytes == 0
@@ -206,8 +208,9 @@ def test_losses_of_tokens_by_chunks_equal_one_forward(architecture: str, chunk_t
     got_T = chunked_losses(model, batch, chunk_tokens, tile_tokens=7, arena=arena)
     assert relative_error(got_T, want_T) < 1e-12
     text = model.config
-    kv = 2 * 8 * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
-    assert arena.num_bytes == (0 if chunk_tokens >= 60 else 60 * text.num_hidden_layers * kv)
+    dim = text.hidden_size // text.num_attention_heads
+    want = arena_bytes(60, text.num_hidden_layers, text.num_key_value_heads, dim, dim, 8, gradient_itemsize=0)
+    assert arena.num_bytes == (0 if chunk_tokens >= 60 else want)
 
 
 def refused(model: PreTrainedModel, **settings: Any) -> ChunkedStep:

@@ -101,13 +101,13 @@ def test_draws_follow_their_probabilities_and_only_the_generator() -> None:
     assert all(draw.weights[0] == 1.0 for draw in draws)
 
 
-def test_chunks_with_labels_are_always_kept_unless_told_otherwise() -> None:
+def test_chunks_with_labels_are_always_kept_where_that_is_asked_for() -> None:
     labels_T = torch.full((10,), -100)
     labels_T[5] = 3
     has_labels = labelled_chunks(labels_T, [(0, 4), (4, 8), (8, 10)], -100)
     assert has_labels == (False, True, False)
-    assert even_probabilities(0.3, has_labels) == (0.3, 1.0, 0.3)
-    assert even_probabilities(0.3, has_labels, keep_labelled=False) == (0.3, 0.3, 0.3)
+    assert even_probabilities(0.3, has_labels, keep_labelled=True) == (0.3, 1.0, 0.3)
+    assert even_probabilities(0.3, has_labels) == (0.3, 0.3, 0.3)
 
 
 def test_importance_keeps_as_many_as_expected_and_never_more_than_surely() -> None:
