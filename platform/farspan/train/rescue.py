@@ -161,7 +161,9 @@ def load_rescue(output: str, rank: int, num_ranks: int, now: TrainState) -> tupl
 
 def clear_rescue(output: str) -> None:
     """Remove what was put aside: the run has gone past it."""
-    open_store(join_uri(output, _FOLDER)).delete_all()
+    store = open_store(join_uri(output, _FOLDER))
+    for file in store.list():
+        store.delete(file.path)
 
 
 def _place(output: str, rank: int) -> str:

@@ -87,11 +87,12 @@ def scatter_weights(module: nn.Module, whole: Mapping[str, Tensor]) -> None:
 
 
 def _received(tensor: Tensor | None, weight: nn.Parameter) -> Tensor:
-    """One state on this rank: cut like its weight, or, for the scalar step count, the same everywhere."""
+    """One state on this rank: cut by rows like its weight, or, for the scalar step count, the same everywhere."""
     shape: list[Any] = [None if tensor is None else (tuple(tensor.shape), tensor.dtype)]
     dist.broadcast_object_list(shape, src=0)
     size, dtype = shape[0]
-    if isinstance(weight, DTensor) and size == tuple(weight.shape):
+    # Scales of 8-bit states have the rows of their weight, and fewer columns.
+    if isinstance(weight, DTensor) and size[:1] == tuple(weight.shape[:1]):
         full = torch.empty(size, dtype=dtype) if tensor is None else tensor
         return distribute_tensor(full.to(weight.device), weight.device_mesh, weight.placements)
     values: list[Any] = [tensor]

@@ -31,7 +31,7 @@ def tiny_llama(
 ) -> LlamaForCausalLM:
     config = LlamaConfig(
         hidden_size=width,
-        intermediate_size=2 * width,
+        intermediate_size=min(2 * width, 256),
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
