@@ -25,7 +25,7 @@ SERVE_DTYPES = ("bfloat16", "float32", "float64")
 STRATEGIES = ("auto", "ulysses", "ring", "tokenring", "hybrid", "allgather")
 LAYOUTS = ("auto", "contiguous", "zigzag", "document_zigzag")
 OPTIMIZERS = ("adamw", "adamw8bit")
-CHUNK_STRATEGIES = ("auto", "ulysses", "allgather")
+CHUNK_STRATEGIES = ("auto", "ulysses", "allgather", "hybrid")
 CHUNKINGS = ("none", "seco", "spaco")
 WEIGHTS_ENGINES = ("fsdp2", "deepspeed")
 OFFLOADS = ("none", "cpu")
@@ -119,13 +119,13 @@ def _check_weights(config: RunConfig) -> None:
     _one_of("weights.engine", weights.engine, WEIGHTS_ENGINES)
     _one_of("weights.offload_optimizer", weights.offload_optimizer, OFFLOADS)
     _within("weights.zero", weights.zero, 1, 3)
-    if weights.engine == "fsdp2" and weights.offload_optimizer != "none":
-        raise ConfigError(
-            "weights.offload_optimizer",
-            "is done by DeepSpeed and must be none for weights.engine=fsdp2",
-            weights.offload_optimizer,
-            "use weights.engine=deepspeed or weights.offload_optimizer=none",
-        )
+    if config.optim.kind == "adamw8bit":
+        for field, value, wrong, way_out in (
+            ("weights.engine", weights.engine, "deepspeed", "fsdp2"),
+            ("model.dtype", config.model.dtype, "float64", "float32"),
+        ):
+            if value == wrong:
+                raise ConfigError(field, "must be another for optim.kind=adamw8bit", value, f"use {field}={way_out}")
     if weights.engine == "deepspeed" and config.model.dtype == "float64":
         raise ConfigError(
             "model.dtype",

@@ -55,12 +55,15 @@ class AdamW8bit(torch.optim.Optimizer):
         for group in self.param_groups:
             wide: list[nn.Parameter] = []
             for weight in group["params"]:
-                if weight.grad is None or local_of(weight).numel() == 0:
+                if weight.grad is None:
                     continue
                 state = self.state[weight]
                 if not state:
+                    # Also on a rank that holds none of its rows: states are gathered by all ranks together.
                     self._start(weight)
                 state["step"] += 1
+                if local_of(weight).numel() == 0:
+                    continue
                 if f"{_MOMENTS[0]}_codes" in state:
                     self._step_blocks(weight, group)
                 else:

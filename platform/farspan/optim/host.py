@@ -115,6 +115,11 @@ class HostOptimizer(torch.optim.Optimizer):
         self.state = _HostStates(self._slots)  # type: ignore[assignment]
         restore_states(self, state_dict)
 
+    def held(self, weight: nn.Parameter) -> Mapping[str, Tensor]:
+        """This rank's states of a weight where they lie, on the host; empty before the first step."""
+        slot = self._slots[weight]
+        return slot.inner.state.get(slot.master, {})
+
     def close(self) -> None:
         """Give the host memory back; the optimizer cannot step any more."""
         for hook in self._hooks:

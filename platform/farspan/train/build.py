@@ -85,7 +85,7 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
         sequence=sequence,
         reader=Reader(corpus, config.data.sequence_tokens, config.seed),
         device=device,
-        chunks=_chunks(config, model, sequence, mesh),
+        chunks=_chunks(config, model, sequence, mesh, device),
     )
     if config.memory.offload_activations != "none":
         step.offload = RunOffload(config.memory, model, device, local_ranks())
@@ -184,11 +184,13 @@ def local_ranks() -> int:
     return names.count(platform.node())
 
 
-def _chunks(config: RunConfig, model: PreTrainedModel, sequence: SequenceParallel, mesh: Mesh) -> Chunks | None:
+def _chunks(
+    config: RunConfig, model: PreTrainedModel, sequence: SequenceParallel, mesh: Mesh, device: torch.device
+) -> Chunks | None:
     if config.memory.chunk == "none":
         return None
-    step = ChunkedStep(model, config.memory.chunk_tokens, sequence.ranks.all, sequence.strategy)
-    return Chunks(step, config.memory, config.seed, mesh.all.get_group())
+    step = ChunkedStep(model, config.memory.chunk_tokens, sequence)
+    return Chunks(step, config.memory, config.seed, mesh.all.get_group(), device)
 
 
 def _engine(
@@ -197,4 +199,5 @@ def _engine(
     dtype = compute_dtype(config.model.dtype, device)
     if config.weights.engine == "deepspeed":
         return ZeroWeights(loss, mesh, dtype, config.optim, config.weights, tiled)
-    return Fsdp2Weights(loss, decoder_layers(loss.model), mesh.all, dtype, config.optim)
+    layers, offload = decoder_layers(loss.model), config.weights.offload_optimizer
+    return Fsdp2Weights(loss, layers, mesh.all, dtype, config.optim, offload)

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from farspan.batch import IGNORED_LABEL, ShardedBatch
+from farspan.batch import PackedBatch, ShardedBatch
 from farspan.chunked.seco import ChunkedStep
-from farspan.chunked.spaco import Draw, bernoulli, even_probabilities, every_chunk
+from farspan.chunked.spaco import Draw
 from farspan.config.schema import MemoryConfig
 from farspan.train.weights import WeightsEngine
 
@@ -23,9 +23,17 @@ class Chunks:
     memory: MemoryConfig
     seed: int
     group: dist.ProcessGroup
+    device: torch.device
 
     def forward_backward(
-        self, weights: WeightsEngine, shard: ShardedBatch, num_labels: Tensor, first_sequence: int, *, last: bool
+        self,
+        weights: WeightsEngine,
+        batch: PackedBatch,
+        shard: ShardedBatch,
+        num_labels: Tensor,
+        first_sequence: int,
+        *,
+        last: bool,
     ) -> Tensor:
         """Add the gradients of one sequence; its share of the loss.
 
@@ -36,19 +44,23 @@ class Chunks:
         def backward(loss: Tensor, last_chunk: bool) -> None:
             weights.backward(loss, last=last and last_chunk)
 
-        draw = self._draw(shard, first_sequence)
+        draw = self._draw(batch, first_sequence)
         return self.step.forward_backward(weights.loss, shard, num_labels, draw, backward)
 
-    def _draw(self, shard: ShardedBatch, first_sequence: int) -> Draw:
-        layout = self.step.lay_out(shard.bounds[-1])
+    def _draw(self, batch: PackedBatch, first_sequence: int) -> Draw | None:
         if self.memory.chunk == "seco":
-            return every_chunk(len(layout.chunks))
-        labelled_C = torch.stack(
-            [(shard.labels_T[layout.held_rows(chunk)] != IGNORED_LABEL).any().int() for chunk in layout.chunks]
-        )
-        # A chunk that one rank must compute is computed by all: they reduce its gradients together.
-        dist.all_reduce(labelled_C, op=dist.ReduceOp.MAX, group=self.group)
-        keep, always = self.memory.chunk_keep, self.memory.chunk_keep_labelled
-        probabilities = even_probabilities(keep, labelled_C.bool().tolist(), keep_labelled=always)
+            return None
         generator = torch.Generator().manual_seed((self.seed << 32 ^ first_sequence) % 2**63)
-        return bernoulli(probabilities, generator)
+        return self.step.draw(
+            batch,
+            self.memory.chunk_keep,
+            generator,
+            keep_labelled=self.memory.chunk_keep_labelled,
+            over_ranks=self._most,
+        )
+
+    def _most(self, flags_C: Tensor) -> Tensor:
+        """A chunk that one rank must compute is computed by all: they reduce its gradients together."""
+        most_C = flags_C.to(self.device)
+        dist.all_reduce(most_C, op=dist.ReduceOp.MAX, group=self.group)
+        return most_C.cpu()

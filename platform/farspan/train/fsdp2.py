@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from farspan.config.schema import OptimConfig
+from farspan.optim.make import clip_grad_norm, make_optimizer
 from farspan.parallel.shard import shard_weights
 from farspan.train.loss import PackedLoss
 from farspan.train.states import gather_states, load_local_shards, local_shards, scatter_states, scatter_weights
-from farspan.train.weights import adamw
+from farspan.train.weights import weight_groups
 
 _FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
@@ -30,10 +30,11 @@ class Fsdp2Weights:
         mesh: DeviceMesh,
         compute_dtype: torch.dtype,
         optim: OptimConfig,
+        offload_optimizer: str = "none",
     ) -> None:
         shard_weights(module, layers, mesh, compute_dtype)
         self.module = module
-        self.optimizer = adamw(module, optim)
+        self.optimizer = make_optimizer(weight_groups(module, optim), optim, kind=optim.kind, offload=offload_optimizer)
         self._max_grad_norm = optim.max_grad_norm
 
     def loss(self, *inputs: Any) -> Tensor:
@@ -43,8 +44,7 @@ class Fsdp2Weights:
         loss.backward()
 
     def step(self, lr: float) -> Tensor:
-        norm = torch.nn.utils.clip_grad_norm_(self._trained(), self._max_grad_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = clip_grad_norm(self.optimizer, self._trained(), self._max_grad_norm)
         if torch.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr

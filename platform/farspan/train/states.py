@@ -10,6 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from farspan.optim.host import HostOptimizer
+from farspan.optim.shards import like_shard, local_of
+
 
 def gather_states(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """`<weight>/<state>` -> whole tensor on the CPU of rank 0; other ranks get nothing.
@@ -44,9 +47,10 @@ def local_shards(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
     for name, weight in module.named_parameters():
         if not weight.requires_grad:
             continue
-        shards[f"weights/{name}"] = _local(weight)
-        for key, value in optimizer.state.get(weight, {}).items():
-            shards[f"states/{name}/{key}"] = _local(value)
+        shards[f"weights/{name}"] = local_of(weight)
+        states = optimizer.held(weight) if isinstance(optimizer, HostOptimizer) else optimizer.state.get(weight, {})
+        for key, value in states.items():
+            shards[f"states/{name}/{key}"] = local_of(value)
     return shards
 
 
@@ -57,25 +61,11 @@ def load_local_shards(module: nn.Module, optimizer: torch.optim.Optimizer, shard
         for full_name, tensor in shards.items():
             kind, _, rest = full_name.partition("/")
             if kind == "weights":
-                _local(weights[rest]).copy_(tensor)
+                local_of(weights[rest]).copy_(tensor)
                 continue
             name, _, key = rest.rpartition("/")
             weight = weights[name]
-            is_scalar = tensor.ndim == 0
-            optimizer.state[weight][key] = tensor if is_scalar else _cut_like(weight, tensor)
-
-
-def _local(value: Tensor) -> Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
-def _cut_like(weight: nn.Parameter, local: Tensor) -> Tensor:
-    local = local.to(weight.device)
-    if not isinstance(weight, DTensor):
-        return local
-    return DTensor.from_local(
-        local, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride(), run_check=False
-    )
+            optimizer.state[weight][key] = like_shard(tensor.to(weight.device) if tensor.ndim else tensor, weight)
 
 
 def scatter_weights(module: nn.Module, whole: Mapping[str, Tensor]) -> None:

@@ -102,15 +102,15 @@ class TrainStep:
         The cursor does not move: called twice, it computes the same sequences twice.
         """
         shards = list(self._shards())
-        num_labels = self._over_all_ranks(sum((s.labels_T != IGNORED_LABEL).sum() for s, _ in shards))
+        num_labels = self._over_all_ranks(sum((s.labels_T != IGNORED_LABEL).sum() for _, s, _ in shards))
         losses = [
-            self._forward_backward(shard, layout, num_labels, micro, last=micro + 1 == self.accumulation)
-            for micro, (shard, layout) in enumerate(shards)
+            self._forward_backward(*shard, num_labels, micro, last=micro + 1 == self.accumulation)
+            for micro, shard in enumerate(shards)
         ]
         loss = self._over_all_ranks(sum(losses))
         return loss, num_labels
 
-    def _shards(self) -> Iterator[tuple[ShardedBatch, Layout]]:
+    def _shards(self) -> Iterator[tuple[PackedBatch, ShardedBatch, Layout]]:
         for micro in range(self.accumulation):
             batch = self.reader.batch(self.cursor + micro * self.mesh.dp + self.mesh.dp_rank)
             layout = self._lay_out(batch)
@@ -121,7 +121,7 @@ class TrainStep:
                 positions_T=shard.positions_T.to(self.device),
                 bounds=shard.bounds,
             )
-            yield on_device, layout
+            yield batch, on_device, layout
 
     def _lay_out(self, batch: PackedBatch) -> Layout:
         if self.chunks is not None:
@@ -129,12 +129,12 @@ class TrainStep:
         return self.sequence.lay_out(batch.num_tokens, batch.bounds)
 
     def _forward_backward(
-        self, shard: ShardedBatch, layout: Layout, num_labels: Tensor, micro: int, *, last: bool
+        self, batch: PackedBatch, shard: ShardedBatch, layout: Layout, num_labels: Tensor, micro: int, *, last: bool
     ) -> Tensor:
         """Add the gradients of one sequence; its share of the loss."""
         if self.chunks is not None:
             first_sequence = self.cursor + micro * self.mesh.dp
-            return self.chunks.forward_backward(self.weights, shard, num_labels, first_sequence, last=last)
+            return self.chunks.forward_backward(self.weights, batch, shard, num_labels, first_sequence, last=last)
         attention = self.sequence.attention(layout, shard.bounds)
         whole = WholeSequence(shard.bounds, self.exchange, layout)
         with nullcontext() if self.offload is None else self.offload.step():

@@ -61,8 +61,8 @@ class WeightsEngine(Protocol):
         ...
 
 
-def adamw(module: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the weights that are trained.
+def weight_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """The weights that are trained, as an optimizer takes them.
 
     Weight decay pulls matrices only: decaying norms and biases changes the model's scale for nothing.
     """
@@ -71,4 +71,4 @@ def adamw(module: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=(optim.beta1, optim.beta2))
+    return [group for group in groups if group["params"]]

@@ -22,7 +22,7 @@ from farspan.config.schema import OptimConfig, WeightsConfig
 from farspan.errors import ConfigError, TrainingError
 from farspan.parallel.mesh import Mesh
 from farspan.train.loss import PackedLoss
-from farspan.train.weights import adamw
+from farspan.train.weights import weight_groups
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -70,7 +70,8 @@ class ZeroWeights:
         self.module = module
         self._group = mesh.all.get_group()
         self._stage = weights.zero
-        self._adamw = adamw(module, optim)
+        betas = (optim.beta1, optim.beta2)
+        self._adamw = torch.optim.AdamW(weight_groups(module, optim), lr=optim.lr, betas=betas)
         # DeepSpeed casts weights to the compute type before it copies its fp32 ones from them.
         masters = {name: p.data for name, p in module.named_parameters() if p.requires_grad}
         with warnings.catch_warnings(action="ignore"):
