@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from farspan.verify.certificate import Certificate
 
 
+_LEAST_WIDTH = 130
+
+
 def run_doctor(subject: str, overrides: list[str], *, as_json: bool, certificate: str | None) -> None:
     """Examine, print, write; exits with 1 when a check failed."""
     config = _run_config(subject, overrides)
@@ -36,6 +39,8 @@ def run_doctor(subject: str, overrides: list[str], *, as_json: bool, certificate
     model = _model_config(config)
     chosen = resolve_strategy(config.parallel, config.data.sequence_tokens, model_facts(model))
     console = Console(highlight=False, soft_wrap=True, stderr=True)
+    if chosen.reason is not None:
+        console.print(f"parallel.strategy=auto is {chosen.parallel.strategy}: {chosen.reason}", markup=False)
     with console.status(f"examining a small copy of {model.model_type} on {config.parallel.sp} processes"):
         found = examine(Subject(model, same_layout(chosen.parallel), PackedLoss))
     show(found, as_json=as_json, file=certificate)
@@ -103,7 +108,9 @@ def _model_config(config: RunConfig) -> PretrainedConfig:
 
 
 def _print(found: Certificate, file: str | None) -> None:
-    console = Console(highlight=False)
+    # One line per check also where the output is a pipe: a terminal that is narrower wraps it itself.
+    terminal = Console(highlight=False)
+    console = Console(highlight=False, width=max(_LEAST_WIDTH, terminal.width))
     layout = ", ".join(f"{name} {value}" for name, value in found.layout.items())
     table = Table("check", "measured", "allowed", "", "where", title=f"{found.model_type}: {layout}", box=None)
     for check in found.checks:
