@@ -101,7 +101,7 @@ class OutOfMemoryError(TrainingError):
 class TierError(FarspanError):
     """A memory tier did not do what was asked."""
 
-    _fields = ("tier", "reason")
+    _fields: tuple[str, ...] = ("tier", "reason")
 
     def __init__(self, tier: str, reason: str) -> None:
         self.tier, self.reason = tier, reason
@@ -111,7 +111,7 @@ class TierError(FarspanError):
 class TierFullError(TierError):
     """It has no room left."""
 
-    _fields = ("tier", "owner", "wanted_bytes", "free_bytes", "capacity_bytes")
+    _fields: tuple[str, ...] = ("tier", "owner", "wanted_bytes", "free_bytes", "capacity_bytes")
 
     def __init__(self, tier: str, owner: str, wanted_bytes: int, free_bytes: int, capacity_bytes: int) -> None:
         self.owner, self.wanted_bytes, self.free_bytes = owner, wanted_bytes, free_bytes

@@ -97,7 +97,9 @@ def gathered(kind: str, width: int) -> dict[str, Tensor]:
 def scattered(kind: str, offload: str, width: int, states: dict[str, Tensor]) -> dict[str, Tensor]:
     model = sharded(width)
     optimizer = make_optimizer(groups(model), Settings(), kind=kind, offload=offload)
-    scatter_states(model, optimizer, states if dist.get_rank() == 0 else {})
+    # Tensors from the test's process are its own memory, and the optimizer will step in them.
+    mine = {key: value.clone() for key, value in states.items()} if dist.get_rank() == 0 else {}
+    scatter_states(model, optimizer, mine)
     again = gather_states(model, optimizer)
     step(model, optimizer, 0, 1)
     if isinstance(optimizer, HostOptimizer):

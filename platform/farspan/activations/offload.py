@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from farspan.activations.offload_policy import Action, SavePolicy
 from farspan.activations.offload_store import Handle, SavedStore
 from farspan.errors import StaleBufferError
-from farspan.memory.tier import DEADLINE_S, Tier
+from farspan.memory.tier import DEADLINE_S, Allocator
 
 OWNER = "activations"
 _MIN_BYTES = 64 << 10
@@ -49,7 +49,7 @@ class ActivationOffload:
 
     def __init__(
         self,
-        tier: Tier,
+        tier: Allocator,
         root: nn.Module,
         layers: Sequence[nn.Module],
         device: torch.device,

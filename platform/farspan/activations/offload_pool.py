@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from farspan.activations.poison import refuse_busy, refuse_written
 from farspan.errors import StaleBufferError, TierFullError
-from farspan.memory.tier import Region, Tier
+from farspan.memory.tier import Allocator, Region
 
 # A larger buffer is taken for a smaller tensor only up to this factor: the rest of it is wasted.
 _MAX_WASTE = 1.25
@@ -17,7 +17,7 @@ _MAX_WASTE = 1.25
 class BufferPool:
     """Regions `owner` holds in a tier: some in use, some idle. Not thread-safe; its user locks."""
 
-    def __init__(self, tier: Tier, owner: str, *, poison: bool = False) -> None:
+    def __init__(self, tier: Allocator, owner: str, *, poison: bool = False) -> None:
         self.tier, self._owner, self._poison = tier, owner, poison
         self._idle: list[Region] = []
         self.num_taken = 0
@@ -58,7 +58,8 @@ class BufferPool:
     def close(self) -> None:
         """Free what is idle; what is still taken stays held, under its owner's name."""
         while self._idle:
-            self.tier.free(self._idle.pop())
+            region = self._idle.pop()
+            region.tier.free(region)
 
     def _allocate(self, nbytes: int) -> Region:
         try:

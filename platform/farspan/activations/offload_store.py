@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from farspan.activations.offload_pool import BufferPool
 from farspan.activations.poison import digest, refuse_changed
 from farspan.errors import TrainingError
-from farspan.memory.tier import DEADLINE_S, Region, Tier
+from farspan.memory.tier import DEADLINE_S, Allocator, Region
 from farspan.memory.transfer import Transfer
 
 
@@ -58,7 +58,7 @@ class Handle:
 class SavedStore:
     """The entries of one step. `debug` checks every byte and poisons returned buffers."""
 
-    def __init__(self, tier: Tier, owner: str, *, debug: bool, deadline_s: float = DEADLINE_S) -> None:
+    def __init__(self, tier: Allocator, owner: str, *, debug: bool, deadline_s: float = DEADLINE_S) -> None:
         self.pool = BufferPool(tier, owner, poison=debug)
         self._debug, self._deadline_s = debug, deadline_s
         # Backward of a CUDA device runs on a thread of its own.
@@ -85,7 +85,7 @@ class SavedStore:
             entry = self._by_key.get(key)
             if entry is None or entry.storage.expired():
                 entry = self._start(key, tensor, start, nbytes, group)
-        offset = tensor.storage_offset() * tensor.element_size()
+        offset = int(tensor.storage_offset()) * tensor.element_size()
         return Handle(entry, tensor.dtype, offset, tuple(tensor.size()), tensor.stride())
 
     def settle(self, before_group: int) -> None:
@@ -147,7 +147,7 @@ class SavedStore:
         raw = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, start, (nbytes,), (1,))
         region = self.pool.take(nbytes)
         found = digest(raw) if self._debug else None
-        moving = self.pool.tier.store(region, raw, self._deadline_s)
+        moving = region.tier.store(region, raw, self._deadline_s)
         ref, version = StorageWeakRef(storage), tensor._version
         entry = Entry(key, group, tensor.device, start, nbytes, ref, tensor, version, raw, region, moving, found)
         self._by_key[key] = entry
@@ -184,7 +184,7 @@ class SavedStore:
             return
         assert entry.region is not None
         entry.back = torch.empty(entry.nbytes, dtype=torch.uint8, device=entry.device)
-        entry.moving = self.pool.tier.fetch(entry.region, entry.back, self._deadline_s)
+        entry.moving = entry.region.tier.fetch(entry.region, entry.back, self._deadline_s)
         entry.fetching = True
 
     def _bring_back(self, entry: Entry) -> Tensor:
@@ -221,7 +221,7 @@ def _span(tensor: Tensor, alone: bool) -> tuple[int, int]:
     item, total = tensor.element_size(), tensor.untyped_storage().nbytes()
     last = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
     used = (last + 1) * item
-    return (0, total) if 2 * used >= total and not alone else (tensor.storage_offset() * item, used)
+    return (0, total) if 2 * used >= total and not alone else (int(tensor.storage_offset()) * item, used)
 
 
 def _all(groups: Iterable[list[Entry]]) -> list[Entry]:

@@ -123,7 +123,7 @@ def check_digest(tier: str, region: Region, found: int) -> None:
 
 def digest_of(raw: Tensor) -> int:
     """xxh3 of 1-D bytes on the CPU."""
-    return xxhash.xxh3_64_intdigest(np.asarray(raw))
+    return xxhash.xxh3_64_intdigest(memoryview(np.asarray(raw)))
 
 
 def _open_nameless(folder: Path) -> tuple[int, bool]:

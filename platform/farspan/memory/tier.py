@@ -10,6 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +46,15 @@ class Region:
     digest: int | None = None
     last: Transfer = field(default_factory=Finished)
     freed: bool = False
+
+
+class Allocator(Protocol):
+    """Whoever hands out regions: a tier, or several that share the load. A region is used through its own tier."""
+
+    @property
+    def label(self) -> str: ...
+
+    def allocate(self, nbytes: int, owner: str) -> Region: ...
 
 
 class Tier(ABC):

@@ -105,17 +105,25 @@ class AdamW8bit(torch.optim.Optimizer):
         if not weights:
             return
         states = [self.state[w] for w in weights]
+        means, squares = ([local_of(s[moment]) for s in states] for moment in _MOMENTS)
         beta1, beta2 = group["betas"]
         adamw(
             [local_of(w) for w in weights],
             [local_of(w.grad) for w in weights if w.grad is not None],
-            *([local_of(s[moment]) for s in states] for moment in _MOMENTS),
+            means,
+            squares,
             [],
             # The functional form counts the step itself.
             [s["step"].sub_(1) for s in states],
-            foreach=False, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
-            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
-        )  # fmt: skip
+            foreach=False,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
     def _maps_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._maps:

@@ -63,6 +63,7 @@ class HostOptimizer(torch.optim.Optimizer):
         self._stepping = ThreadPoolExecutor(num_threads, thread_name_prefix="farspan-optimizer")
         self._slots: dict[nn.Parameter, _Slot] = {}
         self._hooks = []
+        self._leaving: list[Transfer] = []
         for group in self.param_groups:
             settings = {k: v for k, v in group.items() if k != "params"}
             for weight in group["params"]:
@@ -159,13 +160,17 @@ class HostOptimizer(torch.optim.Optimizer):
         assert weight.grad is not None
         local = local_of(weight.grad).contiguous()
         weight.grad = None
+        # A transfer lets go of the device's memory when it is asked whether it is over.
+        self._leaving = [transfer for transfer in self._leaving if not transfer.done()]
         slot.arriving.finish()
         if slot.num_passes == 0:
             slot.arriving = self._tier.store(slot.grad_region, local, self._deadline_s)
+            self._leaving.append(slot.arriving)
         else:
             if slot.next_region is None:
                 slot.next_region = self._tier.allocate(slot.grad_region.nbytes, OWNER)
             moved = self._tier.store(slot.next_region, local, self._deadline_s)
+            self._leaving.append(moved)
             total, part = self._view(slot.grad_region, slot.master), self._view(slot.next_region, slot.master)
 
             def add() -> None:

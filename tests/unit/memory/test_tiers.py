@@ -23,6 +23,7 @@ from farspan.memory.nvme import NvmeTier
 from farspan.memory.object_store import ObjectStoreTier
 from farspan.memory.open import open_tiers
 from farspan.memory.shelf import Shelf
+from farspan.memory.striped import StripedTiers
 from farspan.memory.tier import Region, Tier
 from farspan.storage.door import open_store
 
@@ -346,3 +347,18 @@ def test_tiers_are_opened_by_what_a_user_wrote(tmp_path: Path) -> None:
 def test_what_is_no_tier_of_this_machine_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"memory\.tiers"):
         open_tiers([text], torch.device("cpu"), open_store)
+
+
+def test_striped_tiers_fill_in_proportion_to_their_speed_and_refuse_only_when_all_are_full() -> None:
+    tiers = [DramTier(1 << 20, name=f"dram{i}") for i in range(2)]
+    striped = StripedTiers(tiers, [3.0, 1.0])
+    regions = [striped.allocate(4096, "test") for _ in range(100)]
+    used = [tier.stats().used_bytes for tier in tiers]
+    assert used[0] / used[1] == pytest.approx(3.0, rel=0.05)
+    regions += [striped.allocate(4096, "test") for _ in range(412)]
+    with pytest.raises(TierFullError, match="0 of 1048576 are free"):
+        striped.allocate(4096, "test")
+    for region in regions:
+        region.tier.free(region)
+    for tier in tiers:
+        tier.close()
