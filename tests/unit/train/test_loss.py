@@ -36,6 +36,24 @@ def test_the_tiled_loss_of_a_capped_head_equals_one_cross_entropy_over_the_model
     assert got.item() == pytest.approx(want.item(), rel=1e-6)
 
 
+def test_smoothed_labels_a_z_loss_and_a_weight_for_every_token_equal_the_formula_over_the_models_logits() -> None:
+    model = small_model(decoder_config("llama"))
+    labels_T, weights_T = torch.arange(12) + 1, torch.linspace(0.0, 2.0, 12, dtype=torch.float64)
+    labels_T[[4, 11]] = IGNORED_LABEL
+    documents = [model(input_ids=torch.arange(a, b).unsqueeze(0)).logits[0] for a, b in ((0, 5), (5, 12))]
+    logits_TV = torch.cat(documents)
+    smoothed_T = torch.nn.functional.cross_entropy(
+        logits_TV, labels_T, ignore_index=IGNORED_LABEL, label_smoothing=0.1, reduction="none"
+    )
+    z_T = 0.01 * logits_TV.logsumexp(-1) ** 2 * (labels_T != IGNORED_LABEL)
+    want = ((smoothed_T + z_T) * weights_T).sum() / 9
+    use_farspan_attention(model)
+    loss = PackedLoss(model, 5, label_smoothing=0.1, z_loss=0.01)
+    attention = partial(attend_documents, bounds=BOUNDS)
+    got = loss(shard(labels_T), attention, torch.tensor(9.0), weights_T=weights_T)
+    assert got.item() == pytest.approx(want.item(), rel=1e-12)
+
+
 def test_a_step_without_one_label_has_loss_zero_and_gradients_zero() -> None:
     model = small_model(decoder_config("llama"))
     use_farspan_attention(model)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from farspan.kernels.linear_cross_entropy.contract import HeadRule, check_tensors, wide_dtype
 
@@ -75,8 +75,9 @@ def labelled_tiles(labels_T: Tensor, ignored: int, tile_tokens: int) -> Iterator
 
     One look at the labels for all tiles, because each look waits for the device.
     """
-    counted = [bool(c) for c in torch.stack([(tile_t != ignored).any() for tile_t in labels_T.split(tile_tokens)])]
-    for number, has_labels in enumerate(counted):
+    num_tiles = -(-labels_T.shape[0] // tile_tokens)
+    counted_T = pad(labels_T != ignored, (0, num_tiles * tile_tokens - labels_T.shape[0]))
+    for number, has_labels in enumerate(counted_T.view(num_tiles, tile_tokens).any(1).tolist()):
         if has_labels:
             yield slice(number * tile_tokens, min((number + 1) * tile_tokens, labels_T.shape[0]))
 
