@@ -219,7 +219,7 @@ def _way_out(task: Task, space: Space) -> str:
     ways = []
     most = longest(task, space)
     if most is not None:
-        ways.append(f"--seq {most[0]} (sp {most[1].sp} {most[1].attention_text()}, {most[1].memory_text()})")
+        ways.append(f"--seq {most[0]} ({most[1].sharing_text()}, {most[1].memory_text()})")
     nodes = fewest_nodes(task, space, most=_MORE_NODES * task.machine.nodes)
     if nodes is not None:
         ways.append(f"--nodes {nodes[0]}")
@@ -268,23 +268,24 @@ def _plans_table(plans: list[Plan]) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", expand=False)
     for name in ("", "sequence over", "weights", "to save memory"):
         table.add_column(name, no_wrap=name != "to save memory")
-    for name in ("device", "host", "step", "tokens/s", "MFU", "waits"):
+    for name in ("device", "host", "step", "tokens/s", "MFU", "comm", "offload"):
         table.add_column(name, justify="right", no_wrap=True)
     for number, plan in enumerate(plans, start=1):
         choice, time = plan.choice, plan.duration
         slower = sum(size for tier, size in plan.tiers.items() if tier != "device")
-        waits = (time.exchange_s + time.weights_s + time.offload_s) / time.step_s
+        comm = time.exchange_s + time.weights_s
         table.add_row(
             str(number),
-            f"sp {choice.sp} {choice.attention_text()}" if choice.sp > 1 else "one rank each",
+            choice.sharing_text(),
             choice.weights_text(),
             choice.memory_text(),
             size_text(plan.tiers["device"]),
             size_text(slower) if slower else "-",
-            seconds(time.step_s),
+            _short(time.step_s),
             f"{plan.tokens_per_s:,.0f}",
             f"{plan.flops_utilization:.0%}",
-            f"{waits:.1%}",
+            f"{comm / time.step_s:.1%}",
+            f"{time.offload_s / time.step_s:.1%}",
             style="bold green" if number == 1 else None,
         )
     return table
@@ -292,8 +293,8 @@ def _plans_table(plans: list[Plan]) -> Table:
 
 def _more(console: Console, found: Found, top: int) -> None:
     ways = len(found.best_of_each_sharing())
-    rest = f", {ways - top} more with --top {ways}" if ways > top else ""
-    text = f"the best plan of each way to share a sequence{rest}; device and host memory for each device"
+    rest = f" ({ways - top} more: --top {ways})" if ways > top else ""
+    text = f"best plan of each way to share a sequence{rest}; memory is of one device"
     console.print(Text(f"  {text}", style="dim"))
 
 
@@ -345,6 +346,15 @@ def _line(console: Console, what: str, text: str, style: str | None = None) -> N
     table.add_column(overflow="fold")
     table.add_row(Text(f"{what}", style="dim"), Text(text, style=style or ""))
     console.print(table)
+
+
+def _short(time_s: float) -> str:
+    """A time in six characters."""
+    if time_s >= 3600:
+        return f"{time_s // 3600:.0f}h{time_s % 3600 // 60:02.0f}m"
+    if time_s >= 60:
+        return f"{time_s // 60:.0f}m{time_s % 60:02.0f}s"
+    return seconds(time_s)
 
 
 def _yaml(value: str | int | bool) -> str:

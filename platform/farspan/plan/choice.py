@@ -60,25 +60,24 @@ class Choice:
             keys["memory.chunk_tokens"] = self.chunk_tokens
         return keys
 
-    def attention_text(self) -> str:
+    def sharing_text(self) -> str:
         """How a sequence is shared, in a few words."""
         if self.sp == 1:
-            return "one rank"
-        if self.strategy == "hybrid":
-            return f"hybrid {self.ulysses}x{self.sp // self.ulysses}"
-        return self.strategy
+            return "sp 1"
+        how = f"hybrid {self.ulysses}x{self.sp // self.ulysses}" if self.strategy == "hybrid" else self.strategy
+        return f"sp {self.sp} {how}"
 
     def memory_text(self) -> str:
         """What is done to save memory, in a few words."""
         words = [
             ("recompute", self.recompute),
-            ("offload acts", self.offload_activations != "none"),
+            ("offload", self.offload_activations != "none"),
             ("tiled MLP", self.tiled_mlp),
             (f"{self.chunk} {_short(self.chunk_tokens)}", self.chunk != "none"),
             ("8-bit AdamW", self.optimizer == "adamw8bit"),
-            ("offload AdamW", self.offload_optimizer != "none"),
+            ("host AdamW", self.offload_optimizer != "none"),
         ]
-        return ", ".join(word for word, on in words if on) or "nothing"
+        return ", ".join(word for word, on in words if on) or "-"
 
     def weights_text(self) -> str:
         """Who shards the weights."""

@@ -36,7 +36,8 @@ def nearest_miss(reason: Reason) -> str | None:
     if not isinstance(why, Overflow):
         return None
     over = size_text(why.bytes - why.limit)
-    return f"nearest: {over} too much with sp {choice.sp} {choice.attention_text()}, {choice.memory_text()}"
+    saves = "nothing to save memory" if choice.memory_text() == "-" else choice.memory_text()
+    return f"nearest: {over} too much with {choice.sharing_text()}, {saves}"
 
 
 def head_layout(profile: ModelProfile, chosen: Plan | None) -> list[str]:

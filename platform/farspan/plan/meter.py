@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+_VIEWS = (torch.ops.aten._unsafe_view, torch.ops.aten.detach, torch.ops.aten.lift_fresh)
+
 
 class Meter(TorchDispatchMode):
     """Totals since it was entered; `where` names the module that is running, for the owner to set."""
@@ -41,11 +43,14 @@ class Meter(TorchDispatchMode):
         result = func(*args, **kwargs)
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         formula = flop_registry.get(func.overloadpacket)
-        if formula is not None:
+        if func.overloadpacket is torch.ops.aten._grouped_mm:
+            self.flops += _grouped_flops(args[0], args[1])
+        elif formula is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
-        if not func.is_view:
-            inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            self.moved += sum(x.numel() * x.element_size() for x in inputs + outputs)
+        if outputs and not func.is_view and func.overloadpacket not in _VIEWS:
+            # What only makes room reads nothing.
+            inputs = () if "empty" in str(func) else (x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+            self.moved += sum(x.numel() * x.element_size() for x in (*inputs, *outputs))
             for tensor in outputs:
                 if tuple(sorted(tensor.shape)) not in self._weight_shapes:
                     self._found(tensor.untyped_storage(), func)
@@ -102,6 +107,11 @@ class SavedBytes:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield
+
+
+def _grouped_flops(a: Tensor, b: Tensor) -> int:
+    """Every row of tokens meets the weights of one expert, or, for their gradient, the gradient of its output."""
+    return 2 * a.shape[-2] * a.shape[-1] * b.shape[-1]
 
 
 def storage_key(tensor: Tensor) -> int:

@@ -108,6 +108,9 @@ class LossCost:
     backward: Work
 
 
+KEPT, ALIVE, MOVED = "kept until backward", "alive for a moment", "read and written"
+
+
 @dataclass(frozen=True, slots=True)
 class Quadratic:
     """An operation whose result grows with the square of the sequence."""
@@ -115,12 +118,11 @@ class Quadratic:
     where: str
     """Module and operation, for example `self_attn: aten.softmax`."""
     bytes_per_token_pair: float
-    kept: bool
-    """Kept until backward; otherwise alive only for a moment."""
+    how: str
+    """What happens to these bytes: `KEPT`, `ALIVE` or `MOVED`."""
 
     def __str__(self) -> str:
-        how = "kept until backward" if self.kept else "alive for a moment"
-        return f"{self.where}: {self.bytes_per_token_pair:g} bytes for each pair of tokens, {how}"
+        return f"{self.where}: {self.bytes_per_token_pair:.3g} bytes for each pair of tokens, {self.how}"
 
 
 @dataclass(frozen=True, slots=True)

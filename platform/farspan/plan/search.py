@@ -153,7 +153,8 @@ def choices_of(task: Task, space: Space, group: Choice) -> Iterator[Choice]:
             for tile in space.loss_tiles:
                 part = replace(group, recompute=recompute, tiled_mlp=tiled, loss_tile_tokens=tile)
                 yield part
-                yield replace(part, offload_activations="cpu")
+                if len(task.machine.tier_bytes()) > 1:
+                    yield replace(part, offload_activations="cpu")
                 for chunk in space.chunks:
                     if chunk < task.tokens and tile <= chunk:
                         yield replace(part, chunk="seco", chunk_tokens=chunk)

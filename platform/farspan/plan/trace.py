@@ -10,7 +10,7 @@ formula, because they depend on windows and documents.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import cast
 
@@ -23,7 +23,7 @@ from farspan.models.attention import packed_hidden
 from farspan.models.parts import trunk_and_head
 from farspan.plan.fake import MIXER, Kind, Shell, fake_tensors, make_shell, mlp_of
 from farspan.plan.meter import Meter, SavedBytes
-from farspan.plan.profile import LayerKind, LossCost, ModelProfile, Pass, Poly, Quadratic, Work
+from farspan.plan.profile import ALIVE, KEPT, MOVED, LayerKind, LossCost, ModelProfile, Pass, Poly, Quadratic, Work
 from farspan.plan.stubs import MixerStub, OneDocument, TiledMlp, WatchedAttention, replaced
 from farspan.plan.watch import Run, Seen, Windows
 
@@ -102,7 +102,7 @@ class _Trace:
                 _fit(self.lengths, [run.outside_moved for run in plain]),
             ),
             loss=self._loss(),
-            quadratics=_quadratics(self.lengths, plain),
+            quadratics=(*_quadratics(self.lengths, plain), *_quadratic_traffic(kinds)),
             max_positions=getattr(self.text, "max_position_embeddings", None),
         )
 
@@ -205,16 +205,24 @@ def _set_recompute(model: nn.Module, recompute: bool) -> None:
 
 def _quadratics(lengths: Sequence[int], runs: list[Run]) -> tuple[Quadratic, ...]:
     found = []
-    for kept, tables in ((True, [run.kept for run in runs]), (False, [run.largest for run in runs])):
+    for how, tables in ((KEPT, [run.kept for run in runs]), (ALIVE, [run.largest for run in runs])):
         polys = {name: _fit(lengths, [table.get(name, 0) for table in tables]) for name in tables[-1] if name}
         # A layer keeps many bytes of a token: a square that stays below one in a hundred of them changes no plan.
         all_linear = max((poly.c1 for poly in polys.values()), default=0.0)
         for name, poly in polys.items():
             # A kink between two lengths also bends a parabola, but never upwards from nothing.
             if min(poly.c0, poly.c1) >= 0 and poly.c2 * _FLAG_TOKENS > _QUADRATIC_SHARE * max(poly.c1, all_linear):
-                found.append(Quadratic(name, poly.c2, kept))
-    named = {quadratic.where for quadratic in found if quadratic.kept}
-    return tuple(x for x in found if x.kept or x.where not in named)
+                found.append(Quadratic(name, poly.c2, how))
+    named = {quadratic.where for quadratic in found if quadratic.how == KEPT}
+    return tuple(x for x in found if x.how == KEPT or x.where not in named)
+
+
+def _quadratic_traffic(kinds: Sequence[LayerKind]) -> Iterator[Quadratic]:
+    """Kinds of layers that read and write more than their share: slow, even where nothing of it stays."""
+    for kind in kinds:
+        for name, work in (("forward", kind.whole.forward), ("backward", kind.whole.backward)):
+            if work.moved.c2 * _FLAG_TOKENS > _QUADRATIC_SHARE * work.moved.c1:
+                yield Quadratic(f"{kind.name} layers, {name}", work.moved.c2, MOVED)
 
 
 def _fit(lengths: Sequence[int], values: Sequence[int]) -> Poly:
@@ -228,6 +236,5 @@ def _fit(lengths: Sequence[int], values: Sequence[int]) -> Poly:
 
 def _name(kind: Kind, kinds: Sequence[Kind]) -> str:
     alike = [other for other in kinds if other.rule == kind.rule]
-    if len(alike) == 1:
-        return str(kind.rule)
-    return f"{kind.rule} ({kind.num_parameters / 1e6:.0f} M parameters)"
+    name = "recurrent" if kind.rule.recurrent else str(kind.rule)
+    return name if len(alike) == 1 else f"{name} ({kind.num_parameters / 1e6:.0f} M parameters)"

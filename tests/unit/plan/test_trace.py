@@ -19,7 +19,7 @@ from farspan.models.parts import decoder_layers
 from farspan.parallel.documents import attend_documents
 from farspan.parallel.whole import WholeSequence
 from farspan.plan.meter import Meter
-from farspan.plan.profile import ModelProfile, visible_pairs
+from farspan.plan.profile import KEPT, MOVED, ModelProfile, visible_pairs
 from farspan.plan.trace import trace_model
 
 LLAMA_8B = {
@@ -190,10 +190,16 @@ def test_operations_equal_two_for_every_weight_and_token(llama_8b: ModelProfile)
 def test_a_hidden_square_of_the_sequence_is_named(llama_8b: ModelProfile) -> None:
     assert llama_8b.quadratics == ()
     eager = trace_model(make_config("llama", SMALL), attention="eager")
-    kept = {item.where: item.bytes_per_token_pair for item in eager.quadratics if item.kept}
+    kept = {item.where: item.bytes_per_token_pair for item in eager.quadratics if item.how == KEPT}
     # Two traced layers keep 6 heads of fp32 scores each.
     assert kept["model.layers.self_attn: aten._softmax"] == 2 * 6 * 4
     assert "kept until backward" in str(eager.quadratics[0])
+
+
+def test_traffic_that_grows_with_the_square_is_named_too() -> None:
+    # transformers' own recurrent layer writes a gradient of the whole sequence for every chunk of it.
+    found = [item for item in small_profile("qwen3_next").quadratics if item.how == MOVED]
+    assert [item.where for item in found] == ["recurrent layers, backward"]
 
 
 @pytest.mark.parametrize("limits", [(None, None), (7, None), (None, 6)])
