@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -49,6 +50,7 @@ class WatchedAttention:
         window: int | None = None,
         softcap: float | None = None,
         chunk: int | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         self.shapes.setdefault(
             self.layer,
@@ -57,14 +59,29 @@ class WatchedAttention:
         return cast(Tensor, _Keep.apply(q_tHD, k_tGD, v_tGC))
 
 
+@dataclass(frozen=True, slots=True)
 class OneDocument:
     """The whole sequence is one document on this rank."""
+
+    num_tokens: int
+    rank: int = 0
+    num_ranks: int = 1
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        return 0, self.num_tokens
 
     def documents(self, x_tE: Tensor) -> list[Tensor]:
         return [x_tE]
 
     def held(self, x_TE: Tensor) -> Tensor:
         return x_TE
+
+    def to_channels(self, x_tRX: Tensor) -> Tensor:
+        return x_tRX
+
+    def to_tokens(self, x_T1X: Tensor) -> Tensor:
+        return x_T1X
 
 
 class _Tile(torch.autograd.Function):

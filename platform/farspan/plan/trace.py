@@ -136,7 +136,7 @@ class _Trace:
     def _hidden(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
         if self.attention == "farspan":
             # A stub in a mixer's place has no documents to run over.
-            return packed_hidden(self.shell.model, tokens_T, positions_T, self.watch, OneDocument())
+            return packed_hidden(self.shell.model, tokens_T, positions_T, self.watch, OneDocument(tokens_T.numel()))
         trunk, _ = trunk_and_head(self.shell.model)
         output = trunk(input_ids=tokens_T.unsqueeze(0), position_ids=positions_T.unsqueeze(0), use_cache=False)
         return cast(Tensor, output.last_hidden_state[0])
