@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import PretrainedConfig
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, PretrainedConfig
 
 from farspan.errors import ModelError
 
@@ -79,6 +79,8 @@ def refuse_unsupported(config: PretrainedConfig) -> None:
     """
     text = config.get_text_config(decoder=True)
     name = text.model_type
+    if not getattr(text, "is_decoder", False) and type(text) in MODEL_FOR_MASKED_LM_MAPPING:
+        raise ModelError(f"{name}: is an encoder, whose tokens see later ones; only causal decoders train")
     layer_rules(config)
     for field in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
         if getattr(text, field, None):

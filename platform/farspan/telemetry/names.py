@@ -44,6 +44,10 @@ METRICS: tuple[Metric, ...] = (
         "farspan_checkpoint_seconds", "s", "Checkpoint time", "checkpoint_published.seconds", "Gather, write, publish."
     ),
     Metric("farspan_checkpoint_bytes", "bytes", "Checkpoint size", "checkpoint_published.bytes", "Of all its files."),
+    Metric(
+        "farspan_probe_step", "steps", "Probed step", "layout_probed.step", "Steps done when the layout was probed."
+    ),
+    Metric("farspan_probe_seconds", "s", "Probe time", "layout_probed.seconds", "Wall time of the probe."),
     Metric("farspan_run_steps", "steps", "Steps of the run", "run_finished.steps", "Optimizer steps of the run."),
     Metric("farspan_run_tokens", "tokens", "Tokens of the run", "run_finished.tokens", "Tokens the run trained on."),
     Metric("farspan_run_seconds", "s", "Run time", "run_finished.seconds", "Wall time from first to last event."),

@@ -46,6 +46,7 @@ def test_a_window_that_is_switched_off_is_no_window() -> None:
 REFUSED = {
     "attention_dropout must be 0": ("llama", {"attention_dropout": 0.1}),
     "use_bidirectional_attention": ("gemma3_text", {"use_bidirectional_attention": True}),
+    "is an encoder": ("bert", {}),
     "auxiliary loss": ("qwen3_next", {"output_router_logits": True}),
     "rope_type dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
 }

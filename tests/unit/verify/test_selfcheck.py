@@ -70,7 +70,7 @@ def test_the_modules_of_a_hybrid_keep_their_names_and_answer_as_before() -> None
     use_farspan_attention(model)
     use_farspan_attention(model)
     assert list(model.state_dict()) == names
-    assert len(mixer._forward_hooks) == 1
+    assert type(mixer).forward is not mixer.forward.__func__
     assert torch.equal(mixer(hidden_states=hidden), before)
 
 
