@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -157,7 +158,9 @@ def _treats_tokens_alone(module: nn.Module) -> bool:
     holders = [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None]
     linear = all(isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D" for m in holders)
     routed = any(name in ("experts", "gate", "router") for name, _ in module.named_children())
-    return bool(holders) and linear and not routed
+    # The module itself, and x: one that takes more (a residual, positions) may look beyond its rows.
+    only_x = len(signature(type(module).forward).parameters) == 2
+    return bool(holders) and linear and only_x and not routed
 
 
 def refuse_dropout(module: nn.Module, what: str, field: str) -> None:

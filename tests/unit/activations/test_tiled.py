@@ -114,6 +114,22 @@ def test_mixtures_of_experts_are_left_alone_and_a_model_of_nothing_else_is_refus
     assert all("forward" not in vars(module) for module in model.modules())
 
 
+class TakesResidual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 4)
+
+    def forward(self, x_TE: Tensor, residual_TE: Tensor) -> Tensor:
+        return self.up(x_TE) + residual_TE
+
+
+def test_an_mlp_that_is_given_more_than_its_rows_is_left_alone() -> None:
+    model = small_model(decoder_config("llama"))
+    first, *others = decoder_layers(model)
+    first.mlp = TakesResidual()
+    assert tile_mlps(model, [first, *others], 4) == [layer.mlp for layer in others]
+
+
 def test_dropout_inside_a_tiled_mlp_is_refused() -> None:
     model = with_adapters(dropout=0.1)
     with pytest.raises(ModelError, match=r"p = 0.1.*set dropout to 0"):
