@@ -14,7 +14,6 @@ import shutil
 import threading
 from pathlib import Path
 
-import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -123,7 +122,7 @@ def check_digest(tier: str, region: Region, found: int) -> None:
 
 def digest_of(raw: Tensor) -> int:
     """xxh3 of 1-D bytes on the CPU."""
-    return xxhash.xxh3_64_intdigest(memoryview(np.asarray(raw)))
+    return xxhash.xxh3_64_intdigest(raw.numpy().data)
 
 
 def _open_nameless(folder: Path) -> tuple[int, bool]:
