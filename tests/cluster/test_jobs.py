@@ -77,9 +77,9 @@ def test_a_run_that_does_not_fit_its_memory_goes_on_with_smaller_tiles(
     config = tiny_run(corpus, str(tmp_path / "run"), *big, vocab_size=65536)
     run_training(config, [], events.append)
     (stepped,) = [event for event in events if isinstance(event, PlanSteppedDown)]
-    assert (stepped.step, stepped.rank) == (1, 0)
+    assert stepped.step == 1
+    assert "rank 0 ran out of memory in step 1" in stepped.reason
     assert "loss tiles 4096 -> 2048 tokens" in stepped.change
-    assert "memory" in stepped.reason
     assert [event.step for event in events if isinstance(event, StepReport)] == [1, 2]
     assert isinstance(events[-1], RunFinished)
 

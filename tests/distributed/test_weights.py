@@ -29,7 +29,7 @@ from farspan.telemetry.events import EventBody, StepReport
 from farspan.train.build import model_config
 from farspan.train.loop import train
 from farspan.train.step import learning_rate
-from farspan.train.weights import adamw
+from farspan.train.weights import weight_groups
 
 NUM_STEPS = 3
 
@@ -64,7 +64,8 @@ def plain_steps(
     """
     reader = Reader(open_corpus(config.data.corpus, cache), config.data.sequence_tokens, config.seed)
     num_sequences = config.parallel.workers // config.parallel.sp * config.train.accumulation
-    optimizer = adamw(model, config.optim)
+    betas = (config.optim.beta1, config.optim.beta2)
+    optimizer = torch.optim.AdamW(weight_groups(model, config.optim), lr=config.optim.lr, betas=betas)
     losses, norms = [], []
     for step in range(NUM_STEPS):
         batches = [reader.batch(step * num_sequences + i) for i in range(num_sequences)]

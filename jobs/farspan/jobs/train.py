@@ -58,7 +58,7 @@ def run_training(config: RunConfig, plan_lines: list[tuple[str, str]], tell: Cal
 
 
 def _stepped_down(problem: OutOfMemoryError, rung: Rung) -> PlanSteppedDown:
-    return PlanSteppedDown(step=problem.step, rank=problem.rank, reason=problem.reason, change=rung.text)
+    return PlanSteppedDown(step=problem.step, reason=str(problem), change=rung.text)
 
 
 def _run_once(config: RunConfig, tell: Callable[[EventBody], None]) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from farspan.errors import PlanError
 from farspan.kernels.attention.dispatch import choose_backend
+from farspan.kernels.attention.limits import Ask
 from farspan.parallel.exchange import Exchange
 from farspan.plan.machine import DEVICES, Device, Efficiency, Machine
 
@@ -103,7 +104,7 @@ def _gemm(device: torch.device, size: int, dtype: torch.dtype) -> float:
 
 def _attention(device: torch.device, tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> float:
     q, k, v = (torch.randn(tokens, heads, head_dim, device=device, dtype=dtype) for _ in range(3))
-    attend = choose_backend(device).packed_forward
+    attend = choose_backend(Ask.of(q, v)).packed_forward
     best = _best(lambda: attend(q, k, v, bounds=(0, tokens), scale=head_dim**-0.5), device)
     return 2.0 * tokens * tokens / 2 * heads * 2 * head_dim / best
 

@@ -111,8 +111,8 @@ class PlanSteppedDown:
 
     step: int
     """The step that did not fit."""
-    rank: int
     reason: str
+    """Which rank, and what it said."""
     change: str
     """What the new plan does differently."""
 

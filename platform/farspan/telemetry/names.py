@@ -48,6 +48,9 @@ METRICS: tuple[Metric, ...] = (
         "farspan_probe_step", "steps", "Probed step", "layout_probed.step", "Steps done when the layout was probed."
     ),
     Metric("farspan_probe_seconds", "s", "Probe time", "layout_probed.seconds", "Wall time of the probe."),
+    Metric(
+        "farspan_stepped_down_step", "steps", "Step that did not fit", "plan_stepped_down.step", "Memory ran out in it."
+    ),
     Metric("farspan_run_steps", "steps", "Steps of the run", "run_finished.steps", "Optimizer steps of the run."),
     Metric("farspan_run_tokens", "tokens", "Tokens of the run", "run_finished.tokens", "Tokens the run trained on."),
     Metric("farspan_run_seconds", "s", "Run time", "run_finished.seconds", "Wall time from first to last event."),

@@ -225,8 +225,8 @@ def _timeline_row(event: Event) -> tuple[str, str, str]:
         case LayoutProbed(step=step, seconds=seconds, failed=failed, passed=passed):
             verdict = "FAILED: " + "; ".join(failed) if failed else "equal: " + "; ".join(passed)
             return clock, f"Layout probed after step {step}", f"{verdict} · {duration(seconds)}"
-        case PlanSteppedDown(step=step, rank=rank, reason=reason, change=change):
-            return clock, f"Step {step} did not fit", f"rank {rank}: {reason} · now {change}"
+        case PlanSteppedDown(step=step, reason=reason, change=change):
+            return clock, f"Step {step} did not fit", f"{reason} · now {change}"
         case RunFinished(steps=steps, tokens=tokens, seconds=seconds):
             detail = f"{plural(steps, 'step')} · {plural(tokens, 'token')} · {duration(seconds)}"
             return clock, "Run finished", detail

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from farspan.config.check import check_run
+from farspan.config.check import CHUNK_STRATEGIES, check_run
 from farspan.config.schema import RunConfig
 from farspan.errors import ConfigError
 
@@ -98,6 +98,10 @@ def _chunks(config: RunConfig) -> Iterator[Rung]:
     if smaller < _SMALLEST_CHUNK or memory.chunk == "spaco":
         return
     memory.chunk, memory.chunk_tokens = "seco", smaller
+    if config.parallel.strategy not in CHUNK_STRATEGIES:
+        # Chunks do not go around a ring.
+        config.parallel.strategy, config.parallel.ulysses = "ulysses", 1
+    config.parallel.layout = "auto"
     # Chunks already keep only one chunk's tensors: what waits on the host would be copied for nothing.
     config.train.recompute, memory.offload_activations = False, "none"
     yield Rung(("memory.chunk", "memory.chunk_tokens"), f"the sequence goes through in chunks of {smaller} tokens")

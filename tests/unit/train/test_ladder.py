@@ -14,7 +14,7 @@ from farspan.train.ladder import Ladder, step_down
 
 def run_config(*overrides: str) -> RunConfig:
     base = ["data.corpus=nowhere", "data.sequence_tokens=65536", "parallel.workers=4"]
-    return load_config(RunConfig, None, [*base, *overrides])
+    return load_config(RunConfig, None, [*base, *(one for text in overrides for one in text.split())])
 
 
 def all_the_way_down(config: RunConfig) -> list[RunConfig]:
@@ -29,9 +29,8 @@ STARTS = [
     list(chosen)
     for chosen in itertools.product(
         ("parallel.sp=1", "parallel.sp=2", "parallel.sp=4"),
-        ("memory.chunk=none", "memory.chunk=seco"),
         ("train.recompute=false", "train.recompute=true"),
-        ("parallel.strategy=ulysses", "parallel.strategy=ring"),
+        ("parallel.strategy=ulysses", "parallel.strategy=ring", "parallel.strategy=allgather memory.chunk=seco"),
     )
 ]
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from farspan.config.schema import OptimConfig, WeightsConfig
 from farspan.errors import ConfigError
-from farspan.train.weights import adamw
+from farspan.train.weights import weight_groups
 from farspan.train.zero import refuse_without_deepspeed, zero_config
 
 
@@ -40,7 +40,7 @@ def test_stage_3_cuts_every_matrix_and_no_vector() -> None:
 def test_weight_decay_pulls_matrices_that_are_trained_and_nothing_else() -> None:
     module = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3))
     module[1].requires_grad_(False)
-    groups = adamw(module, OptimConfig(weight_decay=0.3)).param_groups
+    groups = weight_groups(module, OptimConfig(weight_decay=0.3))
     assert [(g["weight_decay"], [p.ndim for p in g["params"]]) for g in groups] == [(0.3, [2]), (0.0, [1])]
     module[0].bias.requires_grad_(False)
-    assert len(adamw(module, OptimConfig()).param_groups) == 1
+    assert len(weight_groups(module, OptimConfig())) == 1
