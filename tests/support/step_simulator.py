@@ -46,7 +46,8 @@ class StepSimulator:
         self.chunked = choice.chunk != "none"
         self.shard = tokens / choice.sp
         self.alive = choice.chunk_tokens / choice.sp if self.chunked else self.shard
-        self.offloads = choice.offload_activations != "none"
+        self.offloads = choice.offload_activations != "none" and not self.chunked
+        self.arena_on_host = choice.offload_activations != "none" and self.chunked
 
     def run(self) -> StepSimulator:
         device = self.device
@@ -60,7 +61,7 @@ class StepSimulator:
             for number, (kind, share) in enumerate(self.layers):
                 if kind.attention is not None:
                     size = kind.attention.arena_bytes(self.profile.itemsize) * share.kv_factor * self.shard
-                    device.take(f"arena {number}", size)
+                    (self.host if self.arena_on_host else device).take(f"arena {number}", size)
         # The first chunk and the last one are as large as any other.
         for _ in range(2 if self.chunked else 1):
             self._forward()
@@ -77,7 +78,13 @@ class StepSimulator:
         if self.choice.shards_weights and 0 <= number < len(self.layers) and name not in self.device.held:
             self.device.take(name, 2.0 * self.layers[number][0].num_parameters)
 
+        arena = f"arena {number}"
+        if self.arena_on_host and arena in self.host.held and arena not in self.device.held:
+            self.device.take(arena, self.host.held[arena])
+
     def _reshard(self, number: int) -> None:
+        if self.arena_on_host and f"arena {number}" in self.device.held:
+            self.device.give(f"arena {number}")
         if f"layer {number}" in self.device.held:
             self.device.give(f"layer {number}")
 

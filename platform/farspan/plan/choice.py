@@ -21,6 +21,7 @@ class Choice:
     loss_tile_tokens: int = 1024
     recompute: bool = False
     offload_activations: str = "none"
+    """cpu: what is kept for backward lies in host memory; in chunk-wise training that is the KV arena."""
     chunk: str = "none"
     chunk_tokens: int = 0
     optimizer: str = "adamw"
@@ -97,8 +98,6 @@ def broken_rule(choice: Choice, profile: ModelProfile, tokens: int) -> str | Non
         return "chunk-wise training keeps keys and values, and recurrent layers have none"
     if choice.sp > 1 and choice.strategy != "ulysses":
         return f"chunk-wise training shares a chunk by heads (ulysses), not by {choice.strategy}"
-    if choice.offload_activations != "none":
-        return "chunk-wise training has nothing to offload between forward and backward"
     if choice.chunk_tokens % choice.sp:
         return f"chunks of {choice.chunk_tokens} tokens do not divide over sp {choice.sp}"
     return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from farspan.plan.choice import Choice, broken_rule
 from farspan.plan.duration import Duration, duration
-from farspan.plan.footprint import Footprint, footprint, kept_of
+from farspan.plan.footprint import Footprint, arena_of, footprint, kept_of
 from farspan.plan.machine import Machine, size_text
 from farspan.plan.profile import ModelProfile
 from farspan.plan.sharing import Ways
@@ -94,6 +94,8 @@ def plan_of_choice(task: Task, choice: Choice, found: Footprint | None = None) -
     shard = task.tokens / choice.sp
     kept = [
         kept_of(kind, choice, share, shard, task.tokens)
+        if choice.chunk == "none"
+        else arena_of(kind, choice, share, shard, task.profile.itemsize)
         for kind, share in zip(task.profile.kinds, sharing, strict=True)
     ]
     limits = task.machine.tier_bytes()

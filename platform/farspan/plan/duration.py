@@ -52,6 +52,7 @@ class _Layer:
     exchange_forward_s: float
     exchange_backward_s: float
     kept_bytes: float
+    """Kept for backward; in chunk-wise training the arena."""
     weight_bytes: float
 
 
@@ -81,7 +82,7 @@ def duration(
         compute_s=compute,
         exchange_s=exchange,
         weights_s=_weights_s(profile, choice, layers, tokens, machine),
-        offload_s=moved + _activations_s(choice, layers, machine, spill_tier),
+        offload_s=moved + _activations_s(choice, layers, tokens, machine, spill_tier),
         optimizer_s=optimizer,
         flops=_useful_flops(profile, choice, tokens),
     )
@@ -209,15 +210,30 @@ def _optimizer_s(profile: ModelProfile, choice: Choice, machine: Machine) -> tup
     return touched / (machine.host_bandwidth / machine.devices_per_node), travel
 
 
-def _activations_s(choice: Choice, layers: Sequence[_Layer], machine: Machine, tier: str) -> float:
+def _activations_s(choice: Choice, layers: Sequence[_Layer], tokens: int, machine: Machine, tier: str) -> float:
     """What a layer keeps leaves while the next one runs, and comes back one layer ahead."""
     if choice.offload_activations == "none":
         return 0.0
+    if choice.chunk != "none":
+        return _arena_s(choice, layers, tokens, machine, tier)
     waited = 0.0
     for layer in layers:
         travel = layer.kept_bytes / machine.spill_bandwidth(tier)
         back = layer.backward_s + (layer.forward_s if choice.recompute else 0.0)
         waited += layer.count * (max(0.0, travel - layer.forward_s) + max(0.0, travel - back))
+    return waited
+
+
+def _arena_s(choice: Choice, layers: Sequence[_Layer], tokens: int, machine: Machine, tier: str) -> float:
+    """Every chunk reads the keys and values before it in each forward and in backward, and there their gradients too.
+
+    On average half of the arena lies before a chunk; gradients go back while the next layer's are on their way.
+    """
+    chunks, forwards, waited = math.ceil(tokens / choice.chunk_tokens), 2 + int(choice.recompute), 0.0
+    for layer in layers:
+        before = layer.kept_bytes / 2 * (chunks - 1) / 2
+        travel = before * (forwards + 2) / machine.spill_bandwidth(tier)
+        waited += layer.count * max(0.0, travel - forwards * layer.forward_s - layer.backward_s)
     return waited
 
 

@@ -59,7 +59,9 @@ def footprint(profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing],
     # A chunk runs forward and backward by itself; only keys, values and their gradients outlive it.
     alive = choice.chunk_tokens / choice.sp if choice.chunk != "none" else shard
     kept, largest = _kept(profile, choice, sharing, alive, whole)
-    offloaded = choice.offload_activations != "none"
+    offloaded = choice.offload_activations != "none" and choice.chunk == "none"
+    arena, layer_arena = _arena(profile, choice, sharing, shard)
+    arena_host = arena if choice.offload_activations != "none" else 0.0
     leaving, held = (min(kept, n * largest) if offloaded else kept for n in (_FORWARD_LAYERS, _BACKWARD_LAYERS))
     always = {
         "weights": states.weights,
@@ -67,7 +69,7 @@ def footprint(profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing],
         "optimizer": states.optimizer + states.buckets,
         "whole layers": states.gathered,
         "batch": _BATCH_BYTES * shard,
-        "KV arena": _arena(profile, choice, sharing, shard),
+        "KV arena": min(arena, _BACKWARD_LAYERS * layer_arena) if arena_host else arena,
     }
     outside = profile.outside_saved(alive)
     # The final norm has run backward before the last layer does.
@@ -100,7 +102,7 @@ def footprint(profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing],
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     device = {name: size for name, size in moments[moment].items() if size > 0}
     device["allocator slack"] = SLACK * sum(device.values())
-    return Footprint(moment, device, states.host, kept if offloaded else 0.0)
+    return Footprint(moment, device, states.host, kept if offloaded else arena_host)
 
 
 def passes(kind: LayerKind, choice: Choice) -> Pass:
@@ -153,14 +155,20 @@ def _working(kind: LayerKind, choice: Choice, share: Sharing, shard: float, whol
     return forward + beyond, on_rank(kind, part, "backward_peak", shard, whole) + beyond
 
 
-def _arena(profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing], shard: float) -> float:
-    if choice.chunk == "none":
+def arena_of(kind: LayerKind, choice: Choice, share: Sharing, shard: float, itemsize: int) -> float:
+    """Bytes of one layer's keys, values and their gradients in chunk-wise training."""
+    if choice.chunk == "none" or kind.attention is None:
         return 0.0
-    return sum(
-        kind.count * kind.attention.arena_bytes(profile.itemsize) * share.kv_factor * shard
+    return kind.attention.arena_bytes(itemsize) * share.kv_factor * shard
+
+
+def _arena(profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing], shard: float) -> tuple[float, float]:
+    """(of all layers, of the largest one)."""
+    layers = [
+        (kind.count, arena_of(kind, choice, share, shard, profile.itemsize))
         for kind, share in zip(profile.kinds, sharing, strict=True)
-        if kind.attention is not None
-    )
+    ]
+    return sum(count * size for count, size in layers), max(size for _, size in layers)
 
 
 def _loss(profile: ModelProfile, choice: Choice, states: States, shard: float) -> float:

@@ -27,6 +27,8 @@ class Space:
     chunks: tuple[int, ...] = CHUNKS
     loss_tiles: tuple[int, ...] = LOSS_TILES
     lora_rank: int = 0
+    host_arena: bool = True
+    """Whether the KV arena of chunk-wise training may lie in host memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,10 @@ def choices_of(task: Task, space: Space, group: Choice) -> Iterator[Choice]:
                     yield replace(part, offload_activations="cpu")
                 for chunk in space.chunks:
                     if chunk < task.tokens and tile <= chunk:
-                        yield replace(part, chunk="seco", chunk_tokens=chunk)
+                        chunked = replace(part, chunk="seco", chunk_tokens=chunk)
+                        yield chunked
+                        if space.host_arena and len(task.machine.tier_bytes()) > 1:
+                            yield replace(chunked, offload_activations="cpu")
 
 
 def _groups(task: Task, space: Space) -> Iterator[Choice]:

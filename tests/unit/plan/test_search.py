@@ -134,7 +134,7 @@ def test_no_chosen_plan_exceeds_its_budget_when_its_step_is_simulated() -> None:
         # prediction has the largest of each everywhere, because it does not know their order.
         predicted = found.best.footprint.device_bytes / (1 + SLACK)
         assert step.device.peak <= 1.001 * predicted
-        assert step.device.peak >= (0.9 if len(task.profile.kinds) == 1 else 0.6) * predicted
+        assert step.device.peak >= (0.85 if len(task.profile.kinds) == 1 else 0.6) * predicted
     assert chosen > NUM_CASES / 2
 
 
