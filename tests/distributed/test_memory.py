@@ -65,6 +65,9 @@ def stepped(kind: str, offload: str, passes: int, width: int) -> tuple[dict[str,
         step(model, optimizer, number, passes)
     states = gather_states(model, optimizer)
     if isinstance(optimizer, HostOptimizer):
+        local = sum(p.to_local().numel() * 4 for p in model.parameters())
+        # Weights went to the host once, gradients in every pass, and nothing else.
+        assert optimizer._tier.stats().stored_bytes == local * (1 + 4 * passes)
         optimizer.close()
     return whole(model), states
 
