@@ -118,7 +118,7 @@ def offloaded_gradients(config: RunConfig, cache: str) -> tuple[dict[str, torch.
     """(every whole gradient of the first step, bytes that left for the tier), on one rank."""
     step = build(config, CPU, Path(cache)).step
     step.backward()
-    stored = 0 if step.offload is None else step.offload.stored_bytes
+    stored = 0 if step.offload is None else step.offload.report.stored_bytes
     if step.offload is not None:
         step.offload.close()
     return {n: p.grad.full_tensor() for n, p in step.loss.named_parameters()}, stored
@@ -142,7 +142,7 @@ def test_activations_that_wait_in_another_tier_change_no_bit(
 def test_a_tier_that_is_not_described_is_refused(ranks: RankPool, corpus: str, tmp_path: Path) -> None:
     config = tiny_run(corpus, str(tmp_path / "run"), "memory.offload_activations=nvme")
     (message,) = ranks.run(run_refused, 1, config, str(tmp_path / "cache"))
-    assert "memory.tiers: must describe a tier of kind nvme" in message
+    assert "memory.offload_activations: needs a nvme tier in memory.tiers" in message
 
 
 def run_to_end(config: RunConfig, cache: str) -> list[EventBody]:

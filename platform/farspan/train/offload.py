@@ -9,16 +9,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from farspan.activations.offload import ActivationOffload
+from farspan.activations.offload import ActivationOffload, OffloadReport
+from farspan.activations.offload_choose import choose_offload
 from farspan.config.schema import MemoryConfig
-from farspan.errors import ConfigError
 from farspan.memory.host import DramTier
 from farspan.memory.open import open_tiers
-from farspan.memory.tier import Tier
 from farspan.models.parts import decoder_layers, trunk_and_head
 from farspan.storage.door import open_store
 
-_KINDS = {"cpu": "dram", "cxl": "cxl", "nvme": "nvme"}
 _SHARE_OF_HOST = 0.8
 
 
@@ -32,10 +30,14 @@ class RunOffload:
             ConfigError: no tier of the wanted kind is described.
             TierError: this machine does not have it.
         """
+        self._offload: ActivationOffload | None = None
         self._tiers = open_tiers(memory.tiers, device, open_store)
+        where, trunk = memory.offload_activations, trunk_and_head(model)[0]
+        if where == "cpu" and "dram" not in self._tiers:
+            capacity = int(_SHARE_OF_HOST * available_bytes() / num_local)
+            self._tiers["dram"] = [DramTier(capacity, device=device if device.type == "cuda" else None)]
         try:
-            tier = self._tier(memory, device, num_local)
-            self._offload = ActivationOffload(tier, trunk_and_head(model)[0], decoder_layers(model), device)
+            self._offload = choose_offload(where, self._tiers, trunk, decoder_layers(model), device)
         except Exception:
             self.close()
             raise
@@ -43,39 +45,22 @@ class RunOffload:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around forward and backward of one sequence."""
+        assert self._offload is not None, "a run without offload has no RunOffload"
         with self._offload.step():
             yield
 
     @property
-    def stored_bytes(self) -> int:
-        """Bytes that left in the last step of this rank."""
-        return self._offload.report.stored_bytes
-
-    @property
-    def waited_s(self) -> float:
-        """Seconds the last step waited for bytes to come back."""
-        return self._offload.report.waited_s
+    def report(self) -> OffloadReport:
+        """What the last sequence of this rank moved."""
+        assert self._offload is not None, "a run without offload has no RunOffload"
+        return self._offload.report
 
     def close(self) -> None:
-        if hasattr(self, "_offload"):
+        if self._offload is not None:
             self._offload.close()
         for tiers in self._tiers.values():
             for tier in tiers:
                 tier.close()
-
-    def _tier(self, memory: MemoryConfig, device: torch.device, num_local: int) -> Tier:
-        kind = _KINDS[memory.offload_activations]
-        if kind == "dram" and kind not in self._tiers:
-            capacity = int(_SHARE_OF_HOST * available_bytes() / num_local)
-            self._tiers[kind] = [DramTier(capacity, device=device if device.type == "cuda" else None)]
-        if kind not in self._tiers:
-            raise ConfigError(
-                "memory.tiers",
-                f"must describe a tier of kind {kind} for memory.offload_activations={memory.offload_activations}",
-                list(memory.tiers),
-                f"add {'cxl:node=N:64GiB' if kind == 'cxl' else 'nvme:/folder:64GiB'} or use offload_activations=cpu",
-            )
-        return self._tiers[kind][0]
 
 
 def available_bytes() -> int:
