@@ -15,7 +15,9 @@ from tests.support.runs import tiny_run
 from tests.unit.activations.tiny import CAPACITY, CPU, tiny_llama, tokens
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from transformers import LlamaForCausalLM
 
+from farspan.activations.memo_tokens import memo_contexts
 from farspan.activations.offload import ActivationOffload
 from farspan.activations.offload_choose import choose_offload
 from farspan.config.schema import RunConfig
@@ -160,7 +162,9 @@ def test_offloaded_activations_over_shards_give_the_same_bits_and_no_gathered_we
         assert moved > 2 * 24 * 32 * 4
 
 
-def run_gradients(config: RunConfig, cache: str, where: str) -> tuple[dict[str, Tensor], int]:
+def run_gradients(
+    config: RunConfig, cache: str, where: str, alpha: float | None = None
+) -> tuple[dict[str, Tensor], int]:
     """Gradients of the first step of a real run, and the bytes that left."""
     step = build(config, CPU, Path(cache)).step
     layers = [m for m in step.loss.modules() if type(m).__name__.endswith("LlamaDecoderLayer")]
@@ -172,6 +176,10 @@ def run_gradients(config: RunConfig, cache: str, where: str) -> tuple[dict[str, 
         moved = 0
     else:
         offload._min_bytes = 256
+        if alpha is not None:
+            (model,) = (m for m in step.loss.modules() if isinstance(m, LlamaForCausalLM))
+            contexts = memo_contexts(offload, alpha)
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
         with offload.step():
             step.backward()
         moved = offload.report.stored_bytes
@@ -191,3 +199,18 @@ def test_a_run_with_offload_computes_the_same_bits(
     found = ranks.run(run_gradients, 2, config, str(tmp_path / "cache"), "cpu")
     assert all(same(a[0], b[0]) for a, b in zip(want, found, strict=True))
     assert all(moved > 0 for _, moved in found)
+
+
+def test_a_run_that_swaps_tokens_computes_the_same_bits_and_moves_more_with_more_of_them(
+    ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    corpus = small_corpus(tmp_path_factory.mktemp("memory"))
+    options = ["parallel.workers=2", "parallel.sp=2", "train.recompute=true"]
+    config = tiny_run(corpus, str(tmp_path / "run"), *options)
+    want = ranks.run(run_gradients, 2, config, str(tmp_path / "cache"), "none")
+    moves = []
+    for alpha in (0.0, 1.0):
+        found = ranks.run(run_gradients, 2, config, str(tmp_path / "cache"), "cpu", alpha)
+        assert all(same(a[0], b[0]) for a, b in zip(want, found, strict=True))
+        moves.append(found[0][1])
+    assert moves[0] < moves[1]
