@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from tests.support.corpus import small_corpus
 from tests.support.ranks import RankPool
+from tests.support.runs import tiny_run
 from tests.unit.activations.tiny import CAPACITY, CPU, tiny_llama, tokens
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from transformers import LlamaForCausalLM
 
+from farspan.activations.memo_tokens import memo_contexts
 from farspan.activations.offload import ActivationOffload
+from farspan.activations.offload_choose import choose_offload
+from farspan.config.schema import RunConfig
 from farspan.memory.host import DramTier
+from farspan.memory.tier import Tier
 from farspan.optim.host import HostOptimizer
 from farspan.optim.make import clip_grad_norm, make_optimizer
 from farspan.parallel.shard import shard_weights
+from farspan.train.build import build
 from farspan.train.states import gather_states, scatter_states
 
 
@@ -151,3 +160,57 @@ def test_offloaded_activations_over_shards_give_the_same_bits_and_no_gathered_we
     else:
         (moved,) = {moved for _, moved in found}
         assert moved > 2 * 24 * 32 * 4
+
+
+def run_gradients(
+    config: RunConfig, cache: str, where: str, alpha: float | None = None
+) -> tuple[dict[str, Tensor], int]:
+    """Gradients of the first step of a real run, and the bytes that left."""
+    step = build(config, CPU, Path(cache)).step
+    layers = [m for m in step.loss.modules() if type(m).__name__.endswith("LlamaDecoderLayer")]
+    assert len(layers) == config.model.settings["num_hidden_layers"]
+    tiers: dict[str, list[Tier]] = {"dram": [DramTier(CAPACITY)]}
+    offload = choose_offload(where, tiers, step.loss, layers, CPU, debug=True)
+    if offload is None:
+        step.backward()
+        moved = 0
+    else:
+        offload._min_bytes = 256
+        if alpha is not None:
+            (model,) = (m for m in step.loss.modules() if isinstance(m, LlamaForCausalLM))
+            contexts = memo_contexts(offload, alpha)
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+        with offload.step():
+            step.backward()
+        moved = offload.report.stored_bytes
+        offload.close()
+    tiers["dram"][0].close()
+    return {n: p.grad.full_tensor() for n, p in step.loss.named_parameters()}, moved
+
+
+@pytest.mark.parametrize("recompute", ["true", "false"])
+def test_a_run_with_offload_computes_the_same_bits(
+    ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, recompute: str
+) -> None:
+    corpus = small_corpus(tmp_path_factory.mktemp("memory"))
+    options = ["parallel.workers=2", "parallel.sp=2", "parallel.strategy=ring", "train.accumulation=2"]
+    config = tiny_run(corpus, str(tmp_path / "run"), *options, f"train.recompute={recompute}")
+    want = ranks.run(run_gradients, 2, config, str(tmp_path / "cache"), "none")
+    found = ranks.run(run_gradients, 2, config, str(tmp_path / "cache"), "cpu")
+    assert all(same(a[0], b[0]) for a, b in zip(want, found, strict=True))
+    assert all(moved > 0 for _, moved in found)
+
+
+def test_a_run_that_swaps_tokens_computes_the_same_bits_and_moves_more_with_more_of_them(
+    ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    corpus = small_corpus(tmp_path_factory.mktemp("memory"))
+    options = ["parallel.workers=2", "parallel.sp=2", "train.recompute=true"]
+    config = tiny_run(corpus, str(tmp_path / "run"), *options)
+    want = ranks.run(run_gradients, 2, config, str(tmp_path / "cache"), "none")
+    moves = []
+    for alpha in (0.0, 1.0):
+        found = ranks.run(run_gradients, 2, config, str(tmp_path / "cache"), "cpu", alpha)
+        assert all(same(a[0], b[0]) for a, b in zip(want, found, strict=True))
+        moves.append(found[0][1])
+    assert moves[0] < moves[1]
