@@ -105,8 +105,7 @@ def swap_stripes(training: Training) -> None:
 
 
 def scale_loss(training: Training) -> None:
-    loss, own = training.step.loss, training.step.loss._tiled
-    loss._tiled = lambda hidden, labels: 2 * own(hidden, labels)  # type: ignore[method-assign]
+    training.step.loss.register_forward_hook(lambda module, inputs, loss: 2 * loss)
 
 
 FAULTS: dict[str, tuple[Fault, str]] = {

@@ -22,7 +22,7 @@ from farspan.errors import ClusterError, ConfigError, FarspanError, ModelError, 
 from farspan.jobs.progress import EventSender, EventWatcher
 from farspan.storage.door import open_store
 from farspan.storage.paths import join_uri
-from farspan.telemetry.events import EventBody, PlanSteppedDown, RunStarted
+from farspan.telemetry.events import EventBody, PlanPredicted, PlanSteppedDown, RunStarted
 from farspan.train.build import build
 from farspan.train.ladder import Ladder, Rung
 from farspan.train.limit import memory_limit
@@ -30,7 +30,12 @@ from farspan.train.loop import train
 from farspan.train.rescue import clear_rescue
 
 
-def run_training(config: RunConfig, plan_lines: list[tuple[str, str]], tell: Callable[[EventBody], None]) -> str:
+def run_training(
+    config: RunConfig,
+    plan_lines: list[tuple[str, str]],
+    tell: Callable[[EventBody], None],
+    predicted: PlanPredicted | None = None,
+) -> str:
     """Run the job on the Ray this process is connected to; gives the URI of the published model.
 
     Raises:
@@ -38,6 +43,8 @@ def run_training(config: RunConfig, plan_lines: list[tuple[str, str]], tell: Cal
     """
     plan = "\n".join(f"{what}: {text}" for what, text in plan_lines)
     tell(RunStarted(config=dump_config(config), plan=plan))
+    if predicted is not None:
+        tell(predicted)
     if not config.train.resume:
         clear_rescue(config.output)
     ladder = Ladder(config)

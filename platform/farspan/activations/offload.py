@@ -72,7 +72,8 @@ class ActivationOffload:
         self.store = SavedStore(tier, OWNER, debug=debug, deadline_s=deadline_s)
         self.watch_modules = self._policy.asks_for_modules
         self._modules: list[str] = []
-        self._weights: set[int] = set()
+        self._resident: frozenset[int] = frozenset()
+        self._weights: frozenset[int] = frozenset()
         # Layers that have ended in this pass, and the group of the pass's first layer.
         self._ended = self._first = 0
         self.report = OffloadReport(0, 0.0)
@@ -163,19 +164,18 @@ class ActivationOffload:
         if in_backward():
             return
         self._first, self._ended = self._first + (len(self._layers) + 1 if self._ended else 0), 0
-        self._weights.clear()
-        self._note_weights(root, None)
+        self._resident = self._weights = _places_of(root)
 
-    def _note_weights(self, module: nn.Module, _: Any) -> None:
-        # FSDP2 gathers a layer's weights into new memory each time: where they are is known only now.
-        for weight in module.parameters():
-            local = weight.to_local() if isinstance(weight, DTensor) else weight
-            self._weights.add(local.untyped_storage().data_ptr())
+    def _note_weights(self, layer: nn.Module, _: Any) -> None:
+        # FSDP2 gathers a layer's weights into new memory each time: where they are is known only now. It frees them
+        # after the layer, and what is saved later may lie in the same place: other layers' places are forgotten.
+        self._weights = self._resident | _places_of(layer)
 
     def _end_layer(self, *_: Any) -> None:
         if in_backward():
             return
         self._ended += 1
+        self._weights = self._resident
         # Two layers may be on their way out; with a third, the computation waits for the bus.
         self.store.settle(self.group - 1)
 
@@ -185,6 +185,12 @@ class ActivationOffload:
     def _exit(self, *_: Any) -> None:
         if self._modules:
             self._modules.pop()
+
+
+def _places_of(module: nn.Module) -> frozenset[int]:
+    """Where the weights of a module lie now."""
+    locals_ = (w.to_local() if isinstance(w, DTensor) else w for w in module.parameters())
+    return frozenset(local.untyped_storage().data_ptr() for local in locals_)
 
 
 def in_backward() -> bool:

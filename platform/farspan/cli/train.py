@@ -4,36 +4,41 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 
+from farspan.cli.choose import Chosen, as_written, choose_plan
 from farspan.config.check import check_run
-from farspan.config.load import dump_config, load_config
+from farspan.config.load import dump_config, load_config, written_keys
 from farspan.config.schema import RunConfig
 from farspan.errors import ConfigError
 from farspan.plan.run_plan import RunPlan
 from farspan.storage.paths import absolute_uri
 from farspan.telemetry.events import EventBody
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 def show_plan(path: str, overrides: list[str]) -> None:
     """Print the plan of a config."""
-    config = read_run_config(path, overrides)
-    _print_plan(plan_of(config))
+    chosen = _read_and_choose(path, overrides)
+    _print_plan([*plan_of(chosen.config).lines(), *chosen.lines])
 
 
 def run_train(path: str, overrides: list[str], *, dry_run: bool, cluster: str | None, join: bool) -> None:
     """Run a training config here, or hand it to a cluster."""
-    config = read_run_config(path, overrides)
-    plan = plan_of(config)
-    config.parallel = plan.parallel
+    chosen = _read_and_choose(path, overrides)
+    config, plan = chosen.config, plan_of(chosen.config)
+    config.parallel, lines = plan.parallel, [*plan.lines(), *chosen.lines]
     if dry_run:
         typer.echo(dump_config(config), nl=False)
-        _print_plan(plan)
+        _print_plan(lines)
         return
     if cluster is not None:
-        _submit(config, cluster)
+        _submit(as_written(config), cluster)
         return
 
     from farspan.cli.progress import TrainProgress
@@ -41,7 +46,7 @@ def run_train(path: str, overrides: list[str], *, dry_run: bool, cluster: str | 
     from farspan.jobs.launch import joined_ray, local_ray
     from farspan.jobs.train import run_training
 
-    _print_plan(plan)
+    _print_plan(lines)
     resources = config.resources
     cpus = resources.cpus_per_worker * config.parallel.workers
     gpus = resources.gpus_per_worker * config.parallel.workers
@@ -51,8 +56,29 @@ def run_train(path: str, overrides: list[str], *, dry_run: bool, cluster: str | 
         def tell(body: EventBody) -> None:
             progress.show(log.append(body))
 
-        uri = run_training(config, plan.lines(), tell)
+        uri = run_training(config, lines, tell, chosen.predicted)
     Console(highlight=False, soft_wrap=True).print(f"model published: {uri}", markup=False)
+
+
+def _read_and_choose(path: str, overrides: list[str]) -> Chosen:
+    config = read_run_config(path, overrides)
+    if config.plan.choose == "never" or (config.resources.gpus_per_worker == 0 and config.plan.choose != "always"):
+        return Chosen(config)
+    with Console(stderr=True).status("choosing a plan"):
+        return choose_plan(config, written_keys(path, overrides), _model_of(config))
+
+
+def _model_of(config: RunConfig) -> PretrainedConfig:
+    """The model's config, with the corpus's vocabulary where it is made from scratch."""
+    from farspan.data.reader import read_corpus_manifest
+    from farspan.models.attention import refuse_unsupported
+    from farspan.train.build import model_config
+
+    vocab_size = read_corpus_manifest(config.data.corpus).vocab_size
+    with tempfile.TemporaryDirectory(prefix="farspan-plan-") as scratch:
+        model = model_config(config, vocab_size, Path(scratch))
+    refuse_unsupported(model)
+    return model
 
 
 def read_run_config(path: str, overrides: list[str]) -> RunConfig:
@@ -72,17 +98,12 @@ def plan_of(config: RunConfig) -> RunPlan:
     """The plan of a run; opens the corpus's manifest and the model's config, nothing heavier."""
     import torch
 
-    from farspan.data.reader import read_corpus_manifest
-    from farspan.models.attention import refuse_unsupported
     from farspan.models.lora import count_matrices
     from farspan.plan.facts import model_facts
     from farspan.plan.run_plan import plan_run
-    from farspan.train.build import compute_dtype, model_config, required_certificate
+    from farspan.train.build import compute_dtype, required_certificate
 
-    vocab_size = read_corpus_manifest(config.data.corpus).vocab_size
-    with tempfile.TemporaryDirectory(prefix="farspan-plan-") as scratch:
-        model = model_config(config, vocab_size, Path(scratch))
-    refuse_unsupported(model)
+    model = _model_of(config)
     device = torch.device("cuda" if config.resources.gpus_per_worker > 0 else "cpu")
     num_adapter = count_matrices(model, config.lora) if config.lora.rank > 0 else 0
     plan = plan_run(config, model_facts(model), compute_dtype(config.model.dtype, device).itemsize, num_adapter)
@@ -104,8 +125,8 @@ def _submit(config: RunConfig, address: str) -> None:
     follow(submitted, typer.echo)
 
 
-def _print_plan(plan: RunPlan) -> None:
+def _print_plan(lines: list[tuple[str, str]]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print("plan", style="bold")
-    for what, text in plan.lines():
+    for what, text in lines:
         console.print(f"  {what:16} {text}", markup=False)

@@ -51,6 +51,8 @@ def check_run(config: RunConfig) -> None:
     _check_optim(config.optim)
     _check_memory(config.memory)
     _check_reprobe(config)
+    _one_of("plan.choose", config.plan.choose, ("auto", "always", "never"))
+    _at_least("plan.gpus_per_node", config.plan.gpus_per_node, 1)
     _check_chunks(config)
     _check_weights(config)
     _check_lora(config.lora)

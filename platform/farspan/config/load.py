@@ -45,6 +45,20 @@ def load_config(schema: type[Schema], path: str | None, overrides: list[str]) ->
         raise ConfigError(problem.full_key or "config", "must resolve", str(problem), "fix the ${...}") from None
 
 
+def written_keys(path: str | None, overrides: list[str]) -> frozenset[str]:
+    """The dotted keys a user set, in the file or by an override."""
+    found: set[str] = set()
+    for layer in (_read_yaml(path), _read_overrides(overrides)):
+        found |= _leaves(OmegaConf.to_container(layer), "")
+    return frozenset(found)
+
+
+def _leaves(value: Any, prefix: str) -> set[str]:
+    if not isinstance(value, dict) or not value:
+        return {prefix}
+    return {leaf for key, inner in value.items() for leaf in _leaves(inner, f"{prefix}.{key}" if prefix else str(key))}
+
+
 def parse_config(schema: type[Schema], text: str) -> Schema:
     """The config that `dump_config` wrote: how a config travels to workers and clusters."""
     return typing.cast(

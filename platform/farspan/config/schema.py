@@ -174,6 +174,20 @@ class MemoryConfig:
 
 
 @dataclass(kw_only=True)
+class PlanConfig:
+    """What the planner may decide."""
+
+    choose: str = "auto"
+    """auto: on GPUs, what the config does not set is chosen; always: on CPUs too; never: everything as it is set."""
+    gpu: str | None = None
+    """Kind of GPU the workers get, such as h100 or a100-80; none: this machine is asked and measured."""
+    gpus_per_node: int = 8
+    """GPUs of one machine."""
+    calibration: str | None = None
+    """Speeds that `farspan plan --calibrate` measured; none: assumed shares of the data sheet."""
+
+
+@dataclass(kw_only=True)
 class ResourcesConfig:
     """What each training process asks Ray for."""
 
@@ -203,6 +217,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
 
 

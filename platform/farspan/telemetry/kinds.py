@@ -106,6 +106,15 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlanPredicted:
+    """What the planner expects of every step."""
+
+    step_s: float
+    device_bytes: int
+    """Of tensors on the fullest rank; 0: not predicted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSteppedDown:
     """A rank ran out of memory; the run goes on from the same batch with a plan that needs less."""
 
@@ -118,7 +127,15 @@ class PlanSteppedDown:
 
 
 EventBody = (
-    RunStarted | StepReport | CheckpointPublished | LayoutProbed | RunFinished | RequestServed | PlanSteppedDown | Note
+    RunStarted
+    | StepReport
+    | CheckpointPublished
+    | LayoutProbed
+    | RunFinished
+    | RequestServed
+    | PlanPredicted
+    | PlanSteppedDown
+    | Note
 )
 
 KINDS: dict[str, type[EventBody]] = {
@@ -128,6 +145,7 @@ KINDS: dict[str, type[EventBody]] = {
     "layout_probed": LayoutProbed,
     "run_finished": RunFinished,
     "request_served": RequestServed,
+    "plan_predicted": PlanPredicted,
     "plan_stepped_down": PlanSteppedDown,
     "note": Note,
 }

@@ -48,6 +48,14 @@ METRICS: tuple[Metric, ...] = (
         "farspan_probe_step", "steps", "Probed step", "layout_probed.step", "Steps done when the layout was probed."
     ),
     Metric("farspan_probe_seconds", "s", "Probe time", "layout_probed.seconds", "Wall time of the probe."),
+    Metric("farspan_predicted_step_seconds", "s", "Predicted step", "plan_predicted.step_s", "By the planner."),
+    Metric(
+        "farspan_predicted_device_bytes",
+        "bytes",
+        "Predicted memory",
+        "plan_predicted.device_bytes",
+        "Tensors on the fullest rank, by the planner; 0 where it does not say.",
+    ),
     Metric(
         "farspan_stepped_down_step", "steps", "Step that did not fit", "plan_stepped_down.step", "Memory ran out in it."
     ),

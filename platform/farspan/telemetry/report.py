@@ -23,6 +23,7 @@ from farspan.telemetry.kinds import (
     Event,
     LayoutProbed,
     Note,
+    PlanPredicted,
     PlanSteppedDown,
     RequestServed,
     RunFinished,
@@ -71,7 +72,7 @@ def render_report(events: Sequence[Event], title: str, facts: Mapping[str, str])
         facts=facts,
         summary=summary,
         status=_status(summary),
-        train_tiles=_train_tiles(summary),
+        train_tiles=[*_train_tiles(summary), *_predicted_tiles(events, summary)],
         serve_tiles=_serve_tiles(summary),
         # The SVG is ours and escapes what it was given; everything else is escaped by the template.
         train_plots=[(plot.title, Markup(draw(plot))) for plot in _train_plots(summary)],
@@ -108,6 +109,23 @@ def _train_tiles(summary: Summary) -> list[tuple[str, str, str]]:
         ("Throughput", f"{count(summary.tokens_per_s)}", "tokens/s, all steps"),
         ("Peak memory", byte_size(summary.peak_memory_bytes), "of the fullest rank"),
         ("Sent between ranks", byte_size(sum(s.bytes_sent for s in summary.steps)), "to exchange attention"),
+    ]
+
+
+def _predicted_tiles(events: Sequence[Event], summary: Summary) -> list[tuple[str, str, str]]:
+    """What the planner said beside what was measured, by the median step: the first ones set things up."""
+    predicted = [event.body for event in events if isinstance(event.body, PlanPredicted)]
+    if not predicted or not summary.steps:
+        return []
+    last = predicted[-1]
+    pairs: list[tuple[str, float, float, Style]] = [
+        ("Step", last.step_s, percentile([s.step_s for s in summary.steps], 50), duration)
+    ]
+    if last.device_bytes:
+        pairs.append(("Memory", float(last.device_bytes), float(summary.peak_memory_bytes), byte_size))
+    return [
+        (f"{what} against plan", f"{(said - found) / found:+.0%}", f"{style(said)} predicted, {style(found)} measured")
+        for what, said, found, style in pairs
     ]
 
 
@@ -225,6 +243,9 @@ def _timeline_row(event: Event) -> tuple[str, str, str]:
         case LayoutProbed(step=step, seconds=seconds, failed=failed, passed=passed):
             verdict = "FAILED: " + "; ".join(failed) if failed else "equal: " + "; ".join(passed)
             return clock, f"Layout probed after step {step}", f"{verdict} · {duration(seconds)}"
+        case PlanPredicted(step_s=step_s, device_bytes=size):
+            memory = f" · {byte_size(size)} on the fullest rank" if size else ""
+            return clock, "Plan", f"{duration(step_s)} a step predicted{memory}"
         case PlanSteppedDown(step=step, reason=reason, change=change):
             return clock, f"Step {step} did not fit", f"{reason} · now {change}"
         case RunFinished(steps=steps, tokens=tokens, seconds=seconds):
