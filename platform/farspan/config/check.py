@@ -170,7 +170,7 @@ def _check_optim(optim: OptimConfig) -> None:
 def _check_memory(memory: MemoryConfig) -> None:
     _one_of("memory.offload_activations", memory.offload_activations, ACTIVATION_OFFLOADS)
     _one_of("memory.chunk", memory.chunk, CHUNKINGS)
-    _at_least("memory.mlp_tile_tokens", memory.mlp_tile_tokens, 1)
+    _at_least("memory.mlp_tile_tokens", memory.mlp_tile_tokens, 0)
     _at_least("memory.chunk_tokens", memory.chunk_tokens, 1)
     _within("memory.chunk_keep", memory.chunk_keep, 0.01, 1)
     _within("memory.limit_gib", memory.limit_gib, 0, math.inf)

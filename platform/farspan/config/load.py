@@ -49,7 +49,7 @@ def written_keys(path: str | None, overrides: list[str]) -> frozenset[str]:
     """The dotted keys a user set, in the file or by an override."""
     found: set[str] = set()
     for layer in (_read_yaml(path), _read_overrides(overrides)):
-        found |= _leaves(OmegaConf.to_container(layer), "")
+        found |= _leaves(layer, "")
     return frozenset(found)
 
 

@@ -152,8 +152,8 @@ class MemoryConfig:
 
     tiled_mlp: bool = False
     """Compute feed-forward layers by tiles of tokens and compute each tile again in backward."""
-    mlp_tile_tokens: int = 2048
-    """Tokens of such a tile."""
+    mlp_tile_tokens: int = 0
+    """Tokens of such a tile; 0: as many as the model is wide."""
     offload_activations: str = "none"
     """Where tensors kept for backward wait: none (the device), cpu, cxl, nvme."""
     tiers: list[str] = field(default_factory=list)

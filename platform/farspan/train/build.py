@@ -72,7 +72,7 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
     use_farspan_attention(model)
     if config.train.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    tiled = tile_mlps(model, decoder_layers(model), config.memory.mlp_tile_tokens) if config.memory.tiled_mlp else []
+    tiled = tile_mlps(model, decoder_layers(model), _mlp_tile(config, model)) if config.memory.tiled_mlp else []
     mesh = make_mesh(device.type, parallel.sp, parallel.ulysses, timeout_s=config.resources.timeout_s)
     loss = PackedLoss(model.to(device), config.train.loss_tile_tokens).train()
     sequence = SequenceParallel(SequenceRanks.of(mesh), parallel.strategy, parallel.layout)
@@ -175,6 +175,11 @@ def _adapter(config: RunConfig, model: PreTrainedModel, device: torch.device) ->
         return None
     base = base_of(config.model.source, config.model.architecture, config.seed)
     return add_adapter(model, config.lora, base, config.seed, compute_dtype(config.model.dtype, device))
+
+
+def _mlp_tile(config: RunConfig, model: PreTrainedModel) -> int:
+    width: int = model.config.get_text_config(decoder=True).hidden_size
+    return config.memory.mlp_tile_tokens or width
 
 
 def local_ranks() -> int:
