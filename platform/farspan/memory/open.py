@@ -23,8 +23,7 @@ _FORMS = (
     "dram:SIZE, cxl:node=N:SIZE, cxl:/dev/daxX.Y:SIZE, cxl:emulated:SIZE, nvme:FOLDER:SIZE, objects:URI:SIZE, "
     "device:SIZE; SIZE is like 64GiB"
 )
-# What published measurements of one CXL 2.0 x8 expander show, rounded: about a third of a DRAM channel set's speed
-# and twice its latency.
+# A stand-in in the order of one CXL 2.0 x8 expander: slower than local memory, twice as late. Not a measurement.
 CXL_SHAPE = Shape(read_bytes_per_s=22e9, write_bytes_per_s=18e9, latency_s=600e-9)
 
 

@@ -11,7 +11,7 @@ from farspan.errors import TierError
 from farspan.memory.host import CxlTier
 from farspan.memory.numa import bind_to_node, find_nodes, pages_of, parse_cpu_list, parse_numa_maps
 
-# Captured from a machine with a node without processors (node 1), some lines left out.
+# In the form of a machine with a node without processors (node 1).
 CAPTURED = """\
 55d0c8a00000 default file=/usr/bin/python3.12 mapped=142 active=0 N0=142 kernelpagesize_kB=4
 7f2c14000000 bind:1 anon=2048 dirty=2048 N1=2048 kernelpagesize_kB=4
