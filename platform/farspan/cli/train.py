@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from farspan.config.schema import RunConfig
 from farspan.errors import ConfigError
 from farspan.plan.run_plan import RunPlan
 from farspan.storage.paths import absolute_uri
-from farspan.telemetry.events import EventBody
+from farspan.telemetry.events import EventBody, StepReport
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -52,12 +53,20 @@ def run_train(path: str, overrides: list[str], *, dry_run: bool, cluster: str | 
     gpus = resources.gpus_per_worker * config.parallel.workers
     ray_here = joined_ray() if join else local_ray(cpus, gpus)
     with run_log(config.output) as log, TrainProgress(config.train.steps) as progress, ray_here:
+        seconds: list[float] = []
 
         def tell(body: EventBody) -> None:
+            if isinstance(body, StepReport):
+                seconds.append(body.step_s)
             progress.show(log.append(body))
 
         uri = run_training(config, lines, tell, chosen.predicted)
-    Console(highlight=False, soft_wrap=True).print(f"model published: {uri}", markup=False)
+    console = Console(highlight=False, soft_wrap=True)
+    if chosen.predicted is not None and seconds:
+        said, found = chosen.predicted.step_s, statistics.median(seconds)
+        text = f"a step took {found:.3g} s (median), {said:.3g} s were predicted ({(said - found) / found:+.0%})"
+        console.print(text, markup=False)
+    console.print(f"model published: {uri}", markup=False)
 
 
 def _read_and_choose(path: str, overrides: list[str]) -> Chosen:

@@ -153,7 +153,7 @@ def measure(name: str, shape: Shape, num_tokens: int, budget: int) -> Measured:
 def _in_process(pipe: Connection, name: str, shape: Shape, num_tokens: int, budget: int) -> None:
     torch.set_num_threads(shape.threads)
     model = _model(shape, max(num_tokens, _WARM_TOKENS))
-    step = _STEPS[name](model)
+    step = contender(name, model)
     # What libraries set up at first use is not what a step costs.
     step(_document(min(_WARM_TOKENS, num_tokens), shape))
     model.zero_grad(set_to_none=True)
@@ -170,6 +170,11 @@ def _in_process(pipe: Connection, name: str, shape: Shape, num_tokens: int, budg
     seconds = time.perf_counter() - started
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     pipe.send(Measured(peak, seconds, losses[0], norm.item()))
+
+
+def contender(name: str, model: PreTrainedModel) -> Callable[[ShardedBatch], Tensor]:
+    """One contender's step on `model`: document -> loss, gradients left behind."""
+    return _STEPS[name](model)
 
 
 def _plain(model: PreTrainedModel) -> Callable[[ShardedBatch], Tensor]:

@@ -14,7 +14,6 @@ from farspan.errors import ConfigError, NotFoundError
 from farspan.plan.calibrate import cpu_machine
 from farspan.plan.cost import plan_of_choice
 from farspan.plan.machine import GIB, calibrated, parse_machine, save_calibration, size_text
-from farspan.plan.predicted import predicted_against_measured
 from farspan.plan.search import search
 
 
@@ -65,17 +64,6 @@ def test_slower_tiers_are_filled_in_order_and_the_optimizer_stays_in_local_memor
     footprint = replace(plan.footprint, optimizer_host=90.0 * GIB, activations_host=70.0 * GIB)
     tiers = footprint.tiers(machine.tier_bytes())
     assert (tiers["host"], tiers["cxl"], tiers["nvme"]) == (100 * GIB, 50 * GIB, 10 * GIB)
-
-
-def test_a_plan_is_held_against_what_was_measured() -> None:
-    task, _ = random_task(random.Random(7))
-    plan = search(task).plans[0]
-    memory, step, tokens = predicted_against_measured(plan, peak_bytes=2 * GIB, step_s=2 * plan.step_s)
-    assert step.error == pytest.approx(-0.5)
-    assert tokens.error == pytest.approx(1.0)
-    assert memory.predicted == pytest.approx(plan.footprint.device_bytes / 1.04, rel=1e-6)
-    assert memory.line()[1].startswith("2.0 GiB measured, ")
-    assert predicted_against_measured(plan) == []
 
 
 def test_bytes_are_written_for_readers() -> None:
