@@ -124,13 +124,23 @@ def offloaded_gradients(config: RunConfig, cache: str) -> tuple[dict[str, torch.
     return {n: p.grad.full_tensor() for n, p in step.loss.named_parameters()}, stored
 
 
-@pytest.mark.parametrize("more", [[], ["train.recompute=true"], ["parallel.strategy=ring"]], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["train.recompute=true"],
+        ["parallel.strategy=ring"],
+        ["train.recompute=true", "memory.swap_share=1"],
+    ],
+    ids=str,
+)
 def test_activations_that_wait_in_another_tier_change_no_bit(
     ranks: RankPool, corpus: str, tmp_path: Path, more: list[str]
 ) -> None:
-    layout = ["parallel.workers=2", "parallel.sp=2", "data.sequence_tokens=1024", *more]
+    layout = ["parallel.workers=2", "parallel.sp=2", "data.sequence_tokens=1024"]
     tiers = ["memory.offload_activations=cxl", "memory.tiers=[cxl:emulated:64MiB]"]
-    plain, away = (tiny_run(corpus, str(tmp_path / "run"), *layout, *extra) for extra in ([], tiers))
+    at_home = [item for item in more if "swap_share" not in item]
+    plain, away = (tiny_run(corpus, str(tmp_path / "run"), *layout, *extra) for extra in (at_home, [*more, *tiers]))
     want = ranks.run(offloaded_gradients, 2, plain, str(tmp_path / "cache"))
     for (grads, stored), (expected, _) in zip(
         ranks.run(offloaded_gradients, 2, away, str(tmp_path / "cache")), want, strict=True

@@ -51,6 +51,7 @@ def check_run(config: RunConfig) -> None:
     _check_optim(config.optim)
     _check_memory(config.memory)
     _check_reprobe(config)
+    _check_swap(config)
     _one_of("plan.choose", config.plan.choose, ("auto", "always", "never"))
     _at_least("plan.gpus_per_node", config.plan.gpus_per_node, 1)
     _check_chunks(config)
@@ -89,6 +90,17 @@ def _check_reprobe(config: RunConfig) -> None:
                 config.train.reprobe_every,
                 f"use train.reprobe_every=0 or {field}={legal}",
             )
+
+
+def _check_swap(config: RunConfig) -> None:
+    memory = config.memory
+    if memory.swap_share > 0 and not (config.train.recompute and memory.offload_activations != "none"):
+        raise ConfigError(
+            "memory.swap_share",
+            "divides what a layer computes again from what waits elsewhere, and needs both",
+            memory.swap_share,
+            "use train.recompute=true memory.offload_activations=cpu, or memory.swap_share=0",
+        )
 
 
 def _check_chunks(config: RunConfig) -> None:
@@ -172,6 +184,7 @@ def _check_memory(memory: MemoryConfig) -> None:
     _one_of("memory.chunk", memory.chunk, CHUNKINGS)
     _at_least("memory.mlp_tile_tokens", memory.mlp_tile_tokens, 0)
     _at_least("memory.chunk_tokens", memory.chunk_tokens, 1)
+    _within("memory.swap_share", memory.swap_share, 0, 1)
     _within("memory.chunk_keep", memory.chunk_keep, 0.01, 1)
     _within("memory.limit_gib", memory.limit_gib, 0, math.inf)
 

@@ -89,6 +89,8 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
     )
     if config.memory.offload_activations != "none":
         step.offload = RunOffload(config.memory, model, device, local_ranks())
+        if config.memory.swap_share > 0:
+            step.offload.swap(model, config.memory.swap_share)
     state = TrainState(0, 0, config.seed, config.data.sequence_tokens, corpus.fingerprint)
     tokenizer = load_tokenizer(corpus.tokenizer_folder)
     return Training(

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from farspan.activations.memo_tokens import memo_contexts
 from farspan.activations.offload import ActivationOffload, OffloadReport
 from farspan.activations.offload_choose import choose_offload
 from farspan.config.schema import MemoryConfig
@@ -48,6 +49,12 @@ class RunOffload:
         assert self._offload is not None, "a run without offload has no RunOffload"
         with self._offload.step():
             yield
+
+    def swap(self, model: PreTrainedModel, share: float) -> None:
+        """Recompute the layers of `model` but for a share of their tokens, whose products wait in the tier."""
+        assert self._offload is not None, "a run without offload has no RunOffload"
+        contexts = memo_contexts(self._offload, share)
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
 
     @property
     def report(self) -> OffloadReport:
