@@ -5,7 +5,7 @@ with one fp32 scale for each 256 numbers.
 
 | engine | weights | gradients | moments | offload_optimizer=cpu |
 |---|---|---|---|---|
-| fsdp2 | 4 / R | 4 / R | 8 / R | master and moments in host memory, 2 / R stay; gradients leave layer by layer |
+| fsdp2 | 4 / R | 4 / R | 8 / R | a second copy of the weights and the moments in host memory; gradients leave |
 | deepspeed 1 | 2 | 2 | 12 / R with the master | 12 / R in host memory |
 | deepspeed 2 | 2 | 2 / R | 12 / R | the same, gradients leave |
 | deepspeed 3 | 2 / R | 2 / R | 12 / R | the same, gradients leave |
@@ -61,7 +61,7 @@ def states_of(profile: ModelProfile, choice: Choice) -> States:
     master = _WIDE * trained / ranks
     narrow_share = 1 / ranks if choice.shards_weights else 1.0
     if choice.engine == "fsdp2":
-        weights = (_NARROW * trained / ranks if offloaded else master) + _NARROW * frozen / ranks
+        weights = master + _NARROW * frozen / ranks
         gradients = 0.0 if offloaded else _WIDE * trained / ranks
         optimizer = 0.0 if offloaded else moments
     else:
