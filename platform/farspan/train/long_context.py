@@ -35,7 +35,7 @@ from farspan.train.rescue import is_out_of_memory
 PLAIN, CHECKPOINTED, ALST = "transformers", "transformers + checkpointing", "deepspeed ALST pieces"
 TILES, RECOMPUTE, SECO = "farspan tiles", "farspan tiles + recompute", "farspan tiles + chunks"
 PEERS, OURS = (PLAIN, CHECKPOINTED, ALST), (TILES, RECOMPUTE, SECO)
-_TILE_TOKENS, _CHUNK_TOKENS, _WARM_TOKENS = 128, 1024, 64
+_TILE_TOKENS, _CHUNK_TOKENS, _WARM_TOKENS = 128, 512, 64
 _DEADLINE_S, _CHECK_TOKENS = 900.0, 320
 
 
