@@ -52,6 +52,23 @@ def tier(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Tier]:
     opened.close()
 
 
+def test_two_who_open_one_dax_device_never_get_the_same_bytes(tmp_path: Path) -> None:
+    """Processes of one host name the same device: each must find its own part."""
+    (tmp_path / "dax").write_bytes(b"\0" * (5 << 20))
+    first, second = (DaxTier(tmp_path / "dax", 2 << 20) for _ in range(2))
+    regions = [tier.allocate(2 << 20, "test") for tier in (first, second)]
+    for value, region in enumerate(regions):
+        region.tier.store(region, torch.full((2 << 20,), value, dtype=torch.uint8)).finish()
+    assert not first.memory_of(regions[0]).any()
+    with pytest.raises(TierError, match="2097152 bytes that no other process has could not be mapped"):
+        DaxTier(tmp_path / "dax", 2 << 20)
+    for region in regions:
+        region.tier.free(region)
+        region.tier.close()
+    # What was given back can be had again.
+    DaxTier(tmp_path / "dax", 2 << 20).close()
+
+
 SIZES = (1, 511, 4096, 4097, (8 << 20) - 1, (8 << 20) + 4097)
 
 
