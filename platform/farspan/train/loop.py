@@ -21,10 +21,16 @@ from farspan.train.rescue import Rescue, clear_rescue, load_rescue
 def train(training: Training, config: RunConfig, tell: Callable[[EventBody], None]) -> str:
     """Run to the last step; gives the URI of the published model. Collective: every rank calls it."""
     try:
-        return _train(training, config, tell)
-    finally:
-        if training.step.offload is not None:
-            training.step.offload.close()
+        uri = _train(training, config, tell)
+    except BaseException as first:
+        # What went wrong first is what the caller must see: running out of memory is answered with another plan.
+        try:
+            training.step.close()
+        except Exception as second:
+            first.add_note(f"closing the run failed too: {second}")
+        raise
+    training.step.close()
+    return uri
 
 
 def _train(training: Training, config: RunConfig, tell: Callable[[EventBody], None]) -> str:
