@@ -287,6 +287,16 @@ def test_a_run_with_other_data_does_not_resume(ranks: RankPool, corpus: str, tmp
         run(ranks, tiny_run(corpus, str(tmp_path / "run"), "seed=7"), tmp_path)
 
 
+def test_a_run_with_another_kind_of_optimizer_states_does_not_resume(
+    ranks: RankPool, corpus: str, tmp_path: Path
+) -> None:
+    config = tiny_run(corpus, str(tmp_path / "run"), "train.steps=1", "model.dtype=float32")
+    run(ranks, config, tmp_path)
+    other = tiny_run(corpus, config.output, "model.dtype=float32", "optim.kind=adamw8bit")
+    with pytest.raises(RankFailed, match=r"written with optim.kind=adamw, this run has adamw8bit; .*train.resume=fal"):
+        run(ranks, other, tmp_path)
+
+
 def test_the_published_model_is_an_ordinary_hugging_face_folder(ranks: RankPool, corpus: str, tmp_path: Path) -> None:
     run(ranks, tiny_run(corpus, str(tmp_path / "run"), *TWO_RANKS, "train.steps=2"), tmp_path)
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from farspan.errors import TierError
+from farspan.errors import TierError, TierFullError
 from farspan.memory.extents import Extents
 from farspan.memory.host import HostTier
 from farspan.memory.inplace import memory_at
@@ -50,10 +50,11 @@ class DaxTier(HostTier):
         self._memory = torch.frombuffer(mapped, dtype=torch.uint8)
         self._extents = Extents(self.capacity_bytes)
 
-    def _map(self, nbytes: int) -> Tensor:
+    def _map(self, nbytes: int, owner: str) -> Tensor:
         start = self._extents.take(nbytes)
         if start is None:
-            raise TierError(self.label, f"no hole of {nbytes} bytes is left, its free memory is in smaller pieces")
+            # What is free is in smaller pieces.
+            raise TierFullError(self.label, owner, nbytes, self._extents.largest, self.capacity_bytes)
         return self._memory[start : start + nbytes]
 
     def _release(self, region: Region) -> None:

@@ -93,7 +93,7 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
         step.chunks = _chunks(config, model, sequence, mesh, device, tiers)
     elif tiers is not None:
         step.offload = RunOffload(tiers, model, device)
-    state = TrainState(0, 0, config.seed, config.data.sequence_tokens, corpus.fingerprint)
+    state = TrainState(0, 0, config.seed, config.data.sequence_tokens, corpus.fingerprint, config.optim.kind)
     tokenizer = load_tokenizer(corpus.tokenizer_folder)
     return Training(
         step=step, tokenizer=tokenizer, state=state, compute=dtype, certificate=certificate, adapter=adapter

@@ -102,7 +102,8 @@ def _resume_rescued(training: Training, config: RunConfig) -> TrainState | None:
     mine = load_rescue(config.output, dist.get_rank(), dist.get_world_size(), training.state)
     steps: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(steps, None if mine is None else mine[0].step)
-    newest = on_rank_0(lambda: newest_step(config.output))
+    # A run that starts over is not behind the checkpoints of an older one.
+    newest = on_rank_0(lambda: newest_step(config.output)) if config.train.resume else 0
     if mine is None or len(set(steps)) != 1 or mine[0].step < newest:
         return None
     state, shards = mine

@@ -379,3 +379,26 @@ def test_striped_tiers_fill_in_proportion_to_their_speed_and_refuse_only_when_al
         region.tier.free(region)
     for tier in tiers:
         tier.close()
+
+
+@pytest.mark.parametrize("make", [dax_file, TIERS["nvme"]], ids=["dax", "nvme"])
+def test_a_tier_whose_room_is_in_pieces_is_full_and_says_what_the_largest_piece_is(
+    make: Callable[[Path], Tier], tmp_path: Path
+) -> None:
+    """Whoever keeps idle regions frees them when a tier is full, which joins the pieces."""
+    tier = make(tmp_path)
+    regions = [tier.allocate(CAPACITY // 4, "test") for _ in range(4)]
+    for region in regions[::2]:
+        tier.free(region)
+    with pytest.raises(TierFullError, match=f"asked for {CAPACITY // 2} bytes, {CAPACITY // 4} of"):
+        tier.allocate(CAPACITY // 2, "test")
+    for region in regions[1::2]:
+        tier.free(region)
+    tier.close()
+
+
+def test_memory_the_host_refuses_is_memory_that_did_not_suffice() -> None:
+    tier = DramTier(1 << 60)
+    with pytest.raises(MemoryError, match="memory tier dram: 1152921504606846976 bytes for test were refused"):
+        tier.allocate(1 << 60, "test")
+    tier.close()
