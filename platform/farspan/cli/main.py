@@ -45,7 +45,7 @@ def quickstart(
 
 @app.command()
 def plan(
-    config: Annotated[str | None, typer.Argument(help="YAML config file.", metavar="[CONFIG]")] = None,
+    config: Annotated[str | None, typer.Argument(help="YAML config file.", metavar="CONFIG")] = None,
     overrides: Overrides = None,
     gpu: Annotated[
         str | None, typer.Option(metavar="NAME[:COUNT]", help="Devices of a machine, such as h100:8; cpu is this one.")

@@ -22,12 +22,12 @@ class Reason:
 
 
 def reasons(rejected: Iterable[Rejected]) -> list[Reason]:
-    """Refusals by what they have in common, the most frequent first."""
+    """Refusals by what they have in common: what does not fit first, then what is against a rule; by number."""
     groups: dict[str, list[Rejected]] = {}
     for item in rejected:
         groups.setdefault(_kind(item.reason), []).append(item)
     found = [Reason(text, len(items), min(items, key=_excess)) for text, items in groups.items()]
-    return sorted(found, key=lambda reason: -reason.count)
+    return sorted(found, key=lambda reason: (not isinstance(reason.nearest.reason, Overflow), -reason.count))
 
 
 def nearest_miss(reason: Reason) -> str | None:
