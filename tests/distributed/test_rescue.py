@@ -75,6 +75,28 @@ def test_a_run_that_ran_out_of_memory_goes_on_from_the_same_batch_bit_for_bit(
     assert open_store(f"{config.output}/rescue").list() == []
 
 
+def test_a_run_that_starts_over_goes_on_from_its_own_step_beside_checkpoints_of_an_older_run(
+    ranks: RankPool, corpus: str, tmp_path: Path
+) -> None:
+    older = tiny_run(corpus, str(tmp_path / "run"), "optim.lr=0.01")
+    run(ranks, older, tmp_path)
+    config = tiny_run(corpus, older.output, "train.resume=false")
+    with pytest.raises(RankFailed, match="rank 0 ran out of memory in step 3"):
+        run(ranks, config, tmp_path, (0, 3))
+    assert list(losses(run(ranks, config, tmp_path))) == [3, 4]
+
+
+def test_a_second_failure_right_after_the_first_loses_and_repeats_no_step(
+    ranks: RankPool, corpus: str, tmp_path: Path
+) -> None:
+    config = tiny_run(corpus, str(tmp_path / "run"), "parallel.workers=2")
+    whole = losses(run(ranks, tiny_run(corpus, str(tmp_path / "whole"), "parallel.workers=2"), tmp_path))
+    for rank, step_of_attempt in ((1, 2), (0, 1), (0, 2)):
+        with pytest.raises(RankFailed, match="ran out of memory"):
+            run(ranks, config, tmp_path, (rank, step_of_attempt))
+    assert losses(run(ranks, config, tmp_path)) == {3: whole[3], 4: whole[4]}
+
+
 def test_the_lower_plan_goes_on_with_the_same_sequences(ranks: RankPool, corpus: str, tmp_path: Path) -> None:
     layout = ["parallel.workers=2", "memory.tiled_mlp=true", "train.recompute=true", "memory.offload_activations=cpu"]
     whole = losses(run(ranks, tiny_run(corpus, str(tmp_path / "whole"), *layout), tmp_path))

@@ -119,8 +119,9 @@ def offloaded_gradients(config: RunConfig, cache: str) -> tuple[dict[str, torch.
     step = build(config, CPU, Path(cache)).step
     step.backward()
     stored = 0 if step.offload is None else step.offload.report.stored_bytes
-    if step.offload is not None:
-        step.offload.close()
+    if step.chunks is not None and step.chunks.home is not None:
+        stored = step.chunks.home.num_bytes
+    step.close()
     return {n: p.grad.full_tensor() for n, p in step.loss.named_parameters()}, stored
 
 
@@ -149,10 +150,27 @@ def test_activations_that_wait_in_another_tier_change_no_bit(
         assert all(torch.equal(grads[name], grad) for name, grad in expected.items())
 
 
+@pytest.mark.parametrize("place", ["cpu", "cxl"])
+@pytest.mark.parametrize("more", [["memory.chunk=seco"], ["memory.chunk=spaco", "train.recompute=true"]], ids=str)
+def test_an_arena_that_lies_in_another_tier_changes_no_bit(
+    ranks: RankPool, corpus: str, tmp_path: Path, place: str, more: list[str]
+) -> None:
+    layout = ["parallel.workers=2", "parallel.sp=2", "memory.chunk_tokens=24", "train.accumulation=2", *more]
+    tiers = [f"memory.offload_activations={place}", "memory.tiers=[cxl:emulated:1MiB,cxl:emulated:1MiB]"]
+    plain, away = (tiny_run(corpus, str(tmp_path / "run"), *layout, *extra) for extra in ([], tiers))
+    want = ranks.run(offloaded_gradients, 2, plain, str(tmp_path / "cache"))
+    for (grads, held), (expected, _) in zip(
+        ranks.run(offloaded_gradients, 2, away, str(tmp_path / "cache")), want, strict=True
+    ):
+        # Keys, values and their gradients of 64 tokens, 2 layers and one of 2 heads of 8 numbers, 8 bytes each.
+        assert held == 64 * 2 * 4 * 8 * 8
+        assert all(torch.equal(grads[name], grad) for name, grad in expected.items())
+
+
 def test_a_tier_that_is_not_described_is_refused(ranks: RankPool, corpus: str, tmp_path: Path) -> None:
     config = tiny_run(corpus, str(tmp_path / "run"), "memory.offload_activations=nvme")
     (message,) = ranks.run(run_refused, 1, config, str(tmp_path / "cache"))
-    assert "memory.offload_activations: needs a nvme tier in memory.tiers" in message
+    assert "memory.tiers: must describe a tier of kind nvme" in message
 
 
 def run_to_end(config: RunConfig, cache: str) -> list[EventBody]:
@@ -277,6 +295,16 @@ def test_a_run_with_other_data_does_not_resume(ranks: RankPool, corpus: str, tmp
     run(ranks, tiny_run(corpus, str(tmp_path / "run"), "train.steps=1"), tmp_path)
     with pytest.raises(RankFailed, match=r"written with seed=0, this run has 7; .*train.resume=false"):
         run(ranks, tiny_run(corpus, str(tmp_path / "run"), "seed=7"), tmp_path)
+
+
+def test_a_run_with_another_kind_of_optimizer_states_does_not_resume(
+    ranks: RankPool, corpus: str, tmp_path: Path
+) -> None:
+    config = tiny_run(corpus, str(tmp_path / "run"), "train.steps=1", "model.dtype=float32")
+    run(ranks, config, tmp_path)
+    other = tiny_run(corpus, config.output, "model.dtype=float32", "optim.kind=adamw8bit")
+    with pytest.raises(RankFailed, match=r"written with optim.kind=adamw, this run has adamw8bit; .*train.resume=fal"):
+        run(ranks, other, tmp_path)
 
 
 def test_the_published_model_is_an_ordinary_hugging_face_folder(ranks: RankPool, corpus: str, tmp_path: Path) -> None:

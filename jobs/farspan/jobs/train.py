@@ -18,16 +18,15 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from farspan.config.load import dump_config, parse_config
 from farspan.config.schema import RunConfig
-from farspan.errors import ClusterError, ConfigError, FarspanError, ModelError, OutOfMemoryError, PlanError
+from farspan.errors import ClusterError, FarspanError
 from farspan.jobs.progress import EventSender, EventWatcher
 from farspan.storage.door import open_store
 from farspan.storage.paths import join_uri
-from farspan.telemetry.events import EventBody, PlanPredicted, PlanSteppedDown, RunStarted
+from farspan.telemetry.events import EventBody, PlanPredicted, RunStarted
+from farspan.train.attempts import run_until_it_fits
 from farspan.train.build import build
-from farspan.train.ladder import Ladder, Rung
 from farspan.train.limit import memory_limit
 from farspan.train.loop import train
-from farspan.train.rescue import clear_rescue
 
 
 def run_training(
@@ -45,27 +44,7 @@ def run_training(
     tell(RunStarted(config=dump_config(config), plan=plan))
     if predicted is not None:
         tell(predicted)
-    if not config.train.resume:
-        clear_rescue(config.output)
-    ladder = Ladder(config)
-    trouble: OutOfMemoryError | None = None
-    while True:
-        try:
-            return _run_once(ladder.config, tell)
-        except OutOfMemoryError as problem:
-            trouble, rung = problem, ladder.down() if config.memory.step_down else None
-        except (ConfigError, ModelError, PlanError):
-            if trouble is None:
-                raise
-            # This model does not allow what the last rung asked for.
-            rung = ladder.other()
-        if rung is None:
-            raise trouble
-        tell(_stepped_down(trouble, rung))
-
-
-def _stepped_down(problem: OutOfMemoryError, rung: Rung) -> PlanSteppedDown:
-    return PlanSteppedDown(step=problem.step, reason=str(problem), change=rung.text)
+    return run_until_it_fits(config, _run_once, tell)
 
 
 def _run_once(config: RunConfig, tell: Callable[[EventBody], None]) -> str:

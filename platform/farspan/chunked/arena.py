@@ -37,11 +37,17 @@ class KvArena:
     """Memory for the keys and values of `num_layers` layers.
 
     `allocate` none: memory beside the first keys stored. `gradient_dtype` none: gradients are summed in the type of
-    the keys (8 * G * D bytes per token and layer in bf16); fp32 sums round less and take 12 * G * D.
+    the keys (8 * G * D bytes per token and layer in bf16); fp32 sums round less and take 12 * G * D. `free` hears of
+    each tensor of `allocate` that is not used any more.
     """
 
-    def __init__(self, allocate: Allocate | None = None, gradient_dtype: torch.dtype | None = None) -> None:
-        self._allocate, self._gradient_dtype = allocate, gradient_dtype
+    def __init__(
+        self,
+        allocate: Allocate | None = None,
+        gradient_dtype: torch.dtype | None = None,
+        free: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        self._allocate, self._gradient_dtype, self._free = allocate, gradient_dtype, free
         self._layers: dict[int, _Layer] = {}
         self._num_tokens, self._with_gradients = 0, False
 
@@ -63,7 +69,10 @@ class KvArena:
 
     def release(self) -> None:
         """Give the memory back."""
-        self._layers.clear()
+        while self._layers:
+            for tensor in self._layers.popitem()[1].tensors:
+                if self._free is not None:
+                    self._free(tensor)
 
     def store(self, number: int, rows: slice, k_cGD: Tensor, v_cGC: Tensor) -> None:
         """Keep the keys and values of a chunk. Chunks come in order.

@@ -51,8 +51,10 @@ def _layers(task: Task) -> str:
 
 def _plans_table(plans: list[Plan]) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", expand=False)
-    for name in ("", "sequence over", "weights", "to save memory"):
-        table.add_column(name, no_wrap=name != "to save memory")
+    # A column of weights only where plans differ in it: at 80 characters the levers need the room.
+    engines = {plan.choice.weights_text() for plan in plans} != {"fsdp2"}
+    for name in ("", "sequence over", *(["weights"] if engines else []), "to save memory"):
+        table.add_column(name, no_wrap=name != "to save memory", min_width=11 if name == "to save memory" else None)
     for name in ("device", "host", "step", "tokens/s", "MFU", "comm", "offload"):
         table.add_column(name, justify="right", no_wrap=True)
     for number, plan in enumerate(plans, start=1):
@@ -62,7 +64,7 @@ def _plans_table(plans: list[Plan]) -> Table:
         table.add_row(
             str(number),
             choice.sharing_text(),
-            choice.weights_text(),
+            *([choice.weights_text()] if engines else []),
             choice.memory_text(),
             size_text(plan.tiers["device"]),
             size_text(slower) if slower else "-",

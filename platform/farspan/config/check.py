@@ -119,6 +119,13 @@ def _check_chunks(config: RunConfig) -> None:
         raise ConfigError(
             "parallel.layout", "must be auto: chunks decide who holds what", parallel.layout, "use parallel.layout=auto"
         )
+    if memory.offload_activations == "nvme":
+        raise ConfigError(
+            "memory.offload_activations",
+            f"must be memory that is read in place when memory.chunk is {memory.chunk}: the arena of keys and values",
+            memory.offload_activations,
+            "use memory.offload_activations=cpu or cxl",
+        )
     if memory.chunk == "spaco" and config.weights.engine == "deepspeed":
         raise ConfigError(
             "memory.chunk",

@@ -155,13 +155,13 @@ class MemoryConfig:
     mlp_tile_tokens: int = 0
     """Tokens of such a tile; 0: as many as the model is wide."""
     offload_activations: str = "none"
-    """Where tensors kept for backward wait: none (the device), cpu, cxl, nvme."""
+    """Where tensors kept for backward wait: none (the device), cpu, cxl, nvme; with chunk, where the arena lies."""
     swap_share: float = 0.0
     """With recompute and offload: share of a layer's tokens whose products wait there instead of being computed again;
     attention is then never computed again (MEMO)."""
     tiers: list[str] = field(default_factory=list)
     """Memory beside the device: dram:SIZE, cxl:node=N:SIZE, cxl:/dev/daxX.Y:SIZE, cxl:emulated:SIZE, nvme:FOLDER:SIZE;
-    offload to cpu needs none."""
+    SIZE is what each process takes; offload to cpu needs none."""
     chunk: str = "none"
     """none, seco (exact: the sequence goes through the model chunk by chunk), spaco (unbiased: chunks are drawn)."""
     chunk_tokens: int = 4096

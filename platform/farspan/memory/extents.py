@@ -36,3 +36,8 @@ class Extents:
     def holes(self) -> tuple[tuple[int, int], ...]:
         """(start, size) of what is free, in address order."""
         return tuple(self._holes)
+
+    @property
+    def largest(self) -> int:
+        """The largest size that `take` could give now."""
+        return max((size for _, size in self._holes), default=0)

@@ -30,15 +30,22 @@ class HostTier(InPlaceTier):
         self.node = node
 
     def _reserve(self, nbytes: int, owner: str) -> object:
-        memory = self._map(nbytes)
+        memory = self._map(nbytes, owner)
         if self.streams is not None:
             status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0)
             if int(status) != 0:
                 raise TierError(self.label, f"CUDA could not pin {nbytes} bytes for {owner} ({status}); ask for less")
         return memory
 
-    def _map(self, nbytes: int) -> Tensor:
-        mapped = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    def _map(self, nbytes: int, owner: str) -> Tensor:
+        """
+        Raises:
+            MemoryError: the host has less than the tier may take.
+        """
+        try:
+            mapped = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as problem:
+            raise MemoryError(f"memory tier {self.label}: {nbytes} bytes for {owner} were refused: {problem}") from None
         # The tensor keeps the mapping alive; it is unmapped with its last view.
         memory = torch.frombuffer(mapped, dtype=torch.uint8)
         if self.node is not None:

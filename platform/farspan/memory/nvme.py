@@ -18,7 +18,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from farspan.errors import CorruptDataError, TierError
+from farspan.errors import CorruptDataError, TierError, TierFullError
 from farspan.memory.extents import Extents
 from farspan.memory.tier import Region, Tier
 
@@ -57,7 +57,8 @@ class NvmeTier(Tier):
     def _reserve(self, nbytes: int, owner: str) -> object:
         start = self._extents.take(nbytes)
         if start is None:
-            raise TierError(self.label, f"{owner} asked for {nbytes} bytes, but what is free is in smaller pieces")
+            # What is free is in smaller pieces.
+            raise TierFullError(self.label, owner, nbytes, self._extents.largest, self.capacity_bytes)
         return start
 
     def _release(self, region: Region) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from farspan.activations.tiled import tile_mlps
+from farspan.chunked.arena import KvArena
 from farspan.chunked.seco import ChunkedStep
 from farspan.config.schema import ParallelConfig, RunConfig
 from farspan.data.reader import Corpus, Reader, open_corpus
@@ -31,7 +32,7 @@ from farspan.train.checkpoint import TrainState
 from farspan.train.chunks import Chunks
 from farspan.train.fsdp2 import Fsdp2Weights
 from farspan.train.loss import PackedLoss
-from farspan.train.offload import RunOffload
+from farspan.train.offload import ArenaMemory, RunOffload, RunTiers
 from farspan.train.step import TrainStep
 from farspan.train.weights import WeightsEngine
 from farspan.train.zero import ZeroWeights, refuse_without_deepspeed
@@ -85,13 +86,16 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
         sequence=sequence,
         reader=Reader(corpus, config.data.sequence_tokens, config.seed),
         device=device,
-        chunks=_chunks(config, model, sequence, mesh, device),
     )
-    if config.memory.offload_activations != "none":
-        step.offload = RunOffload(config.memory, model, device, local_ranks())
+    # Last, because what it opens is closed by the step.
+    tiers = None if config.memory.offload_activations == "none" else RunTiers(config.memory, device, local_ranks())
+    if config.memory.chunk != "none":
+        step.chunks = _chunks(config, model, sequence, mesh, device, tiers)
+    elif tiers is not None:
+        step.offload = RunOffload(tiers, model, device)
         if config.memory.swap_share > 0:
             step.offload.swap(model, config.memory.swap_share)
-    state = TrainState(0, 0, config.seed, config.data.sequence_tokens, corpus.fingerprint)
+    state = TrainState(0, 0, config.seed, config.data.sequence_tokens, corpus.fingerprint, config.optim.kind)
     tokenizer = load_tokenizer(corpus.tokenizer_folder)
     return Training(
         step=step, tokenizer=tokenizer, state=state, compute=dtype, certificate=certificate, adapter=adapter
@@ -192,12 +196,17 @@ def local_ranks() -> int:
 
 
 def _chunks(
-    config: RunConfig, model: PreTrainedModel, sequence: SequenceParallel, mesh: Mesh, device: torch.device
-) -> Chunks | None:
-    if config.memory.chunk == "none":
-        return None
-    step = ChunkedStep(model, config.memory.chunk_tokens, sequence)
-    return Chunks(step, config.memory, config.seed, mesh.all.get_group(), device)
+    config: RunConfig,
+    model: PreTrainedModel,
+    sequence: SequenceParallel,
+    mesh: Mesh,
+    device: torch.device,
+    tiers: RunTiers | None,
+) -> Chunks:
+    home = None if tiers is None else ArenaMemory(tiers)
+    arena = KvArena() if home is None else KvArena(home.allocate, free=home.free)
+    step = ChunkedStep(model, config.memory.chunk_tokens, sequence, arena)
+    return Chunks(step, config.memory, config.seed, mesh.all.get_group(), device, home)
 
 
 def _engine(

@@ -52,15 +52,18 @@ class TrainState:
     seed: int
     sequence_tokens: int
     corpus_fingerprint: str
+    optim_kind: str = "adamw"
 
-    def refuse_other_data(self, now: TrainState) -> None:
-        """Refuse to go on with data in another order: samples would be lost or repeated silently."""
-        for name in ("seed", "sequence_tokens", "corpus_fingerprint"):
+    def refuse_other_run(self, now: TrainState) -> None:
+        """Refuse to go on with data in another order, samples would be lost or repeated silently, or with another kind
+        of optimizer states, which would be taken for ones of this kind or missed.
+        """
+        for name in ("seed", "sequence_tokens", "corpus_fingerprint", "optim_kind"):
             was, is_now = getattr(self, name), getattr(now, name)
             if was != is_now:
                 raise CheckpointError(
                     "train.resume",
-                    f"the checkpoint was written with {name}={was}, this run has {is_now}; "
+                    f"the checkpoint was written with {name.replace('optim_', 'optim.')}={was}, this run has {is_now}; "
                     "restore it, choose another output, or set train.resume=false",
                 )
 
@@ -194,7 +197,7 @@ def _newest_folder(output: str, cache: Path, now: TrainState) -> tuple[Path, Res
         except (CorruptDataError, NotFoundError) as problem:
             skipped.append(f"checkpoint passed over: {problem}")
             continue
-        state.refuse_other_data(now)
+        state.refuse_other_run(now)
         return folder, Resumed(state, tuple(skipped))
     return None
 

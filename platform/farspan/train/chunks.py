@@ -12,6 +12,7 @@ from farspan.batch import PackedBatch, ShardedBatch
 from farspan.chunked.seco import ChunkedStep
 from farspan.chunked.spaco import Draw
 from farspan.config.schema import MemoryConfig
+from farspan.train.offload import ArenaMemory
 from farspan.train.weights import WeightsEngine
 
 
@@ -24,6 +25,14 @@ class Chunks:
     seed: int
     group: dist.ProcessGroup
     device: torch.device
+    home: ArenaMemory | None = None
+    """Where the arena lies; none: on the device."""
+
+    def close(self) -> None:
+        """Give the arena's memory back."""
+        self.step.arena.release()
+        if self.home is not None:
+            self.home.close()
 
     def forward_backward(
         self,

@@ -85,9 +85,15 @@ def _recompute(config: RunConfig) -> Iterator[Rung]:
 
 
 def _offload(config: RunConfig) -> Iterator[Rung]:
-    if config.memory.offload_activations == "none" and config.memory.chunk == "none":
-        config.memory.offload_activations = "cpu"
-        yield Rung(("memory.offload_activations",), "tensors kept for backward wait in host memory")
+    memory, field = config.memory, "memory.offload_activations"
+    # On a CPU the host's memory is the one that did not suffice.
+    if memory.offload_activations != "none" or config.resources.gpus_per_worker == 0:
+        return
+    memory.offload_activations = "cpu"
+    if memory.chunk == "none":
+        yield Rung((field,), "tensors kept for backward wait in host memory")
+    else:
+        yield Rung((field, "memory.chunk"), "keys and values of all chunks lie in host memory")
 
 
 def _chunks(config: RunConfig) -> Iterator[Rung]:
@@ -97,13 +103,14 @@ def _chunks(config: RunConfig) -> Iterator[Rung]:
     smaller = now // (4 if memory.chunk == "none" else 2)
     if smaller < _SMALLEST_CHUNK or memory.chunk == "spaco":
         return
+    if memory.chunk == "none":
+        # Chunks keep only one chunk's tensors; where keys and values lie is a rung of its own.
+        config.train.recompute, memory.offload_activations = False, "none"
     memory.chunk, memory.chunk_tokens = "seco", smaller
     if config.parallel.strategy not in CHUNK_STRATEGIES:
         # Chunks do not go around a ring.
         config.parallel.strategy, config.parallel.ulysses = "ulysses", 1
     config.parallel.layout = "auto"
-    # Chunks already keep only one chunk's tensors: what waits on the host would be copied for nothing.
-    config.train.recompute, memory.offload_activations = False, "none"
     yield Rung(("memory.chunk", "memory.chunk_tokens"), f"the sequence goes through in chunks of {smaller} tokens")
 
 

@@ -21,10 +21,16 @@ from farspan.train.rescue import Rescue, clear_rescue, load_rescue
 def train(training: Training, config: RunConfig, tell: Callable[[EventBody], None]) -> str:
     """Run to the last step; gives the URI of the published model. Collective: every rank calls it."""
     try:
-        return _train(training, config, tell)
-    finally:
-        if training.step.offload is not None:
-            training.step.offload.close()
+        uri = _train(training, config, tell)
+    except BaseException as first:
+        # What went wrong first is what the caller must see: running out of memory is answered with another plan.
+        try:
+            training.step.close()
+        except Exception as second:
+            first.add_note(f"closing the run failed too: {second}")
+        raise
+    training.step.close()
+    return uri
 
 
 def _train(training: Training, config: RunConfig, tell: Callable[[EventBody], None]) -> str:
@@ -96,7 +102,8 @@ def _resume_rescued(training: Training, config: RunConfig) -> TrainState | None:
     mine = load_rescue(config.output, dist.get_rank(), dist.get_world_size(), training.state)
     steps: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(steps, None if mine is None else mine[0].step)
-    newest = on_rank_0(lambda: newest_step(config.output))
+    # A run that starts over is not behind the checkpoints of an older one.
+    newest = on_rank_0(lambda: newest_step(config.output)) if config.train.resume else 0
     if mine is None or len(set(steps)) != 1 or mine[0].step < newest:
         return None
     state, shards = mine

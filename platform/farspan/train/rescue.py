@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from farspan.errors import CorruptDataError, NotFoundError, OutOfMemoryError
+from farspan.errors import CorruptDataError, NotFoundError, OutOfMemoryError, TierFullError
 from farspan.storage.door import open_store
 from farspan.storage.paths import join_uri
 from farspan.storage.publish import fetch_folder, publish_folder
@@ -36,8 +36,8 @@ _ASKED, _DEADLINE_S, _LOOK_EVERY_S = "rescue-asked", 120.0, 0.5
 
 
 def is_out_of_memory(problem: BaseException) -> bool:
-    """Whether torch or Python said that memory did not suffice, on a device or on the host."""
-    if isinstance(problem, torch.OutOfMemoryError | MemoryError):
+    """Whether torch, Python or a memory tier said that memory did not suffice, on a device or beside it."""
+    if isinstance(problem, torch.OutOfMemoryError | MemoryError | TierFullError):
         return True
     return isinstance(problem, RuntimeError) and "can't allocate memory" in str(problem)
 
@@ -153,7 +153,7 @@ def load_rescue(output: str, rank: int, num_ranks: int, now: TrainState) -> tupl
             if values.pop("num_ranks") != num_ranks:
                 return None
             state = TrainState(**values)
-            state.refuse_other_data(now)
+            state.refuse_other_run(now)
             return state, load_file(folder / _SHARD)
         except (CorruptDataError, NotFoundError):
             return None

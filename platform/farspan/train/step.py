@@ -58,6 +58,13 @@ class TrainStep:
         """What the ranks of this sequence send each other, counted."""
         return self.sequence.ranks.all
 
+    def close(self) -> None:
+        """Give back what waits beside the device."""
+        if self.chunks is not None:
+            self.chunks.close()
+        if self.offload is not None:
+            self.offload.close()
+
     def run(self, step: int, before_update: Callable[[], None] | None = None) -> StepReport:
         """Consume dp * accumulation sequences and change the weights once; `step` counts from 0.
 

@@ -22,13 +22,13 @@ from tests.unit.activations.tiny import (
 from torch import Tensor, nn
 
 from farspan.activations.offload import ActivationOffload
-from farspan.activations.offload_choose import choose_offload
 from farspan.activations.offload_policy import Action, Rule, SavePolicy
 from farspan.activations.offload_pool import BufferPool
 from farspan.activations.offload_store import Entry, SavedStore
 from farspan.errors import ConfigError, StaleBufferError, TierFullError, TrainingError
 from farspan.memory.emulated import EmulatedTier, Shape
 from farspan.memory.host import DramTier
+from farspan.memory.striped import StripedTiers
 from farspan.memory.tier import Region
 from farspan.memory.transfer import Finished, Transfer
 
@@ -404,22 +404,11 @@ def test_several_tiers_share_the_load_and_give_the_same_bits() -> None:
     model = tiny_llama(layers=4)
     want = gradients(model)
     tiers = [EmulatedTier(f"cxl{i}", "cxl", CAPACITY, Shape(5e9, 5e9, 1e-6)) for i in range(2)]
-    offload = choose_offload("cxl", {"cxl": tiers}, model, list(model.model.layers), CPU, debug=True)
-    assert offload is not None
-    offload._min_bytes = 512
+    layers = list(model.model.layers)
+    offload = ActivationOffload(StripedTiers(tiers), model, layers, CPU, min_bytes=512, debug=True)
     assert equal(gradients(model, 0, offload), want)
     one, two = (tier.stats().stored_bytes for tier in tiers)
     assert 0.8 < one / two < 1.25
     offload.close()
     for tier in tiers:
         tier.close()
-
-
-def test_the_offload_a_user_names_is_made_or_refused() -> None:
-    model = tiny_llama(layers=1)
-    layers = list(model.model.layers)
-    assert choose_offload("none", {}, model, layers, CPU) is None
-    with pytest.raises(ConfigError, match="nvme:/scratch:512GiB"):
-        choose_offload("nvme", {}, model, layers, CPU)
-    with pytest.raises(ConfigError, match="must be none or one of cpu, cxl, nvme"):
-        choose_offload("disk", {}, model, layers, CPU)

@@ -52,6 +52,23 @@ def tier(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Tier]:
     opened.close()
 
 
+def test_two_who_open_one_dax_device_never_get_the_same_bytes(tmp_path: Path) -> None:
+    """Processes of one host name the same device: each must find its own part."""
+    (tmp_path / "dax").write_bytes(b"\0" * (5 << 20))
+    first, second = (DaxTier(tmp_path / "dax", 2 << 20) for _ in range(2))
+    regions = [tier.allocate(2 << 20, "test") for tier in (first, second)]
+    for value, region in enumerate(regions):
+        region.tier.store(region, torch.full((2 << 20,), value, dtype=torch.uint8)).finish()
+    assert not first.memory_of(regions[0]).any()
+    with pytest.raises(TierError, match="2097152 bytes that no other process has could not be mapped"):
+        DaxTier(tmp_path / "dax", 2 << 20)
+    for region in regions:
+        region.tier.free(region)
+        region.tier.close()
+    # What was given back can be had again.
+    DaxTier(tmp_path / "dax", 2 << 20).close()
+
+
 SIZES = (1, 511, 4096, 4097, (8 << 20) - 1, (8 << 20) + 4097)
 
 
@@ -362,3 +379,26 @@ def test_striped_tiers_fill_in_proportion_to_their_speed_and_refuse_only_when_al
         region.tier.free(region)
     for tier in tiers:
         tier.close()
+
+
+@pytest.mark.parametrize("make", [dax_file, TIERS["nvme"]], ids=["dax", "nvme"])
+def test_a_tier_whose_room_is_in_pieces_is_full_and_says_what_the_largest_piece_is(
+    make: Callable[[Path], Tier], tmp_path: Path
+) -> None:
+    """Whoever keeps idle regions frees them when a tier is full, which joins the pieces."""
+    tier = make(tmp_path)
+    regions = [tier.allocate(CAPACITY // 4, "test") for _ in range(4)]
+    for region in regions[::2]:
+        tier.free(region)
+    with pytest.raises(TierFullError, match=f"asked for {CAPACITY // 2} bytes, {CAPACITY // 4} of"):
+        tier.allocate(CAPACITY // 2, "test")
+    for region in regions[1::2]:
+        tier.free(region)
+    tier.close()
+
+
+def test_memory_the_host_refuses_is_memory_that_did_not_suffice() -> None:
+    tier = DramTier(1 << 60)
+    with pytest.raises(MemoryError, match="memory tier dram: 1152921504606846976 bytes for test were refused"):
+        tier.allocate(1 << 60, "test")
+    tier.close()

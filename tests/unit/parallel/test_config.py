@@ -43,6 +43,10 @@ def test_the_config_knows_the_strategies_and_layouts_that_exist() -> None:
         (["memory.chunk=seco", "parallel.strategy=ring"], "parallel.strategy: must be one of auto, ulysses"),
         (["memory.chunk=seco", "memory.chunk_tokens=1023"], "memory.chunk_tokens: must be a multiple of parallel.sp"),
         (["memory.swap_share=0.5"], "memory.swap_share: .* needs both, got 0.5; use train.recompute=true"),
+        (
+            ["memory.chunk=seco", "memory.offload_activations=nvme"],
+            "in place when .* seco.*=cpu or cxl",
+        ),
         (["train.reprobe_every=5", "lora.rank=4"], "train.reprobe_every: .* lora.rank=0"),
         (["weights.engine=deepspeed", "model.dtype=float64"], "fp32 weights that DeepSpeed keeps.*model.dtype=float32"),
         (["lora.dropout=0.1"], "lora.dropout: must be 0: dropped values would depend .* use lora.dropout=0"),

@@ -13,7 +13,7 @@ from farspan.train.ladder import Ladder, step_down
 
 
 def run_config(*overrides: str) -> RunConfig:
-    base = ["data.corpus=nowhere", "data.sequence_tokens=65536", "parallel.workers=4"]
+    base = ["data.corpus=nowhere", "data.sequence_tokens=65536", "parallel.workers=4", "resources.gpus_per_worker=1"]
     return load_config(RunConfig, None, [*base, *(one for text in overrides for one in text.split())])
 
 
@@ -56,6 +56,17 @@ def test_the_cheapest_rung_comes_first() -> None:
     assert changes[0].train.loss_tile_tokens == 512
     assert changes[1].train.recompute
     assert changes[2].memory.offload_activations == "cpu"
+
+
+def test_chunks_take_their_keys_and_values_to_host_memory_before_they_get_smaller() -> None:
+    chunked = run_config("memory.chunk=seco", "memory.chunk_tokens=8192", "memory.tiled_mlp=true")
+    plans = [plan.memory for plan in all_the_way_down(chunked)[1:3]]
+    assert [(m.offload_activations, m.chunk_tokens) for m in plans] == [("cpu", 8192), ("cpu", 4096)]
+
+
+def test_on_a_cpu_nothing_is_moved_to_the_memory_that_did_not_suffice() -> None:
+    plans = all_the_way_down(run_config("resources.gpus_per_worker=0"))
+    assert {plan.memory.offload_activations for plan in plans} == {"none"}
 
 
 def test_a_rung_the_model_does_not_allow_is_replaced_by_another() -> None:
