@@ -16,7 +16,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window_pattern": 2},
     "phi": {"partial_rotary_factor": 0.5},
     "gpt_neox": {},
-    "llama4_text": {"num_local_experts": 4},
+    "llama4_text": {"num_local_experts": 4, "attn_temperature_tuning": False},
     "cohere2": {},
     "gpt_oss": {"num_local_experts": 4},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"] * 24},

@@ -18,6 +18,7 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from farspan.config.schema import LoraConfig
 from farspan.errors import CheckpointError, ConfigError
@@ -175,13 +176,14 @@ def _inject(model: PreTrainedModel, lora: LoraConfig, base: str) -> peft.LoraCon
         r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM", base_model_name_or_path=base
     )
     head = model.get_output_embeddings()
+    linear = _linear_names(model)
     try:
         peft.inject_adapter_in_model(config, model, _NAME)
     except ValueError as problem:
-        raise _wrong_targets(lora, " ".join(str(problem).split())) from None
+        raise _wrong_targets(lora, " ".join(str(problem).split()), linear) from None
     for name, layer in _layers(model).items():
         if layer.get_base_layer() is head or not isinstance(layer, Linear):
-            raise _wrong_targets(lora, f"{name} is the head or not a linear layer")
+            raise _wrong_targets(lora, f"{name} is the head or not a linear layer", linear)
     return config
 
 
@@ -199,12 +201,22 @@ def _layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def _wrong_targets(lora: LoraConfig, reason: str) -> ConfigError:
+def _linear_names(model: PreTrainedModel) -> set[str]:
+    """Names of the linear layers an adapter may stand beside: not the head, and none that a mixture of experts has."""
+    head, mixtures = model.get_output_embeddings(), [n for n, m in model.named_modules() if hasattr(m, "experts")]
+    beside_experts = tuple(f"{name}." for name in mixtures)
+    found = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    last = {name.rpartition(".")[2] for name in found}
+    return last - {name.rpartition(".")[2] for name in found if name.startswith(beside_experts)}
+
+
+def _wrong_targets(lora: LoraConfig, reason: str, linear: set[str]) -> ConfigError:
     return ConfigError(
         "lora.targets",
         f"must name linear layers of the model other than its head ({reason})",
         list(lora.targets),
-        "use lora.targets=[all-linear]",
+        # peft's all-linear takes routers and experts in, which are no linear layers: it is not always a way out.
+        f"use lora.targets=[{','.join(sorted(linear))}] or some of them",
     )
 
 

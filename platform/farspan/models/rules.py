@@ -87,6 +87,11 @@ def refuse_unsupported(config: PretrainedConfig) -> None:
             raise ModelError(f"{name}: {field} must be 0: dropped scores differ between layouts; set it to 0")
     if getattr(text, "use_bidirectional_attention", None):
         raise ModelError(f"{name}: use_bidirectional_attention lets tokens see later ones; only causal models train")
+    if getattr(text, "attn_temperature_tuning", None):
+        raise ModelError(
+            f"{name}: attn_temperature_tuning scales queries by their place among the tokens of a call, not in their "
+            f"document; set it to false, which is the same up to {getattr(text, 'floor_scale', 1) - 1} tokens"
+        )
     if getattr(text, "output_router_logits", False):
         raise ModelError(
             f"{name}: the router's auxiliary loss is not computed over ranks yet; set output_router_logits=false"

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from farspan.errors import ModelError
 from farspan.models.rules import layer_kinds
 
-WINDOW, CHUNK, VOCAB, POSITIONS = 7, 6, 64, 512
+WINDOW, CHUNK, VOCAB, POSITIONS, FLOOR = 7, 6, 64, 512, 4
 _MAX_PARAMETERS = 40_000_000
 _PROBLEMS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError,
              ZeroDivisionError, StrictDataclassError)  # fmt: skip
@@ -28,6 +28,7 @@ _SMALL = {
     "max_position_embeddings": POSITIONS,
     "sliding_window": WINDOW,
     "attention_chunk_size": CHUNK,
+    "floor_scale": FLOOR,
     "intermediate_size": 48,
     "intermediate_size_mlp": 48,
     "ffn_hidden_size": 48,
@@ -46,6 +47,8 @@ _SMALL = {
     "mamba_d_state": 8,
     "mamba_chunk_size": 16,
 }
+# Shortened even where the widths cannot be: what lies beyond the probe would never be seen.
+_LIMITS = ("vocab_size", "sliding_window", "attention_chunk_size", "floor_scale")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
 
@@ -119,8 +122,7 @@ def _small_fields(config: PretrainedConfig, *, widths: bool) -> dict[str, Any]:
             text[field] = [text[field][layer] for layer in layers]
     for common, value in _SMALL.items():
         field = names.get(common, common)
-        if isinstance(text.get(field), int) and (widths or field in ("vocab_size", "sliding_window",
-                                                                      "attention_chunk_size")):  # fmt: skip
+        if isinstance(text.get(field), int) and (widths or field in _LIMITS):
             text[field] = min(value, text[field])
     for field in _TOKENS:
         if text.get(field) is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from tests.support.decoders import decoder_config
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from farspan.config.schema import LoraConfig
@@ -23,6 +25,7 @@ from farspan.models.lora import (
     read_base,
     save_adapter,
 )
+from farspan.verify.shrink import small_model
 
 SETTINGS = {
     "hidden_size": 32,
@@ -87,6 +90,19 @@ def test_random_matrices_depend_on_the_seed_alone() -> None:
 def test_targets_that_are_not_inner_linear_layers_are_refused(targets: list[str], reason: str) -> None:
     with pytest.raises(ConfigError, match=rf"lora.targets: must name linear layers .*{reason}"):
         adapted(new_model(), targets=targets)
+
+
+def test_where_all_linear_takes_a_router_in_the_refusal_names_targets_that_work() -> None:
+    with pytest.raises(ConfigError, match=r"mlp.gate is the head or not a linear layer") as refused:
+        adapted(small_model(decoder_config("qwen3_next")), targets=["all-linear"])
+    named = re.search(r"use lora.targets=\[(.*)\] or some of them", str(refused.value))
+    assert named is not None
+    targets = named[1].split(",")
+    assert {"in_proj_qkvz", "q_proj", "o_proj"} <= set(targets)
+    model = small_model(decoder_config("qwen3_next"))
+    adapted(model, targets=targets)
+    layers = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert {layer.rpartition(".")[2] for layer in layers} == set(targets)
 
 
 @pytest.mark.parametrize(

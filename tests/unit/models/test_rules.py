@@ -47,6 +47,7 @@ REFUSED = {
     "attention_dropout must be 0": ("llama", {"attention_dropout": 0.1}),
     "use_bidirectional_attention": ("gemma3_text", {"use_bidirectional_attention": True}),
     "is an encoder": ("bert", {}),
+    "attn_temperature_tuning .* the same up to 8191 tokens": ("llama4_text", {"attn_temperature_tuning": True}),
     "auxiliary loss": ("qwen3_next", {"output_router_logits": True}),
     "rope_type dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
 }

@@ -9,6 +9,8 @@ import torch
 from tests.support.decoders import decoder_config
 from transformers import CONFIG_MAPPING
 
+import farspan.models.attention
+import farspan.verify.selfcheck
 from farspan.errors import ModelError
 from farspan.models.attention import use_farspan_attention
 from farspan.models.parts import decoder_layers
@@ -86,3 +88,12 @@ MISREAD = {
 def test_a_rule_that_is_not_what_the_model_does_is_found_and_its_layer_named(reason: str) -> None:
     with pytest.raises(ModelError, match=f"would not be trained exactly: .*{reason}"):
         check_model(decoder_config("llama", **MISREAD[reason]))
+
+
+def test_a_scale_that_follows_the_place_in_a_call_is_seen_even_if_no_rule_names_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for room in (farspan.verify.selfcheck, farspan.models.attention):
+        monkeypatch.setattr(room, "refuse_unsupported", lambda config: None)
+    with pytest.raises(ModelError, match=r"layer 3 .full attention. differs"):
+        check_model(decoder_config("llama4_text", attn_temperature_tuning=True))
