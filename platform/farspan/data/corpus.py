@@ -17,7 +17,8 @@ from pathlib import Path
 from farspan.config.check import check_corpus
 from farspan.config.load import dump_config
 from farspan.config.schema import CorpusConfig
-from farspan.data.encode import Encode, Encoded, EncodeTask, encode_here, read_batches, read_template
+from farspan.data.chat import ChatEncoder
+from farspan.data.encode import Encode, Encoded, EncodeTask, encode_here, read_batches, refuse_bad
 from farspan.data.manifest import (
     CORPUS_MANIFEST,
     TOKENIZER_FOLDER,
@@ -30,7 +31,7 @@ from farspan.data.mixture import split_bounds
 from farspan.data.records import file_kind
 from farspan.data.shards import ShardWriter
 from farspan.data.sources import SourceFile, find_files, sources_of
-from farspan.data.tokenizer import TOKENIZER_FILE, copy_tokenizer, open_encoder, train_tokenizer
+from farspan.data.tokenizer import TOKENIZER_FILE, copy_tokenizer, open_encoder, set_template, train_tokenizer
 from farspan.data.workspace import Counts, Journal, resume, workspace
 from farspan.errors import ConfigError
 from farspan.storage.local import explained
@@ -96,10 +97,11 @@ def _begin(config: CorpusConfig, files: list[SourceFile], folder: Path, progress
     asked = [dump_config(config), *(json.dumps(asdict(file)) for file in files)]
     if config.tokenizer is not None:
         copy_tokenizer(config.tokenizer, tokenizer)
+        if config.chat_template is not None:
+            set_template(config.chat_template, tokenizer)
     elif not (tokenizer / TOKENIZER_FILE).is_file() or not _same_request(folder, asked):
         train_tokenizer(_texts(config, files, folder, progress), config.vocab_size, tokenizer)
         (folder.parent / _REQUEST).write_text(_digest(asked), encoding="ascii")
-    asked.append(read_template(config) or "")
     asked += [describe_file(file, file.name).sha256 for file in sorted(tokenizer.iterdir())]
     return resume(folder, _digest(asked))
 
@@ -153,6 +155,8 @@ def _encode(
 
 def _add(config: CorpusConfig, file: SourceFile, answer: Encoded, writer: ShardWriter, counts: Counts) -> None:
     """Write one record, as one document or cut into several, or count why not."""
+    if config.on_bad == "fail":
+        refuse_bad(answer)
     counts.file, counts.record = answer.file, answer.record + 1
     counts.records += 1
     num_tokens = len(answer.tokens)
@@ -196,13 +200,13 @@ def _manifest(config: CorpusConfig, journal: Journal, writer: ShardWriter) -> Co
             )
             for number, source in enumerate(sources_of(config))
         ),
-        rule=_rule(config, counts),
+        rule=_rule(config, counts, folder),
     )
 
 
-def _rule(config: CorpusConfig, counts: Counts) -> DocumentRule:
+def _rule(config: CorpusConfig, counts: Counts, tokenizer: Path) -> DocumentRule:
     chat = config.format == "chat"
-    template = read_template(config)
+    template = ChatEncoder(tokenizer, None, config.train_on).template if chat else None
     return DocumentRule(
         format=config.format,
         train_on=config.train_on if chat else None,

@@ -4,7 +4,7 @@ the same files give the same answers in the same order, however they are cut int
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -18,7 +18,6 @@ from farspan.data.records import EMPTY, Record, file_kind, read_records
 from farspan.data.sources import SourceFile
 from farspan.data.tokenizer import open_encoder
 from farspan.errors import CorruptDataError
-from farspan.storage.door import open_store
 
 _BATCH_RECORDS = 64
 _BATCH_CHARACTERS = 1 << 22
@@ -65,18 +64,13 @@ class RecordEncoder:
         self._plain = open_encoder(tokenizer, str(tokenizer))
         self._chat: ChatEncoder | None = None
         if config.format == "chat":
-            self._chat = ChatEncoder(tokenizer, read_template(config), config.train_on)
+            self._chat = ChatEncoder(tokenizer, None, config.train_on)
 
     def encode(self, batch: Batch) -> list[Encoded]:
-        """The answers to a batch, in order.
-
-        Raises:
-            CorruptDataError: a bad record, with on_bad=fail.
-        """
-        answers = [self._conversation(*entry) for entry in batch] if self._chat is not None else self._texts(batch)
-        if self._config.on_bad == "fail":
-            refuse_bad(answers)
-        return answers
+        """The answers to a batch, in order."""
+        if self._chat is None:
+            return self._texts(batch)
+        return [self._conversation(*entry) for entry in batch]
 
     def _conversation(self, file: int, number: int, record: Record) -> Encoded:
         assert self._chat is not None
@@ -97,19 +91,10 @@ class RecordEncoder:
         ]
 
 
-def read_template(config: CorpusConfig) -> str | None:
-    """The text of the chat template that the config names; none: it names none."""
-    if config.chat_template is None:
-        return None
-    folder, _, name = config.chat_template.rpartition("/")
-    return open_store(folder or ".").read_bytes(name).decode("utf-8")
-
-
-def refuse_bad(answers: Sequence[Encoded]) -> None:
-    """Raises CorruptDataError for the first record that cannot be used; an empty text is none, and not bad."""
-    for answer in answers:
-        if answer.problem is not None and answer.problem != EMPTY:
-            raise CorruptDataError(answer.name, f"{answer.problem}; correct the record or set on_bad=skip")
+def refuse_bad(answer: Encoded) -> None:
+    """Raises CorruptDataError for a record that cannot be used; an empty text holds nothing, and is not bad."""
+    if answer.problem is not None and answer.problem != EMPTY:
+        raise CorruptDataError(answer.name, f"{answer.problem}; correct the record or set on_bad=skip")
 
 
 def encode_here(task: EncodeTask) -> Iterator[list[Encoded]]:
