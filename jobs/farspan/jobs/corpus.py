@@ -6,8 +6,10 @@ build in one process, byte for byte. See docs/decisions/0020-corpora.md.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from farspan.errors import ClusterError, FarspanError
 # Files a worker takes at a time, and at most this many batches of them are asked for.
 _FILES_PER_BLOCK = 16
 _MOST_BLOCKS = 4096
+_FETCH_TIMEOUT_S = 300.0
 # One thread per worker: there is one worker for each CPU. Both are switches of the tokenizers library.
 _WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
 
@@ -53,10 +56,12 @@ def encode_with_ray(task: EncodeTask) -> Iterator[list[Encoded]]:
         return
     workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
     blocks = min(len(items), max(workers, -(-len(items) // _FILES_PER_BLOCK)), _MOST_BLOCKS)
+    kept = ray.put(tokenizer)
     try:
         found = _dataset(items, blocks).map_batches(
             _Worker,
-            fn_constructor_args=(dump_config(task.config), tokenizer, task.first_file, task.done_records),
+            # A reference in a list is fetched by the worker: the files are not copied into the arguments of every one.
+            fn_constructor_args=(dump_config(task.config), [kept], task.first_file, task.done_records),
             batch_size=None,
             batch_format="pyarrow",
             zero_copy_batch=True,
@@ -64,8 +69,9 @@ def encode_with_ray(task: EncodeTask) -> Iterator[list[Encoded]]:
             num_cpus=1,
             runtime_env={"env_vars": _WORKER_ENVIRONMENT},
         )
-        for batch in found.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-            yield _answers(batch)
+        with _quiet():
+            for batch in found.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+                yield _answers(batch)
     except ray.exceptions.RayError as problem:
         raise _cause(problem) from None
 
@@ -78,14 +84,33 @@ def _dataset(items: list[dict[str, Any]], blocks: int) -> ray.data.Dataset:
         return ray.data.from_items(items, override_num_blocks=blocks)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Ray Data's own account of its plan goes to its log files; the screen is the progress bar's."""
+    logger = logging.getLogger("ray.data")
+    level, disabled = logger.level, logger.disabled
+    logger.disabled = False
+    logger.setLevel(logging.ERROR)
+    handlers = [(handler, handler.level) for handler in logger.handlers]
+    for handler, _ in handlers:
+        handler.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.disabled = disabled
+        for handler, before in handlers:
+            handler.setLevel(before)
+
+
 class _Worker:
     """One process that encodes whole files."""
 
-    def __init__(self, config: str, tokenizer: dict[str, bytes], first_file: int, done_records: int) -> None:
+    def __init__(self, config: str, tokenizer: list[ray.ObjectRef], first_file: int, done_records: int) -> None:
         self._config = parse_config(CorpusConfig, config)
         self._first_file, self._done_records = first_file, done_records
         with tempfile.TemporaryDirectory(prefix="farspan-tokenizer-") as name:
-            for file, data in tokenizer.items():
+            for file, data in ray.get(tokenizer[0], timeout=_FETCH_TIMEOUT_S).items():
                 (Path(name) / file).write_bytes(data)
             self._encoder = RecordEncoder(self._config, Path(name))
 
