@@ -134,15 +134,36 @@ def train(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model folder or checkpoint, local or s3://.")],
     corpus: Annotated[str, typer.Option(help="Corpus folder from `farspan data build`.")],
-    sequences: Annotated[int, typer.Option(min=1, help="Packed sequences to score.")] = 4,
-    sequence_tokens: Annotated[int, typer.Option(min=2, help="Tokens of one sequence.")] = 8192,
-    seed: Annotated[int, typer.Option(help="Which sequences.")] = 1,
+    tasks: Annotated[
+        str, typer.Option(metavar="TASK,...", help="loss, passkey, needle, variables; separated by commas.")
+    ] = "loss",
+    lengths: Annotated[
+        str | None, typer.Option(metavar="TOKENS,...", help="Context lengths: 1024,4096,32K. None: the model's.")
+    ] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="loss: sequences of the longest length to score.")] = 4,
+    samples: Annotated[int, typer.Option(min=1, help="Other tasks: questions for each length and depth.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Which sequences and questions.")] = 1,
+    output: Annotated[
+        str | None, typer.Option(help="Folder for evaluation.json and evaluation.png, local or s3://.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Mean loss and perplexity of a model, and its loss by position in the document."""
+    """Loss of a model by position and context length, and its recall of facts hidden in real text."""
     from farspan.cli.models import run_evaluate
+    from farspan.cli.plan import parse_tokens
+    from farspan.jobs.evaluate import EvaluationPlan
+    from farspan.storage.paths import absolute_uri
 
-    run_evaluate(model, corpus, sequences, sequence_tokens, seed, as_json=as_json)
+    plan = EvaluationPlan(
+        model=absolute_uri(model),
+        corpus=absolute_uri(corpus),
+        tasks=tuple(dict.fromkeys(task.strip() for task in tasks.split(","))),
+        lengths=tuple(parse_tokens(length, "--lengths") for length in lengths.split(",")) if lengths else (),
+        sequences=sequences,
+        samples=samples,
+        seed=seed,
+    )
+    run_evaluate(plan, output, as_json=as_json)
 
 
 @app.command()

@@ -69,16 +69,22 @@ class BuildProgressBar(_Live):
 
     def __init__(self) -> None:
         super().__init__(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} documents")
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} files, {task.fields[records]:,} documents"),
         )
         self._task: Any = None
 
     def __call__(self, progress: Any) -> None:
         """One BuildProgress from the corpus room."""
         if self._task is None:
-            self._task = self._bar.add_task("", total=progress.total_documents)
+            self._task = self._bar.add_task("", total=progress.total_files, records=0)
         self._bar.update(
-            self._task, description=progress.stage, completed=progress.documents, total=progress.total_documents
+            self._task,
+            description=progress.stage,
+            completed=progress.files,
+            total=progress.total_files,
+            records=progress.documents,
         )
 
     def finish(self, manifest: Any, output: str) -> None:
@@ -88,4 +94,7 @@ class BuildProgressBar(_Live):
             markup=False,
         )
         for entry in manifest.skipped:
-            self.console.print(f"  left out: {entry.documents} ({entry.reason})", markup=False)
+            named = ", ".join(entry.examples[:2]) + (", ..." if entry.documents > 2 else "")
+            self.console.print(f"  left out: {entry.documents} ({entry.reason}): {named}", markup=False)
+        if manifest.rule.split:
+            self.console.print(f"  cut: {manifest.rule.split} longer than {manifest.rule.split_tokens} tokens")

@@ -31,6 +31,9 @@ WEIGHTS_ENGINES = ("fsdp2", "deepspeed")
 OFFLOADS = ("none", "cpu")
 ACTIVATION_OFFLOADS = ("none", "cpu", "cxl", "nvme")
 TRANSPORTS = ("auto", "nixl")
+FORMATS = ("text", "chat")
+TRAIN_ON = ("assistant", "all")
+ON_BAD = ("skip", "fail")
 
 
 def check_run(config: RunConfig) -> None:
@@ -200,11 +203,54 @@ def check_corpus(config: CorpusConfig) -> None:
     """Refuse a corpus config that cannot be built."""
     if not config.sources:
         raise ConfigError("sources", "must name at least one file or folder", [], "try sources=[python:stdlib]")
+    for source in config.sources:
+        _check_source(source)
+    _one_of("format", config.format, FORMATS)
+    _one_of("train_on", config.train_on, TRAIN_ON)
+    _one_of("on_bad", config.on_bad, ON_BAD)
     _at_least("vocab_size", config.vocab_size, 300)
     _at_least("shard_tokens", config.shard_tokens, 1024)
     _at_least("min_tokens", config.min_tokens, 2)
     if config.max_documents is not None:
         _at_least("max_documents", config.max_documents, 1)
+    _at_least("upsample.min_tokens", config.upsample.min_tokens, 1)
+    _hundredths("upsample.factor", config.upsample.factor)
+    for source in config.sources:
+        if isinstance(source, dict) and config.upsample.factor != 1:
+            _hundredths("sources.weight times upsample.factor", round(source["weight"] * config.upsample.factor, 6))
+    _check_shape_of_documents(config)
+
+
+def _check_source(source: object) -> None:
+    if isinstance(source, str):
+        return
+    if not isinstance(source, dict) or set(source) != {"path", "weight"} or not isinstance(source["path"], str):
+        way_out = "write for example sources=[{path: books, weight: 2}]"
+        raise ConfigError("sources", "each must be a path or {path: ..., weight: ...}", source, way_out)
+    if isinstance(source["weight"], bool) or not isinstance(source["weight"], int | float):
+        raise ConfigError("sources.weight", "must be a number", source["weight"], "use sources.weight=1")
+    _hundredths("sources.weight", source["weight"])
+
+
+def _check_shape_of_documents(config: CorpusConfig) -> None:
+    if config.split_tokens is not None:
+        if config.format == "chat":
+            way_out = "leave split_tokens out"
+            raise ConfigError("split_tokens", "cuts texts; a conversation is kept whole", config.split_tokens, way_out)
+        # The shortest part of a cut document has more than half of split_tokens.
+        _at_least("split_tokens", config.split_tokens, 2 * config.min_tokens)
+    if config.format == "chat" and config.tokenizer is None:
+        way_out = "use tokenizer=FOLDER of the model that is tuned"
+        raise ConfigError("tokenizer", "must be given with format=chat", None, way_out)
+    if config.format == "text" and config.chat_template is not None:
+        raise ConfigError("chat_template", "is for format=chat", config.chat_template, "add format=chat")
+
+
+def _hundredths(field: str, value: float) -> None:
+    """Mixtures are exact: after a hundred epochs every document was seen 100 * weight times."""
+    _within(field, value, 0.01, 1000)
+    if abs(value * 100 - round(value * 100)) > 1e-6:
+        raise ConfigError(field, "must be a multiple of 0.01", value, f"use {field}={round(value, 2):g}")
 
 
 def check_serve(config: ServeConfig) -> None:

@@ -13,15 +13,39 @@ from omegaconf import MISSING
 
 
 @dataclass(kw_only=True)
-class CorpusConfig:
-    """`farspan data build`: text files in, a tokenized corpus of Arrow shards out."""
+class UpsampleConfig:
+    """Long documents more often: what a model needs to learn a longer context."""
 
-    sources: list[str] = MISSING
-    """Files or folders, local or s3://. `python:stdlib` names the source files of this machine's Python."""
+    min_tokens: int = 32768
+    """Documents of at least this many tokens are the long ones."""
+    factor: float = 1.0
+    """How many times an epoch holds each of them; 1: as every other document."""
+
+
+@dataclass(kw_only=True)
+class CorpusConfig:
+    """`farspan data build`: text or conversations in, a tokenized corpus of Arrow shards out."""
+
+    sources: list[Any] = MISSING
+    """Files or folders, local or s3://: each a path, or {path: ..., weight: ...}, where an epoch holds the documents of
+    that source `weight` times. `python:stdlib` names the source files of this machine's Python."""
     output: str = MISSING
     """Folder the corpus is published to, local or s3://."""
     pattern: str = "*.py"
-    """Which files of a folder are read."""
+    """Which files of a folder are read. What a file is says its name: .jsonl, .ndjson and .parquet hold records, any
+    other is one text; .gz and .zst are unpacked."""
+    format: str = "text"
+    """text, or chat: conversations of JSONL and Parquet records, written by the tokenizer's chat template."""
+    text_field: str = "text"
+    """format=text: the field of a record that holds its text."""
+    messages_field: str = "messages"
+    """format=chat: the field of a record that holds its messages, each with a role and a content."""
+    chat_template: str | None = None
+    """format=chat: file with a Jinja chat template, local or s3://; none: the tokenizer's own."""
+    train_on: str = "assistant"
+    """format=chat: assistant (labels only where the assistant speaks), or all."""
+    on_bad: str = "skip"
+    """A record that cannot be read: skip (it is counted and named in the manifest), or fail."""
     tokenizer: str | None = None
     """Hugging Face tokenizer folder; none: train a byte-level BPE on the sources."""
     vocab_size: int = 8192
@@ -32,6 +56,10 @@ class CorpusConfig:
     """Read only this many documents (in path order); none: all."""
     min_tokens: int = 2
     """Shorter documents teach nothing: they are counted and reported, not written."""
+    split_tokens: int | None = None
+    """Longer documents are cut into the fewest equal parts of at most this many tokens; none: kept whole."""
+    upsample: UpsampleConfig = field(default_factory=UpsampleConfig)
+    """Mixture by length."""
 
 
 @dataclass(kw_only=True)

@@ -1,151 +1,218 @@
-"""Building a corpus: sources -> tokenizer -> Arrow shards -> one published folder.
+"""Building a corpus: sources -> records -> tokens -> Arrow shards -> one published folder.
 
-The same sources, tokenizer and settings give the same bytes, whatever the machine's number of cores.
+The same sources, tokenizer and settings give the same bytes, whatever the number of cores or processes, and also when
+the build was killed on the way and went on.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from farspan.config.check import check_corpus
+from farspan.config.load import dump_config
 from farspan.config.schema import CorpusConfig
-from farspan.data.manifest import CORPUS_MANIFEST, TOKENIZER_FOLDER, CorpusManifest, Skipped
+from farspan.data.chat import ChatEncoder
+from farspan.data.encode import Encode, Encoded, EncodeTask, encode_here, read_batches, refuse_bad
+from farspan.data.manifest import (
+    CORPUS_MANIFEST,
+    TOKENIZER_FOLDER,
+    CorpusManifest,
+    DocumentRule,
+    Skipped,
+    SourceShare,
+)
+from farspan.data.mixture import split_bounds
+from farspan.data.records import file_kind
 from farspan.data.shards import ShardWriter
-from farspan.data.sources import Document, find_documents
-from farspan.data.tokenizer import TOKENIZER_FILE, Encoder, copy_tokenizer, open_encoder, train_tokenizer
+from farspan.data.sources import SourceFile, find_files, sources_of
+from farspan.data.tokenizer import TOKENIZER_FILE, copy_tokenizer, open_encoder, set_template, train_tokenizer
+from farspan.data.workspace import Counts, Journal, resume, workspace
 from farspan.errors import ConfigError
 from farspan.storage.local import explained
 from farspan.storage.manifest import describe_file
-from farspan.storage.paths import LocalPlace, parse_uri
 from farspan.storage.publish import check_publishable, publish_folder
-from farspan.storage.staging import staging_folder
 
-NOT_UTF8 = "not UTF-8"
-EMPTY = "empty"
 TOO_SHORT = "shorter than min_tokens"
-
-_BATCH_DOCUMENTS = 64
-_READERS = 8
 _EXAMPLES = 5
+_REQUEST = "tokenizer_of"
 
 
 @dataclass(frozen=True, slots=True)
 class BuildProgress:
-    """How far a build is. `stage` is training (the tokenizer), encoding or publishing; `tokens` those written."""
+    """How far a build is. `stage` is training (the tokenizer), encoding or publishing; `documents` are records read,
+    `tokens` those written."""
 
     stage: str
+    files: int
+    total_files: int
     documents: int
-    total_documents: int
     tokens: int
 
 
 Report = Callable[[BuildProgress], None]
 
 
-def build_corpus(config: CorpusConfig, progress: Report) -> CorpusManifest:
+def build_corpus(config: CorpusConfig, progress: Report, encode: Encode = encode_here) -> CorpusManifest:
     """Build the corpus `config` describes and publish it, whole or not at all.
+
+    A build that was killed goes on from its last finished shard. `encode` is who tokenizes: this process, or others.
 
     Raises:
         ConfigError: a config that cannot be built, or sources in which no document is long enough.
         NotFoundError: a source or the tokenizer is not there.
         UnreachableError: a source cannot be read or the output cannot be written.
+        CorruptDataError: a packed file that is torn, or, with on_bad=fail, a bad record.
     """
     check_corpus(config)
     check_publishable(config.output)
-    documents = find_documents(config.sources, config.pattern)[: config.max_documents]
-    with _workspace(config.output) as folder, explained(config.output, "building the corpus"):
-        encoder = _prepare_tokenizer(config, documents, folder / TOKENIZER_FOLDER, progress)
-        manifest = _encode(config, documents, encoder, folder, progress)
+    sources = sources_of(config)
+    files = _enough(config, find_files([source.path for source in sources], config.pattern))
+    with workspace(config.output) as place, explained(config.output, "building the corpus"):
+        folder = place / "corpus"
+        folder.mkdir(exist_ok=True)
+        journal = _begin(config, files, folder, progress)
+        manifest = _encode(config, files, journal, progress, encode)
         (folder / CORPUS_MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        progress(BuildProgress("publishing", len(documents), len(documents), manifest.tokens))
+        progress(BuildProgress("publishing", len(files), len(files), journal.counts.records, manifest.tokens))
         publish_folder(folder, config.output, frozen=True)
     return manifest
 
 
-@contextmanager
-def _workspace(output: str) -> Iterator[Path]:
-    """Where the corpus grows: beside a local output, so that publishing links files instead of copying them."""
-    place = parse_uri(output)
-    if isinstance(place, LocalPlace):
-        with explained(output, "making a place to build in"), staging_folder(place.folder) as folder:
-            yield folder
-    else:
-        with tempfile.TemporaryDirectory(prefix="farspan-corpus-") as name:
-            yield Path(name)
+def _enough(config: CorpusConfig, files: list[SourceFile]) -> list[SourceFile]:
+    """The files of the first `max_documents` records, where that can be said without opening one."""
+    if config.max_documents is None or any(file_kind(file.path) != "text" for file in files):
+        return files
+    return files[: config.max_documents]
 
 
-def _prepare_tokenizer(config: CorpusConfig, documents: list[Document], folder: Path, progress: Report) -> Encoder:
+def _begin(config: CorpusConfig, files: list[SourceFile], folder: Path, progress: Report) -> Journal:
+    """The tokenizer is in place, and the journal knows what an earlier build of the same left."""
+    tokenizer = folder / TOKENIZER_FOLDER
+    asked = [dump_config(config), *(json.dumps(asdict(file)) for file in files)]
     if config.tokenizer is not None:
-        copy_tokenizer(config.tokenizer, folder)
-        return open_encoder(folder, config.tokenizer)
-    done = 0
+        copy_tokenizer(config.tokenizer, tokenizer)
+        if config.chat_template is not None:
+            set_template(config.chat_template, tokenizer)
+    elif not (tokenizer / TOKENIZER_FILE).is_file() or not _same_request(folder, asked):
+        train_tokenizer(_texts(config, files, folder, progress), config.vocab_size, tokenizer)
+        (folder.parent / _REQUEST).write_text(_digest(asked), encoding="ascii")
+    asked += [describe_file(file, file.name).sha256 for file in sorted(tokenizer.iterdir())]
+    return resume(folder, _digest(asked))
 
-    def texts() -> Iterator[str]:
-        nonlocal done
-        for batch in _read(documents):
-            yield from (text for _, text in batch if text)
-            done += len(batch)
-            progress(BuildProgress("training", done, len(documents), 0))
 
-    train_tokenizer(texts(), config.vocab_size, folder)
-    return open_encoder(folder, str(folder))
+def _same_request(folder: Path, asked: list[str]) -> bool:
+    """Whether the tokenizer in `folder` was trained, to its end, on these files by this config."""
+    file = folder.parent / _REQUEST
+    return file.is_file() and file.read_text(encoding="ascii") == _digest(asked)
+
+
+def _digest(texts: list[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
+def _texts(config: CorpusConfig, files: list[SourceFile], folder: Path, progress: Report) -> Iterator[str]:
+    records = 0
+    for batch in read_batches(EncodeTask(config, tuple(files), 0, 0, folder)):
+        for _, _, record in batch:
+            records += 1
+            if config.max_documents is not None and records > config.max_documents:
+                return
+            if record.text:
+                yield record.text
+        if batch:
+            progress(BuildProgress("training", batch[-1][0] + 1, len(files), records, 0))
 
 
 def _encode(
-    config: CorpusConfig, documents: list[Document], encoder: Encoder, folder: Path, progress: Report
+    config: CorpusConfig, files: list[SourceFile], journal: Journal, progress: Report, encode: Encode
 ) -> CorpusManifest:
-    writer = ShardWriter(folder, config.shard_tokens)
-    skipped: dict[str, list[str]] = {}
-    done = tokens = 0
-    for batch in _read(documents):
-        readable = []
-        for document, text in batch:
-            if text:
-                readable.append((document, text))
-            else:
-                skipped.setdefault(NOT_UTF8 if text is None else EMPTY, []).append(document.name)
-        answers = encoder.encode([text for _, text in readable])
-        for (document, _), ids in zip(readable, answers, strict=True):
-            if len(ids) + 1 < config.min_tokens:
-                skipped.setdefault(TOO_SHORT, []).append(document.name)
-                continue
-            writer.add(document.name, [*ids, encoder.eos_token_id])
-            tokens += len(ids) + 1
-        done += len(batch)
-        progress(BuildProgress("encoding", done, len(documents), tokens))
+    counts = journal.counts
+    tokenizer = journal.folder / TOKENIZER_FOLDER
+    writer = ShardWriter(journal.folder, config.shard_tokens, chat=config.format == "chat", kept=tuple(journal.shards))
+    task = EncodeTask(config, tuple(files[counts.file :]), counts.file, counts.record, tokenizer)
+    for batch in encode(task):
+        for answer in batch:
+            if counts.records == config.max_documents:
+                break
+            _add(config, files[answer.file], answer, writer, counts)
+            if writer.full:
+                journal.write(writer.close_shard(), copy.deepcopy(counts))
+        progress(BuildProgress("encoding", counts.file, len(files), counts.records, counts.tokens))
+        if counts.records == config.max_documents:
+            break
     writer.finish()
     if not writer.shards:
-        reasons = ", ".join(f"{len(names)} {reason}" for reason, names in sorted(skipped.items()))
+        reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(counts.skipped.items()))
         raise ConfigError("sources", f"must hold a usable document ({reasons})", config.sources, "lower min_tokens")
+    return _manifest(config, journal, writer)
+
+
+def _add(config: CorpusConfig, file: SourceFile, answer: Encoded, writer: ShardWriter, counts: Counts) -> None:
+    """Write one record, as one document or cut into several, or count why not."""
+    if config.on_bad == "fail":
+        refuse_bad(answer)
+    counts.file, counts.record = answer.file, answer.record + 1
+    counts.records += 1
+    num_tokens = len(answer.tokens)
+    problem = answer.problem or (TOO_SHORT if num_tokens < config.min_tokens else None)
+    if problem is not None:
+        counts.skipped[problem] = counts.skipped.get(problem, 0) + 1
+        if counts.skipped[problem] <= _EXAMPLES:
+            counts.examples.setdefault(problem, []).append(answer.name)
+        return
+    bounds = split_bounds(num_tokens, config.split_tokens)
+    parts = list(pairwise(bounds))
+    for start, stop in parts:
+        writer.add(answer.name, answer.tokens[start:stop], answer.spans_N2)
+    source = str(file.source)
+    counts.split += len(parts) > 1
+    counts.tokens += num_tokens
+    counts.source_documents[source] = counts.source_documents.get(source, 0) + len(parts)
+    counts.source_tokens[source] = counts.source_tokens.get(source, 0) + num_tokens
+
+
+def _manifest(config: CorpusConfig, journal: Journal, writer: ShardWriter) -> CorpusManifest:
+    counts, folder = journal.counts, journal.folder / TOKENIZER_FOLDER
+    encoder = open_encoder(folder, str(folder))
     return CorpusManifest(
         documents=sum(shard.documents for shard in writer.shards),
-        tokens=tokens,
+        tokens=counts.tokens,
         vocab_size=encoder.vocab_size,
         eos_token_id=encoder.eos_token_id,
-        tokenizer_sha256=describe_file(folder / TOKENIZER_FOLDER / TOKENIZER_FILE, TOKENIZER_FILE).sha256,
+        tokenizer_sha256=describe_file(folder / TOKENIZER_FILE, TOKENIZER_FILE).sha256,
         shards=tuple(writer.shards),
         skipped=tuple(
-            Skipped(reason=reason, documents=len(names), examples=tuple(names[:_EXAMPLES]))
-            for reason, names in sorted(skipped.items())
+            Skipped(reason=reason, documents=number, examples=tuple(counts.examples[reason]))
+            for reason, number in sorted(counts.skipped.items())
         ),
+        sources=tuple(
+            SourceShare(
+                path=source.path,
+                weight_hundredths=source.weight_hundredths,
+                documents=counts.source_documents.get(str(number), 0),
+                tokens=counts.source_tokens.get(str(number), 0),
+            )
+            for number, source in enumerate(sources_of(config))
+        ),
+        rule=_rule(config, counts, folder),
     )
 
 
-def _read(documents: Sequence[Document]) -> Iterator[list[tuple[Document, str | None]]]:
-    """Documents with their texts, in order; None for one that is not UTF-8. A document that cannot be read raises."""
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="corpus-reader") as pool:
-        for start in range(0, len(documents), _BATCH_DOCUMENTS):
-            batch = documents[start : start + _BATCH_DOCUMENTS]
-            yield list(zip(batch, pool.map(_text, batch), strict=True))
-
-
-def _text(document: Document) -> str | None:
-    try:
-        return document.read().decode("utf-8")
-    except UnicodeDecodeError:
-        return None
+def _rule(config: CorpusConfig, counts: Counts, tokenizer: Path) -> DocumentRule:
+    chat = config.format == "chat"
+    template = ChatEncoder(tokenizer, None, config.train_on).template if chat else None
+    return DocumentRule(
+        format=config.format,
+        train_on=config.train_on if chat else None,
+        template_sha256=hashlib.sha256(template.encode()).hexdigest() if template is not None else None,
+        split_tokens=config.split_tokens,
+        split=counts.split,
+        upsample_min_tokens=config.upsample.min_tokens,
+        upsample_hundredths=round(config.upsample.factor * 100),
+    )

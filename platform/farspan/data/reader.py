@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 
 from farspan.batch import IGNORED_LABEL, PackedBatch
 from farspan.data.manifest import CORPUS_MANIFEST, TOKENIZER_FOLDER, CorpusManifest
+from farspan.data.mixture import document_weights
 from farspan.data.pack import PackPlan, Piece
 from farspan.data.shards import INDEX_FILE, INDEX_SCHEMA, Shard, read_batch
 from farspan.errors import CorruptDataError, NotFoundError
@@ -81,13 +83,27 @@ class Corpus:
             raise IndexError(f"tokens {start}..{stop} of a document of {length}")
         return self._shard(int(self._shard_of[document])).tokens(int(self._row_of[document]), start, stop)
 
+    def trained(self, document: int, start: int, stop: int) -> np.ndarray | None:
+        """Which of tokens start..stop of a document are trained, as booleans; none: all of them.
+
+        Raises:
+            CorruptDataError: the document's shard is not the one that was built.
+        """
+        spans_N2 = self._shard(int(self._shard_of[document])).spans(int(self._row_of[document]))
+        if spans_N2 is None:
+            return None
+        trained = np.zeros(int(self.document_lengths[document]), dtype=bool)
+        for first, last in spans_N2:
+            trained[first:last] = True
+        return trained[start:stop]
+
     def _shard(self, number: int) -> Shard:
         with self._lock:
             if number not in self._shards:
                 name = self.manifest.shards[number].file
                 self._check(name)
                 try:
-                    self._shards[number] = Shard(self._store.open_input(name))
+                    self._shards[number] = Shard(self._store.open_input(name), chat=self.manifest.rule.format == "chat")
                 except (ValueError, pa.ArrowInvalid) as problem:
                     raise CorruptDataError(self.uri, f"{name} is not a shard ({problem}); {_REBUILD}") from None
             return self._shards[number]
@@ -123,26 +139,32 @@ class Reader:
 
     def __init__(self, corpus: Corpus, sequence_tokens: int, seed: int) -> None:
         self.corpus = corpus
-        self.plan = PackPlan(corpus.document_lengths, sequence_tokens, seed)
+        weights = document_weights(corpus.manifest, corpus.document_lengths)
+        self.plan = PackPlan(corpus.document_lengths, sequence_tokens, seed, weights)
 
     def batch(self, index: int) -> PackedBatch:
         """Sequence number `index`; `sample_ids` are the document numbers of its pieces."""
         pieces = self.plan.sequence(index)
         tokens = [self.corpus.tokens(piece.document, piece.start, piece.stop) for piece in pieces]
-        return pack(pieces, tokens)
+        trained = [self.corpus.trained(piece.document, piece.start, piece.stop) for piece in pieces]
+        return pack(pieces, tokens, trained)
 
 
-def pack(pieces: tuple[Piece, ...], tokens: list[np.ndarray]) -> PackedBatch:
+def pack(pieces: tuple[Piece, ...], tokens: list[np.ndarray], trained: Sequence[np.ndarray | None]) -> PackedBatch:
     """Lay pieces end to end. The last token of a piece has no label, also where its document goes on elsewhere: the
     rest begins the next sequence as a piece of its own, and what was before it is not visible there.
+
+    A label is the next token, where that token is `trained` (none: all are).
     """
     tokens_T = torch.from_numpy(np.concatenate(tokens).astype(np.int64))
     labels_T = torch.full_like(tokens_T, IGNORED_LABEL)
     positions_T = torch.empty_like(tokens_T)
     bounds = [0]
-    for piece in pieces:
+    for piece, is_trained in zip(pieces, trained, strict=True):
         start, stop = bounds[-1], bounds[-1] + piece.num_tokens
         labels_T[start : stop - 1] = tokens_T[start + 1 : stop]
+        if is_trained is not None:
+            labels_T[start : stop - 1][torch.from_numpy(~is_trained[1:])] = IGNORED_LABEL
         positions_T[start:stop] = torch.arange(piece.num_tokens)
         bounds.append(stop)
     return PackedBatch(tokens_T, labels_T, positions_T, tuple(bounds), tuple(piece.document for piece in pieces))

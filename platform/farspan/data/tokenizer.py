@@ -19,12 +19,13 @@ END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
 _SPECIALS_FILE = "special_tokens_map.json"
+_TEMPLATE_FILE = "chat_template.jinja"
 _FILES = (
     TOKENIZER_FILE,
     _CONFIG_FILE,
     _SPECIALS_FILE,
     "added_tokens.json",
-    "chat_template.jinja",
+    _TEMPLATE_FILE,
     "merges.txt",
     "tokenizer.model",
     "vocab.json",
@@ -115,6 +116,21 @@ def copy_tokenizer(uri: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in present:
         store.download(name, folder / name)
+
+
+def set_template(uri: str, folder: Path) -> None:
+    """Make the Jinja file at `uri` the chat template of the tokenizer in `folder`, for all who load it.
+
+    Raises:
+        NotFoundError: no such file.
+        ConfigError: it is not text.
+    """
+    parent, _, name = uri.rpartition("/")
+    try:
+        text = open_store(parent or ".").read_bytes(name).decode("utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError("chat_template", "must be a text file", uri, "name a Jinja file") from None
+    (folder / _TEMPLATE_FILE).write_text(text, encoding="utf-8")
 
 
 def _eos_token(folder: Path) -> str | None:

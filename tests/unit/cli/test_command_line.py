@@ -176,9 +176,9 @@ def test_building_a_corpus_and_evaluating_an_exported_model_from_the_command_lin
     save_causal_lm(tmp_path / "model", config, random_causal_lm(config, 0).state_dict(), tokenizer)
     assert run(["export", str(tmp_path / "model"), str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
     capsys.readouterr()
-    arguments = ["--corpus", str(tmp_path / "corpus"), "--sequences", "2", "--sequence-tokens", "200", "--json"]
+    arguments = ["--corpus", str(tmp_path / "corpus"), "--sequences", "2", "--lengths", "200", "--json"]
     assert run(["evaluate", str(tmp_path / "half"), *arguments]) == 0
-    result = json.loads(capsys.readouterr().out)
+    (result,) = json.loads(capsys.readouterr().out)["loss"]
     # Random weights know nothing: about log(300) nats.
     assert result["loss"] == pytest.approx(torch.tensor(300.0).log().item(), abs=0.3)
     assert sum(row[3] for row in result["by_position"]) == result["tokens"]

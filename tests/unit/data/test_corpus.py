@@ -16,7 +16,7 @@ from farspan.config.schema import CorpusConfig
 from farspan.data.corpus import BuildProgress, build_corpus
 from farspan.data.manifest import CorpusManifest
 from farspan.data.reader import open_corpus
-from farspan.data.sources import STDLIB, find_documents
+from farspan.data.sources import STDLIB, find_files
 from farspan.errors import ConfigError, FarspanError, NotFoundError, UnreachableError
 
 
@@ -77,7 +77,8 @@ def test_progress_is_told_for_every_stage_and_ends_complete(texts: Path, tmp_pat
     config = CorpusConfig(sources=[str(texts)], output=str(tmp_path / "corpus"), vocab_size=400, shard_tokens=1024)
     manifest = build_corpus(config, told.append)
     assert list(dict.fromkeys(progress.stage for progress in told)) == ["training", "encoding", "publishing"]
-    assert (told[-1].documents, told[-1].total_documents, told[-1].tokens) == (13, 13, manifest.tokens)
+    last = told[-1]
+    assert (last.files, last.total_files, last.documents, last.tokens) == (13, 13, 13, manifest.tokens)
 
 
 def test_a_part_of_the_standard_library_becomes_a_corpus(tmp_path: Path) -> None:
@@ -85,13 +86,13 @@ def test_a_part_of_the_standard_library_becomes_a_corpus(tmp_path: Path) -> None
     assert manifest.documents + manifest.num_skipped == 40
     assert manifest.tokens > 50_000
     corpus = open_corpus(str(tmp_path / "corpus"), tmp_path / "cache")
-    first = find_documents([STDLIB], "*.py")[0]
+    first = find_files([STDLIB], "*.py")[0]
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer_folder / "tokenizer.json"))
     assert tokenizer.decode(corpus.tokens(0)[:-1].tolist(), skip_special_tokens=False) == first.read().decode()
 
 
 def test_the_standard_library_means_source_files_without_tests_and_packages() -> None:
-    names = [document.name for document in find_documents([STDLIB], "*.py")]
+    names = [document.name for document in find_files([STDLIB], "*.py")]
     assert names == sorted(names)
     assert {f"{STDLIB}/ast.py", f"{STDLIB}/json/decoder.py"} <= set(names)
     assert not [name for name in names if {"test", "tests", "site-packages", "idlelib"} & set(name.split("/"))]
@@ -100,7 +101,7 @@ def test_the_standard_library_means_source_files_without_tests_and_packages() ->
 
 def test_files_and_folders_are_taken_in_the_order_written_each_once(texts: Path) -> None:
     sources = [str(texts / "05.py"), str(texts), str(texts / "05.py")]
-    names = [document.name.removeprefix(f"{texts}/") for document in find_documents(sources, "*.py")]
+    names = [document.name.removeprefix(f"{texts}/") for document in find_files(sources, "*.py")]
     assert names[:2] == ["05.py", "00.py"]
     assert len(names) == len(set(names)) == 13
 
