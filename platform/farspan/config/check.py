@@ -77,12 +77,19 @@ def check_run(config: RunConfig) -> None:
 def _check_hybrid(config: RunConfig) -> None:
     parallel, tokens = config.parallel, config.parallel.rank_tokens
     _at_least("parallel.rank_tokens", tokens, 0)
+    _within("parallel.spill", parallel.spill, 0, 0.95)
     if not parallel.hdp:
-        if tokens:
-            raise ConfigError(
-                "parallel.rank_tokens", "needs parallel.hdp=true", tokens, "leave it out or use parallel.hdp=true"
-            )
+        for field, given in (("parallel.rank_tokens", tokens), ("parallel.spill", parallel.spill)):
+            if given:
+                raise ConfigError(field, "needs parallel.hdp=true", given, "leave it out or use parallel.hdp=true")
         return
+    if parallel.spill and config.memory.offload_activations == "none":
+        raise ConfigError(
+            "parallel.spill",
+            "needs a place: memory.offload_activations",
+            parallel.spill,
+            "use memory.offload_activations=cpu or parallel.spill=0",
+        )
     _one_of("parallel.strategy", parallel.strategy, HYBRID_STRATEGIES)
     for field, value, legal, why in (
         ("memory.chunk", config.memory.chunk, "none", "a chunk is of one sequence on the ranks of a mesh"),

@@ -44,8 +44,8 @@ class Spill:
     kept_bytes: float
     """Kept for backward of each token."""
     bytes_per_s: float
-    """To the tier they wait in, for each rank."""
-    most: float = 0.9
+    """To the tier they wait in, for each rank; infinite: `most` always leaves."""
+    most: float
     """Share that may leave at most: what backward needs first stays."""
 
     def share(self, tokens: int) -> float:
@@ -93,6 +93,26 @@ class StepPlan:
         return max(self.costs) * len(self.costs) / sum(self.costs)
 
 
+def least_ranks(tokens: int, num_ranks: int, capacity: int, spill: Spill | None) -> int:
+    """D(s): the ranks a document needs at least, ceil(s / c), or ceil((1 - r) s / c) where a share r leaves.
+
+    Raises:
+        ConfigError: there are not as many.
+    """
+    least = -(-tokens // capacity)
+    if least > 1 and spill is not None:
+        least = min(least, max(1, math.ceil((1 - spill.share(tokens)) * tokens / capacity)))
+    if least > num_ranks:
+        fitting = -(-tokens // num_ranks)
+        raise ConfigError(
+            "parallel.rank_tokens",
+            f"must be at least {fitting} for a document of {tokens} tokens on {num_ranks} processes",
+            capacity,
+            f"use parallel.rank_tokens={fitting}",
+        )
+    return least
+
+
 def balance(lengths: Sequence[int], num_ranks: int, capacity: int, cost: Cost, spill: Spill | None = None) -> StepPlan:
     """The plan of a step with documents of `lengths` tokens on ranks that hold `capacity` tokens each.
 
@@ -101,7 +121,7 @@ def balance(lengths: Sequence[int], num_ranks: int, capacity: int, cost: Cost, s
     Raises:
         ConfigError: a document does not fit on all ranks together.
     """
-    least = [_least_ranks(tokens, num_ranks, capacity, spill) for tokens in lengths]
+    least = [least_ranks(tokens, num_ranks, capacity, spill) for tokens in lengths]
     mean = max(sum(map(cost.document, lengths)) / num_ranks, 1e-300)
     shared: list[tuple[float, int, int]] = []
     alone: dict[int, float] = {}
@@ -123,22 +143,6 @@ def balance(lengths: Sequence[int], num_ranks: int, capacity: int, cost: Cost, s
     weights = {d: whole + cost.fixed * min(1.0, lengths[d] / capacity) for d, whole in alone.items()}
     own = [_pack(items, rank, lengths, capacity, cost) for rank, items in enumerate(even_out(weights, loads))]
     return _in_order(together, own)
-
-
-def _least_ranks(tokens: int, num_ranks: int, capacity: int, spill: Spill | None) -> int:
-    """The ranks a document needs at least."""
-    least = -(-tokens // capacity)
-    if least > 1 and spill is not None:
-        least = min(least, max(1, math.ceil((1 - spill.share(tokens)) * tokens / capacity)))
-    if least > num_ranks:
-        fitting = -(-tokens // num_ranks)
-        raise ConfigError(
-            "parallel.rank_tokens",
-            f"must be at least {fitting} for a document of {tokens} tokens on {num_ranks} processes",
-            capacity,
-            f"use parallel.rank_tokens={fitting}",
-        )
-    return least
 
 
 def _spilled(tokens: int, num_ranks: int, capacity: int) -> float:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from farspan.config.schema import ParallelConfig, RunConfig
-from farspan.data.balance import Cost
+from farspan.data.balance import Cost, Spill, least_ranks
 from farspan.parallel.layout import DocumentZigzagLayout
 from farspan.parallel.strategy import bytes_sent, count_hops
 from farspan.parallel.traffic import Block
@@ -52,6 +53,14 @@ def document_bytes(
     return total
 
 
+def spill_of(config: RunConfig, facts: ModelFacts) -> Spill | None:
+    """The share a user lets leave; the last layer, which backward needs at once, stays."""
+    if not config.parallel.spill:
+        return None
+    most = min(config.parallel.spill, 1 - 1 / facts.num_layers)
+    return Spill(document_cost(facts), kept_bytes=1.0, bytes_per_s=math.inf, most=most)
+
+
 @dataclass(frozen=True, slots=True)
 class HybridPlan:
     """A step in which every document has its own processes."""
@@ -87,7 +96,7 @@ def hybrid_plan(
 ) -> HybridPlan:
     """The plan of a checked config with parallel.hdp."""
     capacity, longest = rank_tokens(config), config.data.sequence_tokens
-    ranks = -(-longest // capacity)
+    ranks = least_ranks(longest, parallel.workers, capacity, spill_of(config, facts))
     sent = document_bytes(config, parallel.strategy, facts, compute_bytes, longest, ranks)
     return HybridPlan(
         rank_tokens=capacity,

@@ -27,7 +27,7 @@ from farspan.parallel.ranksets import RankSets
 from farspan.parallel.strategy import SequenceParallel, SequenceRanks
 from farspan.plan.choose import choose_parallel
 from farspan.plan.facts import model_facts
-from farspan.plan.hybrid import document_cost, rank_tokens
+from farspan.plan.hybrid import document_cost, rank_tokens, spill_of
 from farspan.storage.publish import fetch_folder
 from farspan.train.checkpoint import TrainState
 from farspan.train.chunks import Chunks
@@ -203,7 +203,10 @@ def _hybrid(
     if not config.parallel.hdp:
         return None
     sets = RankSets(device, sequence.ranks.all.counter, timeout_s=config.resources.timeout_s)
-    return HybridStep(sets, sequence.strategy, rank_tokens(config), document_cost(model_facts(model)), device)
+    facts = model_facts(model)
+    return HybridStep(
+        sets, sequence.strategy, rank_tokens(config), document_cost(facts), device, spill_of(config, facts)
+    )
 
 
 def _engine(

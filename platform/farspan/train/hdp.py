@@ -41,7 +41,8 @@ class _Work:
     shard: ShardedBatch
     attention: PackedAttention
     whole: WholeSequence
-    spilled: bool
+    spilled: float
+    """Share of what it keeps that must leave the device."""
 
 
 @dataclass
@@ -87,7 +88,7 @@ class HybridStep:
     def _work(self, micro: MicroBatch, pieces: Sequence[Piece], reader: Reader) -> _Work:
         batch = reader.lay(tuple(pieces[document] for document in micro.documents))
         if not micro.shared:
-            return self._alone(batch, spilled=micro.spilled > 0)
+            return self._alone(batch, micro.spilled)
         batch = _padded(batch, len(micro.ranks))
         layout = self._lay_out(batch, len(micro.ranks))
         exchange = self.sets.of(micro.ranks)
@@ -95,10 +96,10 @@ class HybridStep:
             shard=layout.shard(batch, exchange.rank),
             attention=make_strategy(self.strategy, SequenceRanks(exchange, exchange, exchange), layout, batch.bounds),
             whole=WholeSequence(batch.bounds, exchange, layout),
-            spilled=micro.spilled > 0,
+            spilled=micro.spilled,
         )
 
-    def _alone(self, batch: PackedBatch, *, spilled: bool = False) -> _Work:
+    def _alone(self, batch: PackedBatch, spilled: float = 0.0) -> _Work:
         layout = ContiguousLayout(batch.num_tokens, 1)
         attention = LocalAttention(PairTable.of(layout, batch.bounds))
         return _Work(layout.shard(batch, 0), attention, WholeSequence(batch.bounds), spilled)
@@ -110,8 +111,11 @@ class HybridStep:
         return make_layout(layout, batch.num_tokens, num_ranks, batch.bounds)
 
     def _offloaded(self, one: _Work, offload: RunOffload | None) -> AbstractContextManager[None]:
-        chosen = one.spilled or self.spill is None
-        return nullcontext() if offload is None or not chosen else offload.step()
+        if offload is None:
+            return nullcontext()
+        if self.spill is None:
+            return offload.step()
+        return offload.step(one.spilled) if one.spilled else nullcontext()
 
     def _sum(self, weights: WeightsEngine, num_labels: Tensor) -> None:
         """Sum gradients over ranks. torch does so in a backward only: each rank runs one of a token without a label,

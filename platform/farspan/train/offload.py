@@ -41,9 +41,9 @@ class RunOffload:
             raise
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Around forward and backward of one sequence."""
-        with self._offload.step():
+    def step(self, share: float = 1.0) -> Iterator[None]:
+        """Around forward and backward of one sequence; `share` of its layers give away what they keep."""
+        with self._offload.step(share):
             yield
 
     @property
