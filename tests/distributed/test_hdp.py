@@ -180,13 +180,44 @@ def test_five_training_steps_equal_those_of_the_static_mesh(ranks: RankPool, cor
         assert found["true"][step][0] == pytest.approx(loss, rel=1e-10)
 
 
+def trained_gradients(config: RunConfig, cache: str) -> tuple[float, dict[str, torch.Tensor]]:
+    """(loss, every gradient there is) of the first step."""
+    step = build(config, CPU, Path(cache)).step
+    loss, _ = step.backward()
+    named = step.loss.named_parameters()
+    return loss.item(), {n: p.grad.full_tensor() for n, p in named if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("more", "allowed"),
+    [(["lora.rank=4"], 1e-12), (["model.dtype=bfloat16"], 0.05), (["model.dtype=float32"], 1e-5)],
+    ids=str,
+)
+def test_adapters_and_narrow_types_get_the_gradients_of_the_mesh(
+    ranks: RankPool, corpus: str, tmp_path: Path, more: list[str], allowed: float
+) -> None:
+    same = ["parallel.workers=3", "parallel.sp=3", "parallel.strategy=ring", "data.sequence_tokens=516"]
+    same += ["train.accumulation=3", *more]
+    (loss, grads), (want_loss, want) = (
+        ranks.run(
+            trained_gradients, 3, hybrid_run(corpus, tmp_path, *same, f"parallel.hdp={hdp}"), str(tmp_path / "cache")
+        )[0]
+        for hdp in ("true", "false")
+    )
+    assert abs(loss - want_loss) < allowed * want_loss
+    assert grads.keys() == want.keys()
+    assert any(float(grad.norm()) > 0 for grad in want.values())
+    for name, grad in want.items():
+        assert grads[name].dtype == grad.dtype
+        assert (grads[name] - grad).norm() <= allowed * grad.norm(), name
+
+
 def test_recurrent_layers_follow_their_documents_onto_any_ranks(ranks: RankPool, corpus: str, tmp_path: Path) -> None:
     delta = {"linear_value_head_dim": 8, "linear_key_head_dim": 4, "linear_num_key_heads": 4, "head_dim": 8,
              "linear_num_value_heads": 4, "layer_types": "[linear_attention,full_attention]"}  # fmt: skip
     settings = [f"model.settings.{name}={value}" for name, value in delta.items()]
-    more = ["parallel.workers=3", "parallel.rank_tokens=180", "parallel.strategy=ring", "data.sequence_tokens=256"]
+    more = ["parallel.workers=3", "parallel.rank_tokens=90", "parallel.strategy=ring", "data.sequence_tokens=256"]
     config = hybrid_run(corpus, tmp_path, "model.architecture=qwen3_5_text", *settings, *more)
-    config.parallel.rank_tokens = 90
     ((want_loss, want),) = full_batch(config, tmp_path, 1)
     for ((loss, grads, sent),) in ranks.run(hybrid_gradients, 3, config, str(tmp_path / "cache"), 1):
         assert sent > 0
