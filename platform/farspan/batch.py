@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 IGNORED_LABEL = -100
@@ -40,3 +41,12 @@ class ShardedBatch:
     labels_T: Tensor
     positions_T: Tensor
     bounds: tuple[int, ...]
+
+    def to(self, device: torch.device) -> ShardedBatch:
+        """The same on `device`."""
+        return ShardedBatch(
+            tokens_T=self.tokens_T.to(device),
+            labels_T=self.labels_T.to(device),
+            positions_T=self.positions_T.to(device),
+            bounds=self.bounds,
+        )

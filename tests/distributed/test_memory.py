@@ -19,10 +19,8 @@ from transformers import LlamaForCausalLM
 
 from farspan.activations.memo_tokens import memo_contexts
 from farspan.activations.offload import ActivationOffload
-from farspan.activations.offload_choose import choose_offload
 from farspan.config.schema import RunConfig
 from farspan.memory.host import DramTier
-from farspan.memory.tier import Tier
 from farspan.optim.host import HostOptimizer
 from farspan.optim.make import clip_grad_norm, make_optimizer
 from farspan.parallel.shard import shard_weights
@@ -169,13 +167,11 @@ def run_gradients(
     step = build(config, CPU, Path(cache)).step
     layers = [m for m in step.loss.modules() if type(m).__name__.endswith("LlamaDecoderLayer")]
     assert len(layers) == config.model.settings["num_hidden_layers"]
-    tiers: dict[str, list[Tier]] = {"dram": [DramTier(CAPACITY)]}
-    offload = choose_offload(where, tiers, step.loss, layers, CPU, debug=True)
-    if offload is None:
+    tier, moved = DramTier(CAPACITY), 0
+    if where == "none":
         step.backward()
-        moved = 0
     else:
-        offload._min_bytes = 256
+        offload = ActivationOffload(tier, step.loss, layers, CPU, debug=True, min_bytes=256)
         if alpha is not None:
             (model,) = (m for m in step.loss.modules() if isinstance(m, LlamaForCausalLM))
             contexts = memo_contexts(offload, alpha)
@@ -184,7 +180,7 @@ def run_gradients(
             step.backward()
         moved = offload.report.stored_bytes
         offload.close()
-    tiers["dram"][0].close()
+    tier.close()
     return {n: p.grad.full_tensor() for n, p in step.loss.named_parameters()}, moved
 
 

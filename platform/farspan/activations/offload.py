@@ -9,6 +9,7 @@ Gradients are the same bits with and without: memory is moved, not computed on. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class ActivationOffload:
         """
         self._root, self._layers, self._device = root, list(layers), device
         self._min_bytes, self._num_moved = min_bytes, len(self._layers) - keep_last
+        self._moving = self._num_moved
         self._policy = policy or SavePolicy()
         self._policy.refuse_recompute()
         self.store = SavedStore(tier, OWNER, debug=debug, deadline_s=deadline_s)
@@ -79,8 +81,12 @@ class ActivationOffload:
         self.report = OffloadReport(0, 0.0)
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Forward and backward, any number of times. At its end, also by an exception, every buffer is back."""
+    def step(self, share: float = 1.0) -> Iterator[None]:
+        """Forward and backward, any number of times. At its end, also by an exception, every buffer is back.
+
+        `share` of the layers, the first ones, give away what they keep; the last layers stay whatever it is.
+        """
+        self._moving = min(self._num_moved, math.ceil(share * len(self._layers)))
         stored, waited = self.store.stored_bytes, self.store.waited_s
         self._modules, self._ended, self._first = [], 0, 0
         try:
@@ -126,7 +132,7 @@ class ActivationOffload:
             and tensor.layout is torch.strided
             and tensor.device == self._device
             and tensor.numel() * tensor.element_size() >= self._min_bytes
-            and self._ended < self._num_moved
+            and self._ended < self._moving
             and tensor.untyped_storage().data_ptr() not in self._weights
         )
 

@@ -78,6 +78,10 @@ def _run_config(subject: str, overrides: list[str]) -> RunConfig:
 
 def _checked(config: RunConfig) -> RunConfig:
     check_run(config)
+    if config.parallel.hdp:
+        raise ConfigError(
+            "parallel.hdp", "must be false: a certificate is of the ranks of a mesh", True, "use parallel.hdp=false"
+        )
     if config.model.source is not None:
         config.model.source = absolute_uri(config.model.source)
     return config

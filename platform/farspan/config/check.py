@@ -25,6 +25,7 @@ SERVE_DTYPES = ("bfloat16", "float32", "float64")
 STRATEGIES = ("auto", "ulysses", "ring", "tokenring", "hybrid", "allgather")
 LAYOUTS = ("auto", "contiguous", "zigzag", "document_zigzag")
 OPTIMIZERS = ("adamw", "adamw8bit")
+HYBRID_STRATEGIES = ("auto", "ulysses", "ring", "tokenring", "allgather")
 CHUNK_STRATEGIES = ("auto", "ulysses", "allgather", "hybrid")
 CHUNKINGS = ("none", "seco", "spaco")
 WEIGHTS_ENGINES = ("fsdp2", "deepspeed")
@@ -57,6 +58,7 @@ def check_run(config: RunConfig) -> None:
     _check_swap(config)
     _one_of("plan.choose", config.plan.choose, ("auto", "always", "never"))
     _at_least("plan.gpus_per_node", config.plan.gpus_per_node, 1)
+    _check_hybrid(config)
     _check_chunks(config)
     _check_weights(config)
     _check_lora(config.lora)
@@ -74,8 +76,46 @@ def check_run(config: RunConfig) -> None:
             parallel.ulysses,
             "use parallel.strategy=hybrid or leave parallel.ulysses out",
         )
-    if parallel.strategy != "auto":
+    if parallel.strategy != "auto" and not parallel.hdp:
         refuse_ragged_stripes(parallel, data.sequence_tokens)
+
+
+def _check_hybrid(config: RunConfig) -> None:
+    parallel, tokens = config.parallel, config.parallel.rank_tokens
+    _at_least("parallel.rank_tokens", tokens, 0)
+    _within("parallel.spill", parallel.spill, 0, 0.95)
+    if not parallel.hdp:
+        for field, given in (("parallel.rank_tokens", tokens), ("parallel.spill", parallel.spill)):
+            if given:
+                raise ConfigError(field, "needs parallel.hdp=true", given, "leave it out or use parallel.hdp=true")
+        return
+    if parallel.spill and config.memory.offload_activations == "none":
+        raise ConfigError(
+            "parallel.spill",
+            "needs a place: memory.offload_activations",
+            parallel.spill,
+            "use memory.offload_activations=cpu or parallel.spill=0",
+        )
+    _one_of("parallel.strategy", parallel.strategy, HYBRID_STRATEGIES)
+    for field, value, legal, why in (
+        ("memory.chunk", config.memory.chunk, "none", "a chunk is of one sequence on the ranks of a mesh"),
+        ("weights.engine", config.weights.engine, "fsdp2", "DeepSpeed wants as many micro-batches on every process"),
+        ("parallel.layout", parallel.layout, "auto", "each document is cut for its own processes"),
+        ("train.reprobe_every", config.train.reprobe_every, 0, "a probe computes on the ranks of a mesh"),
+        ("train.certificate", config.train.certificate, None, "a certificate is of the ranks of a mesh"),
+    ):
+        if value != legal:
+            way_out = f"leave {field} out" if legal is None else f"use {field}={legal}"
+            raise ConfigError(field, f"does not go with parallel.hdp: {why}", value, f"{way_out} or parallel.hdp=false")
+    fitting = -(-config.data.sequence_tokens // parallel.workers)
+    if 0 < tokens < fitting:
+        raise ConfigError(
+            "parallel.rank_tokens",
+            f"must be at least {fitting}: a document may be as long as data.sequence_tokens "
+            f"({config.data.sequence_tokens}), and there are {parallel.workers} processes",
+            tokens,
+            f"use parallel.rank_tokens={fitting}",
+        )
 
 
 def _check_reprobe(config: RunConfig) -> None:

@@ -101,6 +101,14 @@ class ParallelConfig:
     """strategy=hybrid: neighbouring processes that exchange heads; sp / ulysses such groups form a ring."""
     layout: str = "auto"
     """Tokens of a process: contiguous, zigzag, document_zigzag, or auto (contiguous for ulysses, else zigzag)."""
+    hdp: bool = False
+    """Hybrid data parallelism: every document of a step goes to as many processes as its length needs, short ones to
+    one, so that all processes end together. sp then only says how many sequences a step has."""
+    rank_tokens: int = 0
+    """hdp: tokens of a micro-batch that one process holds; 0: data.sequence_tokens / sp."""
+    spill: float = 0.0
+    """hdp: share of what a long document keeps that may wait in memory.offload_activations, so that it needs fewer
+    processes; 0: none, and everything waits there if it is set."""
 
 
 @dataclass(kw_only=True)

@@ -144,7 +144,10 @@ class Reader:
 
     def batch(self, index: int) -> PackedBatch:
         """Sequence number `index`; `sample_ids` are the document numbers of its pieces."""
-        pieces = self.plan.sequence(index)
+        return self.lay(self.plan.sequence(index))
+
+    def lay(self, pieces: tuple[Piece, ...]) -> PackedBatch:
+        """These pieces end to end, in this order, be they of one sequence or of several."""
         tokens = [self.corpus.tokens(piece.document, piece.start, piece.stop) for piece in pieces]
         trained = [self.corpus.trained(piece.document, piece.start, piece.stop) for piece in pieces]
         return pack(pieces, tokens, trained)

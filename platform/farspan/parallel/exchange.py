@@ -64,6 +64,10 @@ class Exchange:
     def num_ranks(self) -> int:
         return dist.get_world_size(self.group)
 
+    def _member(self, number: int) -> int:
+        """The rank of the group that is member `number` of the exchange, counted round."""
+        return number % self.num_ranks
+
     def all_to_all(self, x: Tensor) -> Tensor:
         """Row r of `x` [R, ...] goes to rank r; row r of the result came from rank r. Its own transpose in backward."""
         return self.swap(x).wait()
@@ -92,7 +96,7 @@ class Exchange:
         if distance % num_ranks == 0:
             return Transfer((), leaving, ())
         arriving = tuple(torch.empty_like(x) for x in leaving)
-        ahead, behind = (self.rank + distance) % num_ranks, (self.rank - distance) % num_ranks
+        ahead, behind = (self._member(self.rank + step) for step in (distance, -distance))
         sends = [dist.P2POp(dist.isend, x, group=self.group, group_peer=ahead) for x in leaving]
         receives = [dist.P2POp(dist.irecv, x, group=self.group, group_peer=behind) for x in arriving]
         works = dist.batch_isend_irecv(sends + receives)

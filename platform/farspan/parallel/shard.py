@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -26,3 +27,32 @@ def shard_weights(root: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh
             module.set_gradient_divide_factor(1.0)
             # Without it the factor is applied by a collective that gloo does not have.
             module.set_force_sum_reduction_for_comms(True)
+
+
+@contextmanager
+def gathered(root: nn.Module) -> Iterator[None]:
+    """Inside, every rank holds all weights, and forward and backward are no collectives: ranks run different numbers
+    of them, in any order. Gradients add up on each rank until `sum_gradients`. Collective to enter.
+    """
+    sharded = [module for module in root.modules() if isinstance(module, FSDPModule)]
+    assert isinstance(root, FSDPModule), "the root is sharded with its layers"
+    root.set_requires_gradient_sync(False)
+    root.set_reshard_after_forward(False)
+    root.set_reshard_after_backward(False)
+    try:
+        for module in sharded:
+            module.unshard()
+        yield
+    finally:
+        root.set_requires_gradient_sync(True)
+        root.set_reshard_after_backward(True)
+        for module in sharded:
+            # As `shard_weights` left it: the root's weights are used first in backward, so they stay after forward.
+            module.set_reshard_after_forward(module is not root, recurse=False)
+            module.reshard()
+
+
+def sum_gradients(root: nn.Module) -> None:
+    """Inside `gathered`: the next backward, the same on every rank, sums over them what has added up."""
+    assert isinstance(root, FSDPModule), "the root is sharded with its layers"
+    root.set_requires_gradient_sync(True)

@@ -29,6 +29,8 @@ def choose_parallel(config: RunConfig, facts: ModelFacts, compute_bytes: int) ->
     """`resolve_strategy` of a run: chunks are shared by exchanging heads."""
     if config.memory.chunk != "none" and config.parallel.strategy == "auto":
         return NamedParallel(replace(config.parallel, strategy="ulysses"), "ulysses: no ring passes over chunks")
+    if config.parallel.hdp and config.parallel.strategy == "auto":
+        return NamedParallel(replace(config.parallel, strategy="ring"), "ring: goes around any number of processes")
     return resolve_strategy(config.parallel, config.data.sequence_tokens, facts, compute_bytes)
 
 

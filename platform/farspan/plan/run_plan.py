@@ -13,6 +13,7 @@ from farspan.parallel.heads import HeadPlan, plan_heads
 from farspan.parallel.strategy import choose_layout
 from farspan.plan.choose import choose_parallel
 from farspan.plan.facts import ModelFacts
+from farspan.plan.hybrid import hybrid_plan
 from farspan.plan.sent import exchange_bytes
 from farspan.plan.weights import weights_bytes
 
@@ -44,6 +45,8 @@ class RunPlan:
     """Why that strategy, where the config left it open."""
     recurrent: str | None = None
     """How layers without attention are shared, where there are any."""
+    hybrid: tuple[tuple[str, str], ...] = ()
+    """Lines that take the place of a mesh's, where documents have ranks of their own."""
 
     def lines(self) -> list[tuple[str, str]]:
         """The plan for a reader: (what, how much and why)."""
@@ -66,6 +69,8 @@ class RunPlan:
                 ("kv heads", f"each sent {self.kv_head_copies} times, so that every process has those it reads")
             )
         rows += [(what, text) for what, text in (("strategy", self.reason), ("recurrent", self.recurrent)) if text]
+        rows = [(what, dict(self.hybrid).get(what, text)) for what, text in rows]
+        rows += [row for row in self.hybrid if row[0] not in dict(rows)]
         padded = self.heads.q_heads - self.heads.num_q_heads
         if padded > 0:
             rows.append(("query heads", f"{padded} of {self.heads.q_heads} are padding: heads do not divide evenly"))
@@ -96,6 +101,7 @@ def plan_run(config: RunConfig, facts: ModelFacts, compute_bytes: int, num_adapt
     num_ring = sp // parallel.ulysses if strategy == "hybrid" else sp
     widths = 2 if config.model.dtype == "float64" else 1
     num_frozen, num_trained = (facts.num_parameters, num_adapter) if num_adapter else (0, facts.num_parameters)
+    hybrid = hybrid_plan(config, parallel, facts, compute_bytes, num_trained) if parallel.hdp else None
     kept = weights_bytes(config.weights, num_frozen, num_trained, config.parallel.workers, compute_bytes)
     shard_tokens = config.data.sequence_tokens // sp
     return RunPlan(
@@ -113,12 +119,15 @@ def plan_run(config: RunConfig, facts: ModelFacts, compute_bytes: int, num_adapt
         state_bytes=kept.state,
         gradient_bytes=kept.gradient,
         loss_tile_bytes=min(config.train.loss_tile_tokens, shard_tokens) * facts.vocab_size * 4 * widths,
-        exchange_bytes_per_step=exchange_bytes(config, parallel, facts, compute_bytes),
+        exchange_bytes_per_step=hybrid.most_sent_bytes
+        if hybrid
+        else exchange_bytes(config, parallel, facts, compute_bytes),
         host_bytes=kept.host,
         cut="sharded" if config.weights.engine == "fsdp2" else f"ZeRO-{config.weights.zero}",
         parallel=parallel,
         reason=chosen.reason,
         recurrent=_recurrent(facts, sp),
+        hybrid=hybrid.lines() if hybrid else (),
     )
 
 

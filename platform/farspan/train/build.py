@@ -24,13 +24,16 @@ from farspan.models.checkpoint import load_causal_lm, load_tokenizer, make_confi
 from farspan.models.lora import Adapter, add_adapter, base_of
 from farspan.models.parts import decoder_layers
 from farspan.parallel.mesh import Mesh, make_mesh
+from farspan.parallel.ranksets import RankSets
 from farspan.parallel.strategy import SequenceParallel, SequenceRanks
 from farspan.plan.choose import choose_parallel
 from farspan.plan.facts import model_facts
+from farspan.plan.hybrid import document_cost, rank_tokens, spill_of
 from farspan.storage.publish import fetch_folder
 from farspan.train.checkpoint import TrainState
 from farspan.train.chunks import Chunks
 from farspan.train.fsdp2 import Fsdp2Weights
+from farspan.train.hdp import HybridStep
 from farspan.train.loss import PackedLoss
 from farspan.train.offload import ArenaMemory, RunOffload, RunTiers
 from farspan.train.step import TrainStep
@@ -86,6 +89,7 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
         sequence=sequence,
         reader=Reader(corpus, config.data.sequence_tokens, config.seed),
         device=device,
+        hybrid=_hybrid(config, model.config, sequence, device),
     )
     # Last, because what it opens is closed by the step.
     tiers = None if config.memory.offload_activations == "none" else RunTiers(config.memory, device, local_ranks())
@@ -207,6 +211,18 @@ def _chunks(
     arena = KvArena() if home is None else KvArena(home.allocate, free=home.free)
     step = ChunkedStep(model, config.memory.chunk_tokens, sequence, arena)
     return Chunks(step, config.memory, config.seed, mesh.all.get_group(), device, home)
+
+
+def _hybrid(
+    config: RunConfig, model: PretrainedConfig, sequence: SequenceParallel, device: torch.device
+) -> HybridStep | None:
+    if not config.parallel.hdp:
+        return None
+    sets = RankSets(device, sequence.ranks.all.counter, timeout_s=config.resources.timeout_s)
+    facts = model_facts(model)
+    return HybridStep(
+        sets, sequence.strategy, rank_tokens(config), document_cost(facts), device, spill_of(config, facts)
+    )
 
 
 def _engine(

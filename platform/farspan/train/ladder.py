@@ -120,6 +120,7 @@ def _more_ranks(config: RunConfig) -> Iterator[Rung]:
         return
     # Half as many sequences side by side, twice as many after each other: the same sequences in one step.
     parallel.sp, config.train.accumulation = parallel.sp * 2, config.train.accumulation * 2
+    parallel.rank_tokens //= 2
     yield Rung(
         ("parallel.sp", "train.accumulation"),
         f"{parallel.sp} processes share a sequence, accumulation {config.train.accumulation}",

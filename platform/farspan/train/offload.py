@@ -75,9 +75,9 @@ class RunOffload:
         self._offload = ActivationOffload(tiers.wanted, trunk_and_head(model)[0], decoder_layers(model), device)
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Around forward and backward of one sequence."""
-        with self._offload.step():
+    def step(self, share: float = 1.0) -> Iterator[None]:
+        """Around forward and backward of one sequence; `share` of its layers give away what they keep."""
+        with self._offload.step(share):
             yield
 
     def swap(self, model: PreTrainedModel, share: float) -> None:

@@ -25,6 +25,7 @@ from farspan.parallel.strategy import SequenceParallel
 from farspan.parallel.whole import WholeSequence
 from farspan.telemetry.events import StepReport
 from farspan.train.chunks import Chunks
+from farspan.train.hdp import HybridStep
 from farspan.train.loss import PackedLoss
 from farspan.train.offload import RunOffload
 from farspan.train.weights import WeightsEngine
@@ -46,6 +47,8 @@ class TrainStep:
     """How sequences are cut in time; none: they are not."""
     offload: RunOffload | None = None
     """Where activations wait; none: on the device."""
+    hybrid: HybridStep | None = None
+    """How documents find their ranks; none: whole sequences go to the ranks of the mesh."""
     cursor: int = 0
 
     @property
@@ -108,6 +111,9 @@ class TrainStep:
 
         The cursor does not move: called twice, it computes the same sequences twice.
         """
+        if self.hybrid is not None:
+            sequences = range(self.cursor, self.cursor + self.mesh.dp * self.accumulation)
+            return self.hybrid.backward(self.weights, self.reader, sequences, self._over_all_ranks, self.offload)
         shards = list(self._shards())
         num_labels = self._over_all_ranks(sum((s.labels_T != IGNORED_LABEL).sum() for _, s, _ in shards))
         losses = [
@@ -122,13 +128,7 @@ class TrainStep:
             batch = self.reader.batch(self.cursor + micro * self.mesh.dp + self.mesh.dp_rank)
             layout = self._lay_out(batch)
             shard = layout.shard(batch, self.exchange.rank)
-            on_device = ShardedBatch(
-                tokens_T=shard.tokens_T.to(self.device),
-                labels_T=shard.labels_T.to(self.device),
-                positions_T=shard.positions_T.to(self.device),
-                bounds=shard.bounds,
-            )
-            yield batch, on_device, layout
+            yield batch, shard.to(self.device), layout
 
     def _lay_out(self, batch: PackedBatch) -> Layout:
         if self.chunks is not None:

@@ -69,7 +69,9 @@ def model_hash(config: PretrainedConfig) -> str:
 def layout_of(parallel: ParallelConfig) -> dict[str, Any]:
     """The layout of one sequence: everything of the config but the number of sequences side by side."""
     fields = dataclasses.asdict(parallel)
-    fields.pop("workers")
+    # A certificate is of a mesh: documents with ranks of their own are not examined.
+    for beside in ("workers", "hdp", "rank_tokens", "spill"):
+        fields.pop(beside)
     return fields
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from farspan.config import check
 from farspan.config.load import load_config
 from farspan.config.schema import RunConfig
 from farspan.errors import ConfigError
+from farspan.models.rules import LayerRule
 from farspan.parallel import layout, strategy
 from farspan.plan.facts import ModelFacts
+from farspan.plan.hybrid import document_cost
 from farspan.plan.run_plan import plan_run
+
+HDP = ["parallel.hdp=true"]
 
 
 def config(*overrides: str) -> RunConfig:
@@ -50,6 +56,20 @@ def test_the_config_knows_the_strategies_and_layouts_that_exist() -> None:
         (["train.reprobe_every=5", "lora.rank=4"], "train.reprobe_every: .* lora.rank=0"),
         (["weights.engine=deepspeed", "model.dtype=float64"], "fp32 weights that DeepSpeed keeps.*model.dtype=float32"),
         (["lora.dropout=0.1"], "lora.dropout: must be 0: dropped values would depend .* use lora.dropout=0"),
+        (["parallel.rank_tokens=64"], "parallel.rank_tokens: needs parallel.hdp=true, got 64"),
+        (["parallel.spill=0.5"], "parallel.spill: needs parallel.hdp=true"),
+        ([*HDP, "parallel.spill=0.5"], "parallel.spill: needs a place: .*memory.offload_activations=cpu"),
+        ([*HDP, "parallel.spill=1"], "parallel.spill: must lie in 0..0.95"),
+        ([*HDP, "parallel.rank_tokens=2000"], r"must be at least 2048: .*\(8192\), .* 4 processes.*rank_tokens=2048"),
+        ([*HDP, "parallel.strategy=hybrid"], "parallel.strategy: must be one of auto, ulysses, ring, tokenring"),
+        (
+            [*HDP, "parallel.layout=zigzag"],
+            "parallel.layout: does not go with parallel.hdp: .* use parallel.layout=auto",
+        ),
+        ([*HDP, "memory.chunk=seco"], "memory.chunk: does not go with parallel.hdp: .* use memory.chunk=none"),
+        ([*HDP, "weights.engine=deepspeed"], "weights.engine: does not go with parallel.hdp: .*fsdp2"),
+        ([*HDP, "train.reprobe_every=3"], "train.reprobe_every: does not go with parallel.hdp: .*reprobe_every=0"),
+        ([*HDP, "train.certificate=c"], "train.certificate: does not go with parallel.hdp: .* leave train.certificate"),
         (["lora.rank=-1"], "lora.rank: must be at least 0"),
         (["lora.targets=[all-linear,q_proj]"], "all-linear stands alone"),
     ],
@@ -98,3 +118,40 @@ def test_a_ring_of_few_key_heads_sends_less_than_a_token_ring() -> None:
         for name in ("ring", "tokenring")
     }
     assert sent["ring"] < sent["tokenring"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel.strategy=ring", "data.sequence_tokens=1004"],
+        ["parallel.rank_tokens=2048", "parallel.spill=0.5", "memory.offload_activations=cpu"],
+        ["parallel.strategy=auto", "lora.rank=4", "train.recompute=true", "memory.tiled_mlp=true"],
+    ],
+)
+def test_what_goes_with_documents_on_ranks_of_their_own_is_accepted(overrides: list[str]) -> None:
+    accepted = config(*HDP, *overrides)
+    check.check_run(accepted)
+    assert dict(plan_run(accepted, FACTS, compute_bytes=2).lines())["mesh"].startswith("none: ")
+
+
+def test_the_plan_of_documents_on_ranks_of_their_own_names_what_each_gets_and_what_it_costs() -> None:
+    chosen = plan_run(config(*HDP, "parallel.strategy=auto", "parallel.rank_tokens=3000"), FACTS, compute_bytes=2)
+    text = dict(chosen.lines())
+    assert chosen.parallel.strategy == "ring"
+    assert text["mesh"] == "none: the documents of 1 sequences over 4 processes"
+    assert text["tokens"] == "at most 3000 per process at a time, 8192 per step in all"
+    assert text["ranks"] == "a document of s tokens is on ceil(s / 3000), the longest possible on 3 processes"
+    assert text["exchange"].startswith("nothing for documents of up to 3000 tokens, ")
+    gathered = FACTS.num_parameters * (2 + 4) / 2**20
+    assert text["gathered"] == f"{gathered:.1f} MiB more per process during a step: whole weights and gradients"
+    assert chosen.exchange_bytes_per_step > 0
+
+
+def test_documents_cost_their_square_where_all_is_seen_and_their_length_where_a_window_ends() -> None:
+    whole = document_cost(FACTS)
+    windowed = document_cost(replace(FACTS, attention_rules=(LayerRule(window=128),) * FACTS.num_layers))
+    # A query and a key are D products, a probability and a value D more; a causal score is half of all.
+    per_pair = 4 * FACTS.num_layers * FACTS.num_q_heads * FACTS.head_dim
+    assert whole.quadratic == 3.5 * per_pair / 2
+    assert windowed.quadratic == 0
+    assert windowed.linear - whole.linear == 3.5 * per_pair * 128

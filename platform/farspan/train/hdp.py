@@ -1,0 +1,143 @@
+"""The backward of one step in which every document has its own set of ranks (parallel.hdp).
+
+Shapes: T tokens of a micro-batch, t tokens of it this rank holds.
+
+The documents of a step are those of its sequences, which are what they are without hdp: loss and gradients are the
+same sums in another order. Ranks run different numbers of micro-batches, so none of them may be a collective over all
+ranks: weights are gathered once before the first and gradients summed once after the last.
+See docs/decisions/0022-hybrid-data-parallelism.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farspan.batch import IGNORED_LABEL, PackedBatch, ShardedBatch
+from farspan.data.balance import Cost, MicroBatch, Spill, StepPlan, balance
+from farspan.data.pack import Piece
+from farspan.data.reader import Reader
+from farspan.models.attention import PackedAttention
+from farspan.parallel.documents import LocalAttention
+from farspan.parallel.layout import ContiguousLayout, Layout, make_layout
+from farspan.parallel.pairs import PairTable
+from farspan.parallel.ranksets import RankSets
+from farspan.parallel.shard import gathered, sum_gradients
+from farspan.parallel.strategy import SequenceRanks, choose_layout, make_strategy
+from farspan.parallel.whole import WholeSequence
+from farspan.train.offload import RunOffload
+from farspan.train.weights import WeightsEngine
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What one forward takes."""
+
+    shard: ShardedBatch
+    attention: PackedAttention
+    whole: WholeSequence
+    spilled: float
+    """Share of what it keeps that must leave the device."""
+
+
+@dataclass
+class HybridStep:
+    """Documents over any ranks. `capacity` are the tokens one rank holds of a micro-batch."""
+
+    sets: RankSets
+    strategy: str
+    capacity: int
+    cost: Cost
+    device: torch.device
+    spill: Spill | None = None
+    """With it long documents get fewer ranks, and only what these have no room for leaves the device."""
+
+    def plan(self, reader: Reader, sequences: range) -> tuple[tuple[Piece, ...], StepPlan]:
+        """The documents of these sequences and which ranks compute them: the same on every rank."""
+        pieces = tuple(piece for index in sequences for piece in reader.plan.sequence(index))
+        lengths = [piece.num_tokens for piece in pieces]
+        return pieces, balance(lengths, self.sets.num_ranks, self.capacity, self.cost, self.spill)
+
+    def backward(
+        self,
+        weights: WeightsEngine,
+        reader: Reader,
+        sequences: range,
+        over_all_ranks: Callable[[Any], Tensor],
+        offload: RunOffload | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the documents of `sequences` into the engine; (mean loss, number of labels) over all ranks."""
+        pieces, plan = self.plan(reader, sequences)
+        work = [self._work(micro, pieces, reader) for micro in plan.work[self.sets.rank]]
+        num_labels = over_all_ranks(sum(int((one.shard.labels_T != IGNORED_LABEL).sum()) for one in work))
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        with gathered(weights.module):
+            for one in work:
+                with self._offloaded(one, offload):
+                    found = weights.loss(one.shard.to(self.device), one.attention, num_labels, one.whole)
+                    weights.backward(found, last=False)
+                loss += found.detach()
+            self._sum(weights, num_labels)
+        return over_all_ranks(loss), num_labels
+
+    def _work(self, micro: MicroBatch, pieces: Sequence[Piece], reader: Reader) -> _Work:
+        batch = reader.lay(tuple(pieces[document] for document in micro.documents))
+        if not micro.shared:
+            return self._alone(batch, micro.spilled)
+        batch = _padded(batch, len(micro.ranks))
+        layout = self._lay_out(batch, len(micro.ranks))
+        exchange = self.sets.of(micro.ranks)
+        return _Work(
+            shard=layout.shard(batch, exchange.rank),
+            attention=make_strategy(self.strategy, SequenceRanks(exchange, exchange, exchange), layout, batch.bounds),
+            whole=WholeSequence(batch.bounds, exchange, layout),
+            spilled=micro.spilled,
+        )
+
+    def _alone(self, batch: PackedBatch, spilled: float = 0.0) -> _Work:
+        layout = ContiguousLayout(batch.num_tokens, 1)
+        attention = LocalAttention(PairTable.of(layout, batch.bounds))
+        return _Work(layout.shard(batch, 0), attention, WholeSequence(batch.bounds), spilled)
+
+    def _lay_out(self, batch: PackedBatch, num_ranks: int) -> Layout:
+        # Stripes of each document, because a document's length divides by nothing.
+        name = "contiguous" if self.strategy == "ulysses" else "document_zigzag"
+        layout = choose_layout(self.strategy, name, num_ranks)
+        return make_layout(layout, batch.num_tokens, num_ranks, batch.bounds)
+
+    def _offloaded(self, one: _Work, offload: RunOffload | None) -> AbstractContextManager[None]:
+        if offload is None:
+            return nullcontext()
+        if self.spill is None:
+            return offload.step()
+        return offload.step(one.spilled) if one.spilled else nullcontext()
+
+    def _sum(self, weights: WeightsEngine, num_labels: Tensor) -> None:
+        """Sum gradients over ranks. torch does so in a backward only: each rank runs one of a token without a label,
+        in which no rank waits for a part of the others. Its own gradients are zero.
+        """
+        none_T = torch.zeros(1, dtype=torch.int64)
+        one = self._alone(PackedBatch(none_T, torch.full_like(none_T, IGNORED_LABEL), none_T, (0, 1), ()))
+        sum_gradients(weights.module)
+        loss = weights.loss(one.shard.to(self.device), one.attention, num_labels, one.whole)
+        weights.backward(loss, last=True)
+
+
+def _padded(batch: PackedBatch, num_ranks: int) -> PackedBatch:
+    """`batch` with up to R - 1 tokens more, so that R ranks hold equally many: a document of its own, no labels."""
+    missing = -batch.num_tokens % num_ranks
+    if missing == 0:
+        return batch
+    zeros_T = batch.tokens_T.new_zeros(missing)
+    return PackedBatch(
+        tokens_T=torch.cat([batch.tokens_T, zeros_T]),
+        labels_T=torch.cat([batch.labels_T, torch.full_like(zeros_T, IGNORED_LABEL)]),
+        positions_T=torch.cat([batch.positions_T, torch.arange(missing)]),
+        bounds=(*batch.bounds, batch.num_tokens + missing),
+        sample_ids=batch.sample_ids,
+    )
