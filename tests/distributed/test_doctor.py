@@ -131,6 +131,20 @@ def without_softcap(parallel: ParallelConfig) -> Sharing:
     return FaultySharing(share(parallel), reattend=faulty)
 
 
+def without_chunk(parallel: ParallelConfig) -> Sharing:
+    def faulty(true: Strategy) -> Strategy:
+        return lambda q, k, v, **rule: true(q, k, v, **{**rule, "chunk": None})
+
+    return FaultySharing(share(parallel), reattend=faulty)
+
+
+def without_sinks(parallel: ParallelConfig) -> Sharing:
+    def faulty(true: Strategy) -> Strategy:
+        return lambda q, k, v, **rule: true(q, k, v, **{**rule, "sinks_H": None})
+
+    return FaultySharing(share(parallel), reattend=faulty)
+
+
 def wrong_key_heads(parallel: ParallelConfig) -> Sharing:
     """Key heads repeated as a b a b where query heads read a a b b."""
 
@@ -172,6 +186,8 @@ FAULTS: dict[str, tuple[str, ParallelConfig, dict[str, Any], str, str]] = {
     "soft cap ignored": (
         "gemma2", ULYSSES, {"share": without_softcap}, ONE, BYTES,
     ),
+    "chunk ignored": ("llama4_text", ULYSSES, {"share": without_chunk}, ONE, BYTES),
+    "sinks ignored": ("gpt_oss", ULYSSES, {"share": without_sinks}, ONE, BYTES),
     "positions restarted per rank": (
         "llama", ULYSSES, {"share": restarted_positions}, ONE, BYTES,
     ),

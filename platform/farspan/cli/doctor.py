@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 
 _LEAST_WIDTH = 130
+# Only for the megabytes in the reason why a strategy was chosen.
+_COMPUTE_BYTES = 2
 
 
 def run_doctor(subject: str, overrides: list[str], *, as_json: bool, certificate: str | None) -> None:
@@ -30,14 +32,14 @@ def run_doctor(subject: str, overrides: list[str], *, as_json: bool, certificate
     config = _run_config(subject, overrides)
     if certificate is not None:
         _refuse_unwritable(certificate)
-    from farspan.plan.choose import resolve_strategy
+    from farspan.plan.choose import choose_parallel
     from farspan.plan.facts import model_facts
     from farspan.train.loss import PackedLoss
     from farspan.verify.doctor import examine, same_layout
     from farspan.verify.probe import Subject
 
     model = _model_config(config)
-    chosen = resolve_strategy(config.parallel, config.data.sequence_tokens, model_facts(model))
+    chosen = choose_parallel(config, model_facts(model), _COMPUTE_BYTES)
     console = Console(highlight=False, soft_wrap=True, stderr=True)
     if chosen.reason is not None:
         console.print(f"parallel.strategy=auto is {chosen.parallel.strategy}: {chosen.reason}", markup=False)

@@ -12,7 +12,14 @@ import pytest
 from tests.support.corpus import REPOSITORY, small_corpus
 from tests.support.s3 import S3Bucket
 
+import farspan.verify.doctor
+from farspan.cli.doctor import run_doctor
 from farspan.cli.main import run
+from farspan.config.load import load_config
+from farspan.config.schema import RunConfig
+from farspan.errors import ModelError
+from farspan.train.build import named_parallel
+from farspan.verify.probe import Subject
 
 TRAIN = str(REPOSITORY / "jobs" / "configs" / "quickstart.yaml")
 SERVE = str(REPOSITORY / "serve" / "configs" / "serve_quickstart.yaml")
@@ -31,6 +38,26 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert "\n" not in message
     assert "Traceback" not in message
     return message.removeprefix("error: ")
+
+
+def test_the_doctor_examines_the_layout_that_the_run_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    examined: list[Subject] = []
+
+    def instead(subject: Subject) -> None:
+        examined.append(subject)
+        raise ModelError("enough was seen")
+
+    monkeypatch.setattr(farspan.verify.doctor, "examine", instead)
+    # Six heads over four processes would be a hybrid, but chunks are shared by exchanging heads.
+    heads = ["model.settings.num_attention_heads=6", "model.settings.head_dim=8", "model.settings.hidden_size=48"]
+    words = ["parallel.strategy=auto", "parallel.sp=4", "memory.chunk=seco", "memory.chunk_tokens=64", *heads]
+    with pytest.raises(ModelError, match="enough was seen"):
+        run_doctor("llama", words, as_json=False, certificate=None)
+    config = load_config(
+        RunConfig, None, ["data.corpus=none", "parallel.workers=4", "model.architecture=llama", *words]
+    )
+    taken = named_parallel(config, examined[0].config, 4)
+    assert (examined[0].parallel.strategy, examined[0].parallel.ulysses) == (taken.strategy, taken.ulysses)
 
 
 def test_a_missing_config_file_names_the_nearest_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
