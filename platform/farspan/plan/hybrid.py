@@ -65,6 +65,7 @@ def spill_of(config: RunConfig, facts: ModelFacts) -> Spill | None:
 class HybridPlan:
     """A step in which every document has its own processes."""
 
+    strategy: str
     rank_tokens: int
     sequences: int
     sequence_tokens: int
@@ -85,6 +86,7 @@ class HybridPlan:
         return (
             ("mesh", f"none: the documents of {self.sequences} sequences over {self.workers} processes"),
             ("tokens", f"at most {held} per process at a time, {step_tokens} per step in all"),
+            ("attention", f"{self.strategy} among the processes of a document"),
             ("ranks", f"a document of s tokens is on ceil(s / {held}), the longest possible on {longest}"),
             ("exchange", f"nothing for documents of up to {held} tokens, {sent}"),
             ("gathered", f"{_mib(self.gathered_bytes)} more per process during a step: whole weights and gradients"),
@@ -99,6 +101,7 @@ def hybrid_plan(
     ranks = least_ranks(longest, parallel.workers, capacity, spill_of(config, facts))
     sent = document_bytes(config, parallel.strategy, facts, compute_bytes, longest, ranks)
     return HybridPlan(
+        strategy=parallel.strategy,
         rank_tokens=capacity,
         sequences=parallel.workers // parallel.sp * config.train.accumulation,
         sequence_tokens=longest,

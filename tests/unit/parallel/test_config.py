@@ -141,6 +141,7 @@ def test_the_plan_of_documents_on_ranks_of_their_own_names_what_each_gets_and_wh
     assert text["mesh"] == "none: the documents of 1 sequences over 4 processes"
     assert text["tokens"] == "at most 3000 per process at a time, 8192 per step in all"
     assert text["ranks"] == "a document of s tokens is on ceil(s / 3000), the longest possible on 3 processes"
+    assert text["attention"] == "ring among the processes of a document"
     assert text["exchange"].startswith("nothing for documents of up to 3000 tokens, ")
     gathered = FACTS.num_parameters * (2 + 4) / 2**20
     assert text["gathered"] == f"{gathered:.1f} MiB more per process during a step: whole weights and gradients"
