@@ -107,6 +107,18 @@ ENGINES = {
     "zero 3, dp 2 x ring 2, recompute": [
         *["parallel.workers=4", "parallel.sp=2", "parallel.strategy=ring", "train.recompute=true", *zero(3)]
     ],
+    "fsdp2, offload, chunks of 16": [
+        *SP2,
+        "memory.chunk=seco",
+        "memory.chunk_tokens=16",
+        "weights.offload_optimizer=cpu",
+    ],
+    "zero 1, dp 2, chunks of 24, accumulation 2": [
+        *[*DP2, *zero(1, "train.accumulation=2"), "memory.chunk=seco", "memory.chunk_tokens=24"]
+    ],
+    "zero 3, sp 2, chunks of 24, tiled mlp": [
+        *[*SP2, *zero(3), "memory.chunk=seco", "memory.chunk_tokens=24", "memory.tiled_mlp=true"]
+    ],
     "zero 1, offload": [*SP2, *zero(1, "weights.offload_optimizer=cpu")],
     "zero 2, offload, accumulation 4": [*DP2, *zero(2, "weights.offload_optimizer=cpu", "train.accumulation=4")],
     "zero 3, offload": [*SP2, *zero(3, "weights.offload_optimizer=cpu")],

@@ -47,6 +47,8 @@ class RunPlan:
     """How layers without attention are shared, where there are any."""
     hybrid: tuple[tuple[str, str], ...] = ()
     """Lines that take the place of a mesh's, where documents have ranks of their own."""
+    memory: str | None = None
+    """What is done to need less memory, where anything is."""
 
     def lines(self) -> list[tuple[str, str]]:
         """The plan for a reader: (what, how much and why)."""
@@ -68,7 +70,8 @@ class RunPlan:
             rows.append(
                 ("kv heads", f"each sent {self.kv_head_copies} times, so that every process has those it reads")
             )
-        rows += [(what, text) for what, text in (("strategy", self.reason), ("recurrent", self.recurrent)) if text]
+        notes = (("memory", self.memory), ("strategy", self.reason), ("recurrent", self.recurrent))
+        rows += [(what, text) for what, text in notes if text]
         rows = [(what, dict(self.hybrid).get(what, text)) for what, text in rows]
         rows += [row for row in self.hybrid if row[0] not in dict(rows)]
         padded = self.heads.q_heads - self.heads.num_q_heads
@@ -102,7 +105,8 @@ def plan_run(config: RunConfig, facts: ModelFacts, compute_bytes: int, num_adapt
     widths = 2 if config.model.dtype == "float64" else 1
     num_frozen, num_trained = (facts.num_parameters, num_adapter) if num_adapter else (0, facts.num_parameters)
     hybrid = hybrid_plan(config, parallel, facts, compute_bytes, num_trained) if parallel.hdp else None
-    kept = weights_bytes(config.weights, num_frozen, num_trained, config.parallel.workers, compute_bytes)
+    workers, optimizer = config.parallel.workers, config.optim.kind
+    kept = weights_bytes(config.weights, num_frozen, num_trained, workers, compute_bytes, optimizer)
     shard_tokens = config.data.sequence_tokens // sp
     return RunPlan(
         dp=dp,
@@ -128,7 +132,31 @@ def plan_run(config: RunConfig, facts: ModelFacts, compute_bytes: int, num_adapt
         reason=chosen.reason,
         recurrent=_recurrent(facts, sp),
         hybrid=hybrid.lines() if hybrid else (),
+        memory=_levers(config),
     )
+
+
+def _levers(config: RunConfig) -> str | None:
+    """What this run does to need less memory, and where things lie; a tier that is emulated is called so."""
+    memory, chunked = config.memory, config.memory.chunk != "none"
+    parts = []
+    if chunked:
+        drawn = f", each drawn with probability {memory.chunk_keep:g}" if memory.chunk == "spaco" else ""
+        parts.append(f"{memory.chunk} by chunks of {memory.chunk_tokens} tokens{drawn}")
+    if memory.offload_activations != "none":
+        kind = {"cpu": "dram"}.get(memory.offload_activations, memory.offload_activations)
+        named = [f"{t} (emulated)" if ":emulated:" in t else t for t in memory.tiers if t.startswith(f"{kind}:")]
+        what = "keys and values of all chunks" if chunked else "tensors kept for backward"
+        parts.append(f"{what} in {' + '.join(named) or 'host memory'}")
+    if memory.tiled_mlp:
+        parts.append(f"feed-forward layers by tiles of {memory.mlp_tile_tokens} tokens")
+    if config.train.recompute:
+        parts.append("layers computed again in backward")
+    if config.optim.kind == "adamw8bit":
+        parts.append("optimizer states in 8 bits")
+    if config.weights.offload_optimizer != "none":
+        parts.append("optimizer states in host memory")
+    return "; ".join(parts) or None
 
 
 def _recurrent(facts: ModelFacts, num_ranks: int) -> str | None:

@@ -5,7 +5,7 @@ with one fp32 scale for each 256 numbers.
 
 | engine | weights | gradients | moments | offload_optimizer=cpu |
 |---|---|---|---|---|
-| fsdp2 | 4 / R | 4 / R | 8 / R | a second copy of the weights and the moments in host memory; gradients leave |
+| fsdp2 | 4 / R | 4 / R | 8 / R | weights stay; a copy and the moments in host memory; gradients leave by layers |
 | deepspeed 1 | 2 | 2 | 12 / R with the master | 12 / R in host memory |
 | deepspeed 2 | 2 | 2 / R | 12 / R | the same, gradients leave |
 | deepspeed 3 | 2 / R | 2 / R | 12 / R | the same, gradients leave |
@@ -69,6 +69,8 @@ def states_of(profile: ModelProfile, choice: Choice) -> States:
         whole_gradients = choice.zero == 1
         gradients = _NARROW * trained * (1.0 if whole_gradients else 0.0 if offloaded else 1 / ranks)
         optimizer = 0.0 if offloaded else master + moments
+    # Gradients land beside the states they change; those of a second pass wait to be added (fsdp2).
+    landing = _WIDE * (2 if choice.engine == "fsdp2" and choice.chunk != "none" else 1) * trained / ranks
     layer = max(kind.num_parameters for kind in profile.kinds)
     layer_trained = layer * trained / whole
     root_trained = 0.0 if choice.lora_rank else float(profile.root_parameters)
@@ -77,8 +79,7 @@ def states_of(profile: ModelProfile, choice: Choice) -> States:
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        # Gradients land beside the states they change.
-        host=master + moments + _WIDE * trained / ranks if offloaded else 0.0,
+        host=master + moments + landing if offloaded else 0.0,
         gathered=_NARROW * (2.0 * layer + profile.root_parameters) if choice.shards_weights else 0.0,
         root_gradients=_NARROW * root_trained if fsdp else 0.0,
         layer_gradients=(_NARROW + _WIDE) * layer_trained if fsdp else _NARROW * layer_trained,

@@ -64,6 +64,7 @@ class Rescue:
     _state: TrainState | None = None
     _shards: Mapping[str, Tensor] = field(default_factory=dict)
     _step: int = 0
+    _computed: torch.cuda.Event | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
@@ -96,6 +97,10 @@ class Rescue:
         """
         with self._lock:
             self._state, self._step, self._shards = state, state.step + 1, shards
+            device = _cuda_device(shards)
+            if device is not None:
+                self._computed = torch.cuda.Event()
+                self._computed.record(torch.cuda.current_stream(device))
 
     def moving(self) -> None:
         """The optimizer begins to change the tensors: until the next boundary nothing can be put aside."""
@@ -127,10 +132,19 @@ class Rescue:
         with tempfile.TemporaryDirectory(prefix="farspan-rescue-") as scratch:
             folder = Path(scratch) / "rank"
             folder.mkdir()
-            tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in self._shards.items()}
-            save_file(tensors, folder / _SHARD)
+            save_file(self._on_host(), folder / _SHARD)
             (folder / _STATE).write_text(json.dumps({"num_ranks": self.num_ranks, **asdict(state)}), encoding="utf-8")
             publish_folder(folder, _place(self.output, self.rank))
+
+    def _on_host(self) -> dict[str, Tensor]:
+        device = _cuda_device(self._shards)
+        if device is None or self._computed is None:
+            return {name: tensor.detach().to("cpu").contiguous() for name, tensor in self._shards.items()}
+        # A stream of its own: that of the run waits for the collective of the rank that failed.
+        stream = torch.cuda.Stream(device)
+        stream.wait_event(self._computed)
+        with torch.cuda.stream(stream):
+            return {name: tensor.detach().to("cpu").contiguous() for name, tensor in self._shards.items()}
 
     def _wait_for_all(self) -> None:
         deadline = time.monotonic() + _DEADLINE_S
@@ -142,6 +156,10 @@ class Rescue:
 def first_line(problem: BaseException | None) -> str:
     """What went wrong, without the stack that torch appends."""
     return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+
+
+def _cuda_device(shards: Mapping[str, Tensor]) -> torch.device | None:
+    return next((tensor.device for tensor in shards.values() if tensor.is_cuda), None)
 
 
 def load_rescue(output: str, rank: int, num_ranks: int, now: TrainState) -> tuple[TrainState, dict[str, Tensor]] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -36,13 +36,18 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, passes: int = 1, first: int = 0
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    passes: int = 1,
+    first: int = 0,
+    data: Callable[[int], Tensor] = tokens,
 ) -> list[float]:
     losses = []
     for step in range(first, first + steps):
         total = 0.0
         for part in range(passes):
-            ids = tokens(7 * step + part)
+            ids = data(7 * step + part)
             loss = model(input_ids=ids, labels=ids).loss / passes
             loss.backward()
             total += loss.item()
@@ -79,12 +84,24 @@ def optimizers() -> Iterator[Any]:
         optimizer._tier.close()
 
 
+def chain(step: int) -> Tensor:
+    """48 tokens of a language that can be learned: seven of ten follow from the one before."""
+    follower_V = torch.randint(0, 64, (64,), generator=torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, 64, (1, 48), generator=generator)
+    follows_T = torch.rand(48, generator=generator) < 0.7
+    for place in range(1, 48):
+        if follows_T[place]:
+            ids[0, place] = follower_V[ids[0, place - 1]]
+    return ids
+
+
 def test_8_bit_losses_are_within_one_percent_of_fp32_over_200_steps(optimizers: Any) -> None:
     models = wide_llama(), wide_llama()
     plain, small = optimizers(models[0]), optimizers(models[1], kind="adamw8bit")
-    losses = [train(m, o, 200) for m, o in zip(models, (plain, small), strict=True)]
+    losses = [train(m, o, 200, data=chain) for m, o in zip(models, (plain, small), strict=True)]
     means = [[sum(found[i : i + 20]) / 20 for i in range(0, 200, 20)] for found in losses]
-    assert means[0][-1] < 0.999 * means[0][0]
+    assert means[0][-1] < 0.75 * means[0][0]
     assert all(abs(a - b) < 0.01 * a for a, b in zip(*means, strict=True))
     # Two bytes and two 256ths of a float per weight in place of eight bytes; norms keep theirs.
     assert state_bytes(small) / state_bytes(plain) == pytest.approx(0.2539, abs=0.002)

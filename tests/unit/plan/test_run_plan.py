@@ -62,3 +62,16 @@ def test_heads_that_do_not_divide_are_padded_and_the_plan_says_so() -> None:
     plan = plan_run(config, model_facts(make_config("llama", SETTINGS)), compute_bytes=2)
     assert plan.q_heads_per_rank == 2
     assert dict(plan.lines())["query heads"].startswith("2 of 8 are padding")
+
+
+def test_the_plan_says_where_things_lie_and_that_an_emulated_tier_is_one() -> None:
+    chunked = ["memory.chunk=seco", "memory.chunk_tokens=16", "memory.offload_activations=cxl", "optim.kind=adamw8bit"]
+    config = tiny_run("c", "o", "model.dtype=float32", *chunked, "memory.tiers=[cxl:emulated:1GiB,nvme:/x:1GiB]")
+    memory = dict(plan_run(config, model_facts(make_config("llama", SETTINGS)), compute_bytes=4).lines())["memory"]
+    assert memory.startswith(
+        "seco by chunks of 16 tokens; keys and values of all chunks in cxl:emulated:1GiB (emulated)"
+    )
+    assert "8 bits" in memory
+    assert "nvme" not in memory
+    plain = plan_run(tiny_run("c", "o"), model_facts(make_config("llama", SETTINGS)), compute_bytes=8)
+    assert "memory" not in dict(plain.lines())

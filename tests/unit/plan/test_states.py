@@ -9,6 +9,10 @@ import pytest
 import torch
 from tests.unit.plan.test_search import random_profile
 
+from farspan.config.schema import OptimConfig
+from farspan.memory.host import DramTier
+from farspan.optim.host import HostOptimizer
+from farspan.optim.make import make_optimizer
 from farspan.plan.choice import Choice
 from farspan.plan.profile import ModelProfile
 from farspan.plan.states import states_of
@@ -69,3 +73,24 @@ def test_offloaded_states_leave_the_device_and_arrive_in_host_memory() -> None:
         states = states_of(profile, choice)
         assert states.fixed - states.buckets == pytest.approx(NUMBERS * stays)
         assert states.host == pytest.approx(NUMBERS * 16 / 4)
+
+
+@pytest.mark.parametrize(("chunk", "passes"), [("none", 1), ("seco", 2)])
+def test_an_offloaded_optimizer_holds_as_much_on_the_host_and_leaves_as_much_on_the_device(
+    chunk: str, passes: int
+) -> None:
+    """By chunks gradients of a weight arrive more than once."""
+    weight = weight_with_gradient()
+    tier = DramTier(1 << 30)
+    optimizer = make_optimizer([{"params": [weight]}], OptimConfig(), offload="cpu", tier=tier)
+    assert isinstance(optimizer, HostOptimizer)
+    for _ in range(passes):
+        weight.grad = None
+        (weight * 2).sum().backward()
+    optimizer.step()
+    states = states_of(profile_of(NUMBERS), Choice(chunk=chunk, offload_optimizer="cpu"))
+    moments = sum(x.nbytes for x in optimizer.held(weight).values() if x.ndim)
+    assert states.host == tier.stats().used_bytes + moments
+    assert states.fixed == weight.nbytes
+    optimizer.close()
+    tier.close()
