@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from farspan.jobs.evaluate import Evaluation
 
@@ -37,6 +38,7 @@ def _draw_loss(axis: Any, evaluation: Evaluation) -> None:
         losses = [loss for _, _, loss, _ in entry.by_position]
         axis.plot(middles, losses, marker="o", markersize=3, label=f"{entry.length:,} tokens: {entry.loss:.3f}")
     axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda position, _: f"{position:,.0f}"))
     axis.set(xlabel="position in the document", ylabel="loss, nats per token", title="Loss by position and context")
     axis.grid(alpha=0.3)
     axis.legend(title="context: mean loss", fontsize=8)
@@ -48,11 +50,14 @@ def _draw_recall(axis: Any, evaluation: Evaluation, task: str) -> Any:
     depths = sorted({row.depth for row in rows})
     share = {(row.depth, row.length): row.correct / row.samples for row in rows}
     image = axis.imshow(
-        [[share[depth, length] for length in lengths] for depth in depths], vmin=0, vmax=1, cmap="RdYlGn", aspect="auto"
+        [[share[depth, length] for length in lengths] for depth in depths], vmin=0, vmax=1, cmap="Blues", aspect="auto"
     )
     for y, depth in enumerate(depths):
         for x, length in enumerate(lengths):
-            axis.text(x, y, f"{share[depth, length]:.0%}", ha="center", va="center", fontsize=9)
+            right = share[depth, length]
+            # Dark cells need light letters.
+            colour = "white" if right > 0.6 else "black"
+            axis.text(x, y, f"{right:.0%}", ha="center", va="center", fontsize=9, color=colour)
     axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     axis.set(xlabel="tokens of context", ylabel="depth of the fact", title=task.capitalize())

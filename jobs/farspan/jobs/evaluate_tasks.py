@@ -91,7 +91,7 @@ class Filler:
 
     def text(self, rng: random.Random, num_tokens: int) -> list[int]:
         """Tokens of the corpus from somewhere on, without the ends of documents."""
-        number, found = rng.randrange(1 << 20), []
+        number, found = rng.randrange(1 << 20), list[int]()
         while len(found) < num_tokens:
             found += [token for token in self._sequence(number) if token != self._eos]
             number += 1

@@ -78,7 +78,8 @@ def test_a_model_whose_layers_carry_a_state_is_scored_whole(corpus: str, tmp_pat
     settings = {
         **SETTINGS, "vocab_size": 300, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
         "linear_value_head_dim": 8, "head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1,
-        "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"],
+        "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+        "layer_types": ["linear_attention", "full_attention"],
     }  # fmt: skip
     network = random_causal_lm(make_config("qwen3_next", settings), 0).eval()
     batch = Reader(open_corpus(corpus, tmp_path), 96, seed=0).batch(1)
