@@ -8,7 +8,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from farspan.telemetry.events import CheckpointPublished, Event, LayoutProbed, Note, RunFinished, StepReport
+from farspan.telemetry.events import (
+    CheckpointPublished,
+    Event,
+    LayoutProbed,
+    Note,
+    PlanSteppedDown,
+    RunFinished,
+    RunPreempted,
+    RunResized,
+    RunRestarted,
+    StepReport,
+)
 
 
 class _Live:
@@ -58,6 +69,16 @@ class TrainProgress(_Live):
                 f"FAILED: {'; '.join(body.failed)}" if body.failed else f"{len(body.passed)} checks equal one process"
             )
             self.console.print(f"layout probed after step {body.step}: {verdict} ({body.seconds:.1f} s)", markup=False)
+        elif isinstance(body, PlanSteppedDown):
+            self.console.print(f"step {body.step} did not fit ({body.reason}): now {body.change}", markup=False)
+        elif isinstance(body, RunRestarted):
+            text = f"goes on after step {body.step} ({body.redone} steps done again): {body.reason}"
+            self.console.print(text, markup=False)
+        elif isinstance(body, RunPreempted):
+            self.console.print(f"stopped after step {body.step}, checkpoint published: {body.reason}", markup=False)
+        elif isinstance(body, RunResized):
+            text = f"{body.workers} workers from step {body.step + 1}, accumulation {body.accumulation}: {body.reason}"
+            self.console.print(text, markup=False)
         elif isinstance(body, Note):
             self.console.print(body.text, markup=False)
         elif isinstance(body, RunFinished):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -15,6 +20,12 @@ from farspan.errors import ConfigError
 from farspan.plan.run_plan import RunPlan
 from farspan.storage.paths import absolute_uri
 from farspan.telemetry.events import EventBody
+
+if TYPE_CHECKING:
+    from farspan.jobs.progress import StopWish
+
+STOPPED = 143
+"""Exit code of a run that was asked to stop and did, as a shell names the end by SIGTERM."""
 
 
 def show_plan(path: str, overrides: list[str]) -> None:
@@ -39,6 +50,7 @@ def run_train(path: str, overrides: list[str], *, dry_run: bool, cluster: str | 
     from farspan.cli.progress import TrainProgress
     from farspan.cli.record import run_log
     from farspan.jobs.launch import joined_ray, local_ray
+    from farspan.jobs.progress import StopWish
     from farspan.jobs.train import run_training
 
     _print_plan(plan)
@@ -46,13 +58,37 @@ def run_train(path: str, overrides: list[str], *, dry_run: bool, cluster: str | 
     cpus = resources.cpus_per_worker * config.parallel.workers
     gpus = resources.gpus_per_worker * config.parallel.workers
     ray_here = joined_ray() if join else local_ray(cpus, gpus)
-    with run_log(config.output) as log, TrainProgress(config.train.steps) as progress, ray_here:
+    wish = StopWish()
+    with run_log(config.output) as log, TrainProgress(config.train.steps) as progress, ray_here, stop_on_sigterm(wish):
 
         def tell(body: EventBody) -> None:
             progress.show(log.append(body))
 
-        uri = run_training(config, plan.lines(), tell)
-    Console(highlight=False, soft_wrap=True).print(f"model published: {uri}", markup=False)
+        uri = run_training(config, plan.lines(), tell, wish)
+    console = Console(highlight=False, soft_wrap=True)
+    if uri is None:
+        console.print(f"stopped ({wish.reason}); start it again to go on from its newest checkpoint", markup=False)
+        raise typer.Exit(STOPPED)
+    console.print(f"model published: {uri}", markup=False)
+
+
+@contextmanager
+def stop_on_sigterm(wish: StopWish) -> Iterator[None]:
+    """The first SIGTERM asks for a checkpoint and a clean end; another one interrupts at once, like Ctrl-C.
+
+    Inside a Ray that was started before: starting it takes the signal for itself.
+    """
+
+    def asked(_signal: int, _frame: FrameType | None) -> None:
+        if wish.reason is not None:
+            raise KeyboardInterrupt
+        wish.reason = "SIGTERM"
+
+    before = signal.signal(signal.SIGTERM, asked)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def read_run_config(path: str, overrides: list[str]) -> RunConfig:

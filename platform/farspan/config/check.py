@@ -46,6 +46,7 @@ def check_run(config: RunConfig) -> None:
     _at_least("train.accumulation", train.accumulation, 1)
     _at_least("train.loss_tile_tokens", train.loss_tile_tokens, 1)
     _at_least("train.checkpoint_every", train.checkpoint_every, 0)
+    _at_least("train.max_restarts", train.max_restarts, 0)
     _at_least("train.reprobe_every", train.reprobe_every, 0)
     _at_least("data.sequence_tokens", data.sequence_tokens, 2)
     _check_optim(config.optim)

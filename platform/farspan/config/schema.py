@@ -142,6 +142,8 @@ class TrainConfig:
     that fails stops the run. 0: none. A probe holds all weights once more in rank 0's memory."""
     resume: bool = True
     """Go on from the newest checkpoint of this run, if there is one."""
+    max_restarts: int = 3
+    """Lost workers, nodes or controllers forgiven in any one hour: the run goes on from its newest checkpoint."""
     certificate: str | None = None
     """Certificate of `farspan doctor`, local or s3://: the run starts only if it vouches for this model and layout."""
 

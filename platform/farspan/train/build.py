@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from farspan.activations.tiled import tile_mlps
 from farspan.chunked.seco import ChunkedStep
 from farspan.config.schema import ParallelConfig, RunConfig
-from farspan.data.reader import Corpus, Reader, open_corpus
+from farspan.data.reader import Corpus, open_corpus
 from farspan.errors import ConfigError
 from farspan.models.attention import use_farspan_attention
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer, make_config, open_config, random_causal_lm
@@ -32,6 +32,7 @@ from farspan.train.chunks import Chunks
 from farspan.train.fsdp2 import Fsdp2Weights
 from farspan.train.loss import PackedLoss
 from farspan.train.offload import RunOffload
+from farspan.train.samples import WitnessedReader
 from farspan.train.step import TrainStep
 from farspan.train.weights import WeightsEngine
 from farspan.train.zero import ZeroWeights, refuse_without_deepspeed
@@ -83,7 +84,7 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
         accumulation=config.train.accumulation,
         mesh=mesh,
         sequence=sequence,
-        reader=Reader(corpus, config.data.sequence_tokens, config.seed),
+        reader=WitnessedReader(corpus, config.data.sequence_tokens, config.seed),
         device=device,
         chunks=_chunks(config, model, sequence, mesh, device),
     )

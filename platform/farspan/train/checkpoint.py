@@ -25,6 +25,7 @@ from farspan.errors import CheckpointError, CorruptDataError, FarspanError, NotF
 from farspan.models.checkpoint import load_causal_lm, save_causal_lm
 from farspan.models.lora import Adapter, is_adapter_folder, load_adapter, merged_weights, save_adapter
 from farspan.storage.door import open_store
+from farspan.storage.manifest import MANIFEST_NAME
 from farspan.storage.publish import fetch_folder, is_published, publish_folder
 from farspan.telemetry.events import CheckpointPublished
 from farspan.train.weights import WeightsEngine
@@ -52,6 +53,8 @@ class TrainState:
     seed: int
     sequence_tokens: int
     corpus_fingerprint: str
+    samples: str = ""
+    """Hash of the sequences consumed so far (train.samples)."""
 
     def refuse_other_data(self, now: TrainState) -> None:
         """Refuse to go on with data in another order: samples would be lost or repeated silently."""
@@ -161,6 +164,17 @@ def list_checkpoints(output: str) -> list[str]:
     uris = [f"{store.uri.rstrip('/')}/{step}" for step in sorted(steps, reverse=True) if step.startswith("step-")]
     # A step whose upload was cut off has files but no manifest: it is not there.
     return [uri for uri in uris if is_published(uri)]
+
+
+def clear_checkpoints(output: str) -> int:
+    """Remove every checkpoint of a run that starts over; how many there were."""
+    uris = list_checkpoints(output)
+    store = open_store(f"{output.rstrip('/')}/checkpoints")
+    files = [file for file in store.list() if file.path.startswith("step-")]
+    # Manifests first: what is half removed when this process dies is not there.
+    for file in sorted(files, key=lambda file: not file.path.endswith(MANIFEST_NAME)):
+        store.delete(file.path)
+    return len(uris)
 
 
 def newest_step(output: str) -> int:

@@ -11,56 +11,82 @@ import torch.distributed as dist
 from torch import Tensor
 
 from farspan.config.schema import RunConfig
-from farspan.telemetry.events import EventBody, Note, RunFinished
+from farspan.telemetry.events import EventBody, Note, RunFinished, RunPreempted
+from farspan.train.boundary import Boundary
 from farspan.train.build import Training
 from farspan.train.checkpoint import TrainState, load_newest, newest_step, on_rank_0, save_checkpoint, save_model
+from farspan.train.outside import NothingOutside, Outside
 from farspan.train.reprobe import probe_layout, refuse_failed
 from farspan.train.rescue import Rescue, clear_rescue, load_rescue
+from farspan.train.samples import chain_samples
 
 
-def train(training: Training, config: RunConfig, tell: Callable[[EventBody], None]) -> str:
-    """Run to the last step; gives the URI of the published model. Collective: every rank calls it."""
+def train(
+    training: Training, config: RunConfig, tell: Callable[[EventBody], None], outside: Outside | None = None
+) -> str | None:
+    """Run to the last step; gives the URI of the published model, or None when the run was asked to stop before.
+
+    Collective: every rank calls it.
+    """
     try:
-        return _train(training, config, tell)
+        return _train(training, config, tell, outside or NothingOutside())
     finally:
         if training.step.offload is not None:
             training.step.offload.close()
 
 
-def _train(training: Training, config: RunConfig, tell: Callable[[EventBody], None]) -> str:
+def _train(training: Training, config: RunConfig, tell: Callable[[EventBody], None], outside: Outside) -> str | None:
     started, tokens = time.perf_counter(), 0
     first = _resume(training, config, tell)
-    step = training.step
+    step, boundary = training.step, Boundary(outside)
     with _rescue(config) as rescue:
-        rescue.at_boundary(_state(training, first), _held(training, config))
+        rescue.at_boundary(training.state, _held(training, config))
         for index in range(first, config.train.steps):
             report = step.run(index, rescue.moving)
+            met = boundary.meet(step.reader)
+            _advance(training, index + 1, met.samples)
+            state = training.state
             tokens += report.tokens
-            tell(report)
-            state = _state(training, index + 1)
+            tell(replace(report, samples=state.samples))
             rescue.at_boundary(state, _held(training, config))
             # Before the checkpoint: what is published was proven.
             if config.train.reprobe_every and state.step % config.train.reprobe_every == 0:
                 probed = probe_layout(step, state.step, training.compute)
                 tell(probed)
                 refuse_failed(probed)
-            due = config.train.checkpoint_every and state.step % config.train.checkpoint_every == 0
-            if due or state.step == config.train.steps:
+            if met.stop is not None or is_due(config, state.step):
+                # Steps a checkpoint covers are never done again: nobody could tell of them a second time.
+                outside.settle()
                 tell(
                     save_checkpoint(
                         config.output, step.weights, state, training.tokenizer, training.certificate, training.adapter
                     )
                 )
                 on_rank_0(lambda: clear_rescue(config.output))
+            if met.stop is not None and state.step < config.train.steps:
+                tell(RunPreempted(step=state.step, reason=met.stop))
+                return None
     uri = save_model(config.output, step.weights, training.tokenizer, training.adapter)
     tell(RunFinished(steps=max(0, config.train.steps - first), tokens=tokens, seconds=time.perf_counter() - started))
     return uri
+
+
+def is_due(config: RunConfig, done: int) -> bool:
+    """Whether a checkpoint is published after `done` steps."""
+    every = config.train.checkpoint_every
+    return done == config.train.steps or (every > 0 and done % every == 0)
+
+
+def _advance(training: Training, done: int, seen_by_rank: list[dict[int, str]]) -> None:
+    samples = chain_samples(training.state.samples, seen_by_rank)
+    training.state = replace(training.state, step=done, cursor=training.step.cursor, samples=samples)
 
 
 def _resume(training: Training, config: RunConfig, tell: Callable[[EventBody], None]) -> int:
     step = training.step
     rescued = _resume_rescued(training, config)
     if rescued is not None:
+        training.state = rescued
         tell(Note(text=f"goes on from what was put aside after step {rescued.step}"))
         return rescued.step
     if not config.train.resume:
@@ -70,7 +96,7 @@ def _resume(training: Training, config: RunConfig, tell: Callable[[EventBody], N
         return 0
     for reason in found.skipped:
         tell(Note(text=reason))
-    state = found.state
+    state = training.state = found.state
     step.cursor = state.cursor
     tell(Note(text=f"resumed after step {state.step}, {state.cursor} sequences consumed"))
     if state.step >= config.train.steps:
@@ -103,7 +129,3 @@ def _resume_rescued(training: Training, config: RunConfig) -> TrainState | None:
     training.step.weights.put_back(shards)
     training.step.cursor = state.cursor
     return state
-
-
-def _state(training: Training, done: int) -> TrainState:
-    return replace(training.state, step=done, cursor=training.step.cursor)
