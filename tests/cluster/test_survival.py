@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 from ray.util.state import list_actors
 from tests.support.corpus import small_corpus
 from tests.support.local_ray import LocalRay
@@ -24,6 +25,7 @@ from farspan.jobs.train import run_training
 from farspan.telemetry.events import (
     EventBody,
     RunPreempted,
+    RunResized,
     RunRestarted,
     RunStarted,
     StepReport,
@@ -130,7 +132,7 @@ def test_a_run_asked_to_stop_publishes_a_checkpoint_and_goes_on_from_that_very_s
     def tell(body: EventBody) -> None:
         events.append(body)
         if isinstance(body, StepReport) and body.step == 2:
-            wish.reason = "asked"
+            wish.ask("asked")
 
     assert run_training(config, [], tell, wish) is None
     stopped = events[-1]
@@ -180,3 +182,29 @@ def test_a_run_whose_driver_is_ended_goes_on_bit_for_bit_when_it_is_started_agai
     bodies = [event.body for event in read_events(tmp_path / "run" / "events.jsonl").events]
     assert len([body for body in bodies if isinstance(body, RunStarted)]) == 2
     assert curve(bodies) == undisturbed
+
+
+def test_a_run_starts_with_the_workers_there_is_room_for_and_grows_when_there_is_more(
+    ray_cluster: LocalRay, corpus: str, undisturbed: Curve, tmp_path: Path
+) -> None:
+    @ray.remote(num_cpus=2)
+    class Tenant:
+        def ready(self) -> bool:
+            return True
+
+    tenant = Tenant.remote()
+    assert ray.get(tenant.ready.remote(), timeout=60)
+    elastic = ["parallel.min_workers=1", "parallel.grow_every_s=0.2", "resources.cpus_per_worker=2"]
+    events: list[EventBody] = []
+
+    def tell(body: EventBody) -> None:
+        events.append(body)
+        if isinstance(body, StepReport) and body.step == 2:
+            ray.kill(tenant)
+
+    run_training(run_config(corpus, tmp_path / "run", *elastic), [], tell)
+    sizes = [(event.workers, event.accumulation) for event in events if isinstance(event, RunResized)]
+    assert sizes == [(1, 2), (2, 1)]
+    grown = curve(events)
+    assert {s: r[1] for s, r in grown.items()} == {s: r[1] for s, r in undisturbed.items()}
+    assert {s: r[0] for s, r in grown.items()} == pytest.approx({s: r[0] for s, r in undisturbed.items()}, rel=1e-6)

@@ -38,7 +38,7 @@ class AttemptLost(Exception):
         super().__init__(failure.reason)
 
 
-def run_attempt(config: RunConfig, tell: Callable[[EventBody], None], wish: StopWish) -> None:
+def run_attempt(config: RunConfig, plan: str, tell: Callable[[EventBody], None], wish: StopWish) -> None:
     """Run until the last step, or until `wish` is granted.
 
     Raises:
@@ -56,7 +56,7 @@ def run_attempt(config: RunConfig, tell: Callable[[EventBody], None], wish: Stop
         with EventWatcher(count, wish) as watcher:
             trainer = TorchTrainer(
                 train_worker,
-                train_loop_config={"config": dump_config(config), "mailbox": watcher.mailbox},
+                train_loop_config={"config": dump_config(config), "plan": plan, "mailbox": watcher.mailbox},
                 scaling_config=_scaling(config),
                 torch_config=TorchConfig(backend=_backend(config), timeout_s=int(config.resources.timeout_s)),
                 run_config=_ray_run(config),
@@ -77,6 +77,7 @@ def train_worker(payload: dict[str, Any]) -> None:
     outside = EventSender(payload["mailbox"]) if is_first else SilentRank()
     with tempfile.TemporaryDirectory(prefix="farspan-cache-") as cache:
         training = build(config, device, Path(cache))
+        training.plan = payload["plan"]
         with memory_limit(device, config.memory.limit_gib):
             train(training, config, outside, outside)
 

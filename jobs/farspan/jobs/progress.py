@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from types import TracebackType
 
 import ray
@@ -20,11 +19,21 @@ from farspan.telemetry.events import Event, EventBody, from_json, to_json
 _POLL_S, _DEADLINE_S = 0.5, 60.0
 
 
-@dataclass
 class StopWish:
-    """That a run should stop after the step it is in, with a checkpoint. Set from any thread or signal handler."""
+    """That a run should stop after its step, with a checkpoint. Asked for from any thread or signal handler."""
 
-    reason: str | None = None
+    def __init__(self, wider: StopWish | None = None) -> None:
+        """`wider` is a wish that includes this one."""
+        self._own: str | None = None
+        self._wider = wider
+
+    @property
+    def reason(self) -> str | None:
+        """Why, once somebody asked."""
+        return (self._wider.reason if self._wider is not None else None) or self._own
+
+    def ask(self, reason: str) -> None:
+        self._own = reason
 
 
 class EventMailbox:

@@ -13,17 +13,20 @@ from farspan.errors import ClusterError, ConfigError, ModelError, OutOfMemoryErr
 from farspan.jobs.attempt import AttemptLost, run_attempt
 from farspan.jobs.progress import StopWish
 from farspan.jobs.restart import Failure, RestartBudget
-from farspan.jobs.room import wait_for_room
+from farspan.jobs.room import RoomWatch, find_room
 from farspan.telemetry.events import (
     EventBody,
     Note,
     PlanSteppedDown,
     RunFinished,
+    RunResized,
     RunRestarted,
     RunStarted,
 )
 from farspan.train.checkpoint import clear_checkpoints, newest_step
+from farspan.train.elastic import Size, at_size, legal_sizes
 from farspan.train.ladder import Ladder, Rung
+from farspan.train.patience import patiently
 from farspan.train.rescue import clear_rescue
 
 
@@ -44,7 +47,7 @@ def run_training(
     tell(RunStarted(config=dump_config(config), plan=plan))
     if not config.train.resume:
         _start_over(config, tell)
-    return _Attempts(config, tell, wish or StopWish()).run()
+    return _Attempts(config, plan, tell, wish or StopWish()).run()
 
 
 def _start_over(config: RunConfig, tell: Callable[[EventBody], None]) -> None:
@@ -58,6 +61,7 @@ def _start_over(config: RunConfig, tell: Callable[[EventBody], None]) -> None:
 @dataclass
 class _Attempts:
     config: RunConfig
+    plan: str
     tell: Callable[[EventBody], None]
     wish: StopWish
     _finished: bool = False
@@ -69,12 +73,12 @@ class _Attempts:
         self._ladder = Ladder(config)
         self._budget = RestartBudget(config.train.max_restarts)
         self._trouble: OutOfMemoryError | None = None
+        self._workers = config.parallel.workers
 
     def run(self) -> str | None:
         while not self._finished and self.wish.reason is None:
             try:
-                wait_for_room(self._ladder.config)
-                run_attempt(self._ladder.config, self._hear, self.wish)
+                self._attempt()
             except AttemptLost as lost:
                 self._restart(lost.failure)
             except OutOfMemoryError as problem:
@@ -86,6 +90,28 @@ class _Attempts:
                 # This model does not allow what the last rung asked for.
                 self._step_down(self._trouble, self._ladder.other())
         return f"{self.config.output.rstrip('/')}/model" if self._finished else None
+
+    def _attempt(self) -> None:
+        config = self._ladder.config
+        sizes = legal_sizes(config)
+        size = find_room(config, sizes)
+        if self._workers != size.workers:
+            self._tell_size(size, sizes)
+        self._workers = size.workers
+        wish = StopWish(self.wish)
+        larger = [other for other in sizes if other.workers > size.workers]
+        with RoomWatch(config, size, larger, wish):
+            run_attempt(at_size(config, size), self.plan, self._hear, wish)
+
+    def _tell_size(self, size: Size, sizes: list[Size]) -> None:
+        why = "all that were asked for have room" if size == sizes[0] else f"no room for {sizes[0].workers}"
+        self.tell(
+            RunResized(step=self._newest_step(), workers=size.workers, accumulation=size.accumulation, reason=why)
+        )
+
+    def _newest_step(self) -> int:
+        output = self.config.output
+        return patiently(lambda: newest_step(output), output, self.config.resources.timeout_s)
 
     def _hear(self, body: EventBody) -> None:
         self._finished = self._finished or isinstance(body, RunFinished)
@@ -102,5 +128,5 @@ class _Attempts:
             raise ClusterError(
                 f"training stopped after step {failure.step}: {failure.reason}; not started again: {why_not}"
             )
-        step = newest_step(self.config.output)
+        step = self._newest_step()
         self.tell(RunRestarted(step=step, redone=max(0, failure.step - step), reason=failure.reason))

@@ -82,7 +82,7 @@ def stop_on_sigterm(wish: StopWish) -> Iterator[None]:
     def asked(_signal: int, _frame: FrameType | None) -> None:
         if wish.reason is not None:
             raise KeyboardInterrupt
-        wish.reason = "SIGTERM"
+        wish.ask("SIGTERM")
 
     before = signal.signal(signal.SIGTERM, asked)
     try:

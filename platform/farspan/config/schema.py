@@ -64,6 +64,11 @@ class ParallelConfig:
 
     workers: int = 1
     """Training processes, one device each."""
+    min_workers: int = 0
+    """With fewer free devices than `workers` the run starts, or goes on, with any legal number down to this one, on the
+    same sequences in each step; 0: it waits for all of them."""
+    grow_every_s: float = 60.0
+    """Seconds between looks for room for more processes while fewer than `workers` train."""
     sp: int = 1
     """Processes that share one sequence. workers / sp sequences are computed side by side."""
     strategy: str = "ulysses"
@@ -142,6 +147,13 @@ class TrainConfig:
     that fails stops the run. 0: none. A probe holds all weights once more in rank 0's memory."""
     resume: bool = True
     """Go on from the newest checkpoint of this run, if there is one."""
+    checkpoint_async: bool = False
+    """Write checkpoints behind the steps that follow, each process its own piece; the model is published at the end
+    either way. False: rank 0 gathers an ordinary Hugging Face folder while the steps wait."""
+    keep_checkpoints: int = 0
+    """Newest checkpoints that are kept; 0: all."""
+    keep_every: int = 0
+    """Checkpoints after a multiple of so many steps are kept for ever; 0: only the newest are kept."""
     max_restarts: int = 3
     """Lost workers, nodes or controllers forgiven in any one hour: the run goes on from its newest checkpoint."""
     certificate: str | None = None

@@ -53,6 +53,8 @@ class Training:
     """What the doctor found about this model and layout, as JSON; kept beside checkpoints."""
     adapter: Adapter | None = None
     """What is trained instead of the model's own weights."""
+    plan: str = ""
+    """What runs where, for a reader; kept beside checkpoints."""
 
 
 def build(config: RunConfig, device: torch.device, cache: Path | None = None) -> Training:

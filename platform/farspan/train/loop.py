@@ -14,11 +14,13 @@ from farspan.config.schema import RunConfig
 from farspan.telemetry.events import EventBody, Note, RunFinished, RunPreempted
 from farspan.train.boundary import Boundary
 from farspan.train.build import Training
-from farspan.train.checkpoint import TrainState, load_newest, newest_step, on_rank_0, save_checkpoint, save_model
+from farspan.train.checkpoint import TrainState, load_newest, newest_step, on_rank_0, save_model
 from farspan.train.outside import NothingOutside, Outside
+from farspan.train.patience import patiently
 from farspan.train.reprobe import probe_layout, refuse_failed
-from farspan.train.rescue import Rescue, clear_rescue, load_rescue
+from farspan.train.rescue import Rescue, load_rescue
 from farspan.train.samples import chain_samples
+from farspan.train.saver import Saver
 
 
 def train(
@@ -38,12 +40,12 @@ def train(
 def _train(training: Training, config: RunConfig, tell: Callable[[EventBody], None], outside: Outside) -> str | None:
     started, tokens = time.perf_counter(), 0
     first = _resume(training, config, tell)
-    step, boundary = training.step, Boundary(outside)
+    step, boundary, saver = training.step, Boundary(outside), _saver(training, config)
     with _rescue(config) as rescue:
         rescue.at_boundary(training.state, _held(training, config))
         for index in range(first, config.train.steps):
             report = step.run(index, rescue.moving)
-            met = boundary.meet(step.reader)
+            met = boundary.meet(step.reader, saver.trouble())
             _advance(training, index + 1, met.samples)
             state = training.state
             tokens += report.tokens
@@ -57,15 +59,15 @@ def _train(training: Training, config: RunConfig, tell: Callable[[EventBody], No
             if met.stop is not None or is_due(config, state.step):
                 # Steps a checkpoint covers are never done again: nobody could tell of them a second time.
                 outside.settle()
-                tell(
-                    save_checkpoint(
-                        config.output, step.weights, state, training.tokenizer, training.certificate, training.adapter
-                    )
-                )
-                on_rank_0(lambda: clear_rescue(config.output))
+                saver.save(state)
+            _tell_all(tell, saver.news())
             if met.stop is not None and state.step < config.train.steps:
+                saver.finish()
+                _tell_all(tell, saver.news())
                 tell(RunPreempted(step=state.step, reason=met.stop))
                 return None
+        saver.finish()
+        _tell_all(tell, saver.news())
     uri = save_model(config.output, step.weights, training.tokenizer, training.adapter)
     tell(RunFinished(steps=max(0, config.train.steps - first), tokens=tokens, seconds=time.perf_counter() - started))
     return uri
@@ -75,6 +77,23 @@ def is_due(config: RunConfig, done: int) -> bool:
     """Whether a checkpoint is published after `done` steps."""
     every = config.train.checkpoint_every
     return done == config.train.steps or (every > 0 and done % every == 0)
+
+
+def _saver(training: Training, config: RunConfig) -> Saver:
+    return Saver(
+        config=config,
+        engine=training.step.weights,
+        tokenizer=training.tokenizer,
+        board=dist.distributed_c10d._get_default_store(),
+        certificate=training.certificate,
+        adapter=training.adapter,
+        plan=training.plan,
+    )
+
+
+def _tell_all(tell: Callable[[EventBody], None], bodies: list[EventBody]) -> None:
+    for body in bodies:
+        tell(body)
 
 
 def _advance(training: Training, done: int, seen_by_rank: list[dict[int, str]]) -> None:
@@ -91,7 +110,7 @@ def _resume(training: Training, config: RunConfig, tell: Callable[[EventBody], N
         return rescued.step
     if not config.train.resume:
         return 0
-    found = load_newest(config.output, step.weights, training.state, training.adapter)
+    found = load_newest(config.output, step.weights, training.state, training.adapter, config.resources.timeout_s)
     if found is None:
         return 0
     for reason in found.skipped:
@@ -119,10 +138,11 @@ def _held(training: Training, config: RunConfig) -> dict[str, Tensor]:
 
 def _resume_rescued(training: Training, config: RunConfig) -> TrainState | None:
     """Put back what every rank put aside at one boundary, unless a checkpoint is newer. Collective."""
-    mine = load_rescue(config.output, dist.get_rank(), dist.get_world_size(), training.state)
+    output = config.output
+    mine = load_rescue(output, dist.get_rank(), dist.get_world_size(), training.state)
     steps: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(steps, None if mine is None else mine[0].step)
-    newest = on_rank_0(lambda: newest_step(config.output))
+    newest = on_rank_0(lambda: patiently(lambda: newest_step(output), output, config.resources.timeout_s))
     if mine is None or len(set(steps)) != 1 or mine[0].step < newest:
         return None
     state, shards = mine
