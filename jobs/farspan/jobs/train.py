@@ -11,6 +11,7 @@ from farspan.config.load import dump_config
 from farspan.config.schema import RunConfig
 from farspan.errors import ClusterError, ConfigError, ModelError, OutOfMemoryError, PlanError
 from farspan.jobs.attempt import AttemptLost, run_attempt
+from farspan.jobs.metrics import RunMetrics
 from farspan.jobs.progress import StopWish
 from farspan.jobs.restart import Failure, RestartBudget
 from farspan.jobs.room import RoomWatch, find_room
@@ -73,6 +74,7 @@ class _Attempts:
         self._ladder = Ladder(config)
         self._budget = RestartBudget(config.train.max_restarts)
         self._trouble: OutOfMemoryError | None = None
+        self._metrics = RunMetrics(config.name)
         self._workers = config.parallel.workers
 
     def run(self) -> str | None:
@@ -97,6 +99,7 @@ class _Attempts:
         size = find_room(config, sizes)
         if self._workers != size.workers:
             self._tell_size(size, sizes)
+        self._metrics = RunMetrics(config.name)
         self._workers = size.workers
         wish = StopWish(self.wish)
         larger = [other for other in sizes if other.workers > size.workers]
@@ -115,6 +118,7 @@ class _Attempts:
 
     def _hear(self, body: EventBody) -> None:
         self._finished = self._finished or isinstance(body, RunFinished)
+        self._metrics.record(body)
         self.tell(body)
 
     def _step_down(self, problem: OutOfMemoryError, rung: Rung | None) -> None:

@@ -42,14 +42,15 @@ class _Live:
 class TrainProgress(_Live):
     """Steps of a training run."""
 
-    def __init__(self, num_steps: int) -> None:
+    def __init__(self, num_steps: int, price_per_worker_hour: float = 0.0, workers: int = 1) -> None:
+        """`price_per_worker_hour` 0: no cost is shown."""
         super().__init__(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.completed}/{task.total}"),
             TimeRemainingColumn(),
         )
-        self._num_steps = num_steps
+        self._num_steps, self._price, self._workers = num_steps, price_per_worker_hour, workers
         self._task = self._bar.add_task("starting workers", total=num_steps)
 
     def show(self, event: Event) -> None:
@@ -57,10 +58,13 @@ class TrainProgress(_Live):
         body = event.body
         if isinstance(body, StepReport):
             self._bar.update(self._task, completed=body.step, description=f"loss {body.loss:.4f}")
+            shown = [f"utilization {body.utilization:.1%}"] if body.utilization > 0 else []
+            if self._price > 0:
+                shown.append(f"{price_per_million(self._price, self._workers, body.tokens_per_s):.3g} per M tokens")
             self.console.print(
                 f"step {body.step:>5}/{self._num_steps}  loss {body.loss:8.4f}  {body.tokens_per_s:>9,.0f} tokens/s  "
                 f"lr {body.learning_rate:.2e}  grad {body.grad_norm:.2f}  "
-                f"peak {body.peak_memory_bytes / 2**20:,.0f} MiB"
+                + "  ".join([f"peak {body.peak_memory_bytes / 2**20:,.0f} MiB", *shown])
             )
         elif isinstance(body, CheckpointPublished):
             self.console.print(f"checkpoint after step {body.step}: {body.uri} ({body.seconds:.1f} s)", markup=False)
@@ -77,12 +81,22 @@ class TrainProgress(_Live):
         elif isinstance(body, RunPreempted):
             self.console.print(f"stopped after step {body.step}, checkpoint published: {body.reason}", markup=False)
         elif isinstance(body, RunResized):
+            self._workers = body.workers
             text = f"{body.workers} workers from step {body.step + 1}, accumulation {body.accumulation}: {body.reason}"
             self.console.print(text, markup=False)
         elif isinstance(body, Note):
             self.console.print(body.text, markup=False)
         elif isinstance(body, RunFinished):
             self.console.print(f"{body.steps} steps, {body.tokens:,} tokens in {body.seconds:.1f} s")
+            if self._price > 0:
+                cost = self._price * self._workers * body.seconds / 3600
+                per_worker = body.tokens / max(body.seconds, 1e-9) / self._workers
+                self.console.print(f"cost {cost:.3g}, {per_worker:,.0f} tokens/s per worker")
+
+
+def price_per_million(per_worker_hour: float, workers: int, tokens_per_s: float) -> float:
+    """What a million tokens cost at this speed."""
+    return per_worker_hour * workers / 3600 / tokens_per_s * 1e6
 
 
 class BuildProgressBar(_Live):

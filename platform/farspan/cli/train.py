@@ -22,6 +22,8 @@ from farspan.storage.paths import absolute_uri
 from farspan.telemetry.events import EventBody
 
 if TYPE_CHECKING:
+    from farspan.cli.curves import Curves
+    from farspan.cli.progress import TrainProgress
     from farspan.jobs.progress import StopWish
 
 STOPPED = 143
@@ -47,7 +49,6 @@ def run_train(path: str, overrides: list[str], *, dry_run: bool, cluster: str | 
         _submit(config, cluster)
         return
 
-    from farspan.cli.progress import TrainProgress
     from farspan.cli.record import run_log
     from farspan.jobs.launch import joined_ray, local_ray
     from farspan.jobs.progress import StopWish
@@ -59,10 +60,12 @@ def run_train(path: str, overrides: list[str], *, dry_run: bool, cluster: str | 
     gpus = resources.gpus_per_worker * config.parallel.workers
     ray_here = joined_ray() if join else local_ray(cpus, gpus)
     wish = StopWish()
-    with run_log(config.output) as log, TrainProgress(config.train.steps) as progress, ray_here, stop_on_sigterm(wish):
+    board = curves_of(config)
+    with run_log(config.output) as log, progress_of(config) as progress, board, ray_here, stop_on_sigterm(wish):
 
         def tell(body: EventBody) -> None:
             progress.show(log.append(body))
+            board.record(body)
 
         uri = run_training(config, plan.lines(), tell, wish)
     console = Console(highlight=False, soft_wrap=True)
@@ -70,6 +73,20 @@ def run_train(path: str, overrides: list[str], *, dry_run: bool, cluster: str | 
         console.print(f"stopped ({wish.reason}); start it again to go on from its newest checkpoint", markup=False)
         raise typer.Exit(STOPPED)
     console.print(f"model published: {uri}", markup=False)
+
+
+def progress_of(config: RunConfig) -> TrainProgress:
+    """What the terminal shows of a run."""
+    from farspan.cli.progress import TrainProgress
+
+    return TrainProgress(config.train.steps, config.resources.price_per_gpu_hour, config.parallel.workers)
+
+
+def curves_of(config: RunConfig) -> Curves:
+    """Where TensorBoard reads the run's numbers, if that was asked for."""
+    from farspan.cli.curves import Curves
+
+    return Curves(config.output if config.telemetry.tensorboard else None)
 
 
 @contextmanager

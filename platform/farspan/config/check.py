@@ -65,6 +65,8 @@ def check_run(config: RunConfig) -> None:
     _above("resources.cpus_per_worker", config.resources.cpus_per_worker, 0)
     _within("resources.gpus_per_worker", config.resources.gpus_per_worker, 0, math.inf)
     _at_least("resources.timeout_s", config.resources.timeout_s, 1)
+    _within("resources.peak_tflops", config.resources.peak_tflops, 0, math.inf)
+    _within("resources.price_per_gpu_hour", config.resources.price_per_gpu_hour, 0, math.inf)
     _divides("parallel.sp", parallel.sp, "parallel.workers", parallel.workers)
     _divides("parallel.sp", parallel.sp, "data.sequence_tokens", data.sequence_tokens)
     _divides("parallel.ulysses", parallel.ulysses, "parallel.sp", parallel.sp)

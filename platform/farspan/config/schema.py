@@ -196,7 +196,19 @@ class ResourcesConfig:
     gpus_per_worker: float = 0.0
     """1 trains on GPUs over NCCL, 0 on CPUs over gloo."""
     timeout_s: float = 600.0
-    """Longest wait for workers to start, and for one collective operation."""
+    """Longest wait for workers to start, for one collective operation, and for an object store that does not answer."""
+    peak_tflops: float = 0.0
+    """Most operations a second of one device, in 1e12, that utilization is measured against; 0: its data sheet's."""
+    price_per_gpu_hour: float = 0.0
+    """What one worker's device costs for an hour, in any currency; 0: no cost is shown."""
+
+
+@dataclass(kw_only=True)
+class TelemetryConfig:
+    """Where the numbers of a run go beside its event log."""
+
+    tensorboard: bool = False
+    """Write them to <output>/tensorboard too (a local output; needs the package tensorboard)."""
 
 
 @dataclass(kw_only=True)
@@ -218,6 +230,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
 
 @dataclass(kw_only=True)

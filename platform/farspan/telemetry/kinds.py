@@ -47,6 +47,10 @@ class StepReport:
     """Of the rank that used most."""
     bytes_sent: int
     """By all ranks together, to exchange attention."""
+    model_flops: float = 0.0
+    """Operations the step cannot do without (train.useful); 0: not known for this model."""
+    utilization: float = 0.0
+    """Their share of what all devices could do in that time; 0: their peak is not known."""
     samples: str = ""
     """Hash of every sequence the run has consumed up to and with this step."""
 

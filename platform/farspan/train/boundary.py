@@ -11,7 +11,7 @@ import torch.distributed as dist
 from farspan.data.reader import Reader
 from farspan.errors import FarspanError
 from farspan.train.outside import Outside
-from farspan.train.samples import WitnessedReader
+from farspan.train.samples import Seen, WitnessedReader, merge_seen
 
 # A launcher's preemption notice is asked for by all ranks together, which costs it a round trip per rank.
 _ASK_EVERY_S = 2.0
@@ -21,8 +21,8 @@ _ASK_EVERY_S = 2.0
 class Met:
     """What every rank knows after the exchange; the same on all of them."""
 
-    samples: list[dict[int, str]]
-    """What each rank read."""
+    seen: dict[int, Seen]
+    """The sequences of the step, in order."""
     stop: str | None
     """Why the run stops here, if it does."""
 
@@ -48,4 +48,4 @@ class Boundary:
         if told[0][3]:
             self._asked_s = time.monotonic()
             stop = self._outside.preempted() or stop
-        return Met([seen for seen, _, _, _ in told], stop)
+        return Met(merge_seen(seen for seen, _, _, _ in told), stop)

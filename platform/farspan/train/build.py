@@ -34,6 +34,7 @@ from farspan.train.loss import PackedLoss
 from farspan.train.offload import RunOffload
 from farspan.train.samples import WitnessedReader
 from farspan.train.step import TrainStep
+from farspan.train.useful import useful_work
 from farspan.train.weights import WeightsEngine
 from farspan.train.zero import ZeroWeights, refuse_without_deepspeed
 from farspan.verify.certificate import read_certificate, refuse_certificate
@@ -86,7 +87,7 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
         accumulation=config.train.accumulation,
         mesh=mesh,
         sequence=sequence,
-        reader=WitnessedReader(corpus, config.data.sequence_tokens, config.seed),
+        reader=WitnessedReader(corpus, config.data.sequence_tokens, config.seed, useful_work(config, model.config)),
         device=device,
         chunks=_chunks(config, model, sequence, mesh, device),
     )

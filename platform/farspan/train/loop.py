@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from farspan.config.schema import RunConfig
-from farspan.telemetry.events import EventBody, Note, RunFinished, RunPreempted
+from farspan.telemetry.events import EventBody, Note, RunFinished, RunPreempted, StepReport
 from farspan.train.boundary import Boundary
 from farspan.train.build import Training
 from farspan.train.checkpoint import TrainState, load_newest, newest_step, on_rank_0, save_model
@@ -19,8 +19,9 @@ from farspan.train.outside import NothingOutside, Outside
 from farspan.train.patience import patiently
 from farspan.train.reprobe import probe_layout, refuse_failed
 from farspan.train.rescue import Rescue, load_rescue
-from farspan.train.samples import chain_samples
+from farspan.train.samples import Seen, chain_samples
 from farspan.train.saver import Saver
+from farspan.train.useful import peak_flops
 
 
 def train(
@@ -41,15 +42,20 @@ def _train(training: Training, config: RunConfig, tell: Callable[[EventBody], No
     started, tokens = time.perf_counter(), 0
     first = _resume(training, config, tell)
     step, boundary, saver = training.step, Boundary(outside), _saver(training, config)
+    peak, peak_source = peak_flops(config, step.device)
+    if peak > 0:
+        tell(Note(text=f"utilization is of {peak / 1e12:g} TFLOP/s a device ({peak_source})"))
+    elif step.device.type == "cuda":
+        tell(Note(text=f"utilization is not known: {peak_source}"))
     with _rescue(config) as rescue:
         rescue.at_boundary(training.state, _held(training, config))
         for index in range(first, config.train.steps):
             report = step.run(index, rescue.moving)
             met = boundary.meet(step.reader, saver.trouble())
-            _advance(training, index + 1, met.samples)
+            _advance(training, index + 1, met.seen)
             state = training.state
             tokens += report.tokens
-            tell(replace(report, samples=state.samples))
+            tell(_with_work(report, met.seen, state, peak))
             rescue.at_boundary(state, _held(training, config))
             # Before the checkpoint: what is published was proven.
             if config.train.reprobe_every and state.step % config.train.reprobe_every == 0:
@@ -91,13 +97,20 @@ def _saver(training: Training, config: RunConfig) -> Saver:
     )
 
 
+def _with_work(report: StepReport, seen: dict[int, Seen], state: TrainState, peak: float) -> StepReport:
+    flops = sum(one.flops for one in seen.values())
+    could = peak * dist.get_world_size() * report.step_s
+    utilization = flops / could if could > 0 else 0.0
+    return replace(report, samples=state.samples, model_flops=flops, utilization=utilization)
+
+
 def _tell_all(tell: Callable[[EventBody], None], bodies: list[EventBody]) -> None:
     for body in bodies:
         tell(body)
 
 
-def _advance(training: Training, done: int, seen_by_rank: list[dict[int, str]]) -> None:
-    samples = chain_samples(training.state.samples, seen_by_rank)
+def _advance(training: Training, done: int, seen: dict[int, Seen]) -> None:
+    samples = chain_samples(training.state.samples, seen)
     training.state = replace(training.state, step=done, cursor=training.step.cursor, samples=samples)
 
 
