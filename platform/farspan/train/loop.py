@@ -123,7 +123,7 @@ def _resume(training: Training, config: RunConfig, tell: Callable[[EventBody], N
         return rescued.step
     if not config.train.resume:
         return 0
-    found = load_newest(config.output, step.weights, training.state, training.adapter, config.resources.timeout_s)
+    found = load_newest(config.output, step.weights, training.state, training.adapter, config.resources.timeout_s / 2)
     if found is None:
         return 0
     for reason in found.skipped:
@@ -155,7 +155,7 @@ def _resume_rescued(training: Training, config: RunConfig) -> TrainState | None:
     mine = load_rescue(output, dist.get_rank(), dist.get_world_size(), training.state)
     steps: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(steps, None if mine is None else mine[0].step)
-    newest = on_rank_0(lambda: patiently(lambda: newest_step(output), output, config.resources.timeout_s))
+    newest = on_rank_0(lambda: patiently(lambda: newest_step(output), output, config.resources.timeout_s / 2))
     if mine is None or len(set(steps)) != 1 or mine[0].step < newest:
         return None
     state, shards = mine

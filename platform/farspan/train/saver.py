@@ -38,7 +38,7 @@ from farspan.train.shards import SHARDS, Piece, ShardIndex, copy_piece
 from farspan.train.weights import WeightsEngine
 from farspan.verify.certificate import CERTIFICATE
 
-_LOOK_EVERY_S = 0.05
+_LOOK_EVERY_S, _PATIENCE = 0.05, 6
 
 
 class Board(Protocol):
@@ -139,11 +139,17 @@ class Saver:
             index = self._publish_piece(copy) if isinstance(copy.content, Piece) else None
             if dist.get_rank() == 0:
                 self._publish(copy, index)
+            else:
+                # So that all are done at about the same time, and nobody waits long inside a collective.
+                self._wait_for(_ended(copy.state.step), f"the checkpoint of step {copy.state.step}")
         except FarspanError as problem:
             self._problem = problem
         except Exception as problem:
             what = f"the checkpoint of step {copy.state.step} failed: {type(problem).__name__}: {problem}"
             self._problem = TrainingError(what)
+        finally:
+            if dist.get_rank() == 0:
+                self.board.set(_ended(copy.state.step), "ended")
 
     def _publish_piece(self, copy: Copy) -> ShardIndex | None:
         """Publish this rank's piece; on rank 0 also wait for the others': gives the index of them all."""
@@ -164,15 +170,19 @@ class Saver:
         return ShardIndex(dist.get_world_size(), piece.rows, piece.whole, digests)
 
     def _outcome_of(self, step: int, rank: int) -> str:
-        ends = time.monotonic() + 2 * self.config.resources.timeout_s
-        while not self.board.check([_key(step, rank)]):
-            if time.monotonic() > ends:
-                raise StorageError(self.config.output, f"rank {rank} did not publish its piece of step {step} in time")
-            time.sleep(_LOOK_EVERY_S)
+        self._wait_for(_key(step, rank), f"rank {rank}'s piece of step {step}")
         outcome = self.board.get(_key(step, rank)).decode()
         if outcome == "failed":
             raise StorageError(self.config.output, f"rank {rank} could not publish its piece of step {step}")
         return outcome
+
+    def _wait_for(self, key: str, what: str) -> None:
+        # Much longer than one transfer may stall: a large piece takes its time.
+        ends = time.monotonic() + _PATIENCE * self.config.resources.timeout_s
+        while not self.board.check([key]):
+            if time.monotonic() > ends:
+                raise StorageError(self.config.output, f"{what} was not published in time; raise resources.timeout_s")
+            time.sleep(_LOOK_EVERY_S)
 
     def _publish(self, copy: Copy, index: ShardIndex | None) -> None:
         """The folder that makes the checkpoint visible. Rank 0 only."""
@@ -220,11 +230,16 @@ class Saver:
             (folder / CERTIFICATE).write_text(self.certificate, encoding="utf-8")
 
     def _patiently(self, act: Callable[[], Any]) -> Any:
-        return patiently(act, self.config.output, self.config.resources.timeout_s)
+        # While rank 0 asks again, the others may wait for it inside a collective.
+        return patiently(act, self.config.output, self.config.resources.timeout_s / 2)
 
 
 def _key(step: int, rank: int) -> str:
     return f"farspan-checkpoint-{step}-{rank}"
+
+
+def _ended(step: int) -> str:
+    return f"farspan-checkpoint-{step}-ended"
 
 
 def _gathered_rng() -> dict[str, Tensor]:

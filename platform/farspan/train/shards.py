@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -155,12 +157,11 @@ class _Open:
             first, end = rows_of(index.rows[name], rank, index.num_ranks)
             low, high = max(first, start), min(end, stop)
             if low < high:
-                cut = slice(low - first, high - first)
-                parts.append(self._of(rank, lambda file, cut=cut: file.get_slice(name)[cut]))
+                parts.append(self._of(rank, partial(_slice, name, low - first, high - first)))
         if parts:
             return torch.cat(parts) if len(parts) > 1 else parts[0]
         # No row of it is this rank's: an empty tensor of the right width and type.
-        return self._of(0, lambda file: file.get_slice(name)[0:0])
+        return self._of(0, partial(_slice, name, 0, 0))
 
     def _of(self, rank: int, read: Callable[[safe_open], Tensor]) -> Tensor:
         folder = self._folders[rank]
@@ -173,6 +174,10 @@ class _Open:
         except Exception as problem:
             # safetensors has an exception of its own for a damaged file.
             raise CorruptDataError(str(folder), f"{_FILE} cannot be read ({problem})") from None
+
+
+def _slice(name: str, start: int, stop: int, file: safe_open) -> Tensor:
+    return cast(Tensor, file.get_slice(name)[start:stop])
 
 
 def _weight_of(name: str) -> str:
