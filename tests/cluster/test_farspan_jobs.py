@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,7 @@ from farspan.train.checkpoint import list_steps
 
 def wait_for_step(log: Path) -> None:
     """Until the run told of its first step, by following the file that is appended to."""
-    import time
-
-    ends = time.monotonic() + 120
+    ends = time.monotonic() + 240
     while time.monotonic() < ends:
         if log.is_file() and '"kind":"step"' in log.read_text():
             return

@@ -7,6 +7,8 @@ import random
 import signal
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -208,3 +210,16 @@ def test_a_run_starts_with_the_workers_there_is_room_for_and_grows_when_there_is
     grown = curve(events)
     assert {s: r[1] for s, r in grown.items()} == {s: r[1] for s, r in undisturbed.items()}
     assert {s: r[0] for s, r in grown.items()} == pytest.approx({s: r[0] for s, r in undisturbed.items()}, rel=1e-6)
+
+
+def test_the_numbers_of_a_run_are_in_rays_prometheus_endpoint(ray_cluster: LocalRay, undisturbed: Curve) -> None:
+    node = ray.nodes()[0]
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    ends, page = time.monotonic() + 90, ""
+    while time.monotonic() < ends and "farspan_train_loss_nats" not in page:
+        with urllib.request.urlopen(address, timeout=30) as answer:
+            page = answer.read().decode()
+        time.sleep(0.5)
+    (line,) = [line for line in page.splitlines() if line.startswith("ray_farspan_train_loss_nats{")]
+    assert 'run="run"' in line
+    assert float(line.split()[-1]) == undisturbed[STEPS][0]

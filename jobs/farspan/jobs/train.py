@@ -99,7 +99,6 @@ class _Attempts:
         size = find_room(config, sizes)
         if self._workers != size.workers:
             self._tell_size(size, sizes)
-        self._metrics = RunMetrics(config.name)
         self._workers = size.workers
         wish = StopWish(self.wish)
         larger = [other for other in sizes if other.workers > size.workers]
@@ -108,7 +107,7 @@ class _Attempts:
 
     def _tell_size(self, size: Size, sizes: list[Size]) -> None:
         why = "all that were asked for have room" if size == sizes[0] else f"no room for {sizes[0].workers}"
-        self.tell(
+        self._hear(
             RunResized(step=self._newest_step(), workers=size.workers, accumulation=size.accumulation, reason=why)
         )
 
@@ -124,7 +123,7 @@ class _Attempts:
     def _step_down(self, problem: OutOfMemoryError, rung: Rung | None) -> None:
         if rung is None:
             raise problem
-        self.tell(PlanSteppedDown(step=problem.step, reason=str(problem), change=rung.text))
+        self._hear(PlanSteppedDown(step=problem.step, reason=str(problem), change=rung.text))
 
     def _restart(self, failure: Failure) -> None:
         why_not = self._budget.refusal(failure, time.monotonic())
@@ -133,4 +132,4 @@ class _Attempts:
                 f"training stopped after step {failure.step}: {failure.reason}; not started again: {why_not}"
             )
         step = self._newest_step()
-        self.tell(RunRestarted(step=step, redone=max(0, failure.step - step), reason=failure.reason))
+        self._hear(RunRestarted(step=step, redone=max(0, failure.step - step), reason=failure.reason))
