@@ -2,52 +2,138 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 
 import ray
+import ray.train
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from farspan.errors import ClusterError
 from farspan.telemetry.events import Event, EventBody, from_json, to_json
+
+_POLL_S, _DEADLINE_S = 0.5, 60.0
+
+
+class StopWish:
+    """That a run should stop after its step, with a checkpoint. Asked for from any thread or signal handler."""
+
+    def __init__(self, wider: StopWish | None = None) -> None:
+        """`wider` is a wish that includes this one."""
+        self._own: str | None = None
+        self._wider = wider
+
+    @property
+    def reason(self) -> str | None:
+        """Why, once somebody asked."""
+        return (self._wider.reason if self._wider is not None else None) or self._own
+
+    def ask(self, reason: str) -> None:
+        self._own = reason
 
 
 class EventMailbox:
-    """The actor: keeps event lines until they are fetched."""
+    """The actor: keeps event lines until the watcher has fetched them, and the watcher's wish that the run stops."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
+        self._fetched = 0
+        self._written = 0
+        self._stop: str | None = None
+        self._changed = asyncio.Condition()
 
-    def put(self, line: str) -> None:
-        self._lines.append(line)
+    async def put(self, line: str) -> str | None:
+        """Keep a line; gives why the run should stop, if it should."""
+        async with self._changed:
+            self._lines.append(line)
+            self._changed.notify_all()
+        return self._stop
 
-    def take(self) -> list[str]:
-        lines, self._lines = self._lines, []
-        return lines
+    async def take(self, written: int, stop: str | None, timeout_s: float) -> tuple[int, list[str]]:
+        """(number of lines fetched so far, the new ones), as soon as there are any.
+
+        `written` lines are on disk; `stop` is why the run should stop.
+        """
+        async with self._changed:
+            self._written, self._stop = written, stop
+            self._changed.notify_all()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait_for(lambda: bool(self._lines)), timeout_s)
+            lines, self._lines = self._lines, []
+            self._fetched += len(lines)
+            return self._fetched, lines
+
+    async def settle(self) -> None:
+        """Return once every line put so far was written by the watcher."""
+        async with self._changed:
+            wanted = self._fetched + len(self._lines)
+            await self._changed.wait_for(lambda: self._written >= wanted)
 
 
 class EventSender:
-    """The worker's end. Sends are not awaited: a slow watcher never slows a step; `close` waits for the last one."""
+    """The first rank's end: events out, the wish to stop in."""
 
     def __init__(self, mailbox: ray.actor.ActorHandle) -> None:
         self._mailbox = mailbox
-        self._last: ray.ObjectRef | None = None
+        self._stop: str | None = None
 
     def __call__(self, body: EventBody) -> None:
-        self._last = self._mailbox.put.remote(to_json(Event(time.time(), body)))
+        # Awaited, about a millisecond: an event in flight would be lost with this process.
+        stop = self._mailbox.put.remote(to_json(Event(time.time(), body)))
+        self._stop = ray.get(stop, timeout=_DEADLINE_S)
 
-    def close(self, timeout_s: float = 30.0) -> None:
-        if self._last is not None:
-            ray.get(self._last, timeout=timeout_s)
+    def settle(self) -> None:
+        """Wait until the watcher has written everything."""
+        ray.get(self._mailbox.settle.remote(), timeout=_DEADLINE_S)
+
+    def notice(self) -> str | None:
+        """Why the watcher wants the run to stop, as of the last event."""
+        return self._stop
+
+    def preempted(self) -> str | None:
+        """A node of the run that is being drained; collective."""
+        return drained_nodes()
+
+
+class SilentRank:
+    """What every other rank has of the world outside."""
+
+    def __call__(self, body: EventBody) -> None:
+        return
+
+    def settle(self) -> None:
+        return
+
+    def notice(self) -> str | None:
+        return None
+
+    def preempted(self) -> str | None:
+        return drained_nodes()
+
+
+def drained_nodes() -> str | None:
+    """Which nodes of this run Ray is about to take away, in words; collective over Ray Train's workers."""
+    info = ray.train.get_preemption_info()
+    if info is None:
+        return None
+    nodes = ", ".join(f"{node[:8]} (ranks {ranks})" for node, ranks in sorted(info.preempted_node_to_ranks.items()))
+    return f"node {nodes} is being taken away"
 
 
 class EventWatcher:
     """The driver's end: a thread that fetches events and hands them to `tell`, in order, until the block ends."""
 
-    def __init__(self, tell: Callable[[EventBody], None], interval_s: float = 0.3) -> None:
-        self.mailbox = ray.remote(num_cpus=0)(EventMailbox).remote()
-        self._tell = tell
-        self._interval_s = interval_s
+    def __init__(self, tell: Callable[[EventBody], None], wish: StopWish | None = None) -> None:
+        # On the watcher's own node: it lives exactly as long as somebody reads it.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.mailbox = ray.remote(num_cpus=0, scheduling_strategy=here, max_concurrency=16)(EventMailbox).remote()
+        self._tell, self._wish = tell, wish or StopWish()
+        self._written = 0
+        self._problem: Exception | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="farspan-events", daemon=True)
 
@@ -59,19 +145,34 @@ class EventWatcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._thread.join(timeout=30.0)
+        self._thread.join(timeout=_DEADLINE_S)
         if kind is None or issubclass(kind, Exception):
-            self._drain()
+            self._drain(0.0)
         ray.kill(self.mailbox)
+        if self._problem is not None and (kind is None or issubclass(kind, Exception)):
+            raise self._problem
 
     def _watch(self) -> None:
-        while not self._stop.wait(self._interval_s):
-            self._drain()
+        while not self._stop.is_set() and self._drain(_POLL_S):
+            pass
 
-    def _drain(self) -> None:
+    def _drain(self, wait_s: float) -> bool:
+        """Fetch and write what there is; False when nothing more can be fetched or written."""
+        if self._problem is not None:
+            return False
         try:
-            lines = ray.get(self.mailbox.take.remote(), timeout=30.0)
-        except (ray.exceptions.RayError, TimeoutError):
-            return
-        for line in lines:
-            self._tell(from_json(line).body)
+            count, lines = ray.get(
+                self.mailbox.take.remote(self._written, self._wish.reason, wait_s), timeout=_DEADLINE_S
+            )
+        except ray.exceptions.RayError as problem:
+            self._problem = ClusterError(f"the events of the run can no longer be read: {problem}")
+            return False
+        try:
+            for line in lines:
+                self._tell(from_json(line).body)
+        except Exception as problem:
+            # A log that cannot be written: the run ends at its next checkpoint, which waits for it.
+            self._problem = problem
+            return False
+        self._written = count
+        return True

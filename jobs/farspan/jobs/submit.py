@@ -22,6 +22,8 @@ from farspan.jobs.wheel import build_wheel
 _POLL_S = 1.0
 _MISSED_POLLS = 30
 _AGENTS_S = 60.0
+STOP_S = 90
+"""Seconds a stopped job has to publish its checkpoint before it is killed."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,16 @@ def submit_training(config: RunConfig, address: str) -> Submitted:
             job_id = _submit(
                 client,
                 entrypoint=f"{_python(address)} -m farspan.cli.main train config.yaml --join",
-                runtime_env={"working_dir": str(folder), "py_modules": [str(wheel)]},
+                runtime_env={
+                    "working_dir": str(folder),
+                    "py_modules": [str(wheel)],
+                    # Ray gives a stopped job 3 seconds; a last checkpoint takes longer.
+                    "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)},
+                },
                 metadata={"name": config.name},
             )
         except Exception as problem:
-            # Ray reports every failure here as some RuntimeError, ConnectionError or requests error.
-            reason = " ".join(str(problem).split())[:300]
-            raise ClusterError(
-                f"{address} did not take the job: {reason}; give the dashboard's address "
-                "(http://HOST:8265) and the cluster's token (`ray get-auth-token`)"
-            ) from None
+            raise _refused(address, "did not take the job", problem) from None
     return Submitted(client, job_id)
 
 
@@ -71,6 +73,28 @@ def _submit(client: JobSubmissionClient, **job: Any) -> str:
             if "No available agent" not in str(problem) or time.monotonic() > deadline:
                 raise
             time.sleep(_POLL_S)
+
+
+def connect(address: str) -> JobSubmissionClient:
+    """Ray's job client of the cluster whose dashboard listens at `address`.
+
+    Raises:
+        ClusterError: nobody answers there, or the token is missing or wrong.
+    """
+    with ray_environment():
+        try:
+            return JobSubmissionClient(address)
+        except Exception as problem:
+            raise _refused(address, "does not answer", problem) from None
+
+
+def _refused(address: str, what: str, problem: Exception) -> ClusterError:
+    # Ray reports every failure here as some RuntimeError, ConnectionError or requests error.
+    reason = " ".join(str(problem).split())[:300]
+    return ClusterError(
+        f"{address} {what}: {reason}; give the dashboard's address "
+        "(http://HOST:8265) and the cluster's token (`ray get-auth-token`)"
+    )
 
 
 def is_this_machine(address: str) -> bool:

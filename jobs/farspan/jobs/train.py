@@ -1,32 +1,35 @@
-"""The training job: a Ray Train TorchTrainer around `farspan.train`, local or inside a cluster."""
+"""The training job: attempts at one run, one after another, until it is done or cannot go on."""
 
 from __future__ import annotations
 
-import tempfile
+import copy
+import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-import ray
-import ray.train
-import torch
-from ray.train import FailureConfig, ScalingConfig
-from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.placement_group import placement_group, remove_placement_group
-
-from farspan.config.load import dump_config, parse_config
+from farspan.config.load import dump_config
 from farspan.config.schema import RunConfig
-from farspan.errors import ClusterError, FarspanError
-from farspan.jobs.progress import EventSender, EventWatcher
-from farspan.storage.door import open_store
-from farspan.storage.paths import join_uri
-from farspan.telemetry.events import EventBody, PlanPredicted, RunStarted
-from farspan.train.attempts import run_until_it_fits
-from farspan.train.build import build
-from farspan.train.limit import memory_limit
-from farspan.train.loop import train
+from farspan.errors import ClusterError, ConfigError, ModelError, OutOfMemoryError, PlanError
+from farspan.jobs.attempt import AttemptLost, run_attempt
+from farspan.jobs.metrics import RunMetrics
+from farspan.jobs.progress import StopWish
+from farspan.jobs.restart import Failure, RestartBudget
+from farspan.jobs.room import RoomWatch, find_room
+from farspan.telemetry.events import (
+    EventBody,
+    Note,
+    PlanPredicted,
+    PlanSteppedDown,
+    RunFinished,
+    RunResized,
+    RunRestarted,
+    RunStarted,
+)
+from farspan.train.checkpoint import clear_checkpoints, newest_step
+from farspan.train.elastic import Size, at_size, legal_sizes
+from farspan.train.ladder import Ladder, Rung
+from farspan.train.patience import patiently
+from farspan.train.rescue import clear_rescue
 
 
 def run_training(
@@ -34,8 +37,11 @@ def run_training(
     plan_lines: list[tuple[str, str]],
     tell: Callable[[EventBody], None],
     predicted: PlanPredicted | None = None,
-) -> str:
+    wish: StopWish | None = None,
+) -> str | None:
     """Run the job on the Ray this process is connected to; gives the URI of the published model.
+
+    None: `wish` was granted, a checkpoint was published and the next start goes on from it.
 
     Raises:
         FarspanError: what stopped the run, as the worker raised it.
@@ -44,94 +50,90 @@ def run_training(
     tell(RunStarted(config=dump_config(config), plan=plan))
     if predicted is not None:
         tell(predicted)
-    return run_until_it_fits(config, _run_once, tell)
+    if not config.train.resume:
+        _start_over(config, tell)
+    return _Attempts(config, plan, tell, wish or StopWish()).run()
 
 
-def _run_once(config: RunConfig, tell: Callable[[EventBody], None]) -> str:
-    with EventWatcher(tell) as watcher:
-        trainer = TorchTrainer(
-            train_worker,
-            train_loop_config={"config": dump_config(config), "mailbox": watcher.mailbox},
-            scaling_config=_scaling(config),
-            torch_config=TorchConfig(backend=_backend(config), timeout_s=int(config.resources.timeout_s)),
-            run_config=_ray_run(config),
+def _start_over(config: RunConfig, tell: Callable[[EventBody], None]) -> None:
+    """Remove what an earlier run left: after a lost worker this one must not go on from it."""
+    clear_rescue(config.output)
+    count = clear_checkpoints(config.output)
+    if count > 0:
+        tell(Note(text=f"train.resume=false: {count} checkpoints of an earlier run were removed"))
+
+
+@dataclass
+class _Attempts:
+    config: RunConfig
+    plan: str
+    tell: Callable[[EventBody], None]
+    wish: StopWish
+    _finished: bool = False
+
+    def __post_init__(self) -> None:
+        config = copy.deepcopy(self.config)
+        # What there is to go on from is this run's own.
+        config.train.resume = True
+        self._ladder = Ladder(config)
+        self._budget = RestartBudget(config.train.max_restarts)
+        self._trouble: OutOfMemoryError | None = None
+        self._metrics = RunMetrics(config.name)
+        self._workers = config.parallel.workers
+
+    def run(self) -> str | None:
+        while not self._finished and self.wish.reason is None:
+            try:
+                self._attempt()
+            except AttemptLost as lost:
+                self._restart(lost.failure)
+            except OutOfMemoryError as problem:
+                self._trouble = problem
+                self._step_down(problem, self._ladder.down() if self.config.memory.step_down else None)
+            except (ConfigError, ModelError, PlanError):
+                if self._trouble is None:
+                    raise
+                # This model does not allow what the last rung asked for.
+                self._step_down(self._trouble, self._ladder.other())
+        return f"{self.config.output.rstrip('/')}/model" if self._finished else None
+
+    def _attempt(self) -> None:
+        config = self._ladder.config
+        sizes = legal_sizes(config)
+        size = find_room(config, sizes)
+        if self._workers != size.workers:
+            self._tell_size(size, sizes)
+        self._workers = size.workers
+        wish = StopWish(self.wish)
+        larger = [other for other in sizes if other.workers > size.workers]
+        with RoomWatch(config, size, larger, wish):
+            run_attempt(at_size(config, size), self.plan, self._hear, wish)
+
+    def _tell_size(self, size: Size, sizes: list[Size]) -> None:
+        why = "all that were asked for have room" if size == sizes[0] else f"no room for {sizes[0].workers}"
+        self._hear(
+            RunResized(step=self._newest_step(), workers=size.workers, accumulation=size.accumulation, reason=why)
         )
-        _wait_for_room(config)
-        try:
-            trainer.fit()
-        except ray.train.TrainingFailedError as problem:
-            raise _cause(problem) from None
-    return f"{config.output.rstrip('/')}/model"
 
+    def _newest_step(self) -> int:
+        output = self.config.output
+        return patiently(lambda: newest_step(output), output, self.config.resources.timeout_s)
 
-def train_worker(payload: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
-    config = parse_config(RunConfig, payload["config"])
-    gpu = config.resources.gpus_per_worker > 0
-    device = ray.train.torch.get_device() if gpu else torch.device("cpu")
-    if not gpu:
-        torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
-    sender = EventSender(payload["mailbox"])
-    is_first = ray.train.get_context().get_world_rank() == 0
-    with tempfile.TemporaryDirectory(prefix="farspan-cache-") as cache:
-        training = build(config, device, Path(cache))
-        with memory_limit(device, config.memory.limit_gib):
-            train(training, config, sender if is_first else lambda event: None)
-    sender.close()
+    def _hear(self, body: EventBody) -> None:
+        self._finished = self._finished or isinstance(body, RunFinished)
+        self._metrics.record(body)
+        self.tell(body)
 
+    def _step_down(self, problem: OutOfMemoryError, rung: Rung | None) -> None:
+        if rung is None:
+            raise problem
+        self._hear(PlanSteppedDown(step=problem.step, reason=str(problem), change=rung.text))
 
-def _wait_for_room(config: RunConfig) -> None:
-    """Wait until every worker fits: Ray Train itself would wait for ever, and say nothing.
-
-    Raises:
-        ClusterError: they do not fit within resources.timeout_s.
-    """
-    wanted = _worker_resources(config)
-    group = placement_group([wanted] * config.parallel.workers)
-    try:
-        if not group.wait(timeout_seconds=config.resources.timeout_s):
-            has = {name: ray.cluster_resources().get(name, 0) for name in wanted}
+    def _restart(self, failure: Failure) -> None:
+        why_not = self._budget.refusal(failure, time.monotonic())
+        if why_not is not None:
             raise ClusterError(
-                f"no room for {config.parallel.workers} workers of {wanted} within resources.timeout_s="
-                f"{config.resources.timeout_s:g}; the cluster has {has} in all; ask for fewer, or add nodes"
+                f"training stopped after step {failure.step}: {failure.reason}; not started again: {why_not}"
             )
-    finally:
-        remove_placement_group(group)
-
-
-def _worker_resources(config: RunConfig) -> dict[str, float]:
-    gpus = config.resources.gpus_per_worker
-    return {"CPU": config.resources.cpus_per_worker, **({"GPU": gpus} if gpus > 0 else {})}
-
-
-def _scaling(config: RunConfig) -> ScalingConfig:
-    return ScalingConfig(
-        num_workers=config.parallel.workers,
-        use_gpu=config.resources.gpus_per_worker > 0,
-        resources_per_worker=_worker_resources(config),
-    )
-
-
-def _backend(config: RunConfig) -> str:
-    return "nccl" if config.resources.gpus_per_worker > 0 else "gloo"
-
-
-def _ray_run(config: RunConfig) -> RayRunConfig:
-    # Ray Train keeps its own state beside the run; every node must reach it.
-    files, path = open_store(join_uri(config.output, "ray")).arrow
-    name = f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    return RayRunConfig(
-        name=name, storage_path=path, storage_filesystem=files, failure_config=FailureConfig(controller_failure_limit=3)
-    )
-
-
-def _cause(problem: BaseException) -> FarspanError:
-    """The error a worker raised on purpose, dug out of what Ray wrapped around it."""
-    seen: list[BaseException] = [problem]
-    while seen:
-        current = seen.pop()
-        if isinstance(current, FarspanError):
-            return current
-        seen.extend(getattr(current, "worker_failures", {}).values())
-        seen.extend(e for e in (current.__cause__, current.__context__, getattr(current, "cause", None)) if e)
-    return ClusterError(f"training failed: {problem}")
+        step = self._newest_step()
+        self._hear(RunRestarted(step=step, redone=max(0, failure.step - step), reason=failure.reason))

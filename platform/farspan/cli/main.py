@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from farspan.cli import data as data_verbs
+from farspan.cli import jobs as jobs_verbs
 from farspan.errors import CheckpointError, ConfigError, FarspanError, ModelError, NotFoundError, PlanError
 
 USER_ERRORS = (ConfigError, NotFoundError, CheckpointError, ModelError, PlanError)
@@ -26,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_verbs.app, name="data")
+app.add_typer(jobs_verbs.app, name="jobs")
 
 Config = Annotated[str, typer.Argument(help="YAML config file.", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=c overrides of the config.", metavar="[KEY=VALUE]...")]

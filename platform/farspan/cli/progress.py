@@ -8,7 +8,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from farspan.telemetry.events import CheckpointPublished, Event, LayoutProbed, Note, RunFinished, StepReport
+from farspan.telemetry.events import (
+    CheckpointPublished,
+    Event,
+    LayoutProbed,
+    Note,
+    PlanSteppedDown,
+    RunFinished,
+    RunPreempted,
+    RunResized,
+    RunRestarted,
+    StepReport,
+)
 
 
 class _Live:
@@ -31,14 +42,15 @@ class _Live:
 class TrainProgress(_Live):
     """Steps of a training run."""
 
-    def __init__(self, num_steps: int) -> None:
+    def __init__(self, num_steps: int, price_per_worker_hour: float = 0.0, workers: int = 1) -> None:
+        """`price_per_worker_hour` 0: no cost is shown."""
         super().__init__(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.completed}/{task.total}"),
             TimeRemainingColumn(),
         )
-        self._num_steps = num_steps
+        self._num_steps, self._price, self._workers = num_steps, price_per_worker_hour, workers
         self._task = self._bar.add_task("starting workers", total=num_steps)
 
     def show(self, event: Event) -> None:
@@ -46,10 +58,13 @@ class TrainProgress(_Live):
         body = event.body
         if isinstance(body, StepReport):
             self._bar.update(self._task, completed=body.step, description=f"loss {body.loss:.4f}")
+            shown = [f"utilization {body.utilization:.1%}"] if body.utilization > 0 else []
+            if self._price > 0:
+                shown.append(f"{price_per_million(self._price, self._workers, body.tokens_per_s):.3g} per M tokens")
             self.console.print(
                 f"step {body.step:>5}/{self._num_steps}  loss {body.loss:8.4f}  {body.tokens_per_s:>9,.0f} tokens/s  "
                 f"lr {body.learning_rate:.2e}  grad {body.grad_norm:.2f}  "
-                f"peak {body.peak_memory_bytes / 2**20:,.0f} MiB"
+                + "  ".join([f"peak {body.peak_memory_bytes / 2**20:,.0f} MiB", *shown])
             )
         elif isinstance(body, CheckpointPublished):
             self.console.print(f"checkpoint after step {body.step}: {body.uri} ({body.seconds:.1f} s)", markup=False)
@@ -58,10 +73,30 @@ class TrainProgress(_Live):
                 f"FAILED: {'; '.join(body.failed)}" if body.failed else f"{len(body.passed)} checks equal one process"
             )
             self.console.print(f"layout probed after step {body.step}: {verdict} ({body.seconds:.1f} s)", markup=False)
+        elif isinstance(body, PlanSteppedDown):
+            self.console.print(f"step {body.step} did not fit ({body.reason}): now {body.change}", markup=False)
+        elif isinstance(body, RunRestarted):
+            text = f"goes on after step {body.step} ({body.redone} steps done again): {body.reason}"
+            self.console.print(text, markup=False)
+        elif isinstance(body, RunPreempted):
+            self.console.print(f"stopped after step {body.step}, checkpoint published: {body.reason}", markup=False)
+        elif isinstance(body, RunResized):
+            self._workers = body.workers
+            text = f"{body.workers} workers from step {body.step + 1}, accumulation {body.accumulation}: {body.reason}"
+            self.console.print(text, markup=False)
         elif isinstance(body, Note):
             self.console.print(body.text, markup=False)
         elif isinstance(body, RunFinished):
             self.console.print(f"{body.steps} steps, {body.tokens:,} tokens in {body.seconds:.1f} s")
+            if self._price > 0:
+                cost = self._price * self._workers * body.seconds / 3600
+                per_worker = body.tokens / max(body.seconds, 1e-9) / self._workers
+                self.console.print(f"cost {cost:.3g}, {per_worker:,.0f} tokens/s per worker")
+
+
+def price_per_million(per_worker_hour: float, workers: int, tokens_per_s: float) -> float:
+    """What a million tokens cost at this speed."""
+    return per_worker_hour * workers / 3600 / tokens_per_s * 1e6
 
 
 class BuildProgressBar(_Live):

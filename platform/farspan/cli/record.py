@@ -6,20 +6,24 @@ import os
 import platform
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC
 from pathlib import Path
 
+from farspan.errors import UnreachableError
 from farspan.storage.door import open_store
 from farspan.storage.paths import LocalPlace, parse_uri
-from farspan.telemetry.events import EventLog
+from farspan.storage.store import Store
+from farspan.telemetry.events import CheckpointPublished, Event, EventBody, EventLog
+from farspan.train.patience import patiently
 
 EVENTS_FILE = "events.jsonl"
+_DEADLINE_S = 300.0
 
 
 @contextmanager
 def run_log(output: str) -> Iterator[EventLog]:
-    """The log of the run at `output`; for S3 it is kept here and uploaded when the block ends."""
+    """The log of the run at `output`; for S3 it is kept here and uploaded with each checkpoint and at the end."""
     place = parse_uri(output)
     if isinstance(place, LocalPlace):
         with EventLog(place.folder / EVENTS_FILE) as log:
@@ -31,10 +35,26 @@ def run_log(output: str) -> Iterator[EventLog]:
         if store.exists(EVENTS_FILE):
             store.download(EVENTS_FILE, file)
         try:
-            with EventLog(file) as log:
+            with _UploadedLog(file, store) as log:
                 yield log
         finally:
-            store.upload(file, EVENTS_FILE)
+            patiently(lambda: store.upload(file, EVENTS_FILE), output, _DEADLINE_S)
+
+
+class _UploadedLog(EventLog):
+    """A log whose copy in the object store is as new as the newest checkpoint there."""
+
+    def __init__(self, path: Path, store: Store) -> None:
+        super().__init__(path)
+        self._store = store
+
+    def append(self, body: EventBody) -> Event:
+        event = super().append(body)
+        if isinstance(body, CheckpointPublished):
+            # A store that does not answer now gets it with the next checkpoint.
+            with suppress(UnreachableError):
+                self._store.upload(self.path, EVENTS_FILE)
+        return event
 
 
 def machine_facts() -> dict[str, str]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import statistics
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import typer
@@ -21,6 +25,14 @@ from farspan.telemetry.events import EventBody, StepReport
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+if TYPE_CHECKING:
+    from farspan.cli.curves import Curves
+    from farspan.cli.progress import TrainProgress
+    from farspan.jobs.progress import StopWish
+
+STOPPED = 143
+"""Exit code of a run that was asked to stop and did, as a shell names the end by SIGTERM."""
 
 
 def show_plan(path: str, overrides: list[str]) -> None:
@@ -42,9 +54,9 @@ def run_train(path: str, overrides: list[str], *, dry_run: bool, cluster: str | 
         _submit(as_written(config), cluster)
         return
 
-    from farspan.cli.progress import TrainProgress
     from farspan.cli.record import run_log
     from farspan.jobs.launch import joined_ray, local_ray
+    from farspan.jobs.progress import StopWish
     from farspan.jobs.train import run_training
 
     _print_plan(lines)
@@ -52,16 +64,21 @@ def run_train(path: str, overrides: list[str], *, dry_run: bool, cluster: str | 
     cpus = resources.cpus_per_worker * config.parallel.workers
     gpus = resources.gpus_per_worker * config.parallel.workers
     ray_here = joined_ray() if join else local_ray(cpus, gpus)
-    with run_log(config.output) as log, TrainProgress(config.train.steps) as progress, ray_here:
-        seconds: list[float] = []
+    wish, seconds = StopWish(), list[float]()
+    board = curves_of(config)
+    with run_log(config.output) as log, progress_of(config) as progress, board, ray_here, stop_on_sigterm(wish):
 
         def tell(body: EventBody) -> None:
             if isinstance(body, StepReport):
                 seconds.append(body.step_s)
             progress.show(log.append(body))
+            board.record(body)
 
-        uri = run_training(config, lines, tell, chosen.predicted)
+        uri = run_training(config, lines, tell, chosen.predicted, wish)
     console = Console(highlight=False, soft_wrap=True)
+    if uri is None:
+        console.print(f"stopped ({wish.reason}); start it again to go on from its newest checkpoint", markup=False)
+        raise typer.Exit(STOPPED)
     if chosen.predicted is not None and seconds:
         said, found = chosen.predicted.step_s, statistics.median(seconds)
         text = f"a step took {found:.3g} s (median), {said:.3g} s were predicted ({(said - found) / found:+.0%})"
@@ -88,6 +105,39 @@ def _model_of(config: RunConfig) -> PretrainedConfig:
         model = model_config(config, vocab_size, Path(scratch))
     refuse_unsupported(model)
     return model
+
+
+def progress_of(config: RunConfig) -> TrainProgress:
+    """What the terminal shows of a run."""
+    from farspan.cli.progress import TrainProgress
+
+    return TrainProgress(config.train.steps, config.resources.price_per_gpu_hour, config.parallel.workers)
+
+
+def curves_of(config: RunConfig) -> Curves:
+    """Where TensorBoard reads the run's numbers, if that was asked for."""
+    from farspan.cli.curves import Curves
+
+    return Curves(config.output if config.telemetry.tensorboard else None)
+
+
+@contextmanager
+def stop_on_sigterm(wish: StopWish) -> Iterator[None]:
+    """The first SIGTERM asks for a checkpoint and a clean end; another one interrupts at once, like Ctrl-C.
+
+    Inside a Ray that was started before: starting it takes the signal for itself.
+    """
+
+    def asked(_signal: int, _frame: FrameType | None) -> None:
+        if wish.reason is not None:
+            raise KeyboardInterrupt
+        wish.ask("SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, asked)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def read_run_config(path: str, overrides: list[str]) -> RunConfig:

@@ -92,6 +92,11 @@ class ParallelConfig:
 
     workers: int = 1
     """Training processes, one device each."""
+    min_workers: int = 0
+    """With fewer free devices than `workers` the run starts, or goes on, with any legal number down to this one, on the
+    same sequences in each step; 0: it waits for all of them."""
+    grow_every_s: float = 60.0
+    """Seconds between looks for room for more processes while fewer than `workers` train."""
     sp: int = 1
     """Processes that share one sequence. workers / sp sequences are computed side by side."""
     strategy: str = "ulysses"
@@ -178,6 +183,15 @@ class TrainConfig:
     that fails stops the run. 0: none. A probe holds all weights once more in rank 0's memory."""
     resume: bool = True
     """Go on from the newest checkpoint of this run, if there is one."""
+    checkpoint_async: bool = False
+    """Write checkpoints behind the steps that follow, each process its own piece; the model is published at the end
+    either way. False: rank 0 gathers an ordinary Hugging Face folder while the steps wait."""
+    keep_checkpoints: int = 0
+    """Newest checkpoints that are kept; 0: all."""
+    keep_every: int = 0
+    """Checkpoints after a multiple of so many steps are kept for ever; 0: only the newest are kept."""
+    max_restarts: int = 3
+    """Lost workers, nodes or controllers forgiven in any one hour: the run goes on from its newest checkpoint."""
     certificate: str | None = None
     """Certificate of `farspan doctor`, local or s3://: the run starts only if it vouches for this model and layout."""
 
@@ -235,7 +249,19 @@ class ResourcesConfig:
     gpus_per_worker: float = 0.0
     """1 trains on GPUs over NCCL, 0 on CPUs over gloo."""
     timeout_s: float = 600.0
-    """Longest wait for workers to start, and for one collective operation."""
+    """Longest wait for workers to start, for one collective operation, and for an object store that does not answer."""
+    peak_tflops: float = 0.0
+    """Most operations a second of one device, in 1e12, that utilization is measured against; 0: its data sheet's."""
+    price_per_gpu_hour: float = 0.0
+    """What one worker's device costs for an hour, in any currency; 0: no cost is shown."""
+
+
+@dataclass(kw_only=True)
+class TelemetryConfig:
+    """Where the numbers of a run go beside its event log."""
+
+    tensorboard: bool = False
+    """Write them to <output>/tensorboard too (a local output; needs the package tensorboard)."""
 
 
 @dataclass(kw_only=True)
@@ -258,6 +284,7 @@ class RunConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
 
 @dataclass(kw_only=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import aiohttp
 import pyarrow as pa
 import s3fs
 from botocore.exceptions import (
@@ -116,7 +117,7 @@ class S3Store(Store):
     def _ask(self, doing: str, request: Callable[[], _Answer]) -> _Answer:
         try:
             return request()
-        except (OSError, BotoCoreError, ClientError) as problem:
+        except (OSError, BotoCoreError, ClientError, aiohttp.ClientError) as problem:
             raise self._explain(doing, problem) from problem
 
     def _explain(self, doing: str, problem: Exception) -> StorageError:

@@ -47,6 +47,12 @@ class StepReport:
     """Of the rank that used most."""
     bytes_sent: int
     """By all ranks together, to exchange attention."""
+    model_flops: float = 0.0
+    """Operations the step cannot do without (train.useful); 0: not known for this model."""
+    utilization: float = 0.0
+    """Their share of what all devices could do in that time; 0: their peak is not known."""
+    samples: str = ""
+    """Hash of every sequence the run has consumed up to and with this step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +132,35 @@ class PlanSteppedDown:
     """What the new plan does differently."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRestarted:
+    """Workers were lost; the run goes on from what was published last."""
+
+    step: int
+    """Steps done where it goes on; 0: from the beginning."""
+    redone: int
+    """Steps that had been told of and are done again."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPreempted:
+    """The run was asked to stop, published a checkpoint and ended; the next start goes on from it."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResized:
+    """The run goes on with another number of workers and the same sequences in each step."""
+
+    step: int
+    workers: int
+    accumulation: int
+    reason: str
+
+
 EventBody = (
     RunStarted
     | StepReport
@@ -135,6 +170,9 @@ EventBody = (
     | RequestServed
     | PlanPredicted
     | PlanSteppedDown
+    | RunRestarted
+    | RunPreempted
+    | RunResized
     | Note
 )
 
@@ -147,6 +185,9 @@ KINDS: dict[str, type[EventBody]] = {
     "request_served": RequestServed,
     "plan_predicted": PlanPredicted,
     "plan_stepped_down": PlanSteppedDown,
+    "run_restarted": RunRestarted,
+    "run_preempted": RunPreempted,
+    "run_resized": RunResized,
     "note": Note,
 }
 

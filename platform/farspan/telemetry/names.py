@@ -33,6 +33,18 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "farspan_train_sent_bytes", "bytes", "Bytes sent", "step.bytes_sent", "By all ranks, to exchange attention."
     ),
+    Metric("farspan_train_model_flops", "operations", "Useful work", "step.model_flops", "Without recomputation."),
+    Metric("farspan_train_utilization", "1", "Utilization", "step.utilization", "Useful work over the devices' peak."),
+    Metric(
+        "farspan_restarted_step", "steps", "Restarted after", "run_restarted.step", "Where a run goes on after a loss."
+    ),
+    Metric("farspan_redone_steps", "steps", "Steps done again", "run_restarted.redone", "After a loss."),
+    Metric("farspan_preempted_step", "steps", "Stopped after", "run_preempted.step", "With a checkpoint."),
+    Metric("farspan_resized_step", "steps", "Resized after", "run_resized.step", "With another number of workers."),
+    Metric("farspan_train_workers", "workers", "Workers", "run_resized.workers", "Since the last change of size."),
+    Metric(
+        "farspan_train_accumulation", "sequences", "Accumulation", "run_resized.accumulation", "Since the last change."
+    ),
     Metric(
         "farspan_checkpoint_step",
         "steps",

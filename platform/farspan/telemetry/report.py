@@ -27,6 +27,9 @@ from farspan.telemetry.kinds import (
     PlanSteppedDown,
     RequestServed,
     RunFinished,
+    RunPreempted,
+    RunResized,
+    RunRestarted,
     RunStarted,
     StepReport,
     to_json,
@@ -248,6 +251,13 @@ def _timeline_row(event: Event) -> tuple[str, str, str]:
             return clock, "Plan", f"{duration(step_s)} a step predicted{memory}"
         case PlanSteppedDown(step=step, reason=reason, change=change):
             return clock, f"Step {step} did not fit", f"{reason} · now {change}"
+        case RunRestarted(step=step, redone=redone, reason=reason):
+            return clock, f"Restarted after step {step}", f"{plural(redone, 'step')} done again · {reason}"
+        case RunPreempted(step=step, reason=reason):
+            return clock, f"Stopped after step {step}", f"a checkpoint was published · {reason}"
+        case RunResized(step=step, workers=workers, accumulation=accumulation, reason=reason):
+            detail = f"accumulation {accumulation} · {reason}"
+            return clock, f"{plural(workers, 'worker')} from step {step}", detail
         case RunFinished(steps=steps, tokens=tokens, seconds=seconds):
             detail = f"{plural(steps, 'step')} · {plural(tokens, 'token')} · {duration(seconds)}"
             return clock, "Run finished", detail

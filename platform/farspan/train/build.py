@@ -17,7 +17,7 @@ from farspan.activations.tiled import tile_mlps
 from farspan.chunked.arena import KvArena
 from farspan.chunked.seco import ChunkedStep
 from farspan.config.schema import ParallelConfig, RunConfig
-from farspan.data.reader import Corpus, Reader, open_corpus
+from farspan.data.reader import Corpus, open_corpus
 from farspan.errors import ConfigError
 from farspan.models.attention import use_farspan_attention
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer, make_config, open_config, random_causal_lm
@@ -36,7 +36,9 @@ from farspan.train.fsdp2 import Fsdp2Weights
 from farspan.train.hdp import HybridStep
 from farspan.train.loss import PackedLoss
 from farspan.train.offload import ArenaMemory, RunOffload, RunTiers
+from farspan.train.samples import WitnessedReader
 from farspan.train.step import TrainStep
+from farspan.train.useful import useful_work
 from farspan.train.weights import WeightsEngine
 from farspan.train.zero import ZeroWeights, refuse_without_deepspeed
 from farspan.verify.certificate import read_certificate, refuse_certificate
@@ -56,6 +58,8 @@ class Training:
     """What the doctor found about this model and layout, as JSON; kept beside checkpoints."""
     adapter: Adapter | None = None
     """What is trained instead of the model's own weights."""
+    plan: str = ""
+    """What runs where, for a reader; kept beside checkpoints."""
 
 
 def build(config: RunConfig, device: torch.device, cache: Path | None = None) -> Training:
@@ -87,7 +91,7 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
         accumulation=config.train.accumulation,
         mesh=mesh,
         sequence=sequence,
-        reader=Reader(corpus, config.data.sequence_tokens, config.seed),
+        reader=WitnessedReader(corpus, config.data.sequence_tokens, config.seed, useful_work(config, model.config)),
         device=device,
         hybrid=_hybrid(config, model.config, sequence, device),
     )

@@ -1,23 +1,23 @@
 """Resumable checkpoints: an ordinary Hugging Face folder with the optimizer's states and the cursor beside it.
 
-`<output>/checkpoints/step-00000050/` holds config, tokenizer, model.safetensors (fp32 weights), optimizer.safetensors
-and train_state.json; with LoRA, the adapter in peft's format instead of the model, and which model it belongs to. It
-appears whole or not at all (storage.publish). Tensors are gathered on rank 0, whichever engine keeps them.
+`<output>/checkpoints/step-00000050/` holds config, tokenizer, model.safetensors (fp32 weights), optimizer.safetensors,
+rng.safetensors, train_state.json, the run's config, plan and certificate; with LoRA, the adapter in peft's format
+instead of the model, and which model it belongs to. With train.checkpoint_async nothing is gathered: shards.json names
+the piece of each rank (train.shards) instead. It appears whole or not at all (storage.publish). See train.saver.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -25,14 +25,17 @@ from farspan.errors import CheckpointError, CorruptDataError, FarspanError, NotF
 from farspan.models.checkpoint import load_causal_lm, save_causal_lm
 from farspan.models.lora import Adapter, is_adapter_folder, load_adapter, merged_weights, save_adapter
 from farspan.storage.door import open_store
-from farspan.storage.publish import fetch_folder, is_published, publish_folder
-from farspan.telemetry.events import CheckpointPublished
+from farspan.storage.paths import join_uri
+from farspan.storage.publish import fetch_folder, is_published, publish_folder, read_manifest
+from farspan.train.patience import patiently
+from farspan.train.retention import remove_folder
+from farspan.train.shards import ShardIndex, read_piece, read_whole
 from farspan.train.weights import WeightsEngine
-from farspan.verify.certificate import CERTIFICATE
 
 Result = TypeVar("Result")
 
-_OPTIMIZER, _STATE = "optimizer.safetensors", "train_state.json"
+OPTIMIZER, STATE, RNG = "optimizer.safetensors", "train_state.json", "rng.safetensors"
+CONFIG, PLAN = "run.yaml", "plan.txt"
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ class Resumed:
 
     state: TrainState
     skipped: tuple[str, ...]
+    uri: str
+    rng: Mapping[str, Tensor]
+    """State of every rank's random generators."""
+    index: ShardIndex | None = None
+    """Where the checkpoint's pieces lie, when each rank reads its own."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,8 @@ class TrainState:
     sequence_tokens: int
     corpus_fingerprint: str
     optim_kind: str = "adamw"
+    samples: str = ""
+    """Hash of the sequences consumed so far (train.samples)."""
 
     def refuse_other_run(self, now: TrainState) -> None:
         """Refuse to go on with data in another order, samples would be lost or repeated silently, or with another kind
@@ -68,43 +78,6 @@ class TrainState:
                 )
 
 
-def save_checkpoint(
-    output: str,
-    engine: WeightsEngine,
-    state: TrainState,
-    tokenizer: PreTrainedTokenizerBase,
-    certificate: str | None = None,
-    adapter: Adapter | None = None,
-) -> CheckpointPublished:
-    """Publish a checkpoint of all ranks; collective. Every rank returns, or every rank raises.
-
-    Raises:
-        StorageError: rank 0 could not publish; nothing half-written is visible.
-    """
-    started = time.perf_counter()
-    weights = engine.whole_weights(trained_only=adapter is not None)
-    states = engine.whole_states()
-    uri = f"{output.rstrip('/')}/checkpoints/step-{state.step:08d}"
-
-    def publish() -> int:
-        with tempfile.TemporaryDirectory(prefix="farspan-checkpoint-") as scratch:
-            folder = Path(scratch) / "checkpoint"
-            if adapter is None:
-                save_causal_lm(folder, engine.module.model.config, _model_names(weights), tokenizer)
-            else:
-                save_adapter(folder, adapter, _model_names(weights))
-                tokenizer.save_pretrained(folder)
-            save_file(states, folder / _OPTIMIZER)
-            (folder / _STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
-            if certificate is not None:
-                (folder / CERTIFICATE).write_text(certificate, encoding="utf-8")
-            publish_folder(folder, uri)
-            return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-    num_bytes = on_rank_0(publish)
-    return CheckpointPublished(step=state.step, uri=uri, seconds=time.perf_counter() - started, bytes=num_bytes)
-
-
 def save_model(
     output: str, engine: WeightsEngine, tokenizer: PreTrainedTokenizerBase, adapter: Adapter | None = None
 ) -> str:
@@ -117,7 +90,7 @@ def save_model(
     config = engine.module.model.config
 
     def publish() -> str:
-        named = _model_names(weights)
+        named = model_names(weights)
         with tempfile.TemporaryDirectory(prefix="farspan-model-") as scratch:
             if adapter is not None:
                 matrices = {name: t for name, t in named.items() if ".lora_" in name}
@@ -131,7 +104,9 @@ def save_model(
     return on_rank_0(publish)
 
 
-def load_newest(output: str, engine: WeightsEngine, now: TrainState, adapter: Adapter | None = None) -> Resumed | None:
+def load_newest(
+    output: str, engine: WeightsEngine, now: TrainState, adapter: Adapter | None = None, deadline_s: float = 600.0
+) -> Resumed | None:
     """Put the newest whole checkpoint of a run into the engine; None when there is none. Collective.
 
     Raises:
@@ -143,18 +118,85 @@ def load_newest(output: str, engine: WeightsEngine, now: TrainState, adapter: Ad
     def read() -> Resumed | None:
         # Everything that can fail happens here, on rank 0, so that every rank hears of it.
         with tempfile.TemporaryDirectory(prefix="farspan-resume-") as cache:
-            found = _newest_folder(output, Path(cache), now)
+            found = patiently(lambda: _newest_folder(output, Path(cache), now), output, deadline_s)
             if found is None:
                 return None
             folder, resumed = found
-            weights.update(_read_weights(folder, engine, adapter))
-            states.update(load_file(folder / _OPTIMIZER))
-            return resumed
+            index = ShardIndex.read(folder)
+            if index is None:
+                weights.update(_read_weights(folder, engine, adapter))
+                states.update(load_file(folder / OPTIMIZER))
+            elif adapter is not None:
+                raise _other_content(adapter)
+            elif not engine.held():
+                # An engine whose own shards cannot be told: everything on rank 0, as from an ordinary folder.
+                whole = read_whole(index, _fetch_pieces(resumed.uri, index, Path(cache), range(index.num_ranks)))
+                weights.update(whole[0])
+                states.update(whole[1])
+            return replace(resumed, index=index if index is not None and engine.held() else None)
 
     resumed = on_rank_0(read)
-    if resumed is not None:
+    if resumed is None:
+        return None
+    if resumed.index is None:
         engine.load(weights, states, trained_only=adapter is not None)
+    else:
+        _load_own_piece(resumed, engine, deadline_s)
+    _set_rng(resumed.rng)
     return resumed
+
+
+def _load_own_piece(resumed: Resumed, engine: WeightsEngine, deadline_s: float) -> None:
+    """Each rank reads the rows it holds, wherever they were written. Collective."""
+    index, rank, num_ranks = resumed.index, dist.get_rank(), dist.get_world_size()
+    assert index is not None, "the checkpoint is in pieces"
+
+    def read() -> None:
+        with tempfile.TemporaryDirectory(prefix="farspan-resume-") as cache:
+            needed = index.needed(rank, num_ranks)
+            folders = patiently(
+                lambda: _fetch_pieces(resumed.uri, index, Path(cache), needed, contents=False), resumed.uri, deadline_s
+            )
+            engine.put_back(read_piece(index, folders, rank, num_ranks, engine.module))
+
+    on_every_rank(read)
+
+
+def _fetch_pieces(
+    uri: str, index: ShardIndex, cache: Path, ranks: Iterable[int], *, contents: bool = True
+) -> dict[int, Path]:
+    """The folders of these ranks' pieces; `contents`: every byte is checked."""
+    run, _, step = uri.rstrip("/").rpartition("/checkpoints/")
+    folders: dict[int, Path] = {}
+    for rank in ranks:
+        place = join_uri(run, f"shards/{step}/rank-{rank:05d}")
+        try:
+            folders[rank] = fetch_folder(place, cache, contents=contents)
+        except NotFoundError as problem:
+            raise CorruptDataError(uri, f"the piece of rank {rank} is gone ({problem})") from None
+        manifest = read_manifest(open_store(place))
+        if manifest is None or manifest.digest != index.digests[rank]:
+            raise CorruptDataError(uri, f"the piece of rank {rank} belongs to another checkpoint")
+    return folders
+
+
+def open_whole(uri: str, folder: Path, cache: Path) -> dict[str, Tensor] | None:
+    """Weights of a checkpoint in pieces, whole and by the model's own names; None when it is an ordinary folder."""
+    index = ShardIndex.read(folder)
+    if index is None:
+        return None
+    return model_names(read_whole(index, _fetch_pieces(uri, index, cache, range(index.num_ranks)))[0])
+
+
+def _set_rng(states: Mapping[str, Tensor]) -> None:
+    """This rank's random generators as they were, when it had as many partners."""
+    ranks = {name.split("/")[0] for name in states}
+    if len(ranks) != dist.get_world_size():
+        return
+    mine = f"{dist.get_rank():05d}"
+    torch.set_rng_state(states[f"{mine}/cpu"])
+    if f"{mine}/cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[f"{mine}/cuda"])
 
 
 def list_checkpoints(output: str) -> list[str]:
@@ -166,10 +208,39 @@ def list_checkpoints(output: str) -> list[str]:
     return [uri for uri in uris if is_published(uri)]
 
 
+def clear_checkpoints(output: str) -> int:
+    """Remove every checkpoint of a run that starts over; how many there were."""
+    steps = list_steps(output)
+    for step in steps:
+        for kind in ("checkpoints", "shards"):
+            remove_folder(join_uri(output, f"{kind}/step-{step:08d}"))
+    return len(steps)
+
+
+def list_steps(output: str) -> list[int]:
+    """Steps done at a run's checkpoints, newest first."""
+    return [int(uri.rpartition("-")[2]) for uri in list_checkpoints(output)]
+
+
 def newest_step(output: str) -> int:
     """Steps done at a run's newest checkpoint; 0 when there is none."""
-    uris = list_checkpoints(output)
-    return int(uris[0].rpartition("-")[2]) if uris else 0
+    return next(iter(list_steps(output)), 0)
+
+
+def on_every_rank(act: Callable[[], None]) -> None:
+    """Run `act` on every rank; when it fails on one, all raise its error."""
+    problem: FarspanError | None = None
+    try:
+        act()
+    except FarspanError as found:
+        problem = found
+    except Exception as found:
+        problem = TrainingError(f"rank {dist.get_rank()} failed: {type(found).__name__}: {found}")
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for problem in problems:
+        if problem is not None:
+            raise problem
 
 
 def on_rank_0(act: Callable[[], Result]) -> Result:
@@ -193,29 +264,37 @@ def _newest_folder(output: str, cache: Path, now: TrainState) -> tuple[Path, Res
     for uri in list_checkpoints(output):
         try:
             folder = fetch_folder(uri, cache)
-            state = TrainState(**json.loads((folder / _STATE).read_text(encoding="utf-8")))
+            state = TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+            index = ShardIndex.read(folder)
+            if index is not None:
+                _fetch_pieces(uri, index, cache, range(index.num_ranks))
+            rng = load_file(folder / RNG) if (folder / RNG).is_file() else {}
         except (CorruptDataError, NotFoundError) as problem:
             skipped.append(f"checkpoint passed over: {problem}")
             continue
         state.refuse_other_run(now)
-        return folder, Resumed(state, tuple(skipped))
+        return folder, Resumed(state, tuple(skipped), uri, rng)
     return None
 
 
-def _model_names(weights: Mapping[str, Any]) -> dict[str, Tensor]:
+def model_names(weights: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
 
 
 def _read_weights(folder: Path, engine: WeightsEngine, adapter: Adapter | None) -> dict[str, Tensor]:
     if is_adapter_folder(folder) != (adapter is not None):
-        was, is_now = ("an adapter", "every weight") if adapter is None else ("every weight", "an adapter")
-        raise CheckpointError(
-            "lora.rank",
-            f"the checkpoint holds {was}, this run trains {is_now}; "
-            "restore it, choose another output, or set train.resume=false",
-        )
+        raise _other_content(adapter)
     if adapter is not None:
         return {f"model.{name}": tensor for name, tensor in load_adapter(folder, adapter).items()}
     # Through transformers, which renames some models' weights when it saves and back when it loads.
     dtype = torch.promote_types(next(engine.module.parameters()).dtype, torch.float32)
     return {f"model.{name}": tensor for name, tensor in load_causal_lm(folder, dtype).state_dict().items()}
+
+
+def _other_content(adapter: Adapter | None) -> CheckpointError:
+    was, is_now = ("an adapter", "every weight") if adapter is None else ("every weight", "an adapter")
+    return CheckpointError(
+        "lora.rank",
+        f"the checkpoint holds {was}, this run trains {is_now}; "
+        "restore it, choose another output, or set train.resume=false",
+    )

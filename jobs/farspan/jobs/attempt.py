@@ -1,0 +1,143 @@
+"""One attempt at a training run: Ray Train's controller and its workers, from start to whatever ends them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.exceptions import RayActorError
+from ray.train import FailureConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from farspan.config.load import dump_config, parse_config
+from farspan.config.schema import RunConfig
+from farspan.errors import ClusterError, FarspanError
+from farspan.jobs.progress import EventSender, EventWatcher, SilentRank, StopWish
+from farspan.jobs.restart import Failure
+from farspan.jobs.room import worker_resources
+from farspan.storage.door import open_store
+from farspan.storage.paths import join_uri
+from farspan.telemetry.events import EventBody, StepReport
+from farspan.train.build import build
+from farspan.train.limit import memory_limit
+from farspan.train.loop import train
+
+
+class AttemptLost(Exception):
+    """Workers, their node or their controller were lost: the run may go on from its newest checkpoint."""
+
+    def __init__(self, failure: Failure) -> None:
+        self.failure = failure
+        super().__init__(failure.reason)
+
+
+def run_attempt(config: RunConfig, plan: str, tell: Callable[[EventBody], None], wish: StopWish) -> None:
+    """Run until the last step, or until `wish` is granted.
+
+    Raises:
+        FarspanError: what a worker raised on purpose.
+        AttemptLost: what happened to the workers.
+    """
+    newest = 0
+
+    def count(body: EventBody) -> None:
+        nonlocal newest
+        newest = body.step if isinstance(body, StepReport) else newest
+        tell(body)
+
+    try:
+        with EventWatcher(count, wish) as watcher:
+            trainer = TorchTrainer(
+                train_worker,
+                train_loop_config={"config": dump_config(config), "plan": plan, "mailbox": watcher.mailbox},
+                scaling_config=_scaling(config),
+                torch_config=TorchConfig(backend=_backend(config), timeout_s=int(config.resources.timeout_s)),
+                run_config=_ray_run(config),
+            )
+            trainer.fit()
+    except (ray.train.TrainingFailedError, RayActorError) as problem:
+        raise verdict(problem, newest) from None
+
+
+def train_worker(payload: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    config = parse_config(RunConfig, payload["config"])
+    gpu = config.resources.gpus_per_worker > 0
+    device = ray.train.torch.get_device() if gpu else torch.device("cpu")
+    if not gpu:
+        torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
+    is_first = ray.train.get_context().get_world_rank() == 0
+    outside = EventSender(payload["mailbox"]) if is_first else SilentRank()
+    with tempfile.TemporaryDirectory(prefix="farspan-cache-") as cache:
+        training = build(config, device, Path(cache))
+        training.plan = payload["plan"]
+        with memory_limit(device, config.memory.limit_gib):
+            train(training, config, outside, outside)
+
+
+def verdict(problem: BaseException, newest_step: int) -> Exception:
+    """What ended an attempt: an error raised on purpose, or a loss.
+
+    When a process dies its partners fail too, with errors of their own, so a death speaks before them.
+    """
+    found = list(_all_within(problem))
+    died = next((e for e in found if isinstance(e, RayActorError)), None)
+    if died is not None:
+        return AttemptLost(Failure(_first_words(died), newest_step, died=True))
+    meant = next((e for e in found if isinstance(e, FarspanError)), None)
+    if meant is not None:
+        return meant
+    if isinstance(problem, ray.train.ControllerError):
+        return ClusterError(f"training failed: {problem}")
+    deepest = next(iter(getattr(problem, "worker_failures", {}).values()), problem)
+    return AttemptLost(Failure(_first_words(deepest), newest_step, died=False))
+
+
+def _all_within(problem: BaseException) -> list[BaseException]:
+    """An error and everything Ray wrapped in it, outermost first."""
+    seen: list[BaseException] = []
+    waiting: list[BaseException] = [problem]
+    while waiting:
+        current = waiting.pop(0)
+        if any(current is one for one in seen):
+            continue
+        seen.append(current)
+        waiting += getattr(current, "worker_failures", {}).values()
+        waiting += [e for e in (current.__cause__, current.__context__, getattr(current, "cause", None)) if e]
+    return seen
+
+
+def _first_words(problem: BaseException) -> str:
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    # Of a traceback that Ray carried over, the last line says what it was.
+    words = lines[-1] if lines and "Traceback" in str(problem) else lines[0] if lines else ""
+    return f"{type(problem).__name__}: {words[:200]}"
+
+
+def _scaling(config: RunConfig) -> ScalingConfig:
+    return ScalingConfig(
+        num_workers=config.parallel.workers,
+        use_gpu=config.resources.gpus_per_worker > 0,
+        resources_per_worker=worker_resources(config),
+    )
+
+
+def _backend(config: RunConfig) -> str:
+    return "nccl" if config.resources.gpus_per_worker > 0 else "gloo"
+
+
+def _ray_run(config: RunConfig) -> RayRunConfig:
+    # Ray Train keeps its own state beside the run; every node must reach it.
+    files, path = open_store(join_uri(config.output, "ray")).arrow
+    # To the microsecond: a second attempt must not find the first one's state.
+    name = f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+    # Restarts are the driver's: only it knows which errors were meant, and how many workers the next attempt gets.
+    failures = FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=3)
+    return RayRunConfig(name=name, storage_path=path, storage_filesystem=files, failure_config=failures)

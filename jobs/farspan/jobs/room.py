@@ -1,0 +1,87 @@
+"""Room for workers on a cluster."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from farspan.config.schema import RunConfig
+from farspan.errors import ClusterError
+from farspan.jobs.progress import StopWish
+from farspan.train.elastic import Size
+
+_START_S, _LOOK_S = 10.0, 1.0
+
+
+def find_room(config: RunConfig, sizes: Sequence[Size]) -> Size:
+    """The largest of `sizes`, largest first, for which there is room; waits until there is for one of them.
+
+    Ray Train itself would wait for ever, and say nothing.
+
+    Raises:
+        ClusterError: none fits within resources.timeout_s.
+    """
+    ends = time.monotonic() + config.resources.timeout_s
+    while (left_s := ends - time.monotonic()) > 0:
+        for size in sizes:
+            # All of them may only be on their way: a placement that waits is what makes a cluster grow.
+            patience_s = left_s if len(sizes) == 1 else _START_S if size == sizes[0] else _LOOK_S
+            if fits(config, size.workers, min(left_s, patience_s)):
+                return size
+    wanted, least = worker_resources(config), sizes[-1].workers
+    has = {name: ray.cluster_resources().get(name, 0) for name in wanted}
+    raise ClusterError(
+        f"no room for {least} workers of {wanted} within resources.timeout_s="
+        f"{config.resources.timeout_s:g}; the cluster has {has} in all; ask for fewer, or add nodes"
+    )
+
+
+class RoomWatch:
+    """While a run has fewer workers than it could have: looks for room for more, then asks it to start again."""
+
+    def __init__(self, config: RunConfig, size: Size, larger: Sequence[Size], wish: StopWish) -> None:
+        self._config, self._size, self._larger, self._wish = config, size, larger, wish
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="farspan-room", daemon=True)
+
+    def __enter__(self) -> RoomWatch:
+        if self._larger:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._larger:
+            self._thread.join(timeout=_START_S)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._config.parallel.grow_every_s):
+            for size in self._larger:
+                # Beside the workers that train: their own room is theirs again after the restart.
+                if fits(self._config, size.workers - self._size.workers, _LOOK_S):
+                    self._wish.ask(f"there is room for {size.workers} workers")
+                    return
+
+
+def fits(config: RunConfig, num_workers: int, timeout_s: float) -> bool:
+    """Whether so many workers find room within `timeout_s`."""
+    if num_workers == 0:
+        return True
+    group = placement_group([worker_resources(config)] * num_workers)
+    try:
+        return bool(group.wait(timeout_seconds=timeout_s))
+    finally:
+        remove_placement_group(group)
+
+
+def worker_resources(config: RunConfig) -> dict[str, float]:
+    """What one worker asks Ray for."""
+    gpus = config.resources.gpus_per_worker
+    return {"CPU": config.resources.cpus_per_worker, **({"GPU": gpus} if gpus > 0 else {})}
