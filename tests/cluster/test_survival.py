@@ -100,9 +100,12 @@ def test_a_run_survives_a_killed_process_bit_for_bit(
 ) -> None:
     choose = random.Random(victim)
     at = choose.randrange(1, STEPS - 1)
-    events = disturbed(run_config(corpus, tmp_path / "run"), [at], lambda: kill_actor(victim, choose))
+    # One of them behind the steps, in pieces: a checkpoint may be under way when the process dies.
+    behind = f"train.checkpoint_async={'true' if victim == 'RayTrainWorker' else 'false'}"
+    events = disturbed(run_config(corpus, tmp_path / "run", behind), [at], lambda: kill_actor(victim, choose))
     (restarted,) = [event for event in events if isinstance(event, RunRestarted)]
-    assert restarted.redone <= EVERY
+    # The one before, where the newest was still under way.
+    assert restarted.redone <= (2 * EVERY if victim == "RayTrainWorker" else EVERY)
     assert restarted.step % EVERY == 0
     assert curve(events) == undisturbed
 
@@ -114,9 +117,9 @@ def test_a_run_survives_many_kills_bit_for_bit(
 ) -> None:
     choose = random.Random(f"many {victim}")
     at = sorted(choose.sample(range(1, STEPS - 1), 6))
-    config = run_config(corpus, tmp_path / "run", "train.max_restarts=6")
+    config = run_config(corpus, tmp_path / "run", "train.max_restarts=6", "train.checkpoint_async=true")
     events = disturbed(config, at, lambda: kill_actor(victim, choose))
-    assert all(event.redone <= EVERY for event in events if isinstance(event, RunRestarted))
+    assert all(event.redone <= 2 * EVERY for event in events if isinstance(event, RunRestarted))
     assert curve(events) == undisturbed
 
 
