@@ -97,7 +97,8 @@ class Saver:
         self.finish()
         copy = self._copy(state)
         if not self.in_background:
-            self._news += on_rank_0(lambda: self._publish_now(copy))
+            published = on_rank_0(lambda: self._publish_now(copy))
+            self._news.extend(published)
             return
         self._thread = threading.Thread(target=self._behind, args=(copy,), name="farspan-checkpoint", daemon=True)
         self._thread.start()
