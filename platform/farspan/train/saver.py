@@ -97,7 +97,8 @@ class Saver:
         self.finish()
         copy = self._copy(state)
         if not self.in_background:
-            on_rank_0(lambda: self._publish(copy, None))
+            published = on_rank_0(lambda: self._publish_now(copy))
+            self._news.extend(published)
             return
         self._thread = threading.Thread(target=self._behind, args=(copy,), name="farspan-checkpoint", daemon=True)
         self._thread.start()
@@ -107,7 +108,7 @@ class Saver:
         return self._problem
 
     def news(self) -> list[EventBody]:
-        """What was published since it was last asked; only rank 0 knows."""
+        """What was published since it was last asked; of the background only rank 0 knows."""
         news, self._news = self._news, []
         return news
 
@@ -133,6 +134,10 @@ class Saver:
             return Copy(state, piece, rng, started)
         weights = self.engine.whole_weights(trained_only=self.adapter is not None)
         return Copy(state, Whole(weights, self.engine.whole_states()), rng, started)
+
+    def _publish_now(self, copy: Copy) -> list[EventBody]:
+        self._publish(copy, None)
+        return self.news()
 
     def _behind(self, copy: Copy) -> None:
         try:
