@@ -108,7 +108,7 @@ def static_mesh(lengths: Sequence[int], seed: int, num_ranks: int, sp: int, toke
     # A sequence's work is taken to be spread evenly over its ranks, which is the best a mesh can do.
     costs = [
         sum(COST.document(piece.num_tokens) for piece in plan.sequence(index)) / sp + COST.fixed
-        for index in range(plan.epoch_tokens // tokens // num_groups * num_groups)
+        for index in range(plan.round_tokens // tokens // num_groups * num_groups)
     ]
     loads_SG = np.array(costs).reshape(-1, num_groups)
     mean = loads_SG.sum() / num_groups
