@@ -266,6 +266,13 @@ def print_failed(path: str) -> None:
     show(failed, as_json=False, file=path)
 
 
+def test_more_processes_than_this_machine_can_prove_with_are_refused() -> None:
+    answer = doctor("llama", "parallel.sp=4096", "data.sequence_tokens=8192")
+    assert answer.returncode == 2
+    assert "parallel.sp: starts that many processes here" in answer.stderr
+    assert "got 4096; use parallel.sp=" in answer.stderr
+
+
 def test_a_failed_check_ends_the_command_with_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit) as ended:
         print_failed(str(tmp_path / "certificate.json"))

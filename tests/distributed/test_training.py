@@ -353,6 +353,24 @@ def test_a_failure_on_rank_0_reaches_every_rank_instead_of_hanging_them(ranks: R
     assert set(answers) == {"rank 0 failed: OSError: [Errno 28] No space left on device"}
 
 
+def build_on_another_processor(config: RunConfig, cache: str) -> str:
+    """As if this rank's processor multiplied bf16 and the others did not."""
+    with pytest.MonkeyPatch.context() as patch:
+        native = torch.distributed.get_rank() == 1
+        patch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
+        try:
+            build(config, CPU, Path(cache))
+        except FarspanError as problem:
+            return str(problem)
+    return "nothing was raised"
+
+
+def test_processors_that_mean_different_types_by_auto_are_refused(ranks: RankPool, corpus: str, tmp_path: Path) -> None:
+    config = tiny_run(corpus, str(tmp_path / "run"), "parallel.workers=2", "model.dtype=auto")
+    for message in ranks.run(build_on_another_processor, 2, config, str(tmp_path / "cache")):
+        assert message.startswith("model.dtype: auto means bfloat16 and float32 on the machines of this run")
+
+
 def run_with_nan(config: RunConfig, cache: str) -> tuple[str, bool]:
     training = build(config, CPU, Path(cache))
     before = [p.full_tensor().clone() for p in training.step.loss.parameters()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 
 _LEAST_WIDTH = 130
+_PROCESSES_PER_CPU = 8
 # Only for the megabytes in the reason why a strategy was chosen.
 _COMPUTE_BYTES = 2
 
@@ -83,6 +85,14 @@ def _checked(config: RunConfig) -> RunConfig:
     if config.parallel.hdp:
         raise ConfigError(
             "parallel.hdp", "must be false: a certificate is of the ranks of a mesh", True, "use parallel.hdp=false"
+        )
+    most = _PROCESSES_PER_CPU * (os.cpu_count() or 1)
+    if config.parallel.sp > most:
+        raise ConfigError(
+            "parallel.sp",
+            f"starts that many processes here, and this machine proves at most {most} in good time",
+            config.parallel.sp,
+            f"use parallel.sp={most}: more ranks run the same code, with more blocks",
         )
     if config.model.source is not None:
         config.model.source = absolute_uri(config.model.source)

@@ -73,7 +73,7 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
     corpus = open_corpus(config.data.corpus, cache / "corpus")
     model = _model(config, corpus, cache)
     check_model(model.config)
-    dtype = compute_dtype(config.model.dtype, device)
+    dtype = _same_everywhere(compute_dtype(config.model.dtype, device))
     parallel = named_parallel(config, model.config, dtype.itemsize)
     certificate = required_certificate(config, model.config, parallel)
     adapter = _adapter(config, model, device)
@@ -189,6 +189,24 @@ def _adapter(config: RunConfig, model: PreTrainedModel, device: torch.device) ->
         return None
     base = base_of(config.model.source, config.model.architecture, config.seed)
     return add_adapter(model, config.lora, base, config.seed, compute_dtype(config.model.dtype, device))
+
+
+def _same_everywhere(dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, which every rank must have found; collective.
+
+    Raises:
+        ConfigError: `auto` means different types on different machines of the run.
+    """
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, str(dtype).removeprefix("torch."))
+    if len(set(found)) > 1:
+        raise ConfigError(
+            "model.dtype",
+            f"auto means {' and '.join(sorted(set(found)))} on the machines of this run",
+            "auto",
+            "use model.dtype=float32, or bfloat16 where all multiply it",
+        )
+    return dtype
 
 
 def _mlp_tile(config: RunConfig, model: PreTrainedModel) -> int:
