@@ -241,7 +241,7 @@ def spilled_work(config: RunConfig, cache: str) -> tuple[dict[str, torch.Tensor]
             nonlocal stored
             with leave(share):
                 yield
-            stored += place.stored_bytes
+            stored += place.report.stored_bytes
 
         place.step = counted  # type: ignore[method-assign]
     step.backward()
