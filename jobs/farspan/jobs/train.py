@@ -36,8 +36,8 @@ def run_training(
     config: RunConfig,
     plan_lines: list[tuple[str, str]],
     tell: Callable[[EventBody], None],
-    predicted: PlanPredicted | None = None,
     wish: StopWish | None = None,
+    predicted: PlanPredicted | None = None,
 ) -> str | None:
     """Run the job on the Ray this process is connected to; gives the URI of the published model.
 

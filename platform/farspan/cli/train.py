@@ -74,7 +74,7 @@ def run_train(path: str, overrides: list[str], *, dry_run: bool, cluster: str | 
             progress.show(log.append(body))
             board.record(body)
 
-        uri = run_training(config, lines, tell, chosen.predicted, wish)
+        uri = run_training(config, lines, tell, wish, chosen.predicted)
     console = Console(highlight=False, soft_wrap=True)
     if uri is None:
         console.print(f"stopped ({wish.reason}); start it again to go on from its newest checkpoint", markup=False)
