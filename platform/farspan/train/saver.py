@@ -117,7 +117,10 @@ class Saver:
         if not self.in_background:
             return
         if self._thread is not None:
-            self._thread.join()
+            # Every wait inside it has a deadline of its own; this is for what none of them foresaw.
+            self._thread.join(timeout=2 * _PATIENCE * self.config.resources.timeout_s)
+            if self._thread.is_alive():
+                self._problem = StorageError(self.config.output, "a checkpoint did not end; raise resources.timeout_s")
             self._thread = None
         problems: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(problems, self._problem)
