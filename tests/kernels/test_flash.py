@@ -16,8 +16,10 @@ import torch
 from tests.support.flash import flash_backward, flash_forward
 from tests.support.relative import relative_error
 
-from farspan.kernels.attention import dispatch, flash_three, flash_torch, flash_two
-from farspan.kernels.attention.flash import core_of, flash_backend, require_arguments
+from farspan.kernels.attention import dispatch, flash_cudnn, flash_three, flash_torch, flash_two
+from farspan.kernels.attention.backend import Backend
+from farspan.kernels.attention.flash import Sight, core_of, flash_backend, require_arguments
+from farspan.kernels.attention.flash_cudnn import runs_of
 from farspan.kernels.attention.limits import BACKENDS, Ask, decide
 from farspan.kernels.attention.packed import backward_each, forward_each
 from farspan.kernels.attention.reference import attend_reference, attend_reference_backward, visible
@@ -46,10 +48,11 @@ BANDS = [
     ("ask", "absent", "name"),
     [
         (BF16, (), "flash-attn 3"),
-        (BF16, ("flash-attn 3",), "flash-attn 2"),
-        (BF16, ("flash-attn 3", "flash-attn 2"), "torch flash"),
-        (BF16, ("flash-attn 3", "flash-attn 2", "torch flash"), "triton"),
-        (BF16, ("flash-attn 3", "flash-attn 2", "torch flash", "triton"), "tiled"),
+        (BF16, ("flash-attn 3",), "torch cudnn"),
+        (BF16, ("flash-attn 3", "torch cudnn"), "flash-attn 2"),
+        (BF16, ("flash-attn 3", "torch cudnn", "flash-attn 2"), "torch flash"),
+        (BF16, ("flash-attn 3", "torch cudnn", "flash-attn 2", "torch flash"), "triton"),
+        (BF16, ("flash-attn 3", "torch cudnn", "flash-attn 2", "torch flash", "triton"), "tiled"),
         (Ask("cuda", torch.bfloat16, 128, 128, capability=AMPERE), (), "flash-attn 2"),
         (Ask("cuda", torch.bfloat16, 128, 128, capability=(10, 0)), ("flash-attn 2",), "torch flash"),
         (Ask("cuda", torch.bfloat16, 128, 128, capability=(7, 5)), (), "triton"),
@@ -204,14 +207,38 @@ def installed(libraries: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch)
         assert causal == (window_size_left < 0 and window_size_right == 0)
         return flash_backward(dout, q, k, v, out, lse, cu_q, cu_k, scale, window_size_left, window_size_right, None)
 
+    # Arguments that have their defaults are not handed on.
+    def cudnn_forward(q, k, v, bias, with_lse, dropout=0.0, causal=False, debug=False, *, scale=None):
+        assert (bias, with_lse, dropout, debug) == (None, True, 0.0, False)
+        (q, k, v), ends = (x[0].transpose(0, 1) for x in (q, k, v)), ((0, q.shape[2]), (0, k.shape[2]))
+        # From the top left corner: with as many keys as queries that is the bottom right one, too.
+        assert not causal or ends[0] == ends[1]
+        out, lse = flash_forward(q, k, v, *ends, scale, -1, 0 if causal else -1, None)
+        none = q.new_empty(0)
+        return out.transpose(0, 1)[None], lse[None, :, :, None], none, none, 0, 0, none, none, none
+
+    def cudnn_backward(dout, q, k, v, out, lse, seed, offset, bias, cum_q, cum_k, max_q, max_k, dropout, causal, *,
+                       scale):  # fmt: skip
+        assert (max_q, max_k, dropout) == (q.shape[2], k.shape[2], 0.0)
+        dout, q, k, v, out = (x[0].transpose(0, 1) for x in (dout, q, k, v, out))
+        ends = (0, max_q), (0, max_k)
+        found = flash_backward(dout, q, k, v, out, lse[0, :, :, 0], *ends, scale, -1, 0 if causal else -1, None)
+        return tuple(grad.transpose(0, 1)[None] for grad in found)
+
     written = torch.library.Library("aten", "IMPL")
     written.impl("_flash_attention_forward", forward, "CPU")
     written.impl("_flash_attention_backward", backward, "CPU")
+    written.impl("_scaled_dot_product_cudnn_attention", cudnn_forward, "CPU")
+    written.impl("_scaled_dot_product_cudnn_attention_backward", cudnn_backward, "CPU")
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     yield
     written._destroy()
 
 
 ROOMS = {"torch flash": flash_torch, "flash-attn 2": flash_two, "flash-attn 3": flash_three}
+ROOMS["torch cudnn"] = flash_cudnn
+# The documents of these tests are shorter than those cuDNN is given: here it gets what has 20 queries.
+SETTINGS = {"torch cudnn": {"least_tokens": 20}}
 
 
 def make(queries: int, keys: int, device: str = "cpu", dtype=torch.float32, heads=(4, 2), dim: int = 16) -> list:
@@ -239,7 +266,7 @@ def assert_equal(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...], 
 @pytest.mark.usefixtures("installed")
 def test_a_pair_asked_of_a_flash_library_equals_the_reference(name: str, band) -> None:
     queries, keys, offset, window, softcap = band
-    backend = flash_backend(name, ROOMS[name].load_kernel())
+    backend = flash_backend(name, ROOMS[name].load_kernel(**SETTINGS.get(name, {})))
     q, k, v, dout = make(queries, keys)
     rule = {"scale": 0.3, "offset": offset, "window": window, "softcap": softcap}
     got = both_ways(backend.forward, backend.backward, q, k, v, dout, **rule)
@@ -250,7 +277,7 @@ def test_a_pair_asked_of_a_flash_library_equals_the_reference(name: str, band) -
 @pytest.mark.parametrize("name", ROOMS)
 @pytest.mark.usefixtures("installed")
 def test_packed_documents_asked_of_a_flash_library_equal_each_document_alone(name: str, window: int | None) -> None:
-    backend = flash_backend(name, ROOMS[name].load_kernel())
+    backend = flash_backend(name, ROOMS[name].load_kernel(**SETTINGS.get(name, {})))
     q, k, v, dout = make(60, 60)
     # Heads before tokens, as models hand them over; a gradient that is one number expanded.
     q, k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v))
@@ -264,7 +291,7 @@ def test_packed_documents_asked_of_a_flash_library_equal_each_document_alone(nam
 @pytest.mark.parametrize("name", ROOMS)
 @pytest.mark.usefixtures("installed")
 def test_two_pairs_with_the_final_log_sum_exp_give_the_gradients_of_one(name: str) -> None:
-    backend = flash_backend(name, ROOMS[name].load_kernel())
+    backend = flash_backend(name, ROOMS[name].load_kernel(**SETTINGS.get(name, {})))
     q, k, v, dout = make(24, 40)
     rule = {"scale": 0.3, "offset": None}
     out, lse = backend.forward(q, k, v, **rule)
@@ -275,15 +302,37 @@ def test_two_pairs_with_the_final_log_sum_exp_give_the_gradients_of_one(name: st
         assert relative_error(torch.cat([parts[0][index], parts[1][index]]), want[index]) < 1e-5
 
 
-def test_torchs_own_operators_take_the_arguments_we_give_them() -> None:
+@pytest.mark.parametrize("name", ["torch flash", "torch cudnn"])
+def test_torchs_own_operators_take_the_arguments_we_give_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bound by torch itself on tensors without data: a wrong name, order or type fails here, without a GPU."""
-    backend = flash_backend("torch flash", flash_torch.load_kernel())
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    backend = flash_backend(name, ROOMS[name].load_kernel(**dict.fromkeys(SETTINGS.get(name, {}), 13)))
     q, k, v, dout = make(12, 20, "meta", torch.bfloat16)
     got = both_ways(backend.forward, backend.backward, q, k, v, dout, scale=0.3, offset=8, window=5)
     assert [x.shape for x in got] == [q.shape, q.shape[:2], q.shape, k.shape, v.shape]
     q, k, v, dout = make(20, 20, "meta", torch.bfloat16)
     got = both_ways(backend.packed_forward, backend.packed_backward, q, k, v, dout, bounds=(0, 7, 20), scale=0.3)
     assert [x.shape for x in got] == [q.shape, q.shape[:2], q.shape, k.shape, v.shape]
+
+
+CAUSAL, WINDOWED = Sight(1.0, -1, 0, None), Sight(1.0, 5, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "sight", "runs"),
+    [
+        ((0, 3, 5, 25, 27), None, CAUSAL, [(0, 2, False), (2, 3, True), (3, 4, False)]),
+        ((0, 20, 40), None, CAUSAL, [(0, 1, True), (1, 2, True)]),
+        ((0, 20, 40), None, WINDOWED, [(0, 2, False)]),
+        ((0, 20, 40), None, Sight(1.0, -1, 0, 2.0), [(0, 2, False)]),
+        # Causal with more keys than queries: cuDNN counts from the other corner.
+        ((0, 20), (0, 30), CAUSAL, [(0, 1, False)]),
+        ((0, 20), (0, 30), Sight(1.0, -1, -1, None), [(0, 1, True)]),
+        ((0, 19), None, CAUSAL, [(0, 1, False)]),
+    ],
+)
+def test_long_documents_are_computed_one_by_one_and_what_lies_between_them_together(queries, keys, sight, runs) -> None:
+    assert runs_of(queries, keys or queries, sight, 20) == runs
 
 
 def test_a_library_with_another_interface_is_refused_before_it_is_called() -> None:
@@ -297,6 +346,8 @@ def test_a_library_with_another_interface_is_refused_before_it_is_called() -> No
 # On a GPU: the installed kernels themselves, in bf16, beside torch's SDPA in bf16 and against fp64.
 GPU_BANDS = [(256, 256, 0, None), (256, 256, 0, 65), (192, 320, 128, 100), (200, 333, 133, None), (96, 160, -20, None),
              (130, 70, None, None), (128, 128, 128, 128), (1, 300, 299, None)]  # fmt: skip
+
+ON_GPU = [*(name for name in BACKENDS if name != "cpu"), "torch cudnn, short documents too"]
 
 
 def sdpa_errors(q, k, v, dout, seen: torch.Tensor, exact: tuple[torch.Tensor, ...]) -> list[float]:
@@ -317,7 +368,7 @@ def sdpa_errors(q, k, v, dout, seen: torch.Tensor, exact: tuple[torch.Tensor, ..
 @pytest.mark.parametrize("heads", [(8, 2), (4, 4), (4, 1)])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("band", GPU_BANDS, ids=str)
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "cpu"])
+@pytest.mark.parametrize("name", ON_GPU)
 def test_bf16_on_a_gpu_is_as_exact_as_torch_sdpa(name: str, band, dim: int, heads) -> None:
     queries, keys, offset, window = band
     q, k, v, dout = make(queries, keys, "cuda", torch.bfloat16, heads, dim)
@@ -338,7 +389,7 @@ def test_bf16_on_a_gpu_is_as_exact_as_torch_sdpa(name: str, band, dim: int, head
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "cpu"])
+@pytest.mark.parametrize("name", ON_GPU)
 def test_packed_documents_on_a_gpu_are_as_exact_as_torch_sdpa(name: str, window: int | None) -> None:
     bounds = (0, 1, 130, 130, 300, 512)
     q, k, v, dout = make(512, 512, "cuda", torch.bfloat16, (8, 2), 128)
@@ -356,7 +407,11 @@ def test_packed_documents_on_a_gpu_are_as_exact_as_torch_sdpa(name: str, window:
         assert relative_error(a, b) <= 2.5 * bar + 1e-6, label
 
 
-def on_gpu(name: str, ask: Ask):
+def on_gpu(name: str, ask: Ask) -> Backend:
+    if name == ON_GPU[-1]:
+        if reason := BACKENDS["torch cudnn"].refusal(ask):
+            pytest.skip(reason)
+        return flash_backend(name, flash_cudnn.load_kernel(least_tokens=64))
     if reason := BACKENDS[name].refusal(ask):
         pytest.skip(reason)
     try:

@@ -8,13 +8,13 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from tests.support.decoders import decoder_config
+from tests.support.live import LiveBytes
 from tests.support.relative import relative_error
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from farspan.activations.tiled import by_tiles, tile_mlps
 from farspan.errors import ModelError
-from farspan.kernels.peak import peak_bytes_of
 from farspan.models.parts import decoder_layers, trunk_and_head
 from farspan.train.loss import token_losses
 from farspan.verify.shrink import small_model
@@ -154,5 +154,6 @@ def test_the_widest_activation_of_all_tokens_never_exists_at_once() -> None:
         by_tiles(lambda w, x, rows: (x @ w["first"].t()).relu() @ w["second"].t(), weights, x_TE, 128).sum().backward()
 
     step()
-    peak = peak_bytes_of(step)
-    assert peak is None or peak < num_tokens * wide * 4 / 4
+    with LiveBytes() as live:
+        step()
+    assert live.peak < num_tokens * wide * 4 / 4

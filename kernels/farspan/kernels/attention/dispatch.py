@@ -74,6 +74,7 @@ def _flash(name: str, room: str) -> Callable[[], Backend]:
 
 _LOADERS: Mapping[str, Callable[[], Backend]] = {
     "flash-attn 3": _flash("flash-attn 3", "flash_three"),
+    "torch cudnn": _flash("torch cudnn", "flash_cudnn"),
     "flash-attn 2": _flash("flash-attn 2", "flash_two"),
     "torch flash": _flash("torch flash", "flash_torch"),
     "triton": triton_backend,

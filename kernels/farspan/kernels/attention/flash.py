@@ -32,6 +32,21 @@ class Spans:
     keys_N: Tensor
     longest_query: int
     longest_key: int
+    query_bounds: tuple[int, ...]
+    key_bounds: tuple[int, ...]
+    """The same offsets where Python can read them without waiting for the device."""
+
+    def part(self, first: int, stop: int) -> Spans:
+        """The documents first..stop, counted from the first of their own tokens."""
+        queries, keys = self.query_bounds[first : stop + 1], self.key_bounds[first : stop + 1]
+        return Spans(
+            self.queries_N[first : stop + 1] - queries[0],
+            self.keys_N[first : stop + 1] - keys[0],
+            max(b - a for a, b in pairwise(queries)),
+            max(b - a for a, b in pairwise(keys)),
+            tuple(offset - queries[0] for offset in queries),
+            tuple(offset - keys[0] for offset in keys),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +243,7 @@ def _spans_of_documents(bounds: Sequence[int], device: torch.device) -> Spans:
     offsets = sorted(set(bounds))
     bounds_N = torch.tensor(offsets, dtype=torch.int32).to(device, non_blocking=True)
     longest = max((b - a for a, b in pairwise(offsets)), default=0)
-    return Spans(bounds_N, bounds_N, longest, longest)
+    return Spans(bounds_N, bounds_N, longest, longest, tuple(offsets), tuple(offsets))
 
 
 def _spans_of_pair(q_THD: Tensor, k_SGD: Tensor) -> Spans:
@@ -238,7 +253,7 @@ def _spans_of_pair(q_THD: Tensor, k_SGD: Tensor) -> Spans:
         torch.arange(0, length + 1, length, dtype=torch.int32, device=q_THD.device)
         for length in (num_queries, num_keys)
     )
-    return Spans(queries_N, keys_N, num_queries, num_keys)
+    return Spans(queries_N, keys_N, num_queries, num_keys, (0, num_queries), (0, num_keys))
 
 
 def _plain(*tensors: Tensor) -> list[Tensor]:
