@@ -77,18 +77,15 @@ def test_offloaded_activations_give_the_same_losses_and_weights_bit_for_bit(
     alone: torch.device, corpus: str, tmp_path: Path, recompute: str
 ) -> None:
     found = []
-    for place in ("none", "cpu"):
-        half = ["model.dtype=bfloat16", "data.sequence_tokens=1024", f"train.recompute={recompute}"]
-        config = tiny_run(
-            corpus, str(tmp_path / place), *half, f"memory.offload_activations={place}", num_hidden_layers=6, **_WIDE
-        )
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            reports, weights = steps(config, alone, tmp_path / f"cache-{place}", 10)
-        finally:
-            torch.use_deterministic_algorithms(False)
+    # Twice without: torch's flash kernel adds up gradients in any order, Triton's in fp32 does not.
+    for number, place in enumerate(("none", "none", "cpu")):
+        single = ["model.dtype=float32", "data.sequence_tokens=1024", f"train.recompute={recompute}"]
+        where = f"memory.offload_activations={place}"
+        config = tiny_run(corpus, str(tmp_path / str(number)), *single, where, num_hidden_layers=6, **_WIDE)
+        reports, weights = steps(config, alone, tmp_path / f"cache-{number}", 10)
         found.append(([report.loss for report in reports], weights))
-    assert found[0] == found[1]
+    assert found[0] == found[1], "the same run twice"
+    assert found[0] == found[2]
 
 
 def test_an_optimizer_on_the_host_steps_as_the_one_on_the_device(

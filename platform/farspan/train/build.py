@@ -62,16 +62,18 @@ class Training:
     """What runs where, for a reader; kept beside checkpoints."""
 
 
-def build(config: RunConfig, device: torch.device, cache: Path | None = None) -> Training:
+def build(
+    config: RunConfig, device: torch.device, cache: Path | None = None, model: PreTrainedModel | None = None
+) -> Training:
     """Build the run on this rank of the default process group.
 
-    Every rank makes the whole model on the CPU once and keeps its shard of it.
+    Every rank makes the whole model on the CPU once and keeps its shard of it; `model` stands in for it.
     """
     if config.weights.engine == "deepspeed":
         refuse_without_deepspeed()
     cache = cache or Path(tempfile.mkdtemp(prefix="farspan-cache-"))
     corpus = open_corpus(config.data.corpus, cache / "corpus")
-    model = _model(config, corpus, cache)
+    model = model or _model(config, corpus, cache)
     check_model(model.config)
     dtype = _same_everywhere(compute_dtype(config.model.dtype, device))
     parallel = named_parallel(config, model.config, dtype.itemsize)

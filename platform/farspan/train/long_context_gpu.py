@@ -24,7 +24,7 @@ from farspan.config.load import dump_config, load_config, parse_config
 from farspan.config.schema import CorpusConfig, RunConfig
 from farspan.data.corpus import build_corpus
 from farspan.errors import ClusterError
-from farspan.models.checkpoint import make_config
+from farspan.models.checkpoint import make_config, random_causal_lm
 from farspan.plan.choice import Choice
 from farspan.plan.cost import Plan, Task, plan_of_choice
 from farspan.plan.exchange import ways_of
@@ -59,7 +59,7 @@ class Step:
 STEPS = (
     Step(4, 131072, offload=False),
     Step(4, 131072),
-    Step(4, 524288, lora_rank=16, num_steps=1),
+    Step(2, 524288, lora_rank=16, num_steps=1),
 )
 
 
@@ -161,7 +161,10 @@ def _in_process(pipe: Connection, text: str, num_steps: int, kind: str) -> None:
     backend = "nccl" if kind == "cuda" else "gloo"
     with tempfile.TemporaryDirectory(prefix="farspan-cache-") as cache, memory_limit(device, _cap(device)):
         dist.init_process_group(backend, init_method=f"file://{cache}/ranks", rank=0, world_size=1)
-        training = build(config, device, Path(cache) / "files")
+        # Made where it runs: a GPU draws two billion numbers at once, a processor takes minutes.
+        with device:
+            model = random_causal_lm(make_config(config.model.architecture, config.model.settings, {}), config.seed)
+        training = build(config, device, Path(cache) / "files", model)
         reports = [training.step.run(number) for number in range(num_steps)]
         training.step.close()
         dist.destroy_process_group()

@@ -38,7 +38,7 @@ def scatter_states(module: nn.Module, optimizer: torch.optim.Optimizer, whole: M
     for full_name in names[0]:
         name, _, key = full_name.rpartition("/")
         weight = weights[name]
-        optimizer.state[weight][key] = _received(whole.get(full_name), weight)
+        optimizer.state[weight][key] = _for_step(_received(whole.get(full_name), weight), weight, optimizer)
 
 
 def local_shards(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -65,7 +65,8 @@ def load_local_shards(module: nn.Module, optimizer: torch.optim.Optimizer, shard
                 continue
             name, _, key = rest.rpartition("/")
             weight = weights[name]
-            optimizer.state[weight][key] = like_shard(tensor.to(weight.device) if tensor.ndim else tensor, weight)
+            placed = tensor.to(weight.device) if tensor.ndim else _for_step(tensor, weight, optimizer)
+            optimizer.state[weight][key] = like_shard(placed, weight)
 
 
 def scatter_weights(module: nn.Module, whole: Mapping[str, Tensor]) -> None:
@@ -74,6 +75,11 @@ def scatter_weights(module: nn.Module, whole: Mapping[str, Tensor]) -> None:
         if weight.requires_grad:
             with torch.no_grad():
                 weight.copy_(_received(whole.get(name), weight))
+
+
+def _for_step(value: Tensor, weight: nn.Parameter, optimizer: torch.optim.Optimizer) -> Tensor:
+    """A state where the optimizer looks for it: a fused one counts its steps on the device, the others on the host."""
+    return value.to(weight.device) if value.ndim == 0 and optimizer.defaults.get("fused") else value
 
 
 def _received(tensor: Tensor | None, weight: nn.Parameter) -> Tensor:

@@ -100,12 +100,13 @@ def _rows(case: Case, work: Work, backends: list[Backend]) -> list[dict[str, Any
     peers = [make(work) for make in peers_on(work.q_THD.device, case.dtype) if _fits(case, make)]
     if not peers:
         return []
-    contestants = [*(ours(backend, work) for backend in backends), *peers]
     want = peers[0].backward(peers[0].forward())
+    peers, failed = _able(peers)
+    contestants = [*(ours(backend, work) for backend in backends), *peers]
     errors = [_error(contestant, want) for contestant in contestants]
     peaks = {direction: [_peak(c, direction) for c in contestants] for direction in ("forward", "backward")}
     times = _times(contestants)
-    rows = []
+    rows: list[dict[str, Any]] = [{**_shape(case, work), "contestant": name, "failed": why} for name, why in failed]
     for direction in ("forward", "backward"):
         seconds = [statistics.median(rounds) for rounds in times[direction]]
         fastest = min(range(len(backends), len(contestants)), key=seconds.__getitem__)
@@ -120,6 +121,19 @@ def _rows(case: Case, work: Work, backends: list[Backend]) -> list[dict[str, Any
             speed = {"seconds": seconds[index], "ratio": ratio, "fastest_peer": contestants[fastest].name}
             rows.append({**row, **speed, "peak_bytes": peaks[direction][index]})
     return rows
+
+
+def _able(peers: list[Contestant]) -> tuple[list[Contestant], list[tuple[str, str]]]:
+    """The peers that compute this case here, and (name, why) of those that do not; this run also compiles them."""
+    able, failed = [], []
+    for peer in peers:
+        try:
+            peer.backward(peer.forward())
+        except RuntimeError as problem:
+            failed.append((peer.name, " ".join(str(problem).split())[:120]))
+        else:
+            able.append(peer)
+    return able, failed
 
 
 def _shape(case: Case, work: Work) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Contestant:
     name: str
     forward: Callable[[], Any]
     backward: Callable[[Any], tuple[Tensor, ...]]
-    """(out, dq, dk, dv) from what forward returned; only the gradients are computed anew."""
+    """(out, dq, dk, dv) from what forward returned, once for each forward."""
 
 
 def ours(backend: Backend, work: Work) -> Contestant:
@@ -81,7 +81,6 @@ def sdpa(work: Work) -> Contestant:
 
 def flex(work: Work) -> Contestant:
     """torch's FlexAttention, compiled, with a block mask of documents and window."""
-    from torch._functorch import config as functorch_config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     device, tokens = work.q_THD.device, work.q_THD.shape[0]
@@ -99,9 +98,7 @@ def flex(work: Work) -> Contestant:
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        # A backward that is timed several times must not give its buffers away.
-        with functorch_config.patch(donated_buffer=False):
-            out: Tensor = compiled(query, key, value, block_mask=block_mask, scale=work.scale, enable_gqa=True)
+        out: Tensor = compiled(query, key, value, block_mask=block_mask, scale=work.scale, enable_gqa=True)
         return out[0].transpose(0, 1)
 
     return _by_autograd("torch flex", attend, work)
@@ -137,6 +134,6 @@ def _by_autograd(name: str, attend: Callable[[Tensor, Tensor, Tensor], Tensor], 
     leaves = [x.detach().requires_grad_() for x in (work.q_THD, work.k_TGD, work.v_TGD)]
 
     def backward(out: Tensor) -> tuple[Tensor, ...]:
-        return out.detach(), *torch.autograd.grad(out, leaves, work.dout_THD, retain_graph=True)
+        return out.detach(), *torch.autograd.grad(out, leaves, work.dout_THD)
 
     return Contestant(name, lambda: attend(*leaves), backward)
