@@ -47,6 +47,18 @@ LAYOUTS = [
     ("bamba", "ulysses", 4, 1),
     ("granitemoehybrid", "ring", 2, 1),
     ("qwen3_next", "ulysses", 4, 1),
+    # What is missing above for every model to be shared by 1, 2 and 4 ranks.
+    *((name, "ulysses", 1, 1) for name in ("qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi", "gpt_neox")),
+    *((name, "ulysses", 1, 1) for name in ("llama4_text", "cohere2", "gpt_oss", "qwen3_next", "bamba")),
+    ("llama", "tokenring", 2, 1),
+    ("qwen2", "ring", 2, 1),
+    ("qwen3", "allgather", 2, 1),
+    ("gemma3_text", "ring", 2, 1),
+    ("phi", "hybrid", 4, 2),
+    ("gpt_neox", "tokenring", 2, 1),
+    ("llama4_text", "allgather", 4, 1),
+    ("cohere2", "hybrid", 4, 2),
+    ("bamba", "ring", 2, 1),
 ]
 # transformers computes these models' norms or states in fp32 whatever their type: gradients are summed that exactly.
 GRADIENTS_ALLOWED = dict.fromkeys(("gemma2", "gemma3_text", "cohere2"), 1e-5) | dict.fromkeys(

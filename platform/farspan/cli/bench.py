@@ -19,16 +19,19 @@ BASELINES = Path("benchmarks") / "baselines"
 
 def run_bench(what: str, *, as_json: bool, save: bool = False) -> None:
     """Run one bench, or all, and show the rows; see `show_results`."""
+    import torch
+
     from farspan.kernels.attention.bench import bench_attention
     from farspan.memory.bench import bench_memory
     from farspan.parallel.bench import bench_parallel
     from farspan.train.long_context import bench_long_context
+    from farspan.train.long_context_gpu import bench_one_gpu
 
     benches: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "attention": bench_attention,
         "memory": bench_memory,
         "parallel": bench_parallel,
-        "long-context": bench_long_context,
+        "long-context": bench_one_gpu if torch.cuda.is_available() else bench_long_context,
     }
     if what != "all" and what not in benches:
         raise ConfigError("bench", f"must be all or one of {', '.join(benches)}", what, nearest(what, list(benches)))

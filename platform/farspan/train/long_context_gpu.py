@@ -23,12 +23,12 @@ import torch.distributed as dist
 from farspan.config.load import dump_config, load_config, parse_config
 from farspan.config.schema import CorpusConfig, RunConfig
 from farspan.data.corpus import build_corpus
-from farspan.errors import ClusterError
+from farspan.errors import ClusterError, PlanError
 from farspan.models.checkpoint import make_config, random_causal_lm
 from farspan.plan.choice import Choice
 from farspan.plan.cost import Plan, Task, plan_of_choice
 from farspan.plan.exchange import ways_of
-from farspan.plan.machine import parse_machine
+from farspan.plan.machine import DEVICES, parse_machine
 from farspan.plan.trace import trace_model
 from farspan.train.build import build
 from farspan.train.limit import memory_limit
@@ -74,13 +74,15 @@ class Stepped:
 
 
 def bench_one_gpu(
-    steps: Sequence[Step] = STEPS, shape: dict[str, Any] | None = None, device: str = "cuda", gpu: str = "h200"
+    steps: Sequence[Step] = STEPS, shape: dict[str, Any] | None = None, device: str = "cuda", gpu: str | None = None
 ) -> list[dict[str, Any]]:
-    """One row per step: bytes and seconds, predicted and measured; `gpu` is the machine the planner thinks of.
+    """One row per step: bytes and seconds, predicted and measured; `gpu` names what the planner thinks of.
 
     Raises:
+        PlanError: a GPU whose data sheet farspan does not know.
         ClusterError: the process of a step died or hung.
     """
+    gpu = gpu or _known_gpu()
     rows: list[dict[str, Any]] = []
     alone: dict[Step, float] = {}
     with tempfile.TemporaryDirectory(prefix="farspan-bench-") as scratch:
@@ -93,6 +95,14 @@ def bench_one_gpu(
                 alone[same] = measured.seconds
             rows.append(_row(step, predict(config, gpu), measured, alone.get(same)))
     return rows
+
+
+def _known_gpu() -> str:
+    name = torch.cuda.get_device_name().lower()
+    found = next((known for known in DEVICES if known in name), None)
+    if found is None:
+        raise PlanError(f"the data sheet of {name} is not known; farspan knows {', '.join(DEVICES)}")
+    return found
 
 
 def _row(step: Step, plan: Plan, measured: Stepped, alone: float | None) -> dict[str, Any]:
