@@ -156,6 +156,7 @@ def measure_step(config: RunConfig, num_steps: int, device: str) -> Stepped:
             raise ClusterError(f"a step of {config.data.sequence_tokens} tokens did not end in {_DEADLINE_S:.0f} s")
         found = ours.recv()
     except EOFError:
+        process.join(timeout=30)
         raise ClusterError(f"a step of {config.data.sequence_tokens} tokens died, code {process.exitcode}") from None
     finally:
         process.join(timeout=30)
