@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.paged_cases import CASES, Case, assert_close, make
 from torch.nn.functional import scaled_dot_product_attention
 
 from farspan.kernels.attention.reference import attend_reference
@@ -14,7 +15,6 @@ from farspan.kernels.paged_decode.gathered import attend_pages_gathered
 from farspan.kernels.paged_decode.partition import Piece, cut_line, owner, places, share, tiles_of
 from farspan.kernels.paged_decode.reference import attend_pages_reference, seen
 from farspan.kernels.paged_decode.shared import attend_after_prefix, attend_shared_prefix, split_prefix
-from tests.support.paged_cases import CASES, Case, assert_close, make
 
 TILES = st.lists(st.integers(0, 40), min_size=1, max_size=12)
 

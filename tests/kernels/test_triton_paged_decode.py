@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.support.paged_cases import CASES, Case, assert_close, make
 
 from farspan.kernels.paged_decode.launch import Launch
 from farspan.kernels.paged_decode.reference import attend_pages_reference
 from farspan.kernels.paged_decode.triton import attend_pages_triton
-from tests.support.paged_cases import CASES, Case, assert_close, make
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.float16 if INTERPRETED else torch.bfloat16

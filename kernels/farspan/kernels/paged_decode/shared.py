@@ -81,6 +81,6 @@ def attend_after_prefix(
 
 
 def split_prefix(tables_BN: Tensor, lengths_B: Tensor, num_pages: int, num_slots: int) -> tuple[Tensor, ...]:
-    """(prefix_N, prefix_length_1, tables_BN, lengths_B): rows whose first `num_pages` pages are the same, taken apart."""
+    """(prefix_N, prefix_length_1, tables_BN, lengths_B) of rows whose first `num_pages` pages are the same."""
     prefix_length_1 = torch.full((1,), num_pages * num_slots, dtype=lengths_B.dtype, device=lengths_B.device)
     return tables_BN[0, :num_pages], prefix_length_1, tables_BN[:, num_pages:], lengths_B - prefix_length_1

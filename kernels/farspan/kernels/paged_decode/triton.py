@@ -1,7 +1,7 @@
 """Attention over pages in Triton: equal shares of the line of tiles (partition.py), then one merge.
 
 Contract and letters: contract.py. A tile is TOKENS tokens of a row; M query heads share a key/value head, and the Q * M
-query rows that read it are cut into blocks of at most ROWS, each a segment: segment = (row * G + group) * blocks + block.
+query rows that read it are cut into blocks of at most ROWS, each of them a segment, (row * G + group) * blocks + block.
 Lengths and tables are read on the device; the grid depends on shapes alone. Scores are held in base 2.
 """
 
