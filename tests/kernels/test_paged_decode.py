@@ -9,13 +9,18 @@ from hypothesis import strategies as st
 from tests.support.paged_cases import CASES, Case, assert_close, make
 from torch.nn.functional import scaled_dot_product_attention
 
+from farspan.kernels.attention.limits import Ask
 from farspan.kernels.attention.reference import attend_reference
 from farspan.kernels.merge.sink import merge_sinks
+from farspan.kernels.paged_decode import bench, dispatch
+from farspan.kernels.paged_decode.dispatch import choose_pages_backend
 from farspan.kernels.paged_decode.gathered import attend_pages_gathered
+from farspan.kernels.paged_decode.limits import decide
 from farspan.kernels.paged_decode.partition import Piece, cut_line, owner, places, share, tiles_of
 from farspan.kernels.paged_decode.reference import attend_pages_reference, seen
 from farspan.kernels.paged_decode.shared import attend_after_prefix, attend_shared_prefix, split_prefix
 
+ASK = Ask("cpu", torch.bfloat16, 64, 64)
 TILES = st.lists(st.integers(0, 40), min_size=1, max_size=12)
 
 
@@ -170,3 +175,46 @@ def test_pages_that_contradict_the_queries_are_refused() -> None:
     ):
         with pytest.raises(AssertionError):
             attend(*wrong)
+
+
+def test_a_case_goes_to_the_first_backend_that_computes_it_and_the_others_say_why_not() -> None:
+    assert decide(Ask("cuda", torch.bfloat16, 64, 64), {}).name == "triton"
+    assert decide(ASK, {}).name == "native"
+    for ask in (
+        Ask("cpu", torch.float64, 64, 64),
+        Ask("cpu", torch.float16, 64, 64),
+        Ask("cpu", torch.float32, 576, 512),
+    ):
+        decision = decide(ask, {})
+        assert decision.name == "gathered"
+        assert dict(decision.passed_over)["native"]
+    assert decide(Ask("mps", torch.float32, 64, 64), {}).name == "reference"
+
+
+def test_a_machine_that_cannot_compile_gathers_and_logs_the_reason(monkeypatch, caplog) -> None:
+    def broken():
+        raise ImportError("no C++ compiler is installed")
+
+    monkeypatch.setattr(dispatch, "_LOADERS", {**dispatch._LOADERS, "native": broken})
+    with caplog.at_level("INFO"):
+        assert choose_pages_backend.__wrapped__(ASK) is attend_pages_gathered
+    assert "no C++ compiler is installed" in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the cases are a CPU's")
+def test_the_bench_measures_every_contestant_beside_its_peer_and_gives_a_wrong_one_no_time() -> None:
+    def drops_the_last_token(q, keys, values, tables, lengths, **rule):
+        return attend_pages_reference(q, keys, values, tables, lengths - 1, **rule)
+
+    case = bench.Case(3, 40, torch.float32, 4, 2, 16, ragged=True)
+    backends = {"reference": attend_pages_reference, "wrong": drops_the_last_token}
+    right, wrong, peer = bench.bench_paged_decode((case,), backends)
+    assert [row["contestant"] for row in (right, wrong, peer)] == [
+        "farspan reference",
+        "farspan wrong",
+        "gather + sdpa",
+    ]
+    for row in (right, peer):
+        assert min(row[name] for name in ("seconds", "bytes_per_second", "of_copy", "ratio")) > 0
+    assert "seconds" not in wrong
+    assert wrong["wrong"].startswith("differs by")

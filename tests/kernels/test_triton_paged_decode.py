@@ -17,6 +17,7 @@ from farspan.kernels.paged_decode.triton import attend_pages_triton
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.float16 if INTERPRETED else torch.bfloat16
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+DTYPES = [torch.float64, HALF] if INTERPRETED else [HALF]
 DEVICE = [pytest.param("cpu")] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
 # Small tiles and few rows, so that short contexts are cut into many pieces and blocks.
 LAUNCH = Launch(tokens=32, rows=6, num_programs=5, merged_pieces=2)
@@ -33,8 +34,7 @@ def _poisoned():
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [(case, torch.float32) for case in CASES]
-    + [(case, dtype) for case in CASES[4:9] for dtype in (torch.float64, HALF)],
+    [(case, torch.float32) for case in CASES] + [(case, dtype) for case in CASES[4:9] for dtype in DTYPES],
     ids=str,
 )
 @pytest.mark.parametrize("device", DEVICE)

@@ -20,12 +20,14 @@ BASELINES = Path("benchmarks") / "baselines"
 def run_bench(what: str, *, as_json: bool, save: bool = False) -> None:
     """Run one bench, or all, and show the rows; see `show_results`."""
     from farspan.kernels.attention.bench import bench_attention
+    from farspan.kernels.paged_decode.bench import bench_paged_decode
     from farspan.memory.bench import bench_memory
     from farspan.parallel.bench import bench_parallel
     from farspan.train.long_context import bench_long_context
 
     benches: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "attention": bench_attention,
+        "paged-decode": bench_paged_decode,
         "memory": bench_memory,
         "parallel": bench_parallel,
         "long-context": bench_long_context,

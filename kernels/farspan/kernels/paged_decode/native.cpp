@@ -245,6 +245,14 @@ INLINE void soften(const Case& c, float* scores, int64_t begin, int64_t count, i
   }
 }
 
+// Asks for the memory of slots that are read next: pages lie anywhere, which the processor does not foresee.
+template <typename T>
+INLINE void fetch(const T* const* slots, int64_t first, int64_t stop, int64_t elements) {
+  const int64_t bytes = elements * sizeof(T);
+  for (int64_t j = first; j < stop; j++)
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(reinterpret_cast<const char*>(slots[j]) + b, 0, 2);
+}
+
 // Tiles first..stop of a row into one piece; `scratch` holds the queries in fp32, scores and log weights.
 template <typename T>
 void attend_piece(const Case& c, int64_t row, int64_t first, int64_t stop, float* piece, float* scratch) {
@@ -275,8 +283,13 @@ void attend_piece(const Case& c, int64_t row, int64_t first, int64_t stop, float
       const float* of_slot = c.log_weights + page * c.weight_page + slot * c.weight_slot;
       for (int64_t g = 0; g < c.groups; g++) weights[g * kTile + j] = of_slot[g * c.weight_group];
     }
-    for (int64_t j = 0; j < count; j += kStep)
+    const int64_t key_elements = (c.groups - 1) * c.key_group + c.qk_dim;
+    const int64_t value_elements = (c.groups - 1) * c.value_group + c.v_dim;
+    for (int64_t j = 0; j < count; j += kStep) {
+      fetch(keys, j + kStep, j + 2 * kStep < count ? j + 2 * kStep : count, key_elements);
+      fetch(values, j, j + kStep < count ? j + kStep : count, value_elements);
       score_slots(c, q, keys + j, count - j < kStep ? count - j : kStep, scores + j);
+    }
     soften(c, scores, begin, count, length, c.log_weights ? weights : nullptr, out, top, sum);
     for (int64_t j = 0; j < count; j += kStep)
       add_slots(c, values + j, count - j < kStep ? count - j : kStep, scores + j, out);
