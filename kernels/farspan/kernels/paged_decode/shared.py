@@ -6,6 +6,8 @@ Source: RelayAttention (Zhu et al. 2024, https://arxiv.org/abs/2402.14808).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def attend_shared_prefix(
     `tables_BN` and `lengths_B` are each row's own tokens, those after the prefix, its queries' among them. A window
     would begin at another token of the prefix in every row: layers with one attend their rows one by one.
     """
-    rule = {"scale": scale, "softcap": softcap, "log_weights_PSG": log_weights_PSG}
+    rule: dict[str, Any] = {"scale": scale, "softcap": softcap, "log_weights_PSG": log_weights_PSG}
     pages = (keys_PSGD, values_PSGC)
     # All queries of all rows are the queries of one row that sees the whole prefix.
     q_1XHD = q_BQHD.flatten(0, 1).unsqueeze(0)
