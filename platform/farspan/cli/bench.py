@@ -22,6 +22,7 @@ def run_bench(what: str, *, as_json: bool, save: bool = False) -> None:
     import torch
 
     from farspan.kernels.attention.bench import bench_attention
+    from farspan.kernels.paged_decode.bench import bench_paged_decode
     from farspan.memory.bench import bench_memory
     from farspan.parallel.bench import bench_parallel
     from farspan.train.long_context import bench_long_context
@@ -29,6 +30,7 @@ def run_bench(what: str, *, as_json: bool, save: bool = False) -> None:
 
     benches: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "attention": bench_attention,
+        "paged-decode": bench_paged_decode,
         "memory": bench_memory,
         "parallel": bench_parallel,
         "long-context": bench_one_gpu if torch.cuda.is_available() else bench_long_context,

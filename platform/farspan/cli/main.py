@@ -208,7 +208,7 @@ def chat(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="attention, memory, parallel, or all.")] = "all",
+    what: Annotated[str, typer.Argument(help="attention, paged-decode, memory, parallel, or all.")] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     save: Annotated[bool, typer.Option("--save", help="Write benchmarks/baselines/<bench>-<machine>.json.")] = False,
 ) -> None:

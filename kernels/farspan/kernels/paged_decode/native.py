@@ -1,0 +1,129 @@
+"""Attention over pages on CPU by native.cpp, called through ctypes. Contract and letters: contract.py.
+
+Pages are read where they lie, once for all heads of a row; the rows' tiles are shared equally by torch's threads. It
+computes in fp32. Many queries per row are a matter of matrix products: they go to gathered.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.paged_decode.build import build_library, cache_folder
+from farspan.kernels.paged_decode.contract import AttendPages, check_pages
+from farspan.kernels.paged_decode.gathered import attend_pages_gathered
+
+# From this many queries of a row on, gathering for a matrix product is the faster way.
+_MANY_QUERIES = 9
+# Shares of a thread: one that is held up by another process leaves its later shares to the others.
+_SHARES_PER_THREAD = 4
+_LONGEST_HEAD = 512
+_POINTERS = ("q", "keys", "values", "log_weights", "tables", "lengths", "out", "lse", "parts", "scratch")
+_NUMBERS = (
+    *("rows", "queries", "heads", "groups", "qk_dim", "v_dim", "slots", "q_row", "q_query", "q_head"),
+    *("key_page", "key_slot", "key_group", "value_page", "value_slot", "value_group"),
+    *("weight_page", "weight_slot", "weight_group", "table_row", "programs", "window", "causal", "half", "threads"),
+)
+
+
+class _Case(ctypes.Structure):
+    """Field for field the Case of native.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in _NUMBERS),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    )
+
+
+@cache
+def load_native() -> AttendPages:
+    """The kernel, compiled now if this machine has not done it before. Raises ImportError where it cannot be made."""
+    try:
+        library = ctypes.CDLL(str(build_library(cache_folder())))
+    except OSError as problem:
+        raise ImportError(f"the compiled kernel cannot be loaded: {problem}") from problem
+    for name, result in (
+        ("farspan_attend_pages", None),
+        ("farspan_piece_floats", ctypes.c_int64),
+        ("farspan_scratch_floats", ctypes.c_int64),
+    ):
+        getattr(library, name).restype = result
+        getattr(library, name).argtypes = [ctypes.POINTER(_Case)]
+
+    def attend_pages_native(
+        q_BQHD: Tensor,
+        keys_PSGD: Tensor,
+        values_PSGC: Tensor,
+        tables_BN: Tensor,
+        lengths_B: Tensor,
+        *,
+        scale: float,
+        causal: bool = True,
+        window: int | None = None,
+        softcap: float | None = None,
+        log_weights_PSG: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        rule: dict[str, Any] = {
+            "scale": scale, "causal": causal, "window": window, "softcap": softcap, "log_weights_PSG": log_weights_PSG
+        }  # fmt: skip
+        inputs = (q_BQHD, keys_PSGD, values_PSGC, tables_BN, lengths_B)
+        if q_BQHD.shape[1] >= _MANY_QUERIES:
+            return attend_pages_gathered(*inputs, **rule)
+        return _attend(library, *inputs, **rule)
+
+    return attend_pages_native
+
+
+def _attend(
+    library: ctypes.CDLL,
+    q_BQHD: Tensor,
+    keys_PSGD: Tensor,
+    values_PSGC: Tensor,
+    tables_BN: Tensor,
+    lengths_B: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    log_weights_PSG: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    check_pages(q_BQHD, keys_PSGD, values_PSGC, tables_BN, lengths_B, causal, window, log_weights_PSG)
+    assert q_BQHD.dtype == keys_PSGD.dtype == values_PSGC.dtype, "one type for queries, keys and values"
+    assert q_BQHD.dtype in (torch.float32, torch.bfloat16), f"not compiled for {q_BQHD.dtype}"
+    assert max(q_BQHD.shape[3], values_PSGC.shape[3]) <= _LONGEST_HEAD, f"head dims end at {_LONGEST_HEAD}"
+    # A pool is far too large to be copied: its views must be plain already.
+    assert keys_PSGD.stride(3) == values_PSGC.stride(3) == 1, "the head dim of pages must be contiguous"
+    (num_rows, num_queries, num_heads, _), v_dim = q_BQHD.shape, values_PSGC.shape[3]
+    q_BQHD = q_BQHD if q_BQHD.stride(3) == 1 else q_BQHD.contiguous()
+    tables_BN, lengths_B = tables_BN.to(torch.int32).contiguous(), lengths_B.to(torch.int32).contiguous()
+    weights_PSG = None if log_weights_PSG is None else log_weights_PSG.to(torch.float32)
+    out_BQHC = torch.empty(num_rows, num_queries, num_heads, v_dim, dtype=q_BQHD.dtype)
+    lse_BQH = torch.empty(num_rows, num_queries, num_heads, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    strides = (*q_BQHD.stride()[:3], *keys_PSGD.stride()[:3], *values_PSGC.stride()[:3])
+    weight_strides = (0, 0, 0) if weights_PSG is None else weights_PSG.stride()
+    programs = threads * _SHARES_PER_THREAD if threads > 1 else 1
+    case = _Case(
+        *(x.data_ptr() for x in (q_BQHD, keys_PSGD, values_PSGC)),
+        None if weights_PSG is None else weights_PSG.data_ptr(),
+        *(x.data_ptr() for x in (tables_BN, lengths_B, out_BQHC, lse_BQH)),
+        *(None, None),
+        *(num_rows, num_queries, num_heads, keys_PSGD.shape[2], q_BQHD.shape[3], v_dim, keys_PSGD.shape[1]),
+        *strides,
+        *weight_strides,
+        *(tables_BN.stride(0), programs, window or 0, causal, q_BQHD.dtype == torch.bfloat16, threads),
+        *(scale, softcap or 0.0),
+    )
+    pointer = ctypes.byref(case)
+    parts = torch.empty((programs + num_rows) * library.farspan_piece_floats(pointer), dtype=torch.float32)
+    scratch = torch.empty(threads * library.farspan_scratch_floats(pointer), dtype=torch.float32)
+    case.parts, case.scratch = parts.data_ptr(), scratch.data_ptr()
+    library.farspan_attend_pages(pointer)
+    return out_BQHC, lse_BQH
