@@ -225,7 +225,7 @@ def _digest(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
         # In fp32, whatever type the folder was opened in.
-        digest.update(parameter.detach().float().contiguous().numpy().data)
+        digest.update(parameter.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 
