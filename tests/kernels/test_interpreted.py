@@ -29,7 +29,7 @@ def test_interpreted_triton_kernels_equal_the_references() -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=540,
     )
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)

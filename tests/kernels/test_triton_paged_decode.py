@@ -34,7 +34,7 @@ def _poisoned():
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [(case, torch.float32) for case in CASES] + [(case, dtype) for case in CASES[4:9] for dtype in DTYPES],
+    [(case, torch.float32) for case in CASES] + [(case, dtype) for case in (CASES[4], CASES[8]) for dtype in DTYPES],
     ids=str,
 )
 @pytest.mark.parametrize("device", DEVICE)
@@ -44,10 +44,10 @@ def test_attention_over_pages_in_triton_equals_the_reference_and_never_reads_hid
     assert_close(TOLERANCE[dtype], got, attend_pages_reference(*inputs, **rule))
 
 
-@pytest.mark.parametrize("num_programs", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("num_programs", [1, 3, 64])
 @pytest.mark.parametrize("device", DEVICE)
 def test_any_number_of_programs_gives_the_same_result(device, num_programs) -> None:
-    inputs, rule = make(Case((96, 0, 5, 200, 33), queries=2), device, torch.float32)
+    inputs, rule = make(Case((96, 0, 5, 33), queries=2), device, torch.float32)
     got = attend_pages_triton(*inputs, **rule, launch=replace(LAUNCH, num_programs=num_programs))
     assert_close(1e-5, got, attend_pages_reference(*inputs, **rule))
 

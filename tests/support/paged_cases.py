@@ -35,10 +35,10 @@ CASES = [
     Case((100, 7), heads=8, groups=1, qk_dim=24, v_dim=40, slots=8),
     Case((90, 31, 5), window=9),
     Case((90, 31, 5), window=32, queries=3, slots=4),
-    Case((70, 3, 1), queries=5, slots=8),
+    Case((40, 3, 1), queries=5, heads=2, groups=1, slots=8),
     Case((70, 40), softcap=2.0, weighted=True),
     Case((50, 0, 90), heads=4, groups=2, weighted=True, queries=2, window=40),
-    Case((77, 13), queries=40, heads=4, groups=2, causal=False),
+    Case((50, 13), queries=10, heads=4, groups=2, causal=False),
     Case((129,), heads=2, groups=1, qk_dim=128, v_dim=64, slots=16),
     Case((0, 0), weighted=True),
 ]
