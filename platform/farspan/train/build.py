@@ -91,7 +91,9 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
         accumulation=config.train.accumulation,
         mesh=mesh,
         sequence=sequence,
-        reader=WitnessedReader(corpus, config.data.sequence_tokens, config.seed, useful_work(config, model.config)),
+        reader=WitnessedReader(
+            corpus, config.data.sequence_tokens, config.seed, useful_work(config, model.config), mesh.sp
+        ),
         device=device,
         hybrid=_hybrid(config, model.config, sequence, device),
     )

@@ -19,7 +19,7 @@ from farspan.train.outside import NothingOutside, Outside
 from farspan.train.patience import patiently
 from farspan.train.reprobe import probe_layout, refuse_failed
 from farspan.train.rescue import Rescue, load_rescue
-from farspan.train.samples import Seen, chain_samples
+from farspan.train.samples import Place, Seen, chain_samples, refuse_uneven
 from farspan.train.saver import Saver
 from farspan.train.useful import peak_flops
 
@@ -58,6 +58,7 @@ def _train(training: Training, config: RunConfig, tell: Callable[[EventBody], No
         for index in range(first, config.train.steps):
             report = step.run(index, rescue.moving)
             met = boundary.meet(step.reader, saver.trouble())
+            refuse_uneven(met.seen, report.tokens)
             _advance(training, index + 1, met.seen)
             state = training.state
             tokens += report.tokens
@@ -103,7 +104,7 @@ def _saver(training: Training, config: RunConfig) -> Saver:
     )
 
 
-def _with_work(report: StepReport, seen: dict[int, Seen], state: TrainState, peak: float) -> StepReport:
+def _with_work(report: StepReport, seen: dict[Place, Seen], state: TrainState, peak: float) -> StepReport:
     flops = sum(one.flops for one in seen.values())
     could = peak * dist.get_world_size() * report.step_s
     utilization = flops / could if could > 0 else 0.0
@@ -115,7 +116,7 @@ def _tell_all(tell: Callable[[EventBody], None], bodies: list[EventBody]) -> Non
         tell(body)
 
 
-def _advance(training: Training, done: int, seen: dict[int, Seen]) -> None:
+def _advance(training: Training, done: int, seen: dict[Place, Seen]) -> None:
     samples = chain_samples(training.state.samples, seen)
     training.state = replace(training.state, step=done, cursor=training.step.cursor, samples=samples)
 
