@@ -36,6 +36,7 @@ from farspan.train.fsdp2 import Fsdp2Weights
 from farspan.train.hdp import HybridStep
 from farspan.train.loss import PackedLoss
 from farspan.train.offload import ArenaMemory, RunOffload, RunTiers
+from farspan.train.patience import patiently
 from farspan.train.samples import WitnessedReader
 from farspan.train.step import TrainStep
 from farspan.train.useful import useful_work
@@ -70,7 +71,8 @@ def build(config: RunConfig, device: torch.device, cache: Path | None = None) ->
     if config.weights.engine == "deepspeed":
         refuse_without_deepspeed()
     cache = cache or Path(tempfile.mkdtemp(prefix="farspan-cache-"))
-    corpus = open_corpus(config.data.corpus, cache / "corpus")
+    source, patience_s = config.data.corpus, config.resources.timeout_s / 2
+    corpus = patiently(lambda: open_corpus(source, cache / "corpus"), source, patience_s)
     model = _model(config, corpus, cache)
     check_model(model.config)
     dtype = _same_everywhere(compute_dtype(config.model.dtype, device))

@@ -81,7 +81,8 @@ def _train(training: Training, config: RunConfig, tell: Callable[[EventBody], No
                 return None
         saver.finish()
         _tell_all(tell, saver.news())
-    uri = save_model(config.output, step.weights, training.tokenizer, training.adapter)
+    patience_s = config.resources.timeout_s / 2
+    uri = save_model(config.output, step.weights, training.tokenizer, training.adapter, patience_s)
     tell(RunFinished(steps=max(0, config.train.steps - first), tokens=tokens, seconds=time.perf_counter() - started))
     return uri
 
@@ -158,14 +159,15 @@ def _held(training: Training, config: RunConfig) -> dict[str, Tensor]:
 
 def _resume_rescued(training: Training, config: RunConfig) -> TrainState | None:
     """Put back what every rank put aside at one boundary, unless a checkpoint is newer. Collective."""
-    output = config.output
-    mine = load_rescue(output, dist.get_rank(), dist.get_world_size(), training.state)
-    steps: list[Any] = [None] * dist.get_world_size()
+    output, patience_s = config.output, config.resources.timeout_s / 2
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    mine = patiently(lambda: load_rescue(output, rank, num_ranks, training.state), output, patience_s)
+    steps: list[Any] = [None] * num_ranks
     dist.all_gather_object(steps, None if mine is None else mine[0].step)
     # A run that starts over is not behind the checkpoints of an older one.
     newest = 0
     if config.train.resume:
-        newest = on_rank_0(lambda: patiently(lambda: newest_step(output), output, config.resources.timeout_s / 2))
+        newest = on_rank_0(lambda: patiently(lambda: newest_step(output), output, patience_s))
     if mine is None or len(set(steps)) != 1 or mine[0].step < newest:
         return None
     state, shards = mine
