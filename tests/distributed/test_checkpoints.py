@@ -17,6 +17,7 @@ from tests.support.s3 import S3Bucket
 from farspan.config.schema import RunConfig
 from farspan.jobs.export import export_checkpoint
 from farspan.models.checkpoint import load_causal_lm
+from farspan.storage.publish import fetch_folder
 from farspan.telemetry.events import CheckpointPublished, EventBody, Note, RunFinished, RunPreempted, StepReport
 from farspan.train.build import build
 from farspan.train.checkpoint import list_steps
@@ -238,6 +239,46 @@ def test_an_s3_that_fails_for_a_while_delays_a_checkpoint_and_does_not_lose_it(
     s3.server.faults.plan("/run/checkpoints", broken_bodies=4)
     events = run_alone(config, tmp_path / "again")
     assert any("resumed after step 2" in e.text for e in events if isinstance(e, Note))
+
+
+def run_through_an_outage(config: RunConfig, cache: Path, s3: S3Bucket, seconds: float) -> list[EventBody]:
+    """A run whose S3 answers nothing for so long after its first step."""
+    events: list[EventBody] = []
+
+    def tell(body: EventBody) -> None:
+        events.append(body)
+        if isinstance(body, StepReport) and body.step == 1:
+            s3.server.faults.outage(seconds)
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        train(build(config, CPU, cache), config, tell)
+    finally:
+        dist.destroy_process_group()
+    return events
+
+
+# Each request is tried for a few seconds by the client itself.
+@pytest.mark.parametrize("seconds", [8, pytest.param(60, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_an_s3_that_is_gone_for_a_minute_delays_a_run_and_loses_none_of_its_checkpoints(
+    corpus: str, s3: S3Bucket, tmp_path: Path, background: str, seconds: float
+) -> None:
+    more = ["train.steps=3", "train.checkpoint_every=1", f"train.checkpoint_async={background}"]
+    undisturbed = curve(run_alone(tiny_run(corpus, str(tmp_path / "run"), *more), tmp_path / "cache"))
+    config = tiny_run(corpus, f"{s3.uri}/run", *more)
+    events = run_through_an_outage(config, tmp_path / "cache", s3, seconds)
+    assert s3.server.faults.refused > 1
+    assert s3.server.faults.dropped > 1
+    published = [event for event in events if isinstance(event, CheckpointPublished)]
+    assert [event.step for event in published] == [1, 2, 3]
+    assert published[0].seconds > seconds - 1
+    assert curve(events) == undisturbed
+    assert list_steps(config.output) == [3, 2, 1]
+    for step in (1, 2, 3):
+        # Every byte is held against the sha256 of what was to be published.
+        fetch_folder(f"{config.output}/checkpoints/step-{step:08d}", tmp_path / "fetched")
+    assert (fetch_folder(f"{config.output}/model", tmp_path / "fetched") / "config.json").is_file()
 
 
 def resized(config: RunConfig, workers: int, *, steps: int) -> RunConfig:

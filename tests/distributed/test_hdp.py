@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from farspan.config.schema import CorpusConfig, RunConfig
 from farspan.data.balance import MicroBatch
 from farspan.data.corpus import build_corpus
 from farspan.data.reader import Reader, open_corpus
+from farspan.errors import TrainingError
 from farspan.models.checkpoint import make_config, random_causal_lm
 from farspan.parallel.exchange import Counter
 from farspan.parallel.ranksets import RankSets
@@ -159,11 +161,10 @@ def hybrid_work(config: RunConfig, cache: str) -> tuple[list[MicroBatch], list[i
     return list(plan.work[step.hybrid.sets.rank]), [piece.num_tokens for piece in pieces], step.exchange.bytes_sent
 
 
-def steps_to_end(config: RunConfig, cache: str) -> dict[int, tuple[float, int]]:
-    """Step -> (loss, labels)."""
+def steps_to_end(config: RunConfig, cache: str) -> dict[int, StepReport]:
     events: list[Any] = []
     train(build(config, CPU, Path(cache)), config, events.append)
-    return {e.step: (e.loss, e.num_labels) for e in events if isinstance(e, StepReport)}
+    return {e.step: e for e in events if isinstance(e, StepReport)}
 
 
 def test_five_training_steps_equal_those_of_the_static_mesh(ranks: RankPool, corpus: str, tmp_path: Path) -> None:
@@ -174,10 +175,69 @@ def test_five_training_steps_equal_those_of_the_static_mesh(ranks: RankPool, cor
         config = hybrid_run(corpus, place, *same, f"parallel.hdp={hdp}")
         found[hdp] = ranks.run(steps_to_end, 4, config, str(tmp_path / "cache"))[0]
     assert list(found["false"]) == [1, 2, 3, 4, 5]
-    assert found["false"][5][0] < found["false"][1][0]
-    for step, (loss, labels) in found["false"].items():
-        assert found["true"][step][1] == labels
-        assert found["true"][step][0] == pytest.approx(loss, rel=1e-10)
+    assert found["false"][5].loss < found["false"][1].loss
+    for step, static in found["false"].items():
+        hybrid = found["true"][step]
+        assert hybrid.num_labels == static.num_labels
+        assert hybrid.loss == pytest.approx(static.loss, rel=1e-10)
+        assert hybrid.samples == static.samples != ""
+        assert hybrid.model_flops == pytest.approx(static.model_flops, rel=1e-12)
+        assert static.model_flops > 0
+
+
+SIZES = {
+    "3 processes, long documents shared": ["parallel.workers=3", "train.accumulation=4", "parallel.rank_tokens=180"],
+    "2 processes": ["parallel.workers=2", "train.accumulation=6", "parallel.rank_tokens=300"],
+    "1 process": ["parallel.workers=1", "train.accumulation=12"],
+    "4 processes, no hdp": ["parallel.workers=4", "train.accumulation=3", "parallel.hdp=false"],
+}
+
+
+def test_the_hash_of_consumed_samples_is_the_same_for_every_number_of_ranks_with_and_without_hdp(
+    ranks: RankPool, corpus: str, tmp_path: Path
+) -> None:
+    hashes: dict[str, tuple[str, str]] = {}
+    for name, more in SIZES.items():
+        same = ["parallel.strategy=ring", "train.steps=2", f"output={tmp_path}/{len(hashes)}"]
+        config = hybrid_run(corpus, tmp_path, *same, *more)
+        told = ranks.run(steps_to_end, config.parallel.workers, config, str(tmp_path / "cache"))
+        each = {(reports[1].samples, reports[2].samples) for reports in told}
+        assert len(each) == 1, "every rank knows the hash"
+        hashes[name] = each.pop()
+    assert len(set(hashes.values())) == 1, hashes
+    other_seed = hybrid_run(corpus, tmp_path, "parallel.workers=1", "train.accumulation=12", "train.steps=2", "seed=9")
+    assert ranks.run(steps_to_end, 1, other_seed, str(tmp_path / "cache"))[0][2].samples != hashes["1 process"][1]
+
+
+def train_by_a_wrong_plan(config: RunConfig, cache: str, wrong: str) -> str:
+    """What a run says whose plan loses or repeats the last documents of rank 0."""
+    training = build(config, CPU, Path(cache))
+    hybrid = training.step.hybrid
+    assert hybrid is not None
+    right = hybrid.plan
+
+    def plan(*step: Any) -> Any:
+        samples, found = right(*step)
+        own, *others = found.work
+        return samples, replace(found, work=(own[:-1] if wrong == "lost" else (*own, own[-1]), *others))
+
+    hybrid.plan = plan  # type: ignore[method-assign, assignment]
+    try:
+        train(training, config, lambda body: None)
+    except TrainingError as problem:
+        return str(problem)
+    return "nothing was said"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"), [("lost", "of the 1024 tokens of a step were computed"), ("repeated", "computed 2 times")]
+)
+def test_a_plan_that_loses_or_repeats_documents_stops_every_rank(
+    ranks: RankPool, corpus: str, tmp_path: Path, wrong: str, said: str
+) -> None:
+    config = hybrid_run(corpus, tmp_path, "parallel.workers=2", "parallel.rank_tokens=512")
+    for answer in ranks.run(train_by_a_wrong_plan, 2, config, str(tmp_path / "cache"), wrong):
+        assert said in answer
 
 
 def trained_gradients(config: RunConfig, cache: str) -> tuple[float, dict[str, torch.Tensor]]:

@@ -7,7 +7,9 @@ pointing there. Processes started by the test inherit that environment and reach
 from __future__ import annotations
 
 import json
+import socket
 import threading
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -33,6 +35,10 @@ class Faults:
     """Answer 503."""
     broken_bodies: int = 0
     """Send half of the body of an answer to GET, then close the connection."""
+    outage_ends_s: float = 0.0
+    """Until then (a monotonic clock) nothing is answered: 503 and dropped connections in turns."""
+    refused: int = 0
+    dropped: int = 0
     seen: int = 0
     """Requests whose path contained `path`, since `plan`."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -41,12 +47,20 @@ class Faults:
         with self._lock:
             self.path, self.seen = path, 0
             self.unavailable, self.broken_bodies = unavailable, broken_bodies
+            self.outage_ends_s, self.refused, self.dropped = 0.0, 0, 0
+
+    def outage(self, seconds: float) -> None:
+        """From now on, for so long, nothing is answered, whatever its path."""
+        self.plan()
+        self.outage_ends_s = time.monotonic() + seconds
 
     def take(self, path: str, method: str) -> str | None:
         with self._lock:
             if self.path not in path:
                 return None
             self.seen += 1
+            if time.monotonic() < self.outage_ends_s:
+                return self._fail()
             if self.unavailable > 0:
                 self.unavailable -= 1
                 return "unavailable"
@@ -54,6 +68,13 @@ class Faults:
                 self.broken_bodies -= 1
                 return "broken body"
             return None
+
+    def _fail(self) -> str:
+        if self.refused <= self.dropped:
+            self.refused += 1
+            return "unavailable"
+        self.dropped += 1
+        return "dropped"
 
 
 class FaultyServer:
@@ -67,6 +88,10 @@ class FaultyServer:
         fault = self.faults.take(environ["PATH_INFO"], environ["REQUEST_METHOD"])
         if fault == "unavailable":
             return _refuse(environ, start_response)
+        if fault == "dropped":
+            # Or the client would wait for an answer on a connection that is still open.
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+            raise ConnectionAbortedError("planned")
         answer = self.moto(environ, start_response)
         if fault == "broken body":
             whole = b"".join(answer)

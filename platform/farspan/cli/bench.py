@@ -17,8 +17,19 @@ from farspan.errors import ConfigError, FarspanError
 BASELINES = Path("benchmarks") / "baselines"
 
 
-def run_bench(what: str, *, as_json: bool, save: bool = False) -> None:
-    """Run one bench, or all, and show the rows; see `show_results`."""
+def run_bench(
+    what: str,
+    *,
+    as_json: bool,
+    save: bool = False,
+    minutes: float | None = None,
+    width: int | None = None,
+    layers: int | None = None,
+) -> None:
+    """Run one bench, or all but `train`, which takes half an hour, and show the rows; see `show_results`.
+
+    `minutes`, `width` and `layers` are those of `train`.
+    """
     import torch
 
     from farspan.kernels.attention.bench import bench_attention
@@ -35,8 +46,13 @@ def run_bench(what: str, *, as_json: bool, save: bool = False) -> None:
         "parallel": bench_parallel,
         "long-context": bench_one_gpu if torch.cuda.is_available() else bench_long_context,
     }
+    if what == "train":
+        from farspan.jobs.bench_train import bench_train, sized
+
+        benches = {what: lambda: bench_train(sized(width, layers, minutes))}
     if what != "all" and what not in benches:
-        raise ConfigError("bench", f"must be all or one of {', '.join(benches)}", what, nearest(what, list(benches)))
+        known = [*benches, "train"]
+        raise ConfigError("bench", f"must be all or one of {', '.join(known)}", what, nearest(what, known))
     if save and not BASELINES.parent.is_dir():
         raise ConfigError("--save", "must be used in farspan's own repository", str(Path.cwd()), "change to its root")
     show_results({name: bench() for name, bench in benches.items() if what in ("all", name)}, as_json, save)

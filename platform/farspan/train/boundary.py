@@ -8,10 +8,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from farspan.data.reader import Reader
 from farspan.errors import FarspanError
 from farspan.train.outside import Outside
-from farspan.train.samples import Seen, WitnessedReader, merge_seen
+from farspan.train.samples import Place, Seen, WitnessedReader, merge_seen
 
 # A launcher's preemption notice is asked for by all ranks together, which costs it a round trip per rank.
 _ASK_EVERY_S = 2.0
@@ -21,8 +20,8 @@ _ASK_EVERY_S = 2.0
 class Met:
     """What every rank knows after the exchange; the same on all of them."""
 
-    seen: dict[int, Seen]
-    """The sequences of the step, in order."""
+    seen: dict[Place, Seen]
+    """The samples of the step, in order."""
     stop: str | None
     """Why the run stops here, if it does."""
 
@@ -34,12 +33,11 @@ class Boundary:
         self._outside = outside
         self._asked_s = time.monotonic()
 
-    def meet(self, reader: Reader, trouble: FarspanError | None = None) -> Met:
+    def meet(self, reader: WitnessedReader, trouble: FarspanError | None = None) -> Met:
         """Collective. `trouble` is what went wrong behind this rank's back; every rank raises the first there is."""
-        seen = reader.take() if isinstance(reader, WitnessedReader) else {}
         due = time.monotonic() - self._asked_s >= _ASK_EVERY_S
         told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, (seen, trouble, self._outside.notice(), due))
+        dist.all_gather_object(told, (reader.take(), trouble, self._outside.notice(), due))
         for _, problem, _, _ in told:
             if problem is not None:
                 raise problem

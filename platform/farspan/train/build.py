@@ -36,6 +36,7 @@ from farspan.train.fsdp2 import Fsdp2Weights
 from farspan.train.hdp import HybridStep
 from farspan.train.loss import PackedLoss
 from farspan.train.offload import ArenaMemory, RunOffload, RunTiers
+from farspan.train.patience import patiently
 from farspan.train.samples import WitnessedReader
 from farspan.train.step import TrainStep
 from farspan.train.useful import useful_work
@@ -72,7 +73,8 @@ def build(
     if config.weights.engine == "deepspeed":
         refuse_without_deepspeed()
     cache = cache or Path(tempfile.mkdtemp(prefix="farspan-cache-"))
-    corpus = open_corpus(config.data.corpus, cache / "corpus")
+    source, patience_s = config.data.corpus, config.resources.timeout_s / 2
+    corpus = patiently(lambda: open_corpus(source, cache / "corpus"), source, patience_s)
     model = model or _model(config, corpus, cache)
     check_model(model.config)
     dtype = _same_everywhere(compute_dtype(config.model.dtype, device))
@@ -93,7 +95,9 @@ def build(
         accumulation=config.train.accumulation,
         mesh=mesh,
         sequence=sequence,
-        reader=WitnessedReader(corpus, config.data.sequence_tokens, config.seed, useful_work(config, model.config)),
+        reader=WitnessedReader(
+            corpus, config.data.sequence_tokens, config.seed, useful_work(config, model.config), mesh.sp
+        ),
         device=device,
         hybrid=_hybrid(config, model.config, sequence, device),
     )

@@ -79,15 +79,23 @@ class TrainState:
 
 
 def save_model(
-    output: str, engine: WeightsEngine, tokenizer: PreTrainedTokenizerBase, adapter: Adapter | None = None
+    output: str,
+    engine: WeightsEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: Adapter | None = None,
+    deadline_s: float = 600.0,
 ) -> str:
     """Publish the weights alone as `<output>/model`, an ordinary Hugging Face folder; collective.
 
-    An adapter is merged into it, and published by itself as `<output>/adapter`.
+    An adapter is merged into it, and published by itself as `<output>/adapter`. An object store that does not answer
+    is asked again for `deadline_s`.
     """
     weights = engine.whole_weights(trained_only=False)
     output = output.rstrip("/")
     config = engine.module.model.config
+
+    def put(name: str, scratch: Path) -> None:
+        patiently(lambda: publish_folder(scratch / name, f"{output}/{name}"), output, deadline_s)
 
     def publish() -> str:
         named = model_names(weights)
@@ -95,10 +103,10 @@ def save_model(
             if adapter is not None:
                 matrices = {name: t for name, t in named.items() if ".lora_" in name}
                 save_adapter(Path(scratch) / "adapter", adapter, matrices)
-                publish_folder(Path(scratch) / "adapter", f"{output}/adapter")
+                put("adapter", Path(scratch))
                 named = merged_weights(config, adapter.config, named, next(iter(matrices.values())).dtype)
             save_causal_lm(Path(scratch) / "model", config, named, tokenizer)
-            publish_folder(Path(scratch) / "model", f"{output}/model")
+            put("model", Path(scratch))
         return f"{output}/model"
 
     return on_rank_0(publish)

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from farspan.batch import IGNORED_LABEL, PackedBatch, ShardedBatch
 from farspan.data.balance import Cost, MicroBatch, Spill, StepPlan, balance
-from farspan.data.pack import Piece
-from farspan.data.reader import Reader
 from farspan.models.attention import PackedAttention
 from farspan.parallel.documents import LocalAttention
 from farspan.parallel.layout import ContiguousLayout, Layout, make_layout
@@ -31,6 +29,7 @@ from farspan.parallel.shard import gathered, sum_gradients
 from farspan.parallel.strategy import SequenceRanks, choose_layout, make_strategy
 from farspan.parallel.whole import WholeSequence
 from farspan.train.offload import RunOffload
+from farspan.train.samples import Sample, WitnessedReader, samples_of
 from farspan.train.weights import WeightsEngine
 
 
@@ -57,23 +56,23 @@ class HybridStep:
     spill: Spill | None = None
     """With it long documents get fewer ranks, and only what these have no room for leaves the device."""
 
-    def plan(self, reader: Reader, sequences: range) -> tuple[tuple[Piece, ...], StepPlan]:
+    def plan(self, reader: WitnessedReader, sequences: range) -> tuple[tuple[Sample, ...], StepPlan]:
         """The documents of these sequences and which ranks compute them: the same on every rank."""
-        pieces = tuple(piece for index in sequences for piece in reader.plan.sequence(index))
-        lengths = [piece.num_tokens for piece in pieces]
-        return pieces, balance(lengths, self.sets.num_ranks, self.capacity, self.cost, self.spill)
+        samples = tuple(sample for index in sequences for sample in samples_of(reader.plan, index))
+        lengths = [sample.num_tokens for sample in samples]
+        return samples, balance(lengths, self.sets.num_ranks, self.capacity, self.cost, self.spill)
 
     def backward(
         self,
         weights: WeightsEngine,
-        reader: Reader,
+        reader: WitnessedReader,
         sequences: range,
         over_all_ranks: Callable[[Any], Tensor],
         offload: RunOffload | None,
     ) -> tuple[Tensor, Tensor]:
         """Gradients of the documents of `sequences` into the engine; (mean loss, number of labels) over all ranks."""
-        pieces, plan = self.plan(reader, sequences)
-        work = [self._work(micro, pieces, reader) for micro in plan.work[self.sets.rank]]
+        samples, plan = self.plan(reader, sequences)
+        work = [self._work(micro, samples, reader) for micro in plan.work[self.sets.rank]]
         num_labels = over_all_ranks(sum(int((one.shard.labels_T != IGNORED_LABEL).sum()) for one in work))
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         with gathered(weights.module):
@@ -85,8 +84,8 @@ class HybridStep:
             self._sum(weights, num_labels)
         return over_all_ranks(loss), num_labels
 
-    def _work(self, micro: MicroBatch, pieces: Sequence[Piece], reader: Reader) -> _Work:
-        batch = reader.lay(tuple(pieces[document] for document in micro.documents))
+    def _work(self, micro: MicroBatch, samples: Sequence[Sample], reader: WitnessedReader) -> _Work:
+        batch = reader.share([samples[document] for document in micro.documents], len(micro.ranks))
         if not micro.shared:
             return self._alone(batch, micro.spilled)
         batch = _padded(batch, len(micro.ranks))

@@ -19,7 +19,7 @@ from farspan.train.outside import NothingOutside, Outside
 from farspan.train.patience import patiently
 from farspan.train.reprobe import probe_layout, refuse_failed
 from farspan.train.rescue import Rescue, load_rescue
-from farspan.train.samples import Seen, chain_samples
+from farspan.train.samples import Place, Seen, chain_samples, refuse_uneven
 from farspan.train.saver import Saver
 from farspan.train.useful import peak_flops
 
@@ -58,6 +58,7 @@ def _train(training: Training, config: RunConfig, tell: Callable[[EventBody], No
         for index in range(first, config.train.steps):
             report = step.run(index, rescue.moving)
             met = boundary.meet(step.reader, saver.trouble())
+            refuse_uneven(met.seen, report.tokens)
             _advance(training, index + 1, met.seen)
             state = training.state
             tokens += report.tokens
@@ -80,7 +81,8 @@ def _train(training: Training, config: RunConfig, tell: Callable[[EventBody], No
                 return None
         saver.finish()
         _tell_all(tell, saver.news())
-    uri = save_model(config.output, step.weights, training.tokenizer, training.adapter)
+    patience_s = config.resources.timeout_s / 2
+    uri = save_model(config.output, step.weights, training.tokenizer, training.adapter, patience_s)
     tell(RunFinished(steps=max(0, config.train.steps - first), tokens=tokens, seconds=time.perf_counter() - started))
     return uri
 
@@ -103,7 +105,7 @@ def _saver(training: Training, config: RunConfig) -> Saver:
     )
 
 
-def _with_work(report: StepReport, seen: dict[int, Seen], state: TrainState, peak: float) -> StepReport:
+def _with_work(report: StepReport, seen: dict[Place, Seen], state: TrainState, peak: float) -> StepReport:
     flops = sum(one.flops for one in seen.values())
     could = peak * dist.get_world_size() * report.step_s
     utilization = flops / could if could > 0 else 0.0
@@ -115,7 +117,7 @@ def _tell_all(tell: Callable[[EventBody], None], bodies: list[EventBody]) -> Non
         tell(body)
 
 
-def _advance(training: Training, done: int, seen: dict[int, Seen]) -> None:
+def _advance(training: Training, done: int, seen: dict[Place, Seen]) -> None:
     samples = chain_samples(training.state.samples, seen)
     training.state = replace(training.state, step=done, cursor=training.step.cursor, samples=samples)
 
@@ -157,14 +159,15 @@ def _held(training: Training, config: RunConfig) -> dict[str, Tensor]:
 
 def _resume_rescued(training: Training, config: RunConfig) -> TrainState | None:
     """Put back what every rank put aside at one boundary, unless a checkpoint is newer. Collective."""
-    output = config.output
-    mine = load_rescue(output, dist.get_rank(), dist.get_world_size(), training.state)
-    steps: list[Any] = [None] * dist.get_world_size()
+    output, patience_s = config.output, config.resources.timeout_s / 2
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    mine = patiently(lambda: load_rescue(output, rank, num_ranks, training.state), output, patience_s)
+    steps: list[Any] = [None] * num_ranks
     dist.all_gather_object(steps, None if mine is None else mine[0].step)
     # A run that starts over is not behind the checkpoints of an older one.
     newest = 0
     if config.train.resume:
-        newest = on_rank_0(lambda: patiently(lambda: newest_step(output), output, config.resources.timeout_s / 2))
+        newest = on_rank_0(lambda: patiently(lambda: newest_step(output), output, patience_s))
     if mine is None or len(set(steps)) != 1 or mine[0].step < newest:
         return None
     state, shards = mine

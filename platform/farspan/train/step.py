@@ -16,7 +16,6 @@ from torch import Tensor
 
 from farspan.batch import IGNORED_LABEL, PackedBatch, ShardedBatch
 from farspan.config.schema import OptimConfig
-from farspan.data.reader import Reader
 from farspan.errors import TrainingError
 from farspan.parallel.exchange import Exchange
 from farspan.parallel.layout import Layout
@@ -28,6 +27,7 @@ from farspan.train.chunks import Chunks
 from farspan.train.hdp import HybridStep
 from farspan.train.loss import PackedLoss
 from farspan.train.offload import RunOffload
+from farspan.train.samples import WitnessedReader
 from farspan.train.weights import WeightsEngine
 
 
@@ -41,7 +41,7 @@ class TrainStep:
     accumulation: int
     mesh: Mesh
     sequence: SequenceParallel
-    reader: Reader
+    reader: WitnessedReader
     device: torch.device
     chunks: Chunks | None = None
     """How sequences are cut in time; none: they are not."""

@@ -1,0 +1,194 @@
+"""`farspan bench train`: a whole training job against a bare torch and transformers loop, same tokens, same seed.
+
+The job is what `farspan train` starts: a local Ray, Ray Train, one worker. Its speed is taken from when its steps are
+told of, so that everything between steps counts. Ray is stopped while the plain loop runs. They take turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sysconfig
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from farspan.config.load import load_config
+from farspan.config.schema import CorpusConfig, RunConfig
+from farspan.data.corpus import build_corpus
+from farspan.data.reader import Corpus, Reader, open_corpus
+from farspan.jobs.bench_plain import Course, PlainRun, run_plain
+from farspan.jobs.launch import local_ray
+from farspan.jobs.train import run_training
+from farspan.models.checkpoint import make_config, random_causal_lm
+from farspan.telemetry.events import EventBody, StepReport
+
+GOAL_SPEED, GOAL_CURVE = 0.95, 1e-3
+_SLACK_S = 1800.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainBench:
+    """What is trained. The defaults are a Llama of 60 million weights on Python's own library."""
+
+    minutes: float = 10.0
+    """Length of each of the two runs whose curves are compared."""
+    num_steps: int = 0
+    """Their steps, instead of `minutes`; 0: as many as the plain loop does in that time."""
+    width: int = 640
+    layers: int = 10
+    heads: int = 10
+    vocab_size: int = 16384
+    sequence_tokens: int = 512
+    threads: int = 2
+    lr: float = 3e-4
+    seed: int = 0
+    turns: int = 3
+    turn_steps: int = 10
+    warm_steps: int = 3
+    """Steps at the beginning of a run that its speed leaves out."""
+    max_documents: int = 1500
+    sources: tuple[str, ...] = field(default_factory=lambda: (sysconfig.get_path("stdlib"),))
+
+    def settings(self) -> dict[str, Any]:
+        """Fields of the transformers config."""
+        return {
+            "hidden_size": self.width,
+            "intermediate_size": self.width * 27 // 10,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads,
+            "tie_word_embeddings": True,
+        }
+
+    def run(self, corpus: str, output: Path, num_steps: int) -> RunConfig:
+        """The job: fp32, one worker, a constant learning rate."""
+        constant = ["optim.warmup_steps=0", "optim.final_lr_fraction=1", f"optim.lr={self.lr}"]
+        where = [f"data.corpus={corpus}", f"output={output}", f"data.sequence_tokens={self.sequence_tokens}"]
+        size = [f"train.steps={num_steps}", f"resources.cpus_per_worker={self.threads}", f"seed={self.seed}"]
+        model = [f"model.settings.{name}={value}" for name, value in self.settings().items()]
+        return load_config(RunConfig, None, [*constant, *where, *size, "model.dtype=float32", *model])
+
+
+def bench_train(bench: TrainBench) -> list[dict[str, Any]]:
+    """Rows: speed of both, their ratio, and how far apart their loss curves are.
+
+    Raises:
+        ClusterError: the plain loop died or hung.
+        FarspanError: what stopped the job.
+    """
+    with tempfile.TemporaryDirectory(prefix="farspan-bench-") as scratch:
+        return _Comparison(bench, Path(scratch)).rows()
+
+
+class _Comparison:
+    def __init__(self, bench: TrainBench, scratch: Path) -> None:
+        self._bench, self._scratch, self._runs = bench, scratch, 0
+        self._uri = str(scratch / "corpus")
+        build_corpus(
+            CorpusConfig(
+                sources=list(bench.sources),
+                output=self._uri,
+                vocab_size=bench.vocab_size,
+                max_documents=bench.max_documents,
+            ),
+            lambda progress: None,
+        )
+        self._corpus = open_corpus(self._uri, scratch / "cache")
+
+    def rows(self) -> list[dict[str, Any]]:
+        bench = self._bench
+        job_s, plain_s = [], []
+        for _ in range(bench.turns):
+            plain_s.append(self._plain(bench.turn_steps).seconds_per_step(bench.warm_steps))
+            job_s.append(self._job(bench.turn_steps).seconds_per_step(bench.warm_steps))
+        per_step, tokens = statistics.median(plain_s), bench.sequence_tokens
+        steps = bench.num_steps or max(bench.warm_steps + 1, int(bench.minutes * 60 / per_step))
+        plain, job = self._plain(steps), self._job(steps)
+        return [
+            {"contender": "torch + transformers", "tokens_per_s": tokens / per_step, "turns": bench.turns},
+            {"contender": "farspan job", "tokens_per_s": tokens / statistics.median(job_s), "turns": bench.turns},
+            speed_row("speed in turns", per_step / statistics.median(job_s)),
+            speed_row(
+                "speed of the long runs",
+                plain.seconds_per_step(bench.warm_steps) / job.seconds_per_step(bench.warm_steps),
+            ),
+            curve_row(job.losses, plain.losses, self._num_weights()),
+        ]
+
+    def _job(self, num_steps: int) -> Course:
+        self._runs += 1
+        config = self._bench.run(self._uri, self._scratch / f"run-{self._runs}", num_steps)
+        losses, ends_s = list[float](), list[float]()
+
+        def tell(body: EventBody) -> None:
+            if isinstance(body, StepReport):
+                ends_s.append(time.monotonic())
+                losses.append(body.loss)
+
+        with local_ray(num_cpus=self._bench.threads):
+            run_training(config, [], tell)
+        return Course(tuple(losses), tuple(ends_s))
+
+    def _plain(self, num_steps: int) -> Course:
+        bench, folder = self._bench, self._scratch / "tokens"
+        write_tokens(self._corpus, folder, bench.sequence_tokens, bench.seed, num_steps)
+        run = PlainRun(
+            tokens=folder,
+            architecture="llama",
+            settings=self._model_settings(),
+            seed=bench.seed,
+            threads=bench.threads,
+            optim=bench.run(self._uri, folder, num_steps).optim,
+        )
+        return run_plain(run, num_steps, bench.minutes * 120 + _SLACK_S)
+
+    def _model_settings(self) -> dict[str, Any]:
+        # What a run adds to a model made from scratch.
+        fitting = {"max_position_embeddings": self._bench.sequence_tokens, "vocab_size": self._corpus.vocab_size}
+        return {**self._bench.settings(), **fitting}
+
+    def _num_weights(self) -> int:
+        return random_causal_lm(make_config("llama", self._model_settings(), {}), 0).num_parameters()
+
+
+def write_tokens(corpus: Corpus, folder: Path, sequence_tokens: int, seed: int, num_steps: int) -> None:
+    """The sequences of the first steps, one a step, as plain arrays."""
+    folder.mkdir(exist_ok=True)
+    reader = Reader(corpus, sequence_tokens, seed)
+    batches = [reader.batch(index) for index in range(num_steps)]
+    for name in ("tokens", "labels", "positions"):
+        np.save(folder / f"{name}.npy", np.stack([getattr(batch, f"{name}_T").numpy() for batch in batches]))
+
+
+def speed_row(what: str, ratio: float) -> dict[str, Any]:
+    """The job's speed over the plain loop's."""
+    return {"what": what, "farspan job / plain": ratio, "goal": GOAL_SPEED, "reached": ratio >= GOAL_SPEED}
+
+
+def curve_row(job: tuple[float, ...], plain: tuple[float, ...], num_weights: int) -> dict[str, Any]:
+    """How far apart two loss curves are; `wrong` where they are not the same curve."""
+    apart = max(abs(ours - theirs) for ours, theirs in zip(job, plain, strict=True))
+    last = max(1, len(job) // 10)
+    row = {
+        "what": "loss curve",
+        "weights": num_weights,
+        "steps": len(job),
+        "first loss": job[0],
+        "job's loss at the end": statistics.fmean(job[-last:]),
+        "plain's loss at the end": statistics.fmean(plain[-last:]),
+        "largest difference": apart,
+        "goal": GOAL_CURVE,
+    }
+    # A NaN is never small enough.
+    return row if apart <= GOAL_CURVE else {**row, "wrong": f"the curves are {apart:.2g} apart"}
+
+
+def sized(width: int | None, layers: int | None, minutes: float | None) -> TrainBench:
+    """The bench with what a user set."""
+    usual = TrainBench()
+    width, minutes = width or usual.width, usual.minutes if minutes is None else minutes
+    return TrainBench(width=width, heads=max(1, width // 64), layers=layers or usual.layers, minutes=minutes)

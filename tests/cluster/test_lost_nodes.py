@@ -1,0 +1,134 @@
+"""Training on a real Ray survives the loss of a whole node: its raylet and every process on it, at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.state import list_actors
+from tests.support.corpus import REPOSITORY, small_corpus
+from tests.support.local_ray import LocalRay
+from tests.support.other_node import ADDRESS, OtherNode, other_node
+from tests.support.runs import tiny_run
+
+from farspan.config.load import dump_config
+from farspan.config.schema import RunConfig
+from farspan.jobs.train import run_training
+from farspan.telemetry.events import EventBody, RunRestarted, StepReport, read_events
+
+STEPS, EVERY, AT = 9, 3, 5
+Curve = dict[int, tuple[float, str]]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return small_corpus(tmp_path_factory.mktemp("nodes"))
+
+
+def run_config(corpus: str, output: Path) -> RunConfig:
+    two = ["parallel.workers=2", "model.dtype=float32", f"train.steps={STEPS}", f"train.checkpoint_every={EVERY}"]
+    return tiny_run(corpus, str(output), *two)
+
+
+def curve(events: list[EventBody]) -> Curve:
+    """Step -> (loss, hash of what was consumed); of a step done twice, both must agree."""
+    steps: Curve = {}
+    for event in events:
+        if isinstance(event, StepReport):
+            assert steps.setdefault(event.step, (event.loss, event.samples)) == (event.loss, event.samples)
+    return steps
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster: LocalRay, corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Curve:
+    events: list[EventBody] = []
+    run_training(run_config(corpus, tmp_path_factory.mktemp("whole") / "run"), [], events.append)
+    whole = curve(events)
+    assert list(whole) == list(range(1, STEPS + 1))
+    assert whole[STEPS][0] < whole[1][0]
+    return whole
+
+
+@ray.remote
+class Tenant:
+    def ready(self) -> bool:
+        return True
+
+
+@contextmanager
+def occupied(num_cpus: int) -> Iterator[ray.actor.ActorHandle]:
+    """So many CPUs of this process's own node are somebody else's."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    tenant = Tenant.options(num_cpus=num_cpus, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    assert ray.get(tenant.ready.remote(), timeout=120)
+    try:
+        yield tenant
+    finally:
+        ray.kill(tenant)
+
+
+def actors_on(node: OtherNode) -> list[str]:
+    """Classes of the living actors of a node, in order."""
+    found = list_actors(filters=[("state", "=", "ALIVE"), ("node_id", "=", str(node.node_id))], detail=True)
+    return sorted(actor.class_name for actor in found)
+
+
+@pytest.mark.parametrize("goes_on", ["on what is left", pytest.param("when it is back", marks=pytest.mark.soak)])
+def test_a_run_survives_the_loss_of_a_node_with_a_worker_bit_for_bit(
+    ray_cluster: LocalRay, corpus: str, undisturbed: Curve, tmp_path: Path, goes_on: str
+) -> None:
+    events: list[EventBody] = []
+    with ExitStack() as stack:
+        # One CPU is left here, and one is there: each node has a worker.
+        tenant = stack.enter_context(occupied(3))
+        node = stack.enter_context(other_node(ray_cluster.gcs_address, 1))
+        lost: list[str] = []
+
+        def tell(body: EventBody) -> None:
+            events.append(body)
+            if isinstance(body, StepReport) and body.step == AT and not lost:
+                lost.extend(actors_on(node))
+                node.kill()
+                if goes_on == "on what is left":
+                    ray.kill(tenant)
+                else:
+                    node.wait(alive=False)
+                    stack.enter_context(other_node(ray_cluster.gcs_address, 1))
+
+        run_training(run_config(corpus, tmp_path / "run"), [], tell)
+    assert lost == ["RayTrainWorker"]
+    restarts = [event for event in events if isinstance(event, RunRestarted)]
+    assert [restart.step for restart in restarts][:1] == [EVERY]
+    assert all(restart.redone <= EVERY for restart in restarts)
+    assert curve(events) == undisturbed
+
+
+def test_a_run_survives_the_loss_of_the_node_with_its_controller_driver_and_workers_bit_for_bit(
+    ray_cluster: LocalRay, corpus: str, undisturbed: Curve, tmp_path: Path
+) -> None:
+    config, file = run_config(corpus, tmp_path / "run"), tmp_path / "run.yaml"
+    file.write_text(dump_config(config))
+    with occupied(4), other_node(ray_cluster.gcs_address, 2) as node:
+        command = [sys.executable, "-m", "tests.support.driver", str(file), ray_cluster.gcs_address, ADDRESS]
+        with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as driver:
+            assert driver.stdout is not None
+            said = next((line for line in driver.stdout if line == f"step {AT}\n"), None)
+            lost = actors_on(node)
+            driver.kill()
+            node.kill()
+        assert said is not None, "the driver ended before"
+    assert lost.count("RayTrainWorker") == 2
+    assert {"TrainController", "EventMailbox"} < set(lost)
+    before = [event.body for event in read_events(tmp_path / "run" / "events.jsonl").events]
+    # Nobody is left to restart it: the same run is started again, here.
+    after: list[EventBody] = []
+    run_training(config, [], after.append)
+    assert min(curve(after)) in (EVERY + 1, 2 * EVERY + 1)
+    assert max(curve(before)) >= AT
+    assert curve([*before, *after]) == undisturbed
