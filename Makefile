@@ -38,7 +38,10 @@ check: setup
 	@echo "==> layout"; $(BIN)/python -m pytest -q tests/layout
 
 test: setup
-	@echo "==> tests"; $(BIN)/python -m pytest
+	@echo "==> tests of one process"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/layout tests/unit tests/kernels
+	@echo "==> tests of several processes"
+	@$(BIN)/python -m pytest tests/distributed tests/cluster tests/end_to_end
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

@@ -109,6 +109,7 @@ def test_a_run_survives_the_loss_of_a_node_with_a_worker_bit_for_bit(
     assert curve(events) == undisturbed
 
 
+@pytest.mark.soak
 def test_a_run_survives_the_loss_of_the_node_with_its_controller_driver_and_workers_bit_for_bit(
     ray_cluster: LocalRay, corpus: str, undisturbed: Curve, tmp_path: Path
 ) -> None:
