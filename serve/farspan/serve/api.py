@@ -16,12 +16,12 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from farspan.config.schema import ServeConfig
+from farspan.engine.detokenize import Detokenizer, StopStrings
 from farspan.engine.request import SamplingParams
 from farspan.errors import FarspanError, RequestError
 from farspan.models.checkpoint import load_tokenizer
 from farspan.serve.body import Body, read_body
 from farspan.serve.chat import Delta, answer, chat_prompt
-from farspan.serve.detokenize import Detokenizer, StopStrings
 from farspan.serve.folder import open_model_folder
 from farspan.serve.keys import is_allowed
 from farspan.serve.messages import GenerationRequest, WorkerInfo
