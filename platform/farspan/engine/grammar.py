@@ -86,13 +86,18 @@ class GrammarCompiler:
             raise RequestError(request_id, f"grammar: {grammar.kind} is impossible: {matcher.problem}")
         if answered:
             matcher.replay(answered)
-        if not matcher.complete and not bool(allowed_tokens([matcher], self._vocab_size).any()):
+        # In this order: llguidance finds out that nothing can follow while it looks for what can.
+        can_go_on = bool(allowed_tokens([matcher], self._vocab_size).any())
+        if matcher.problem or not (can_go_on or matcher.complete):
             raise RequestError(request_id, f"grammar: {grammar.kind} allows no token here {matcher.problem}".rstrip())
         return matcher
 
 
 def allowed_tokens(matchers: Sequence[Matcher], vocab_size: int) -> Tensor:
-    """[S, V] bool: what each matcher lets follow. All false for a matcher that went wrong."""
+    """[S, V] bool: what each matcher lets follow. All false for a matcher that went wrong.
+
+    Where the grammar leaves but one text, only the tokenizer's own first token of it is let through.
+    """
     bits = llguidance.numpy.allocate_token_bitmask(len(matchers), vocab_size)
     bits[:] = 0
     for index, matcher in enumerate(matchers):
