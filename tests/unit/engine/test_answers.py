@@ -41,7 +41,10 @@ EVERYTHING = SamplingParams(
 @pytest.mark.parametrize(
     ("params", "settings"),
     [
-        (SamplingParams(max_tokens=24, repetition_penalty=1.4, ignore_eos=True), {"repetition_penalty": 1.4, "eos_token_id": -1}),
+        (
+            SamplingParams(max_tokens=24, repetition_penalty=1.4, ignore_eos=True),
+            {"repetition_penalty": 1.4, "eos_token_id": -1},
+        ),
         (SamplingParams(max_tokens=24, min_tokens=18), {"min_new_tokens": 18}),
         (
             SamplingParams(max_tokens=24, logit_bias=((4, 3.0), (8, -2.0)), repetition_penalty=0.8),

@@ -76,7 +76,7 @@ def test_answers_of_a_random_model_fit_their_grammar_side_by_side(worded, engine
 
 
 def test_an_answer_under_a_grammar_goes_on_the_same_after_any_token(worded, engine):
-    model, tokenizer = worded
+    tokenizer = worded[1]
     prompt = tokenizer("class Person:")["input_ids"]
     grammar = Grammar("json_schema", json.dumps(PERSON))
     params = SamplingParams(max_tokens=200, temperature=1.3, seed=5, grammar=grammar, presence_penalty=0.1)
