@@ -13,6 +13,7 @@ from scipy.stats import chisquare
 from tests.unit.engine.tiny import VOCAB, engine_config, prompts, reference, tiny_model
 from tests.unit.engine.worded import worded_model
 
+from farspan.engine.attention import register_attention
 from farspan.engine.draft import Ask, DraftRoom, SuffixDrafter, split_room
 from farspan.engine.draft_model import ModelDrafter
 from farspan.engine.engine import Engine
@@ -160,6 +161,7 @@ def test_sampled_tokens_come_as_often_as_without_guesses(drafted):
     prompt = [1, 4, 2]
     with torch.no_grad():
         model.lm_head.weight *= 0.2
+    register_attention()
     first = plain_logits(model, torch.tensor(prompt))[-1].softmax(-1)
     second = torch.stack([plain_logits(model, torch.tensor([*prompt, t]))[-1].softmax(-1) for t in range(vocab)])
     joint = (first[:, None] * second).flatten().numpy()
