@@ -19,11 +19,11 @@ from ray import serve
 from tests.unit.serve.tiny_folder import TEXT, write_tiny_model
 
 from farspan.config.schema import EngineConfig, ServeConfig, TransferConfig
+from farspan.engine.detokenize import Detokenizer, StopStrings
 from farspan.engine.request import SamplingParams
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
 from farspan.serve.app import Running, run_app
 from farspan.serve.chat import answer
-from farspan.serve.detokenize import Detokenizer, StopStrings
 from farspan.serve.messages import GenerationRequest, Tokens
 from farspan.serve.policy import Route
 from farspan.serve.router import Router

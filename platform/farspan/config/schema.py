@@ -315,6 +315,8 @@ class EngineConfig:
     """Sequences decoded side by side."""
     max_context_tokens: int | None = None
     """Longest prompt plus answer; none: what the model's config says."""
+    draft_tokens: int = 0
+    """Tokens guessed ahead in each sequence and checked in one go; changes no answer. 0: none."""
     threads: int = 0
     """CPU threads of the worker; 0: its share of the machine."""
 

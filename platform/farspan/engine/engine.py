@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from farspan.config.schema import EngineConfig
+from farspan.engine.advance import Advanced, Ends, advance, collect_prompt_logprobs, wants_prompt_logprobs
+from farspan.engine.check import check_prompt
+from farspan.engine.draft import Ask, Drafter, DraftRoom, SuffixDrafter, allowed_draft, draft_limit, split_room
+from farspan.engine.history import Recall
 from farspan.engine.probe import discover_layout, plain_logits, refuse_config
 from farspan.engine.request import (
     Completion,
@@ -21,11 +27,11 @@ from farspan.engine.request import (
     SamplingParams,
     SequenceState,
     TokenEvent,
-    check_prompt,
+    choices,
+    whole_answer,
 )
 from farspan.engine.runner import Piece, Runner
-from farspan.engine.sampler import choose_token
-from farspan.engine.scheduler import Limits, Row, schedule
+from farspan.engine.scheduler import Decision, Limits, Row, schedule
 from farspan.errors import EngineError, ModelError, RequestError
 from farspan.kv.pages import PagePool
 
@@ -37,8 +43,13 @@ _CHECK_TOKENS = 23
 class Engine:
     """Continuous batching over one model and one page pool."""
 
-    def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: EngineConfig, *, tokenizer: Any = None, drafter: Drafter | None = None
+    ) -> None:
         """Takes the model over (its attention is switched).
+
+        `tokenizer`, a fast one of transformers, is needed for stop strings and grammars only. `drafter` guesses
+        tokens; none: from the sequence's own text when engine.draft_tokens is not 0.
 
         Raises ModelError when the model cannot be run exactly, EngineError when no page fits into kv_bytes.
         """
@@ -49,6 +60,10 @@ class Engine:
         known = getattr(text, "max_position_embeddings", None) or 2**31
         self.max_context_tokens = min(known, config.max_context_tokens or known)
         self.eos_token_ids = _eos_token_ids(model)
+        self._ends = Ends(self.eos_token_ids, self.max_context_tokens)
+        self._recall = Recall(self.vocab_size, self.eos_token_ids, model.device, tokenizer)
+        self._draft_tokens = config.draft_tokens
+        self._drafter = drafter or SuffixDrafter()
         self._limits = Limits(config.max_batch_tokens, config.max_sequences, config.page_tokens)
         self._runner = Runner(model, self.pool)
         self._running: list[SequenceState] = []
@@ -106,13 +121,14 @@ class Engine:
                 if sequence.request_id == request_id:
                     group.remove(sequence)
                     self.pool.free(sequence.pages)
+                    self._drafter.forget(request_id)
                     return True
         if sequence_taken := self._taken.pop(request_id, None):
             self.pool.free(sequence_taken.pages)
         return sequence_taken is not None
 
     def step(self) -> list[Event]:
-        """One iteration: at most one new token for each request."""
+        """One iteration: a new token for each request that got its turn, several where guesses were right."""
         rows = {s.request_id: s for s in (*self._running, *self._waiting)}
         decision = schedule(_rows(self._running), _rows(self._waiting), self.pool.num_free, self._limits)
         self._stalled = not decision.chunks and not decision.preempted
@@ -120,49 +136,49 @@ class Engine:
             self._preempt(rows[request_id])
         if not decision.chunks:
             return []
+        sequences = [rows[chunk.request_id] for chunk in decision.chunks]
+        self._draft(decision, sequences)
         pieces: list[Piece] = []
-        sequences: list[SequenceState] = []
-        for chunk in decision.chunks:
-            sequence = rows[chunk.request_id]
-            new_pages = self.pool.alloc(chunk.num_pages - len(sequence.pages))
+        for sequence, chunk in zip(sequences, decision.chunks, strict=True):
+            end = sequence.num_computed + chunk.num_tokens
+            num_pages = max(chunk.num_pages, self.pool.layout.num_pages(end + len(sequence.draft)))
+            new_pages = self.pool.alloc(num_pages - len(sequence.pages))
             assert new_pages is not None, "the scheduler gave away pages that are not there"
             sequence.pages += new_pages
             if sequence in self._waiting:
                 self._waiting.remove(sequence)
                 self._running.append(sequence)
-            end = sequence.num_computed + chunk.num_tokens
-            pieces.append(Piece(sequence.tokens[sequence.num_computed : end], sequence.num_computed, sequence.pages))
-            sequences.append(sequence)
+            tokens = [*sequence.tokens[sequence.num_computed : end], *sequence.draft]
+            num_logits = len(tokens) if wants_prompt_logprobs(sequence) else 1 + len(sequence.draft)
+            pieces.append(Piece(tokens, sequence.num_computed, sequence.pages, num_logits))
         self._running.sort(key=lambda s: s.arrival)
-        logits_NV = self._runner.run(pieces)
-        events: list[Event] = []
-        for sequence, piece, logits_V in zip(sequences, pieces, logits_NV, strict=True):
-            sequence.num_computed += len(piece.tokens)
-            events += self._after(sequence, logits_V)
-        return events
+        return self._after(sequences, pieces, self._runner.run(pieces))
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
-        """Answer all prompts, batched; for offline use. Raises RequestError when one cannot be answered."""
-        answers: dict[str, list[int]] = {}
-        finished: dict[str, str] = {}
+        """Answer all prompts, batched; for offline use. `params.n` answers for each prompt, one after the other.
+
+        Raises RequestError when one cannot be answered.
+        """
+        collected: dict[str, list[TokenEvent]] = {}
         try:
             for index, prompt in enumerate(prompts):
-                self.add(f"prompt-{index}", prompt, params)
-                answers[f"prompt-{index}"] = []
-            while len(finished) < len(prompts):
+                for request_id, each in choices(f"prompt-{index}", replace(params, request=params.request + index)):
+                    self.add(request_id, prompt, each)
+                    collected[request_id] = []
+            num_open = len(collected)
+            while num_open:
                 events = self.step()
                 if self.stalled:
                     raise EngineError("the KV pages are held elsewhere; nothing can be computed")
                 for event in events:
                     if isinstance(event, FailedEvent):
                         raise event.error
-                    answers[event.request_id].append(event.token)
-                    if event.finish:
-                        finished[event.request_id] = event.finish
+                    collected[event.request_id].append(event)
+                    num_open -= event.finish is not None
         finally:
-            for request_id in answers:
+            for request_id in collected:
                 self.cancel(request_id)
-        return [Completion(tuple(answers[f"prompt-{i}"]), finished[f"prompt-{i}"]) for i in range(len(prompts))]
+        return [whole_answer(events) for events in collected.values()]
 
     def check_integrity(self) -> None:
         """Raises EngineError when a page is lost or doubly owned."""
@@ -191,6 +207,7 @@ class Engine:
                 request_id, f"prompt and answer need {longest} tokens of KV, engine.kv_bytes holds {room}"
             )
         sequence = SequenceState(request_id, tokens, len(prompt), params, self._num_arrived, prefill_only)
+        sequence.history = self._recall.recall(request_id, params, prompt, answered)
         self._num_arrived += 1
         self._waiting.append(sequence)
         return sequence
@@ -204,30 +221,64 @@ class Engine:
             self._waiting.append(sequence)
             self._waiting.sort(key=lambda s: s.arrival)
 
-    def _after(self, sequence: SequenceState, logits_V: Tensor) -> list[Event]:
-        if sequence.num_computed < len(sequence.tokens):
-            return []
-        if not bool(torch.isfinite(logits_V.max())):
+    def _draft(self, decision: Decision, sequences: Sequence[SequenceState]) -> None:
+        """Guess tokens of the sequences that decode, with what the others leave of the iteration and of the pages."""
+        if not self._draft_tokens:
+            return
+        tokens_left = self._limits.max_batch_tokens - sum(chunk.num_tokens for chunk in decision.chunks)
+        new_pages = sum(c.num_pages - len(s.pages) for c, s in zip(decision.chunks, sequences, strict=True))
+        room = DraftRoom(tokens_left, self.pool.num_free - new_pages, self._limits.page_tokens)
+        pages = [chunk.num_pages for chunk in decision.chunks]
+        wishes = [min(self._draft_tokens, draft_limit(s, self.max_context_tokens)) for s in sequences]
+        granted = split_room(room, [len(s.tokens) for s in sequences], pages, wishes)
+        asked = [(s, most) for s, most in zip(sequences, granted, strict=True) if most > 0]
+        guesses = self._drafter.propose([Ask(s.request_id, s.tokens, most, s.params) for s, most in asked])
+        for (sequence, most), guess in zip(asked, guesses, strict=True):
+            sequence.draft = allowed_draft(sequence, guess[:most], self.vocab_size)
+
+    def _after(self, sequences: Sequence[SequenceState], pieces: Sequence[Piece], logits_RV: Tensor) -> list[Event]:
+        """Choose tokens for the sequences whose every token is computed."""
+        ready: list[SequenceState] = []
+        first_rows: list[int] = []
+        row = 0
+        for sequence, piece in zip(sequences, pieces, strict=True):
+            if wants_prompt_logprobs(sequence):
+                collect_prompt_logprobs(sequence, piece.past, logits_RV[row : row + piece.num_logits])
+            row += piece.num_logits
+            sequence.num_computed += len(piece.tokens)
+            if sequence.num_computed >= len(sequence.tokens):
+                ready.append(sequence)
+                first_rows.append(row - 1 - len(sequence.draft))
+        events: list[Event] = []
+        for result in advance(ready, first_rows, logits_RV, self._ends):
+            events += self._settle(result)
+        return events
+
+    def _settle(self, result: Advanced) -> list[Event]:
+        """Give pages back or keep them, as the sequence is over or goes on."""
+        sequence, events = result.sequence, list[Event](result.events)
+        drafted, sequence.draft = bool(sequence.draft), []
+        if result.problem is not None and drafted:
+            # A guess may be a token whose weights are NaN: what it touched is computed again, without guesses.
+            sequence.may_draft = False
+            self._preempt(sequence)
+        elif result.problem is not None:
             self.cancel(sequence.request_id)
-            reason = "the model computed NaN or infinite logits for this prompt"
-            return [FailedEvent(sequence.request_id, RequestError(sequence.request_id, reason))]
-        token = choose_token(logits_V, sequence.params, len(sequence.tokens))
-        sequence.tokens.append(token)
-        finish = self._finish(sequence, token)
-        if finish or sequence.prefill_only:
+            events.append(FailedEvent(sequence.request_id, RequestError(sequence.request_id, result.problem)))
+        elif result.finished or sequence.prefill_only:
             self._running.remove(sequence)
+            self._drafter.forget(sequence.request_id)
             if sequence.prefill_only:
                 self._taken[sequence.request_id] = sequence
             else:
                 self.pool.free(sequence.pages)
-        return [TokenEvent(sequence.request_id, token, finish)]
-
-    def _finish(self, sequence: SequenceState, token: int) -> str | None:
-        params = sequence.params
-        if token in params.stop_token_ids or (token in self.eos_token_ids and not params.ignore_eos):
-            return "stop"
-        full = len(sequence.tokens) >= self.max_context_tokens
-        return "length" if full or sequence.num_answered >= params.max_tokens else None
+        elif drafted:
+            # What wrong guesses left behind them is overwritten by the next tokens; pages only they needed go back.
+            sequence.num_computed = len(sequence.tokens) - 1
+            needed = self.pool.layout.num_pages(len(sequence.tokens))
+            self.pool.free(sequence.pages[needed:])
+            del sequence.pages[needed:]
+        return events
 
     def _check_against(self, model: PreTrainedModel) -> None:
         """Refuse a model whose packed, paged logits are not its plain ones."""

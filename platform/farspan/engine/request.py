@@ -2,28 +2,81 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
-from farspan.errors import FarspanError, RequestError
+from farspan.errors import FarspanError
+
+if TYPE_CHECKING:
+    from farspan.engine.history import History
+
+GrammarKind = Literal["json_schema", "json_object", "regex", "lark"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must look like. `source` is a JSON schema, a regular expression or a Lark grammar, as text."""
+
+    kind: GrammarKind
+    source: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How tokens are chosen, and when to stop.
-
-    Stop strings are not here: the engine knows tokens only, whoever turns them into text ends the request.
-    """
+    """How tokens are chosen, and when to stop."""
 
     max_tokens: int = 16
+    min_tokens: int = 0
+    """Nothing ends the answer before it has so many tokens, except a grammar that is complete."""
     temperature: float = 0.0
     """0: always the most likely token."""
     top_p: float = 1.0
     top_k: int = 0
     """0: all."""
+    min_p: float = 0.0
+    """Least probability of a token, relative to the most likely one."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens in prompt or answer are divided by it (multiplied where negative)."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of each token of the answer."""
+    frequency_penalty: float = 0.0
+    """Taken from the logit of a token once for each time it was answered."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit) pairs."""
     seed: int = 0
-    """With the position of a token, all that its random number depends on."""
+    request: int = 0
+    """Tells requests of one seed apart, as the prompts of a batch."""
+    n: int = 1
+    """Answers to the same prompt; the engine answers each as a request of its own, see `choices`."""
+    choice: int = 0
+    """Which of the n answers this is. With seed, request and position all that a random number depends on."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer; the engine needs a tokenizer for them."""
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    """For each answered token its log-probability, and those of so many most likely tokens; none: not computed."""
+    prompt_logprobs: int | None = None
+    """The same for each prompt token after the first."""
+    grammar: Grammar | None = None
+
+
+def choices(request_id: str, params: SamplingParams) -> list[tuple[str, SamplingParams]]:
+    """(id, parameters) of each answer a request asks for."""
+    if params.n == 1:
+        return [(request_id, params)]
+    return [(f"{request_id}/{i}", replace(params, n=1, choice=i)) for i in range(params.n)]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely the model itself found a token: before temperature, penalties, bias and grammar."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """(token, log-probability), most likely first."""
 
 
 @dataclass(slots=True)
@@ -42,6 +95,12 @@ class SequenceState:
     num_computed: int = 0
     """Tokens whose keys and values are in the pages."""
     preemptions: int = 0
+    history: History | None = None
+    """What the sampler remembers of the tokens; rebuilt from them wherever the request goes on."""
+    draft: list[int] = field(default_factory=list)
+    """Guessed tokens after `tokens`, checked in this iteration."""
+    may_draft: bool = True
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
     def num_answered(self) -> int:
@@ -50,11 +109,17 @@ class SequenceState:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One token was chosen. `finish` is None, "stop" (end of text, stop token) or "length"."""
+    """One token was chosen.
+
+    `finish` is None, "stop" (end of text, a stop token or string, the end of the grammar) or "length".
+    """
 
     request_id: str
     token: int
     finish: str | None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    """With the first token, where they were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,27 +135,17 @@ Event = TokenEvent | FailedEvent
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The whole answer to one prompt."""
+    """One whole answer to one prompt."""
 
     tokens: tuple[int, ...]
     finish: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
-def check_prompt(request_id: str, tokens: list[int], num_prompt: int, params: SamplingParams, vocab_size: int) -> None:
-    """Raises RequestError when the request can never be answered, whatever the load."""
-
-    def refuse(reason: str) -> None:
-        raise RequestError(request_id, reason)
-
-    if num_prompt < 1:
-        refuse("the prompt is empty; give at least one token")
-    if outside := [token for token in tokens if not 0 <= token < vocab_size]:
-        refuse(f"token {outside[0]} is outside the vocabulary 0..{vocab_size - 1}")
-    if params.max_tokens < 1:
-        refuse(f"max_tokens must be at least 1, got {params.max_tokens}")
-    if not 0 <= params.temperature < float("inf"):
-        refuse(f"temperature must be 0 or more, got {params.temperature}")
-    if not 0 < params.top_p <= 1:
-        refuse(f"top_p must lie in (0, 1], got {params.top_p}")
-    if params.top_k < 0:
-        refuse(f"top_k must be 0 (all) or more, got {params.top_k}")
+def whole_answer(events: Sequence[TokenEvent]) -> Completion:
+    """All events of one finished request, put together."""
+    last = events[-1]
+    assert last.finish is not None, "the request is not finished"
+    logprobs = tuple(event.logprobs for event in events if event.logprobs is not None)
+    return Completion(tuple(event.token for event in events), last.finish, logprobs, events[0].prompt_logprobs or ())

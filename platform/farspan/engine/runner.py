@@ -26,6 +26,8 @@ class Piece:
     tokens: Sequence[int]
     past: int
     pages: Sequence[int]
+    num_logits: int = 1
+    """Logits wanted: those of the last so many tokens."""
 
 
 class Runner:
@@ -38,15 +40,15 @@ class Runner:
         self._kernel = choose_backend(Ask.of(keys, values)).forward
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
-        """Logits [len(pieces), V] of the last token of each piece, in the given order."""
+        """Logits [R, V]: the `num_logits` last tokens of each piece, in the given order."""
         # Single tokens first, shortest context first: neighbours are attended together, the longer pieces one each.
         order = sorted(range(len(pieces)), key=lambda i: (len(pieces[i].tokens) > 1, pieces[i].past))
         packed = [pieces[i] for i in order]
         batch, tokens_T, positions_T = self._pack(packed)
-        ends = torch.tensor([len(piece.tokens) for piece in packed]).cumsum(0) - 1
-        logits_NV = forward(self._model, tokens_T, positions_T, batch, ends)
-        assert logits_NV.shape[0] == len(pieces), "the model ignored logits_to_keep"
-        return logits_NV[torch.tensor(order).argsort().to(logits_NV.device)]
+        keep, back = kept_rows(pieces, order)
+        logits_RV = forward(self._model, tokens_T, positions_T, batch, keep)
+        assert logits_RV.shape[0] == len(keep), "the model ignored logits_to_keep"
+        return logits_RV[back.to(logits_RV.device)]
 
     def _pack(self, pieces: Sequence[Piece]) -> tuple[PagedBatch, Tensor, Tensor]:
         device, size = self._pool.device, self._pool.layout.page_tokens
@@ -80,6 +82,22 @@ class Runner:
         tables_BN = torch.stack([_padded(table[:width], width) for _, table in rows])
         visible_BS = torch.arange(width * layout.page_tokens, device=device)[None, :] < num_keys[:, None]
         return DecodeRows(start, tables_BN, visible_BS)
+
+
+def kept_rows(pieces: Sequence[Piece], order: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(packed tokens whose logits are wanted, where each wanted row of `pieces` is among them).
+
+    The pieces are packed in `order`.
+    """
+    keep: list[int] = []
+    starts = [0] * len(pieces)
+    end = 0
+    for i in order:
+        end += len(pieces[i].tokens)
+        starts[i] = len(keep)
+        keep += range(end - pieces[i].num_logits, end)
+    back = [row for start, p in zip(starts, pieces, strict=True) for row in range(start, start + p.num_logits)]
+    return torch.tensor(keep), torch.tensor(back)
 
 
 def group_rows(widths: Sequence[int], most_pages: int) -> list[range]:

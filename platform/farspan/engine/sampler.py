@@ -1,46 +1,84 @@
-"""Logits to one token. V vocabulary.
+"""Logits to tokens, a batch of rows at once. N rows, V vocabulary.
 
-The random number of a token depends on (seed, position) alone, by a counter-based generator: a request may be
-resumed in another process and goes on with the same tokens.
-Source: Philox (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405).
+The random number of a token depends on (seed, request, choice, position) alone, and a row's token on nothing but that
+number, its logits and its own history: a request goes on anywhere with the same tokens, whoever is beside it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from farspan.engine.request import SamplingParams
+from farspan.engine.history import History
+from farspan.engine.logprobs import token_logprobs
+from farspan.engine.philox import uniforms
+from farspan.engine.request import SamplingParams, TokenLogprobs
+from farspan.engine.steer import steer
+from farspan.engine.warp import warp
 
 
-def choose_token(logits_V: Tensor, params: SamplingParams, position: int) -> int:
-    """The token at `position` of the sequence. The logits must be finite somewhere and never NaN."""
-    if params.temperature == 0:
-        return int(logits_V.argmax())
-    order_V, probs_V = _sorted_probs(logits_V, params)
-    cumulative_V = probs_V.cumsum(0)
-    point = uniform(params.seed, position) * float(cumulative_V[-1])
-    index = int(torch.searchsorted(cumulative_V, torch.tensor(point, dtype=cumulative_V.dtype), right=True))
-    return int(order_V[min(index, len(order_V) - 1)])
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """Whose token is chosen: the one at `position` of the sequence, after `num_answered` tokens of the answer."""
+
+    params: SamplingParams
+    position: int
+    num_answered: int
+    history: History | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A token, or why there is none."""
+
+    token: int
+    logprobs: TokenLogprobs | None = None
+    problem: str | None = None
+
+
+def choose_tokens(logits_NV: Tensor, rows: Sequence[SampleRow], eos_token_ids: frozenset[int]) -> list[Choice]:
+    """One token for each row of logits."""
+    logits_NV = logits_NV.detach()
+    scores_NV = steer(logits_NV, rows, eos_token_ids)
+    tokens_N = scores_NV.argmax(-1)
+    sampled = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+    if sampled:
+        index = torch.tensor(sampled, device=scores_NV.device)
+        tokens_N[index] = _draw(scores_NV[index], [rows[i] for i in sampled])
+    # One transfer from the device: the token, whether the model computed numbers, whether anything is allowed.
+    finite_N, allowed_N = torch.isfinite(logits_NV.amax(-1)), scores_NV.amax(-1) > -torch.inf
+    tokens, finite, allowed = torch.stack([tokens_N, finite_N.long(), allowed_N.long()]).tolist()
+    problems = [_problem(bool(f), bool(a)) for f, a in zip(finite, allowed, strict=True)]
+    logprobs = token_logprobs(logits_NV, tokens, [row.params.logprobs for row in rows])
+    return [Choice(*parts) for parts in zip(tokens, logprobs, problems, strict=True)]
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments."""
-    # Typed: a list that holds a number of 2**63 or more goes through float64, where neighbouring seeds are one.
-    key, counter = (np.array(words, dtype=np.uint64) for words in ([seed % 2**64, 0], [0, 0, 0, position]))
-    generator = np.random.Philox(key=key, counter=counter)
-    return float(np.random.Generator(generator).random())
+    """The number in [0, 1) of one token of a request that is its seed's only one."""
+    return float(uniforms([(seed, 0, 0, position)])[0])
 
 
-def _sorted_probs(logits_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """(token ids, probabilities) most likely first, cut by top_k and top_p; not renormalised."""
-    # fp64 on the CPU: the running sum over a large vocabulary must not lose the tail.
-    scaled_V = logits_V.detach().cpu().double()
-    scaled_V = (scaled_V - scaled_V.max()) / params.temperature
-    probs_V, order_V = scaled_V.softmax(0).sort(descending=True, stable=True)
-    keep = len(order_V) if params.top_k == 0 else min(params.top_k, len(order_V))
-    # The token that crosses top_p still belongs to the set.
-    before_V = probs_V.cumsum(0) - probs_V
-    keep = min(keep, max(1, int((before_V < params.top_p).sum())))
-    return order_V[:keep], probs_V[:keep]
+def _draw(scores_NV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Tokens [N] by the inverse of the cumulative distribution, in the order of the vocabulary."""
+    params = [row.params for row in rows]
+    # fp64: the running sum over a large vocabulary must not lose the tail.
+    probs_NV = warp(scores_NV.double(), params).softmax(-1)
+    cumulative_NV = probs_NV.cumsum(-1)
+    keys = [(p.seed, p.request, p.choice, row.position) for p, row in zip(params, rows, strict=True)]
+    points_N1 = torch.from_numpy(np.asarray(uniforms(keys))).to(scores_NV.device)[:, None]
+    total_N1 = cumulative_NV[:, -1:]
+    # Below the total also after rounding, so that the token found always has a probability.
+    points_N1 = torch.minimum(points_N1 * total_N1, torch.nextafter(total_N1, torch.zeros_like(total_N1)))
+    tokens_N = torch.searchsorted(cumulative_NV, points_N1, right=True)[:, 0]
+    # A row of NaN finds the end; its token is not used.
+    return tokens_N.clamp(max=scores_NV.shape[-1] - 1)
+
+
+def _problem(finite: bool, allowed: bool) -> str | None:
+    if not finite:
+        return "the model computed NaN or infinite logits for this prompt"
+    return None if allowed else "no token is allowed here: grammar, min_tokens and logit_bias exclude each other"

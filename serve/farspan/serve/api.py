@@ -16,12 +16,12 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from farspan.config.schema import ServeConfig
+from farspan.engine.detokenize import Detokenizer, StopStrings
 from farspan.engine.request import SamplingParams
 from farspan.errors import FarspanError, RequestError
 from farspan.models.checkpoint import load_tokenizer
 from farspan.serve.body import Body, read_body
 from farspan.serve.chat import Delta, answer, chat_prompt
-from farspan.serve.detokenize import Detokenizer, StopStrings
 from farspan.serve.folder import open_model_folder
 from farspan.serve.keys import is_allowed
 from farspan.serve.messages import GenerationRequest, WorkerInfo
@@ -156,6 +156,13 @@ class Api:
             temperature=asked.temperature,
             top_p=asked.top_p,
             top_k=asked.top_k,
+            min_p=asked.min_p,
+            presence_penalty=asked.presence_penalty,
+            frequency_penalty=asked.frequency_penalty,
+            repetition_penalty=asked.repetition_penalty,
+            logit_bias=tuple(asked.logit_bias.items()),
+            min_tokens=asked.min_tokens,
+            grammar=asked.response_format.grammar,
             seed=secrets.randbits(63) if asked.seed is None else asked.seed,
             stop_token_ids=frozenset((*asked.stop_token_ids, *self._end_of_text(asked))),
             ignore_eos=asked.ignore_eos,

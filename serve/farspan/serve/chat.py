@@ -7,9 +7,9 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+from farspan.engine.detokenize import Detokenizer, StopStrings
 from farspan.errors import ClusterError, FarspanError, RequestError
 from farspan.kv.ticket import KvTicket
-from farspan.serve.detokenize import Detokenizer, StopStrings
 from farspan.serve.messages import Failed, GenerationRequest, Pulled, Tokens
 from farspan.serve.policy import Route
 from farspan.serve.router import Workers

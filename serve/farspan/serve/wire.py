@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from farspan.engine.request import Grammar
 
 # Every token of every answer is compared with these.
-_MOST_STOPS, _LONGEST_STOP, _MOST_STOP_TOKENS = 16, 1000, 1000
+_MOST_STOPS, _LONGEST_STOP, _MOST_STOP_TOKENS, _MOST_BIASES = 16, 1000, 1000, 1000
 
 StopString = Annotated[str, Field(max_length=_LONGEST_STOP)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class _Request(BaseModel):
@@ -19,6 +23,31 @@ class _Request(BaseModel):
 
 class StreamOptions(_Request):
     include_usage: bool = False
+
+
+class JsonSchema(_Request):
+    # `schema` is a name pydantic uses itself.
+    wanted: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(_Request):
+    """Free text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema is needed with type json_schema, and with no other")
+        return self
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the engine holds the answer to."""
+        if self.json_schema is not None:
+            return Grammar("json_schema", json.dumps(self.json_schema.wanted))
+        return Grammar("json_object", "") if self.type == "json_object" else None
 
 
 class GenerationFields(_Request):
@@ -30,6 +59,13 @@ class GenerationFields(_Request):
     temperature: float = Field(default=1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
+    logit_bias: dict[int, Bias] = Field(default_factory=dict, max_length=_MOST_BIASES)
+    min_tokens: int = Field(default=0, ge=0)
+    response_format: ResponseFormat = Field(default_factory=lambda: ResponseFormat(type="text"))
     seed: int | None = None
     stop: list[StopString] = Field(default_factory=list, max_length=_MOST_STOPS)
     stop_token_ids: list[int] = Field(default_factory=list, max_length=_MOST_STOP_TOKENS)

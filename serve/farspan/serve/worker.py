@@ -11,7 +11,7 @@ from farspan.config.schema import ServeConfig
 from farspan.engine.engine import Engine
 from farspan.kv.ticket import KvTicket
 from farspan.kv.transports.choose import choose_transport
-from farspan.models.checkpoint import load_causal_lm
+from farspan.models.checkpoint import load_causal_lm, load_tokenizer
 from farspan.serve.folder import open_model_folder
 from farspan.serve.host import EngineHost
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, StreamItem, WorkerInfo
@@ -24,10 +24,11 @@ class Worker:
 
     def __init__(self, config: ServeConfig) -> None:
         torch.set_num_threads(worker_threads(config, os.cpu_count() or 1))
-        model = load_causal_lm(open_model_folder(config.model), getattr(torch, config.engine.dtype))
+        folder = open_model_folder(config.model)
+        model = load_causal_lm(folder, getattr(torch, config.engine.dtype))
         if torch.cuda.is_available():
             model = model.to("cuda")
-        engine = Engine(model, config.engine)
+        engine = Engine(model, config.engine, tokenizer=load_tokenizer(folder))
         self._host = EngineHost(
             self.role, engine, choose_transport(config.transfer.transport, engine.pool), config.transfer
         )

@@ -6,11 +6,11 @@ import asyncio
 
 import pytest
 
+from farspan.engine.detokenize import StopStrings
 from farspan.engine.request import SamplingParams
 from farspan.errors import ClusterError, RequestError, TransferError
 from farspan.kv.ticket import KvTicket, SourceAddress
 from farspan.serve.chat import answer
-from farspan.serve.detokenize import StopStrings
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, Pulled, Tokens
 from farspan.serve.policy import Route, choose_route
 from farspan.serve.trace import RequestTrace, TraceBook

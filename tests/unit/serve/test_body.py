@@ -25,10 +25,6 @@ def refused(content: bytes, shape=CompletionRequest) -> ApiError:
 
 
 UNSERVED = [
-    ("presence_penalty", 0.5),
-    ("frequency_penalty", -1),
-    ("logit_bias", {"50256": -100}),
-    ("response_format", {"type": "json_object"}),
     ("best_of", 3),
     ("suffix", "end"),
     ("echo", True),
@@ -42,8 +38,6 @@ UNSERVED = [
     ("n", 2),
     ("n", True),
     ("reasoning_effort", "high"),
-    ("min_p", 0.1),
-    ("repetition_penalty", 1.2),
 ]
 
 
@@ -118,6 +112,16 @@ def test_a_name_that_is_half_a_character_and_bytes_that_are_no_text_are_refused(
         ("stop", ["a", "b" * 1001]),
         ("stop_token_ids", list(range(1001))),
         ("temperature", 9),
+        ("presence_penalty", -3),
+        ("frequency_penalty", 2.5),
+        ("repetition_penalty", 0),
+        ("min_p", 1.1),
+        ("min_tokens", -1),
+        ("logit_bias", {"7": 101}),
+        ("logit_bias", {"seven": 1}),
+        ("response_format", {"type": "yaml"}),
+        ("response_format", {"type": "json_schema"}),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "no schema"}}),
         ("top_p", 0),
         ("max_tokens", 0),
         ("prompt", {"a": 1}),
@@ -140,3 +144,20 @@ def test_content_that_is_not_text_is_refused():
 def test_the_model_list_says_whether_the_model_chats(chats):
     (entry,) = model_list("m", 1, 64, chat_template=chats)["data"]
     assert SimpleNamespace(**entry).chat_template is chats
+
+
+@pytest.mark.parametrize(("good", "shape"), [(GOOD, CompletionRequest), (CHAT, ChatRequest)])
+def test_penalties_bias_and_the_form_of_the_answer_are_taken_by_their_openai_names(good, shape):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    asked = {
+        "presence_penalty": 0.5,
+        "frequency_penalty": -1,
+        "logit_bias": {"50": -100, "7": 2.5},
+        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}},
+    }
+    read = read_body(json.dumps({**good, **asked}).encode(), shape)
+    assert (read.presence_penalty, read.frequency_penalty, read.logit_bias) == (0.5, -1.0, {50: -100.0, 7: 2.5})
+    assert read.response_format.grammar.kind == "json_schema"
+    assert json.loads(read.response_format.grammar.source) == schema
+    any_object = read_body(json.dumps({**good, "response_format": {"type": "json_object"}}).encode(), shape)
+    assert any_object.response_format.grammar.kind == "json_object"

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from farspan.serve.detokenize import Detokenizer, StopStrings
+from farspan.engine.detokenize import Detokenizer, StopStrings
 
 TEXT = "naïve café — 日本語のテキスト 👩‍👩‍👧 and plain words, def f(x):\n    return x\n" * 3
 

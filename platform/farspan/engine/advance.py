@@ -1,0 +1,114 @@
+"""From the logits of an iteration to the tokens of its sequences, one or, with drafts, several. R rows, V vocabulary.
+
+A draft is checked by choosing each token as if there were none: it is right as long as the chosen tokens are the
+drafted ones. What comes out is therefore, token for token, what comes out without drafts, also when sampled.
+Source: the coupling of drafts and samples by shared randomness (Daliri, Musco, Suresh 2024,
+https://arxiv.org/abs/2408.07978).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from farspan.engine.logprobs import token_logprobs
+from farspan.engine.request import SequenceState, TokenEvent
+from farspan.engine.sampler import Choice, SampleRow, choose_tokens
+from farspan.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """Where an answer ends, whoever asks."""
+
+    eos_token_ids: frozenset[int]
+    max_context_tokens: int
+
+
+@dataclass(slots=True)
+class Advanced:
+    """What one sequence got in an iteration."""
+
+    sequence: SequenceState
+    events: list[TokenEvent] = field(default_factory=list)
+    problem: str | None = None
+    """Why it cannot go on."""
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.events) and self.events[-1].finish is not None
+
+
+def advance(
+    sequences: Sequence[SequenceState], first_rows: Sequence[int], logits_RV: Tensor, ends: Ends
+) -> list[Advanced]:
+    """Choose the next token of each sequence, and the one after each draft token that was right.
+
+    The logits of a sequence are the rows from its first row on, one more than it has draft tokens.
+    """
+    results = [Advanced(sequence) for sequence in sequences]
+    live = list(range(len(sequences)))
+    depth = 0
+    while live:
+        picked = [first_rows[i] + depth for i in live]
+        whole = picked == list(range(len(logits_RV)))
+        logits_NV = logits_RV if whole else logits_RV[torch.tensor(picked, device=logits_RV.device)]
+        rows = [_row(sequences[i]) for i in live]
+        choices = choose_tokens(logits_NV, rows, ends.eos_token_ids)
+        live = [i for i, choice in zip(live, choices, strict=True) if _take(results[i], choice, depth, ends)]
+        depth += 1
+    return results
+
+
+def collect_prompt_logprobs(sequence: SequenceState, past: int, logits_RV: Tensor) -> None:
+    """Keep the log-probabilities of prompt tokens, given the logits of the tokens from `past` on."""
+    known = sequence.prompt_logprobs
+    # Row i belongs to the token after past + i. Those known already were computed before a preemption.
+    first = len(known) - past
+    last = min(len(logits_RV), sequence.num_prompt - 1 - past)
+    if not 0 <= first < last:
+        return
+    tokens = sequence.tokens[past + first + 1 : past + last + 1]
+    wanted = [sequence.params.prompt_logprobs] * len(tokens)
+    known += [found for found in token_logprobs(logits_RV[first:last], tokens, wanted) if found is not None]
+
+
+def wants_prompt_logprobs(sequence: SequenceState) -> bool:
+    """Whether every prompt token must be computed here, and its logits kept."""
+    return sequence.params.prompt_logprobs is not None and sequence.num_answered == 0
+
+
+def _row(sequence: SequenceState) -> SampleRow:
+    return SampleRow(sequence.params, len(sequence.tokens), sequence.num_answered, sequence.history)
+
+
+def _take(result: Advanced, choice: Choice, depth: int, ends: Ends) -> bool:
+    """Give a sequence its token. Whether the next row of logits is its too."""
+    sequence = result.sequence
+    if choice.problem is not None:
+        result.problem = choice.problem
+        return False
+    prompt_logprobs = tuple(sequence.prompt_logprobs) if wants_prompt_logprobs(sequence) else None
+    try:
+        finish = _accept(sequence, choice.token, ends)
+    except RequestError as problem:
+        result.problem = problem.reason
+        return False
+    result.events.append(TokenEvent(sequence.request_id, choice.token, finish, choice.logprobs, prompt_logprobs))
+    return finish is None and depth < len(sequence.draft) and sequence.draft[depth] == choice.token
+
+
+def _accept(sequence: SequenceState, token: int, ends: Ends) -> str | None:
+    """Append a token; how the answer ends with it, if it does."""
+    params = sequence.params
+    sequence.tokens.append(token)
+    may_end = sequence.num_answered >= params.min_tokens
+    if sequence.history is not None and sequence.history.accept(token, may_end):
+        return "stop"
+    if token in params.stop_token_ids or (token in ends.eos_token_ids and not params.ignore_eos):
+        return "stop"
+    full = len(sequence.tokens) >= ends.max_context_tokens
+    return "length" if full or sequence.num_answered >= params.max_tokens else None
