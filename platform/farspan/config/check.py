@@ -313,6 +313,10 @@ def check_serve(config: ServeConfig) -> None:
     _at_least("engine.kv_bytes", engine.kv_bytes, 1024)
     _at_least("engine.max_batch_tokens", engine.max_batch_tokens, 1)
     _at_least("engine.max_sequences", engine.max_sequences, 1)
+    _at_least("engine.offload_bytes", engine.offload_bytes, 0)
+    for field in ("prefill_tokens", "decode_tokens"):
+        if (quota := getattr(engine, field)) is not None:
+            _at_least(f"engine.{field}", quota, 1)
     _at_least("engine.threads", engine.threads, 0)
     _above("transfer.deadline_s", config.transfer.deadline_s, 0)
     _above("transfer.lease_s", config.transfer.lease_s, config.transfer.deadline_s)

@@ -313,6 +313,14 @@ class EngineConfig:
     """Tokens computed in one iteration; longer prompts are computed in chunks."""
     max_sequences: int = 64
     """Sequences decoded side by side."""
+    prefill_tokens: int | None = None
+    """Most tokens of prompts in one iteration; none: all of max_batch_tokens."""
+    decode_tokens: int | None = None
+    """Most sequences that decode in one iteration; none: all that fit."""
+    prefix_cache: bool = True
+    """Find the KV of prompts that begin like earlier ones."""
+    offload_bytes: int = 0
+    """Host memory for the KV of preempted sequences; 0: it is computed again."""
     max_context_tokens: int | None = None
     """Longest prompt plus answer; none: what the model's config says."""
     threads: int = 0

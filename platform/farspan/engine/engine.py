@@ -6,13 +6,17 @@ One thread owns an engine. Pages are the only thing that leaves it: `take` after
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from farspan.config.schema import EngineConfig
+from farspan.engine.fairness import Service, fair_order
+from farspan.engine.holdings import Holdings
 from farspan.engine.probe import discover_layout, plain_logits, refuse_config
 from farspan.engine.request import (
     Completion,
@@ -25,9 +29,13 @@ from farspan.engine.request import (
 )
 from farspan.engine.runner import Piece, Runner
 from farspan.engine.sampler import choose_token
-from farspan.engine.scheduler import Limits, Row, schedule
+from farspan.engine.scheduler import Chunk, Limits, Row, schedule
+from farspan.engine.terms import PLAIN_TERMS, Terms
 from farspan.errors import EngineError, ModelError, RequestError
+from farspan.kv.offload import PageOffload
 from farspan.kv.pages import PagePool
+from farspan.kv.prefix import OPEN_SCOPE, PrefixCache, PrefixScope
+from farspan.memory.host import DramTier
 
 # Largest difference of logits, relative to the largest logit, between packed and plain attention.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 1e-1}
@@ -37,8 +45,10 @@ _CHECK_TOKENS = 23
 class Engine:
     """Continuous batching over one model and one page pool."""
 
-    def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
-        """Takes the model over (its attention is switched).
+    def __init__(
+        self, model: PreTrainedModel, config: EngineConfig, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Takes the model over (its attention is switched). Deadlines are times of `clock`.
 
         Raises ModelError when the model cannot be run exactly, EngineError when no page fits into kv_bytes.
         """
@@ -49,7 +59,16 @@ class Engine:
         known = getattr(text, "max_position_embeddings", None) or 2**31
         self.max_context_tokens = min(known, config.max_context_tokens or known)
         self.eos_token_ids = _eos_token_ids(model)
-        self._limits = Limits(config.max_batch_tokens, config.max_sequences, config.page_tokens)
+        self._limits = Limits(
+            config.max_batch_tokens,
+            config.max_sequences,
+            config.page_tokens,
+            config.prefill_tokens,
+            config.decode_tokens,
+        )
+        self._clock = clock
+        self._step = 0
+        self._service = Service()
         self._runner = Runner(model, self.pool)
         self._running: list[SequenceState] = []
         self._waiting: list[SequenceState] = []
@@ -57,6 +76,8 @@ class Engine:
         self._num_arrived = 0
         self._stalled = False
         self._check_against(model)
+        # Last: what the self-check computed is nobody's prefix.
+        self._holdings = Holdings(self.pool, _prefix_cache(self.pool, config), _offload(self.pool, config), clock)
 
     @property
     def has_work(self) -> bool:
@@ -75,15 +96,23 @@ class Engine:
         *,
         answered: Sequence[int] = (),
         prefill_only: bool = False,
+        terms: Terms = PLAIN_TERMS,
     ) -> None:
         """Queue a request. `answered` are tokens an earlier engine already gave: this one goes on after them.
 
         Raises RequestError when it can never be answered here.
         """
-        self._enqueue(request_id, prompt, params, answered, prefill_only)
+        self._enqueue(request_id, prompt, params, answered, prefill_only, terms)
 
     def adopt(
-        self, request_id: str, prompt: Sequence[int], params: SamplingParams, answered: Sequence[int], pages: list[int]
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        answered: Sequence[int],
+        pages: list[int],
+        *,
+        terms: Terms = PLAIN_TERMS,
     ) -> None:
         """Queue a request whose prompt is already computed in `pages`, which the engine holds from now on.
 
@@ -91,8 +120,9 @@ class Engine:
         """
         assert answered, "a prefill gives the first token"
         assert len(pages) == self.pool.layout.num_pages(len(prompt)), "pages of exactly the prompt"
-        sequence = self._enqueue(request_id, prompt, params, answered, False)
+        sequence = self._enqueue(request_id, prompt, params, answered, False, terms)
         sequence.pages, sequence.num_computed = pages, len(prompt)
+        self._holdings.remember(sequence, tail=True)
 
     def take(self, request_id: str) -> tuple[list[int], int]:
         """(pages, tokens in them) of a finished `prefill_only` request; the caller holds the pages from now on."""
@@ -105,41 +135,94 @@ class Engine:
             for sequence in group:
                 if sequence.request_id == request_id:
                     group.remove(sequence)
-                    self.pool.free(sequence.pages)
+                    self._holdings.release(sequence)
                     return True
         if sequence_taken := self._taken.pop(request_id, None):
-            self.pool.free(sequence_taken.pages)
+            self._holdings.release(sequence_taken)
         return sequence_taken is not None
+
+    def set_quotas(self, prefill_tokens: int | None, decode_tokens: int | None) -> None:
+        """Most prompt tokens and most decoding sequences of every later iteration: the role of this engine."""
+        self._limits = replace(self._limits, prefill_tokens=prefill_tokens, decode_tokens=decode_tokens)
+
+    def pin_prefix(self, name: str, tokens: Sequence[int], scope: PrefixScope = OPEN_SCOPE) -> int:
+        """Keep what is computed of a beginning until `unpin_prefix`; gives the number of tokens kept.
+
+        Raises RequestError when a request that is here would not fit any more.
+        """
+        sequences = (*self._running, *self._waiting)
+        longest = max((self.pool.layout.num_pages(self._longest(s.num_prompt, s.params)) for s in sequences), default=1)
+        return self._holdings.pin(name, tokens, scope, self.pool.num_pages - longest)
+
+    def unpin_prefix(self, name: str) -> None:
+        """Let go of what is kept under a name; unknown names are no error."""
+        self._holdings.unpin(name)
 
     def step(self) -> list[Event]:
         """One iteration: at most one new token for each request."""
+        events = self._expire()
+        self._step += 1
+        self._holdings.forget_matches()
         rows = {s.request_id: s for s in (*self._running, *self._waiting)}
-        decision = schedule(_rows(self._running), _rows(self._waiting), self.pool.num_free, self._limits)
-        self._stalled = not decision.chunks and not decision.preempted
-        for request_id in decision.preempted:
-            self._preempt(rows[request_id])
+        decision = schedule(
+            [self._holdings.row(s, self._step) for s in self._running],
+            self._ahead(),
+            self.pool.num_free,
+            self._limits,
+            parked=[self._holdings.row(s, self._step) for s in self._waiting if s.pages],
+            costs=self._holdings.costs(),
+        )
+        self._stalled = not decision.chunks and not decision.preempted and self.has_work
+        for preemption in decision.preempted:
+            self._preempt(rows[preemption.request_id], offload=preemption.offload)
         if not decision.chunks:
-            return []
+            return events
+        sequences = [rows[chunk.request_id] for chunk in decision.chunks]
+        pieces = self._pieces(decision.chunks, sequences)
+        started = self._clock()
+        logits_NV = self._runner.run(pieces)
+        # The largest logit is NaN or infinite where any is NaN or all are; one look for the whole batch.
+        finite = torch.isfinite(logits_NV.amax(dim=-1)).tolist()
+        for sequence, piece, logits_V, sound in zip(sequences, pieces, logits_NV, finite, strict=True):
+            events += self._after(sequence, len(piece.tokens), logits_V, sound=sound)
+        self._holdings.learn_pace(self._clock() - started, sum(len(piece.tokens) for piece in pieces))
+        return events
+
+    def _expire(self) -> list[Event]:
+        """Fail every request whose deadline has passed."""
+        now = self._clock()
+        late = [
+            s for s in (*self._running, *self._waiting) if s.terms.deadline_s is not None and s.terms.deadline_s <= now
+        ]
+        events: list[Event] = []
+        for sequence in late:
+            self.cancel(sequence.request_id)
+            reason = f"its deadline passed after {sequence.num_answered} of at most {sequence.params.max_tokens} tokens"
+            events.append(FailedEvent(sequence.request_id, RequestError(sequence.request_id, reason)))
+        return events
+
+    def _ahead(self) -> Iterator[Row]:
+        """Who waits, in the order of admission; what they would find computed is looked up one by one."""
+        waiting = {s.request_id: s for s in self._waiting}
+        for row in fair_order([self._holdings.row(s, self._step) for s in self._waiting], self._service.given):
+            yield self._holdings.waiting_row(waiting[row.request_id], self._step)
+
+    def _pieces(self, chunks: Sequence[Chunk], sequences: Sequence[SequenceState]) -> list[Piece]:
+        """Give everybody the pages that were decided, and cut out what they compute."""
+        self._holdings.claim(sequences)
         pieces: list[Piece] = []
-        sequences: list[SequenceState] = []
-        for chunk in decision.chunks:
-            sequence = rows[chunk.request_id]
-            new_pages = self.pool.alloc(chunk.num_pages - len(sequence.pages))
-            assert new_pages is not None, "the scheduler gave away pages that are not there"
-            sequence.pages += new_pages
+        for chunk, sequence in zip(chunks, sequences, strict=True):
+            self._holdings.extend(sequence, chunk.num_pages)
             if sequence in self._waiting:
                 self._waiting.remove(sequence)
                 self._running.append(sequence)
+            decoding = len(sequence.tokens) - sequence.num_computed == 1
+            self._service.charge(sequence.terms.tenant, chunk.num_tokens, decode=decoding)
+            sequence.last_step = self._step
             end = sequence.num_computed + chunk.num_tokens
             pieces.append(Piece(sequence.tokens[sequence.num_computed : end], sequence.num_computed, sequence.pages))
-            sequences.append(sequence)
-        self._running.sort(key=lambda s: s.arrival)
-        logits_NV = self._runner.run(pieces)
-        events: list[Event] = []
-        for sequence, piece, logits_V in zip(sequences, pieces, logits_NV, strict=True):
-            sequence.num_computed += len(piece.tokens)
-            events += self._after(sequence, logits_V)
-        return events
+        self._running.sort(key=_rank)
+        return pieces
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
         """Answer all prompts, batched; for offline use. Raises RequestError when one cannot be answered."""
@@ -175,6 +258,7 @@ class Engine:
         params: SamplingParams,
         answered: Sequence[int],
         prefill_only: bool,
+        terms: Terms,
     ) -> SequenceState:
         tokens = [*prompt, *answered]
         check_prompt(request_id, tokens, len(prompt), params, self.vocab_size)
@@ -183,34 +267,49 @@ class Engine:
         if len(prompt) + 1 > self.max_context_tokens:
             most = self.max_context_tokens - 1
             raise RequestError(request_id, f"the prompt has {len(prompt)} tokens, the model takes at most {most}")
-        # The longest this can become: the last token chosen is never computed.
-        longest = min(len(prompt) + params.max_tokens, self.max_context_tokens) - 1
-        if self.pool.layout.num_pages(longest) > self.pool.num_pages:
-            room = self.pool.num_pages * self.pool.layout.page_tokens
+        longest = self._longest(len(prompt), params)
+        num_pages = self.pool.num_pages - self._holdings.num_pinned
+        if self.pool.layout.num_pages(longest) > num_pages:
+            room = num_pages * self.pool.layout.page_tokens
             raise RequestError(
                 request_id, f"prompt and answer need {longest} tokens of KV, engine.kv_bytes holds {room}"
             )
-        sequence = SequenceState(request_id, tokens, len(prompt), params, self._num_arrived, prefill_only)
+        sequence = SequenceState(
+            request_id,
+            tokens,
+            len(prompt),
+            params,
+            self._num_arrived,
+            prefill_only,
+            terms=terms,
+            last_step=self._step,
+        )
+        self._service.arrive(terms.tenant, {s.terms.tenant for s in (*self._running, *self._waiting)})
         self._num_arrived += 1
         self._waiting.append(sequence)
         return sequence
 
-    def _preempt(self, sequence: SequenceState) -> None:
-        self.pool.free(sequence.pages)
-        sequence.pages, sequence.num_computed = [], 0
-        sequence.preemptions += 1
+    def _longest(self, num_prompt: int, params: SamplingParams) -> int:
+        """The most tokens a request can hold: the last token chosen is never computed."""
+        return min(num_prompt + params.max_tokens, self.max_context_tokens) - 1
+
+    def _preempt(self, sequence: SequenceState, *, offload: bool) -> None:
+        self._holdings.preempt(sequence, offload=offload)
         if sequence in self._running:
             self._running.remove(sequence)
             self._waiting.append(sequence)
             self._waiting.sort(key=lambda s: s.arrival)
 
-    def _after(self, sequence: SequenceState, logits_V: Tensor) -> list[Event]:
-        if sequence.num_computed < len(sequence.tokens):
-            return []
-        if not bool(torch.isfinite(logits_V.max())):
+    def _after(self, sequence: SequenceState, num_tokens: int, logits_V: Tensor, *, sound: bool) -> list[Event]:
+        if not sound:
             self.cancel(sequence.request_id)
             reason = "the model computed NaN or infinite logits for this prompt"
             return [FailedEvent(sequence.request_id, RequestError(sequence.request_id, reason))]
+        sequence.num_computed += num_tokens
+        # Only now: nobody may find keys and values that made logits unsound.
+        self._holdings.remember(sequence, tail=sequence.num_computed == sequence.num_prompt)
+        if sequence.num_computed < len(sequence.tokens):
+            return []
         token = choose_token(logits_V, sequence.params, len(sequence.tokens))
         sequence.tokens.append(token)
         finish = self._finish(sequence, token)
@@ -219,7 +318,8 @@ class Engine:
             if sequence.prefill_only:
                 self._taken[sequence.request_id] = sequence
             else:
-                self.pool.free(sequence.pages)
+                self._holdings.remember(sequence, tail=True)
+                self._holdings.release(sequence)
         return [TokenEvent(sequence.request_id, token, finish)]
 
     def _finish(self, sequence: SequenceState, token: int) -> str | None:
@@ -262,8 +362,20 @@ class Engine:
         return logits
 
 
-def _rows(sequences: Sequence[SequenceState]) -> list[Row]:
-    return [Row(s.request_id, len(s.tokens), s.num_computed, len(s.pages)) for s in sequences]
+def _rank(sequence: SequenceState) -> tuple[int, int]:
+    """The first in this order is never preempted for another."""
+    return -sequence.terms.priority, sequence.arrival
+
+
+def _prefix_cache(pool: PagePool, config: EngineConfig) -> PrefixCache | None:
+    """A model with recurrent state must get none: pages alone do not bring its state back."""
+    return PrefixCache(pool) if config.prefix_cache else None
+
+
+def _offload(pool: PagePool, config: EngineConfig) -> PageOffload | None:
+    if not config.offload_bytes:
+        return None
+    return PageOffload(pool, DramTier(config.offload_bytes, device=pool.device))
 
 
 def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from farspan.engine.terms import PLAIN_TERMS, Terms
 from farspan.errors import FarspanError, RequestError
+from farspan.kv.offload import OffloadedPages
+from farspan.kv.prefix import PrefixChain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +45,15 @@ class SequenceState:
     num_computed: int = 0
     """Tokens whose keys and values are in the pages."""
     preemptions: int = 0
+    terms: Terms = PLAIN_TERMS
+    last_step: int = 0
+    """The iteration it was last computed in, or came in."""
+    chain: PrefixChain | None = None
+    """Names of its pages, for the prefix cache."""
+    kept: OffloadedPages | None = None
+    """Its `num_computed` tokens in host memory, while it holds no pages."""
+    num_found: int = 0
+    """Tokens of the prompt that an earlier request had computed."""
 
     @property
     def num_answered(self) -> int:

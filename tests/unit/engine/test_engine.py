@@ -75,9 +75,9 @@ def test_preemption_under_a_tiny_pool_changes_no_token():
     preempted: set[str] = set()
     preempt = engine._preempt
 
-    def count(sequence):
+    def count(sequence, *, offload):
         preempted.add(sequence.request_id)
-        preempt(sequence)
+        preempt(sequence, offload=offload)
 
     engine._preempt = count
     answers = engine.generate(asked, params)
