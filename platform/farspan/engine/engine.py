@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from farspan.config.schema import EngineConfig
-from farspan.engine.fairness import Service, fair_order
+from farspan.engine.fairness import Claim, Service, fair_order
 from farspan.engine.holdings import Holdings
 from farspan.engine.probe import discover_layout, plain_logits, refuse_config
 from farspan.engine.request import (
@@ -204,8 +204,11 @@ class Engine:
     def _ahead(self) -> Iterator[Row]:
         """Who waits, in the order of admission; what they would find computed is looked up one by one."""
         waiting = {s.request_id: s for s in self._waiting}
-        for row in fair_order([self._holdings.row(s, self._step) for s in self._waiting], self._service.given):
-            yield self._holdings.waiting_row(waiting[row.request_id], self._step)
+        claims = (
+            Claim(s.request_id, s.terms.priority, s.terms.tenant, len(s.tokens) - s.num_computed) for s in self._waiting
+        )
+        for request_id in fair_order(claims, self._service.given):
+            yield self._holdings.waiting_row(waiting[request_id], self._step)
 
     def _pieces(self, chunks: Sequence[Chunk], sequences: Sequence[SequenceState]) -> list[Piece]:
         """Give everybody the pages that were decided, and cut out what they compute."""

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
-
-from farspan.engine.scheduler import Row
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 # A decoded token costs about as much as two of a prompt: it reads all weights for itself alone.
 DECODE_WEIGHT = 2.0
@@ -44,21 +43,30 @@ class Service:
         self._given[tenant] = self._given.get(tenant, 0.0) + weight * num_tokens
 
 
-def fair_order(waiting: Sequence[Row], given: Mapping[str, float]) -> Iterator[Row]:
-    """The order of admission: by priority, then the tenant that was given least, then the order of `waiting`.
+class Claim(NamedTuple):
+    """What one that waits wants, and for whom."""
 
-    Every row counts for its tenant as soon as it is named, so that a long line of one tenant is interleaved.
+    request_id: str
+    priority: int
+    tenant: str
+    num_tokens: int
+
+
+def fair_order(claims: Iterable[Claim], given: Mapping[str, float]) -> Iterator[str]:
+    """The order of admission: by priority, then the tenant that was given least, then the order of `claims`.
+
+    Every claim counts for its tenant as soon as it is named, so that a long line of one tenant is interleaved.
     """
-    lines: dict[int, dict[str, deque[Row]]] = {}
-    for row in waiting:
-        lines.setdefault(row.priority, {}).setdefault(row.tenant, deque()).append(row)
+    lines: dict[int, dict[str, deque[Claim]]] = {}
+    for claim in claims:
+        lines.setdefault(claim.priority, {}).setdefault(claim.tenant, deque()).append(claim)
     for priority in sorted(lines, reverse=True):
         tenants = lines[priority]
         heap = [(given.get(tenant, 0.0), place, tenant) for place, tenant in enumerate(tenants)]
         heapq.heapify(heap)
         while heap:
-            claim, place, tenant = heapq.heappop(heap)
-            row = tenants[tenant].popleft()
+            total, place, tenant = heapq.heappop(heap)
+            claim = tenants[tenant].popleft()
             if tenants[tenant]:
-                heapq.heappush(heap, (claim + max(row.pending, 1), place, tenant))
-            yield row
+                heapq.heappush(heap, (total + max(claim.num_tokens, 1), place, tenant))
+            yield claim.request_id
