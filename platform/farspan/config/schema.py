@@ -328,6 +328,13 @@ class EngineConfig:
 
 
 @dataclass(kw_only=True)
+class BatchConfig:
+    """What `farspan batch` takes as KEY=VALUE."""
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+@dataclass(kw_only=True)
 class TransferConfig:
     """How KV pages travel from a prefill worker to a decode worker."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from farspan.kv.prefix import common_prefix
 
@@ -33,7 +34,7 @@ def group_by_prefix(
     the later ones fill the iterations in which those decode. Beginnings under `least_tokens` are not worth a group.
     """
     order = sorted(range(len(prompts)), key=lambda number: list(prompts[number]))
-    groups = _best_groups(order, [common_prefix(prompts[a], prompts[b]) for a, b in _pairs(order)], least_tokens)
+    groups = _best_groups(order, [common_prefix(prompts[a], prompts[b]) for a, b in pairwise(order)], least_tokens)
     if num_answered is None:
         return groups
 
@@ -90,7 +91,3 @@ def _close(node: _Node, members: Sequence[int], least_tokens: int) -> tuple[list
     if node.depth >= least_tokens and whole.num_saved > node.saved:
         return [whole], whole.num_saved
     return node.chosen, node.saved
-
-
-def _pairs(order: Sequence[int]) -> list[tuple[int, int]]:
-    return list(zip(order, order[1:], strict=False))
