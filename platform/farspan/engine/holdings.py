@@ -117,8 +117,7 @@ class Holdings:
             return
         chain = self._chain(self._prefix, sequence)
         if tail or sequence.num_computed // chain.page_tokens > chain.num_remembered:
-            done = sequence.tokens[: sequence.num_computed]
-            self._prefix.remember(chain, done, sequence.pages, tail=tail)
+            self._prefix.remember(chain, sequence.tokens, sequence.num_computed, sequence.pages, tail=tail)
 
     def release(self, sequence: SequenceState) -> None:
         """Give everything back."""

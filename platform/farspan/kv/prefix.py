@@ -112,10 +112,12 @@ class PrefixCache:
         source, shared = self._best_tail(chain.before(len(pages)), tokens[done : min(most, done + size)])
         return Match(tuple(pages), source, done + shared)
 
-    def remember(self, chain: PrefixChain, tokens: Sequence[int], pages: Sequence[int], *, tail: bool) -> None:
-        """Let others find what a sequence has computed: `tokens`, all in its `pages`; `tail`: also a page in part."""
+    def remember(
+        self, chain: PrefixChain, tokens: Sequence[int], num_computed: int, pages: Sequence[int], *, tail: bool
+    ) -> None:
+        """Let others find the first `num_computed` tokens of a sequence in its `pages`; `tail`: also a page in part."""
         size = chain.page_tokens
-        full = len(tokens) // size
+        full = num_computed // size
         for place in range(chain.num_remembered, full):
             name = chain.name(place, tokens)
             # Computed twice at the same time: the one that came first is found.
@@ -123,7 +125,7 @@ class PrefixCache:
                 here = tuple(tokens[place * size : (place + 1) * size])
                 self._enter(pages[place], _Entry(chain.before(place), here, name))
         chain.num_remembered = max(chain.num_remembered, full)
-        rest = tuple(tokens[full * size :])
+        rest = tuple(tokens[full * size : num_computed])
         if tail and rest:
             self._enter(pages[full], _Entry(chain.before(full), rest, None))
 

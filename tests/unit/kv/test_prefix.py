@@ -55,7 +55,7 @@ def test_random_sequences_find_exactly_what_the_pages_hold_and_the_index_stays_a
         filled[: len(tokens)] = torch.tensor(tokens, dtype=torch.float64)
         slots_PS[pages] = filled.view(-1, 4)
         chain.num_remembered = len(match.pages)
-        cache.remember(chain, tokens, pages, tail=chance.random() < 0.5)
+        cache.remember(chain, [*tokens, 1, 0, 1], len(tokens), pages, tail=chance.random() < 0.5)
         pool.free(pages)
         pool.check_integrity()
         assert len(cache._entries) <= pool.num_pages
@@ -70,7 +70,7 @@ def test_a_quarantined_page_is_found_by_nobody():
     pages = pool.alloc(2)
     assert pages is not None
     tokens = list(range(8))
-    cache.remember(cache.chain(OPEN_SCOPE), tokens, pages, tail=False)
+    cache.remember(cache.chain(OPEN_SCOPE), tokens, 8, pages, tail=False)
     assert cache.match(cache.chain(OPEN_SCOPE), tokens, 8).num_tokens == 8
     pool.quarantine(pages[1:])
     assert cache.match(cache.chain(OPEN_SCOPE), tokens, 8).num_tokens == 4
