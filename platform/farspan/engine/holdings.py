@@ -40,7 +40,7 @@ class Holdings:
 
     def waiting_row(self, sequence: SequenceState, step: int) -> Row:
         """What the scheduler sees of one that waits, with what it would find computed if it were admitted now."""
-        if self._prefix is None or sequence.pages or sequence.num_computed:
+        if self._prefix is None or not sequence.terms.finds or sequence.pages or sequence.num_computed:
             return self.row(sequence, step)
         chain = self._chain(self._prefix, sequence)
         # The last token is always computed: somebody must give the logits.
@@ -51,7 +51,7 @@ class Holdings:
     def _row(self, sequence: SequenceState, step: int, match: Match, own: int) -> Row:
         computed = max(sequence.num_computed, match.num_tokens)
         name = None
-        if self._prefix is not None and len(sequence.tokens) - computed > 1:
+        if self._prefix is not None and sequence.terms.finds and len(sequence.tokens) - computed > 1:
             name = self._chain(self._prefix, sequence).name(computed // self._pool.layout.page_tokens, sequence.tokens)
         return Row(
             sequence.request_id,

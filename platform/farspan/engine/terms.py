@@ -19,6 +19,8 @@ class Terms:
     """On the engine's clock: a request without its last token by then fails."""
     scope: PrefixScope = OPEN_SCOPE
     """Which earlier requests it may share pages with."""
+    finds: bool = True
+    """Whether it takes what earlier requests computed; not where the logits of its whole prompt are wanted."""
 
 
 PLAIN_TERMS = Terms()

@@ -121,6 +121,17 @@ def test_tenants_with_salts_of_their_own_find_nothing_of_each_other():
         assert ledger.num_tokens - before == 20
 
 
+def test_a_request_that_wants_its_whole_prompt_computed_gets_it_and_others_find_it():
+    engine, ledger = ledger_engine(100)
+    prompt = list(range(20))
+    for finds, computed in ((False, 20), (False, 20), (True, 1)):
+        before = ledger.num_tokens
+        engine.add("r", prompt, SamplingParams(max_tokens=1), terms=Terms(finds=finds))
+        while engine.has_work:
+            engine.step()
+        assert ledger.num_tokens - before == computed
+
+
 def test_a_prompt_that_fills_the_whole_pool_takes_over_the_page_it_goes_on_from():
     engine, ledger = ledger_engine(12)
     prompt = list(range(46))
