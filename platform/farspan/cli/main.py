@@ -169,6 +169,32 @@ def evaluate(
 
 
 @app.command()
+def batch(
+    prompts: Annotated[str, typer.Argument(help="File with a prompt on each line, as JSON.", metavar="PROMPTS.jsonl")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="engine.b=c settings.", metavar="[KEY=VALUE]...")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Model folder, local or s3://.")] = ...,  # type: ignore[assignment]
+    output: Annotated[str, typer.Option(help="File that answers are appended to.")] = ...,  # type: ignore[assignment]
+    engines: Annotated[int, typer.Option(min=0, help="Engines on Ray; 0: one in this process.")] = 0,
+    join: Annotated[
+        bool, typer.Option("--join", help="With --engines: on the Ray cluster this process belongs to.")
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0: all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of random choices.")] = 0,
+) -> None:
+    """Answer a file of prompts; run again after a stop, it goes on with what is missing."""
+    from farspan.cli.batch import BatchAsk, run_batch
+    from farspan.engine.request import SamplingParams
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    run_batch(BatchAsk(prompts, model, output, list(overrides or []), params, engines, join))
+
+
+@app.command()
 def export(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint or run folder, local or s3://.")],
     output: Annotated[str, typer.Argument(help="Folder to publish to, local or s3://.")],

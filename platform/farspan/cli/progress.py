@@ -133,3 +133,24 @@ class BuildProgressBar(_Live):
             self.console.print(f"  left out: {entry.documents} ({entry.reason}): {named}", markup=False)
         if manifest.rule.split:
             self.console.print(f"  cut: {manifest.rule.split} longer than {manifest.rule.split_tokens} tokens")
+
+
+class BatchProgressBar(_Live):
+    """Prompts of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__(TextColumn("{task.completed:,} answers, {task.fields[tokens]:,} tokens"))
+        self._task = self._bar.add_task("", total=None, tokens=0)
+
+    def __call__(self, progress: Any) -> None:
+        """One Progress from the engine room."""
+        self._bar.update(self._task, completed=progress.answered, tokens=progress.tokens)
+
+    def finish(self, progress: Any, output: str) -> None:
+        """The last lines."""
+        text = f"{progress.answered:,} answers, {progress.tokens:,} tokens: {output}"
+        if progress.skipped:
+            text += f"; {progress.skipped:,} were there already"
+        if progress.failed:
+            text += f"; {progress.failed:,} lines have an error instead"
+        self.console.print(text, markup=False)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from farspan.config.load import nearest
 from farspan.config.schema import (
     CorpusConfig,
+    EngineConfig,
     LoraConfig,
     MemoryConfig,
     OptimConfig,
@@ -302,18 +303,27 @@ def _hundredths(field: str, value: float) -> None:
         raise ConfigError(field, "must be a multiple of 0.01", value, f"use {field}={round(value, 2):g}")
 
 
-def check_serve(config: ServeConfig) -> None:
-    """Refuse a serving config that no model could make legal."""
-    engine = config.engine
+def check_engine(engine: EngineConfig) -> None:
+    """Refuse engine settings that no model could make legal."""
     _one_of("engine.dtype", engine.dtype, SERVE_DTYPES)
-    _one_of("transfer.transport", config.transfer.transport, TRANSPORTS)
-    _at_least("prefill.replicas", config.prefill.replicas, 1)
-    _at_least("decode.replicas", config.decode.replicas, 1)
     _at_least("engine.page_tokens", engine.page_tokens, 1)
     _at_least("engine.kv_bytes", engine.kv_bytes, 1024)
     _at_least("engine.max_batch_tokens", engine.max_batch_tokens, 1)
     _at_least("engine.max_sequences", engine.max_sequences, 1)
+    _at_least("engine.offload_bytes", engine.offload_bytes, 0)
+    _at_least("engine.draft_tokens", engine.draft_tokens, 0)
+    for field in ("prefill_tokens", "decode_tokens"):
+        if (quota := getattr(engine, field)) is not None:
+            _at_least(f"engine.{field}", quota, 1)
     _at_least("engine.threads", engine.threads, 0)
+
+
+def check_serve(config: ServeConfig) -> None:
+    """Refuse a serving config that no model could make legal."""
+    check_engine(config.engine)
+    _one_of("transfer.transport", config.transfer.transport, TRANSPORTS)
+    _at_least("prefill.replicas", config.prefill.replicas, 1)
+    _at_least("decode.replicas", config.decode.replicas, 1)
     _above("transfer.deadline_s", config.transfer.deadline_s, 0)
     _above("transfer.lease_s", config.transfer.lease_s, config.transfer.deadline_s)
     _at_least("transfer.colocate_below_tokens", config.transfer.colocate_below_tokens, 0)

@@ -313,12 +313,27 @@ class EngineConfig:
     """Tokens computed in one iteration; longer prompts are computed in chunks."""
     max_sequences: int = 64
     """Sequences decoded side by side."""
+    prefill_tokens: int | None = None
+    """Most tokens of prompts in one iteration; none: all of max_batch_tokens."""
+    decode_tokens: int | None = None
+    """Most sequences that decode in one iteration; none: all that fit."""
+    prefix_cache: bool = True
+    """Find the KV of prompts that begin like earlier ones."""
+    offload_bytes: int = 0
+    """Host memory for the KV of preempted sequences; 0: it is computed again."""
     max_context_tokens: int | None = None
     """Longest prompt plus answer; none: what the model's config says."""
     draft_tokens: int = 0
     """Tokens guessed ahead in each sequence and checked in one go; changes no answer. 0: none."""
     threads: int = 0
     """CPU threads of the worker; 0: its share of the machine."""
+
+
+@dataclass(kw_only=True)
+class BatchConfig:
+    """What `farspan batch` takes as KEY=VALUE."""
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,8 @@ One thread owns an engine. Pages are the only thing that leaves it: `take` after
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,9 @@ from farspan.config.schema import EngineConfig
 from farspan.engine.advance import Advanced, Ends, advance, collect_prompt_logprobs, wants_prompt_logprobs
 from farspan.engine.check import check_prompt
 from farspan.engine.draft import Ask, Drafter, DraftRoom, SuffixDrafter, allowed_draft, draft_limit, split_room
+from farspan.engine.fairness import Claim, Service, fair_order
 from farspan.engine.history import Recall
+from farspan.engine.holdings import Holdings
 from farspan.engine.probe import discover_layout, plain_logits, refuse_config
 from farspan.engine.request import (
     Completion,
@@ -31,9 +34,14 @@ from farspan.engine.request import (
     whole_answer,
 )
 from farspan.engine.runner import Piece, Runner
-from farspan.engine.scheduler import Decision, Limits, Row, schedule
+from farspan.engine.sampler import UNSOUND
+from farspan.engine.scheduler import Chunk, Limits, Row, schedule
+from farspan.engine.terms import PLAIN_TERMS, Terms
 from farspan.errors import EngineError, ModelError, RequestError
+from farspan.kv.offload import PageOffload
 from farspan.kv.pages import PagePool
+from farspan.kv.prefix import OPEN_SCOPE, PrefixCache, PrefixScope
+from farspan.memory.host import DramTier
 
 # Largest difference of logits, relative to the largest logit, between packed and plain attention.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 1e-1}
@@ -44,9 +52,15 @@ class Engine:
     """Continuous batching over one model and one page pool."""
 
     def __init__(
-        self, model: PreTrainedModel, config: EngineConfig, *, tokenizer: Any = None, drafter: Drafter | None = None
+        self,
+        model: PreTrainedModel,
+        config: EngineConfig,
+        *,
+        tokenizer: Any = None,
+        drafter: Drafter | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Takes the model over (its attention is switched).
+        """Takes the model over (its attention is switched). Deadlines are times of `clock`.
 
         `tokenizer`, a fast one of transformers, is needed for stop strings and grammars only. `drafter` guesses
         tokens; none: from the sequence's own text when engine.draft_tokens is not 0.
@@ -64,7 +78,16 @@ class Engine:
         self._recall = Recall(self.vocab_size, self.eos_token_ids, model.device, tokenizer)
         self._draft_tokens = config.draft_tokens
         self._drafter = drafter or SuffixDrafter()
-        self._limits = Limits(config.max_batch_tokens, config.max_sequences, config.page_tokens)
+        self._limits = Limits(
+            config.max_batch_tokens,
+            config.max_sequences,
+            config.page_tokens,
+            config.prefill_tokens,
+            config.decode_tokens,
+        )
+        self._clock = clock
+        self._step = 0
+        self._service = Service()
         self._runner = Runner(model, self.pool)
         self._running: list[SequenceState] = []
         self._waiting: list[SequenceState] = []
@@ -72,6 +95,8 @@ class Engine:
         self._num_arrived = 0
         self._stalled = False
         self._check_against(model)
+        # Last: what the self-check computed is nobody's prefix.
+        self._holdings = Holdings(self.pool, _prefix_cache(self.pool, config), _offload(self.pool, config), clock)
 
     @property
     def has_work(self) -> bool:
@@ -90,15 +115,23 @@ class Engine:
         *,
         answered: Sequence[int] = (),
         prefill_only: bool = False,
+        terms: Terms = PLAIN_TERMS,
     ) -> None:
         """Queue a request. `answered` are tokens an earlier engine already gave: this one goes on after them.
 
         Raises RequestError when it can never be answered here.
         """
-        self._enqueue(request_id, prompt, params, answered, prefill_only)
+        self._enqueue(request_id, prompt, params, answered, prefill_only, terms)
 
     def adopt(
-        self, request_id: str, prompt: Sequence[int], params: SamplingParams, answered: Sequence[int], pages: list[int]
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        answered: Sequence[int],
+        pages: list[int],
+        *,
+        terms: Terms = PLAIN_TERMS,
     ) -> None:
         """Queue a request whose prompt is already computed in `pages`, which the engine holds from now on.
 
@@ -106,8 +139,9 @@ class Engine:
         """
         assert answered, "a prefill gives the first token"
         assert len(pages) == self.pool.layout.num_pages(len(prompt)), "pages of exactly the prompt"
-        sequence = self._enqueue(request_id, prompt, params, answered, False)
+        sequence = self._enqueue(request_id, prompt, params, answered, False, terms)
         sequence.pages, sequence.num_computed = pages, len(prompt)
+        self._holdings.remember(sequence, tail=True)
 
     def take(self, request_id: str) -> tuple[list[int], int]:
         """(pages, tokens in them) of a finished `prefill_only` request; the caller holds the pages from now on."""
@@ -120,39 +154,112 @@ class Engine:
             for sequence in group:
                 if sequence.request_id == request_id:
                     group.remove(sequence)
-                    self.pool.free(sequence.pages)
+                    self._holdings.release(sequence)
                     self._drafter.forget(request_id)
                     return True
         if sequence_taken := self._taken.pop(request_id, None):
-            self.pool.free(sequence_taken.pages)
+            self._holdings.release(sequence_taken)
         return sequence_taken is not None
+
+    def set_quotas(self, prefill_tokens: int | None, decode_tokens: int | None) -> None:
+        """Most prompt tokens and most decoding sequences of every later iteration: the role of this engine."""
+        self._limits = replace(self._limits, prefill_tokens=prefill_tokens, decode_tokens=decode_tokens)
+
+    def pin_prefix(self, name: str, tokens: Sequence[int], scope: PrefixScope = OPEN_SCOPE) -> int:
+        """Keep what is computed of a beginning until `unpin_prefix`; gives the number of tokens kept.
+
+        Raises RequestError when a request that is here would not fit any more.
+        """
+        sequences = (*self._running, *self._waiting)
+        longest = max((self.pool.layout.num_pages(self._longest(s.num_prompt, s.params)) for s in sequences), default=1)
+        return self._holdings.pin(name, tokens, scope, self.pool.num_pages - longest)
+
+    def unpin_prefix(self, name: str) -> None:
+        """Let go of what is kept under a name; unknown names are no error."""
+        self._holdings.unpin(name)
 
     def step(self) -> list[Event]:
         """One iteration: a new token for each request that got its turn, several where guesses were right."""
+        events = self._expire()
+        self._step += 1
+        self._holdings.forget_matches()
         rows = {s.request_id: s for s in (*self._running, *self._waiting)}
-        decision = schedule(_rows(self._running), _rows(self._waiting), self.pool.num_free, self._limits)
-        self._stalled = not decision.chunks and not decision.preempted
-        for request_id in decision.preempted:
-            self._preempt(rows[request_id])
+        decision = schedule(
+            [self._holdings.row(s, self._step) for s in self._running],
+            self._ahead(),
+            self.pool.num_free,
+            self._limits,
+            parked=[self._holdings.row(s, self._step) for s in self._waiting if s.pages],
+            costs=self._holdings.costs(),
+        )
+        self._stalled = not decision.chunks and not decision.preempted and self.has_work
+        for preemption in decision.preempted:
+            self._preempt(rows[preemption.request_id], offload=preemption.offload)
         if not decision.chunks:
-            return []
+            return events
         sequences = [rows[chunk.request_id] for chunk in decision.chunks]
-        self._draft(decision, sequences)
-        pieces: list[Piece] = []
-        for sequence, chunk in zip(sequences, decision.chunks, strict=True):
-            end = sequence.num_computed + chunk.num_tokens
-            num_pages = max(chunk.num_pages, self.pool.layout.num_pages(end + len(sequence.draft)))
-            new_pages = self.pool.alloc(num_pages - len(sequence.pages))
-            assert new_pages is not None, "the scheduler gave away pages that are not there"
-            sequence.pages += new_pages
+        pieces = self._pieces(decision.chunks, sequences)
+        started = self._clock()
+        events += self._after(sequences, pieces, self._runner.run(pieces))
+        self._holdings.learn_pace(self._clock() - started, sum(len(piece.tokens) for piece in pieces))
+        return events
+
+    def _expire(self) -> list[Event]:
+        """Fail every request whose deadline has passed."""
+        now = self._clock()
+        late = [
+            s for s in (*self._running, *self._waiting) if s.terms.deadline_s is not None and s.terms.deadline_s <= now
+        ]
+        events: list[Event] = []
+        for sequence in late:
+            self.cancel(sequence.request_id)
+            reason = f"its deadline passed after {sequence.num_answered} of at most {sequence.params.max_tokens} tokens"
+            events.append(FailedEvent(sequence.request_id, RequestError(sequence.request_id, reason)))
+        return events
+
+    def _ahead(self) -> Iterator[Row]:
+        """Who waits, in the order of admission; what they would find computed is looked up one by one."""
+        waiting = {s.request_id: s for s in self._waiting}
+        claims = (
+            Claim(s.request_id, s.terms.priority, s.terms.tenant, len(s.tokens) - s.num_computed) for s in self._waiting
+        )
+        for request_id in fair_order(claims, self._service.given):
+            yield self._holdings.waiting_row(waiting[request_id], self._step)
+
+    def _pieces(self, chunks: Sequence[Chunk], sequences: Sequence[SequenceState]) -> list[Piece]:
+        """Give everybody the pages that were decided, guess with those left over, and cut out what is computed."""
+        self._holdings.claim(sequences)
+        for chunk, sequence in zip(chunks, sequences, strict=True):
+            self._holdings.extend(sequence, chunk.num_pages)
             if sequence in self._waiting:
                 self._waiting.remove(sequence)
                 self._running.append(sequence)
+            decoding = len(sequence.tokens) - sequence.num_computed == 1
+            self._service.charge(sequence.terms.tenant, chunk.num_tokens, decode=decoding)
+            sequence.last_step = self._step
+        self._running.sort(key=_rank)
+        self._draft(sequences, self._limits.max_batch_tokens - sum(chunk.num_tokens for chunk in chunks))
+        pieces: list[Piece] = []
+        for chunk, sequence in zip(chunks, sequences, strict=True):
+            end = sequence.num_computed + chunk.num_tokens
             tokens = [*sequence.tokens[sequence.num_computed : end], *sequence.draft]
             num_logits = len(tokens) if wants_prompt_logprobs(sequence) else 1 + len(sequence.draft)
-            pieces.append(Piece(tokens, sequence.num_computed, sequence.pages, num_logits))
-        self._running.sort(key=lambda s: s.arrival)
-        return self._after(sequences, pieces, self._runner.run(pieces))
+            pieces.append(Piece(tokens, sequence.num_computed, sequence.pages, num_logits=num_logits))
+        return pieces
+
+    def _draft(self, sequences: Sequence[SequenceState], tokens_left: int) -> None:
+        """Guess tokens of the sequences that decode, with what the others leave of the iteration and of the pages."""
+        if not self._draft_tokens:
+            return
+        room = DraftRoom(tokens_left, self.pool.num_free, self._limits.page_tokens)
+        wishes = [min(self._draft_tokens, draft_limit(s, self.max_context_tokens)) for s in sequences]
+        granted = split_room(room, [len(s.tokens) for s in sequences], [len(s.pages) for s in sequences], wishes)
+        asked = [(s, most) for s, most in zip(sequences, granted, strict=True) if most > 0]
+        guesses = self._drafter.propose([Ask(s.request_id, s.tokens, most, s.params) for s, most in asked])
+        for (sequence, most), guess in zip(asked, guesses, strict=True):
+            sequence.draft = allowed_draft(sequence, guess[:most], self.vocab_size)
+            needed = self.pool.layout.num_pages(len(sequence.tokens) + len(sequence.draft))
+            self._holdings.extend(sequence, max(len(sequence.pages), needed))
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
         """Answer all prompts, batched; for offline use. `params.n` answers for each prompt, one after the other.
@@ -191,6 +298,7 @@ class Engine:
         params: SamplingParams,
         answered: Sequence[int],
         prefill_only: bool,
+        terms: Terms,
     ) -> SequenceState:
         tokens = [*prompt, *answered]
         check_prompt(request_id, tokens, len(prompt), params, self.vocab_size)
@@ -199,47 +307,52 @@ class Engine:
         if len(prompt) + 1 > self.max_context_tokens:
             most = self.max_context_tokens - 1
             raise RequestError(request_id, f"the prompt has {len(prompt)} tokens, the model takes at most {most}")
-        # The longest this can become: the last token chosen is never computed.
-        longest = min(len(prompt) + params.max_tokens, self.max_context_tokens) - 1
-        if self.pool.layout.num_pages(longest) > self.pool.num_pages:
-            room = self.pool.num_pages * self.pool.layout.page_tokens
+        longest = self._longest(len(prompt), params)
+        num_pages = self.pool.num_pages - self._holdings.num_pinned
+        if self.pool.layout.num_pages(longest) > num_pages:
+            room = num_pages * self.pool.layout.page_tokens
             raise RequestError(
                 request_id, f"prompt and answer need {longest} tokens of KV, engine.kv_bytes holds {room}"
             )
-        sequence = SequenceState(request_id, tokens, len(prompt), params, self._num_arrived, prefill_only)
-        sequence.history = self._recall.recall(request_id, params, prompt, answered)
+        if params.prompt_logprobs is not None:
+            # Every token of the prompt is computed here: its logits are wanted.
+            terms = replace(terms, finds=False)
+        # Before anything is remembered of the request: it may be refused.
+        history = self._recall.recall(request_id, params, prompt, answered)
+        sequence = SequenceState(
+            request_id,
+            tokens,
+            len(prompt),
+            params,
+            self._num_arrived,
+            prefill_only,
+            terms=terms,
+            last_step=self._step,
+            history=history,
+        )
+        self._service.arrive(terms.tenant, {s.terms.tenant for s in (*self._running, *self._waiting)})
         self._num_arrived += 1
         self._waiting.append(sequence)
         return sequence
 
-    def _preempt(self, sequence: SequenceState) -> None:
-        self.pool.free(sequence.pages)
-        sequence.pages, sequence.num_computed = [], 0
-        sequence.preemptions += 1
+    def _longest(self, num_prompt: int, params: SamplingParams) -> int:
+        """The most tokens a request can hold: the last token chosen is never computed."""
+        return min(num_prompt + params.max_tokens, self.max_context_tokens) - 1
+
+    def _preempt(self, sequence: SequenceState, *, offload: bool) -> None:
+        self._holdings.preempt(sequence, offload=offload)
         if sequence in self._running:
             self._running.remove(sequence)
             self._waiting.append(sequence)
             self._waiting.sort(key=lambda s: s.arrival)
 
-    def _draft(self, decision: Decision, sequences: Sequence[SequenceState]) -> None:
-        """Guess tokens of the sequences that decode, with what the others leave of the iteration and of the pages."""
-        if not self._draft_tokens:
-            return
-        tokens_left = self._limits.max_batch_tokens - sum(chunk.num_tokens for chunk in decision.chunks)
-        new_pages = sum(c.num_pages - len(s.pages) for c, s in zip(decision.chunks, sequences, strict=True))
-        room = DraftRoom(tokens_left, self.pool.num_free - new_pages, self._limits.page_tokens)
-        pages = [chunk.num_pages for chunk in decision.chunks]
-        wishes = [min(self._draft_tokens, draft_limit(s, self.max_context_tokens)) for s in sequences]
-        granted = split_room(room, [len(s.tokens) for s in sequences], pages, wishes)
-        asked = [(s, most) for s, most in zip(sequences, granted, strict=True) if most > 0]
-        guesses = self._drafter.propose([Ask(s.request_id, s.tokens, most, s.params) for s, most in asked])
-        for (sequence, most), guess in zip(asked, guesses, strict=True):
-            sequence.draft = allowed_draft(sequence, guess[:most], self.vocab_size)
-
     def _after(self, sequences: Sequence[SequenceState], pieces: Sequence[Piece], logits_RV: Tensor) -> list[Event]:
-        """Choose tokens for the sequences whose every token is computed."""
+        """Choose tokens for the sequences whose every token is computed; the others go on with their prompts."""
+        # The largest logit is NaN or infinite where any is NaN or all are; one look for the whole batch.
+        sound_R = torch.isfinite(logits_RV.amax(dim=-1)).tolist()
         ready: list[SequenceState] = []
         first_rows: list[int] = []
+        events: list[Event] = []
         row = 0
         for sequence, piece in zip(sequences, pieces, strict=True):
             if wants_prompt_logprobs(sequence):
@@ -249,36 +362,45 @@ class Engine:
             if sequence.num_computed >= len(sequence.tokens):
                 ready.append(sequence)
                 first_rows.append(row - 1 - len(sequence.draft))
-        events: list[Event] = []
-        for result in advance(ready, first_rows, logits_RV, self._ends):
-            events += self._settle(result)
+            elif sound_R[row - 1]:
+                # Only now: nobody may find keys and values that made logits unsound.
+                self._holdings.remember(sequence, tail=sequence.num_computed == sequence.num_prompt)
+            else:
+                events += self._fail(sequence, UNSOUND)
+        ends = [first + len(sequence.draft) + 1 for sequence, first in zip(ready, first_rows, strict=True)]
+        for result, first, end in zip(advance(ready, first_rows, logits_RV, self._ends), first_rows, ends, strict=True):
+            events += self._settle(result, sound=all(sound_R[first:end]))
         return events
 
-    def _settle(self, result: Advanced) -> list[Event]:
-        """Give pages back or keep them, as the sequence is over or goes on."""
+    def _settle(self, result: Advanced, *, sound: bool) -> list[Event]:
+        """Give pages back or keep them, as the sequence is over or goes on. `sound`: the logits of every guess are."""
         sequence, events = result.sequence, list[Event](result.events)
         drafted, sequence.draft = bool(sequence.draft), []
-        if result.problem is not None and drafted:
-            # A guess may be a token whose weights are NaN: what it touched is computed again, without guesses.
-            sequence.may_draft = False
-            self._preempt(sequence)
-        elif result.problem is not None:
-            self.cancel(sequence.request_id)
-            events.append(FailedEvent(sequence.request_id, RequestError(sequence.request_id, result.problem)))
-        elif result.finished or sequence.prefill_only:
+        if result.problem is not None and not drafted:
+            return [*events, *self._fail(sequence, result.problem)]
+        # The last token chosen is not computed; what wrong guesses left behind is overwritten by the next tokens.
+        sequence.num_computed = len(sequence.tokens) - 1
+        if result.finished or sequence.prefill_only:
             self._running.remove(sequence)
             self._drafter.forget(sequence.request_id)
+            if sound:
+                self._holdings.remember(sequence, tail=True)
             if sequence.prefill_only:
                 self._taken[sequence.request_id] = sequence
             else:
-                self.pool.free(sequence.pages)
-        elif drafted:
-            # What wrong guesses left behind them is overwritten by the next tokens; pages only they needed go back.
-            sequence.num_computed = len(sequence.tokens) - 1
-            needed = self.pool.layout.num_pages(len(sequence.tokens))
-            self.pool.free(sequence.pages[needed:])
-            del sequence.pages[needed:]
+                self._holdings.release(sequence)
+        elif result.problem is not None or not sound:
+            # A guess may be a token whose weights are NaN: what it touched is computed again, without guesses.
+            sequence.may_draft = False
+            self._preempt(sequence, offload=False)
+        else:
+            self._holdings.remember(sequence, tail=sequence.num_computed == sequence.num_prompt)
+            self._holdings.shrink(sequence, self.pool.layout.num_pages(len(sequence.tokens)))
         return events
+
+    def _fail(self, sequence: SequenceState, reason: str) -> list[Event]:
+        self.cancel(sequence.request_id)
+        return [FailedEvent(sequence.request_id, RequestError(sequence.request_id, reason))]
 
     def _check_against(self, model: PreTrainedModel) -> None:
         """Refuse a model whose packed, paged logits are not its plain ones."""
@@ -313,8 +435,20 @@ class Engine:
         return logits
 
 
-def _rows(sequences: Sequence[SequenceState]) -> list[Row]:
-    return [Row(s.request_id, len(s.tokens), s.num_computed, len(s.pages)) for s in sequences]
+def _rank(sequence: SequenceState) -> tuple[int, int]:
+    """The first in this order is never preempted for another."""
+    return -sequence.terms.priority, sequence.arrival
+
+
+def _prefix_cache(pool: PagePool, config: EngineConfig) -> PrefixCache | None:
+    """A model with recurrent state must get none: pages alone do not bring its state back."""
+    return PrefixCache(pool) if config.prefix_cache else None
+
+
+def _offload(pool: PagePool, config: EngineConfig) -> PageOffload | None:
+    if not config.offload_bytes:
+        return None
+    return PageOffload(pool, DramTier(config.offload_bytes, device=pool.device))
 
 
 def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from farspan.engine.terms import PLAIN_TERMS, Terms
 from farspan.errors import FarspanError
+from farspan.kv.offload import OffloadedPages
+from farspan.kv.prefix import PrefixChain
 
 if TYPE_CHECKING:
     from farspan.engine.history import History
@@ -101,6 +104,15 @@ class SequenceState:
     """Guessed tokens after `tokens`, checked in this iteration."""
     may_draft: bool = True
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    terms: Terms = PLAIN_TERMS
+    last_step: int = 0
+    """The iteration it was last computed in, or came in."""
+    chain: PrefixChain | None = None
+    """Names of its pages, for the prefix cache."""
+    kept: OffloadedPages | None = None
+    """Its `num_computed` tokens in host memory, while it holds no pages."""
+    num_found: int = 0
+    """Tokens of the prompt that an earlier request had computed."""
 
     @property
     def num_answered(self) -> int:

@@ -20,6 +20,8 @@ from farspan.engine.request import SamplingParams, TokenLogprobs
 from farspan.engine.steer import steer
 from farspan.engine.warp import warp
 
+UNSOUND = "the model computed NaN or infinite logits for this prompt"
+
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
@@ -80,5 +82,5 @@ def _draw(scores_NV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
 
 def _problem(finite: bool, allowed: bool) -> str | None:
     if not finite:
-        return "the model computed NaN or infinite logits for this prompt"
+        return UNSOUND
     return None if allowed else "no token is allowed here: grammar, min_tokens and logit_bias exclude each other"

@@ -6,6 +6,7 @@ B bytes of a page.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -17,8 +18,10 @@ from farspan.kv.layout import KvLayout
 
 
 class PagePool:
-    """A fixed number of pages in one block of memory, each free, held (with a count of holders) or quarantined.
+    """A fixed number of pages in one block of memory, each free, held (with a count of holders), idle or quarantined.
 
+    An idle page has no holder, but somebody may still ask for its content (kv/prefix.py): it is found until it is
+    allocated anew, the one that waits longest first.
     A quarantined page may still be written by a transfer that nobody waits for any more: it is nobody's until the
     transport says that the transfer is over.
     """
@@ -37,7 +40,11 @@ class PagePool:
         # On the CPU whatever the device is: transports read this table remotely, next to the pages.
         self.epochs_P = torch.zeros(num_pages, dtype=torch.int64)
         self._holders = [0] * num_pages
+        self._num_shared = 0
         self._quarantined: set[int] = set()
+        self._findable: set[int] = set()
+        # Oldest first.
+        self._idle: OrderedDict[int, None] = OrderedDict()
         self._free = list(range(num_pages - 1, -1, -1))
         self._keys, self._values = _layer_views(self.storage_PB, layout)
 
@@ -47,7 +54,13 @@ class PagePool:
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Pages that `alloc` can give: empty ones and idle ones."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def num_idle(self) -> int:
+        """Pages without a holder whose content can still be found."""
+        return len(self._idle)
 
     @property
     def num_quarantined(self) -> int:
@@ -67,9 +80,9 @@ class PagePool:
 
     def alloc(self, count: int) -> list[int] | None:
         """`count` pages with one holder each, all zero, or None (and nothing taken) when there are not enough."""
-        if count > len(self._free):
+        if count > self.num_free:
             return None
-        pages = [self._free.pop() for _ in range(count)]
+        pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
         if pages:
             # First the epoch, then the content: a reader that sees new bytes must also see the new epoch.
             self.epochs_P[pages] += 1
@@ -80,24 +93,68 @@ class PagePool:
         return pages
 
     def retain(self, pages: Sequence[int]) -> None:
-        """One more holder for each page."""
+        """One more holder for each page, which is held or idle."""
         for page in pages:
-            assert self._holders[page] > 0, f"page {page} is not held"
+            assert self._holders[page] > 0 or page in self._idle, f"page {page} is not held"
+            self._idle.pop(page, None)
+            self._num_shared += self._holders[page] == 1
             self._holders[page] += 1
 
     def free(self, pages: Sequence[int]) -> None:
-        """One holder less for each page; a page without holders is free again."""
-        for page in pages:
+        """One holder less for each page; without holders, a findable page is idle and every other page free.
+
+        Last page first: of one sequence, the end is allocated anew before the beginning, without which it is useless.
+        """
+        for page in reversed(pages):
             assert self._holders[page] > 0, f"page {page} is not held"
             self._holders[page] -= 1
+            self._num_shared -= self._holders[page] == 1
             if self._holders[page] == 0:
-                self._free.append(page)
+                if page in self._findable:
+                    self._idle[page] = None
+                else:
+                    self._free.append(page)
+
+    def holders(self, page: int) -> int:
+        return self._holders[page]
+
+    def num_own(self, pages: Sequence[int]) -> int:
+        """How many of the pages of one holder nobody else holds."""
+        return sum(self._holders[page] == 1 for page in pages) if self._num_shared else len(pages)
+
+    def make_findable(self, page: int) -> None:
+        """Keep the content of a held page after its last holder, until the page is allocated anew."""
+        assert self._holders[page] > 0, f"page {page} is not held"
+        self._findable.add(page)
+
+    def is_findable(self, page: int) -> bool:
+        """Whether the page still has the content it had when it became findable."""
+        return page in self._findable
+
+    def copy(self, source: int, target: int) -> None:
+        """Give a held page the content of another."""
+        assert self._holders[target] == 1, f"page {target} has {self._holders[target]} holders"
+        self.storage_PB[target] = self.storage_PB[source]
+
+    def take_over(self, page: int) -> None:
+        """Allocate an idle page with the content it has: nobody finds it any more."""
+        del self._idle[page]
+        self._findable.remove(page)
+        self.epochs_P[page] += 1
+        self._holders[page] = 1
+
+    def _evict(self) -> int:
+        page, _ = self._idle.popitem(last=False)
+        self._findable.remove(page)
+        return page
 
     def quarantine(self, pages: Sequence[int]) -> None:
         """Take pages with exactly one holder out of use until `release_quarantine`."""
         for page in pages:
             assert self._holders[page] == 1, f"page {page} has {self._holders[page]} holders"
             self._holders[page] = 0
+            # Whatever it held may be overwritten at any moment.
+            self._findable.discard(page)
             self._quarantined.add(page)
 
     def release_quarantine(self, pages: Sequence[int]) -> None:
@@ -115,13 +172,16 @@ class PagePool:
 
     def check_integrity(self) -> None:
         """Raises EngineError unless every page is in exactly one state."""
-        states = [set(self._free), {p for p, count in enumerate(self._holders) if count > 0}, self._quarantined]
-        total = len(self._free) + len(states[1]) + len(states[2])
+        held = {p for p, count in enumerate(self._holders) if count > 0}
+        states = [set(self._free), held, set(self._idle), self._quarantined]
+        total = len(self._free) + len(held) + len(self._idle) + len(self._quarantined)
         if total != self.num_pages or len(set().union(*states)) != self.num_pages:
             raise EngineError(
-                f"KV pages lost or doubly owned: {len(self._free)} free + {len(states[1])} held + "
-                f"{len(states[2])} quarantined is not {self.num_pages}"
+                f"KV pages lost or doubly owned: {len(self._free)} free + {len(held)} held + {len(self._idle)} idle + "
+                f"{len(self._quarantined)} quarantined is not {self.num_pages}"
             )
+        if wrong := (set(self._idle) - self._findable) | (self._findable & (states[0] | self._quarantined)):
+            raise EngineError(f"KV page {min(wrong)} is idle without content, or found without a right to it")
 
 
 def _layer_views(storage_PB: Tensor, layout: KvLayout) -> tuple[list[Tensor], list[Tensor]]:

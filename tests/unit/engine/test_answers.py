@@ -125,7 +125,7 @@ def test_log_probabilities_of_a_prompt_survive_a_preemption_in_the_middle_of_it(
     expected = engine.generate([prompt], params)[0].prompt_logprobs
     engine.add("r", prompt, params)
     assert engine.step() == []
-    engine._preempt(engine._running[0])
+    engine._preempt(engine._running[0], offload=False)
     events = [event for _ in range(5) for event in engine.step()]
     assert isinstance(events[0], TokenEvent)
     found = events[0].prompt_logprobs

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from tests.unit.engine.tiny import ARCHITECTURES, VOCAB, engine_config, prompts, reference, tiny_model
@@ -65,61 +63,29 @@ def test_requests_arriving_at_different_times_do_not_change_each_other():
     assert answers == expected
 
 
-def test_preemption_under_a_tiny_pool_changes_no_token():
+@pytest.mark.parametrize("settings", [{"prefix_cache": False}, {}, {"offload_bytes": 1024 * 1024}], ids=str)
+def test_preemption_under_a_tiny_pool_changes_no_token(settings):
     model = tiny_model()
     asked = prompts(10, 12, 14, 9)
     params = SamplingParams(max_tokens=30)
     expected = [reference(model, prompt, 30) for prompt in asked]
     page_bytes = Engine(tiny_model(), engine_config()).pool.layout.page_bytes
-    engine = Engine(model, engine_config(kv_bytes=14 * page_bytes))
-    preempted: set[str] = set()
+    engine = Engine(model, engine_config(kv_bytes=14 * page_bytes, **settings))
+    preempted: list[bool] = []
     preempt = engine._preempt
 
-    def count(sequence):
-        preempted.add(sequence.request_id)
-        preempt(sequence)
+    def count(sequence, *, offload):
+        # Forced: what is cheaper depends on how busy the machine is.
+        preempt(sequence, offload=True)
+        preempted.append(sequence.kept is not None)
 
     engine._preempt = count
     answers = engine.generate(asked, params)
     assert [list(answer.tokens) for answer in answers] == expected
     assert preempted, "the pool was not small enough to prove anything"
+    assert all(kept == ("offload_bytes" in settings) for kept in preempted)
     engine.check_integrity()
     assert engine.pool.num_free == engine.pool.num_pages == 14
-
-
-@pytest.mark.parametrize("num_events", [1000, pytest.param(30_000, marks=pytest.mark.soak)])
-def test_random_events_leave_no_page_lost_and_answer_everyone_once(num_events):
-    model = tiny_model()
-    page_bytes = Engine(tiny_model(), engine_config()).pool.layout.page_bytes
-    engine = Engine(model, engine_config(kv_bytes=40 * page_bytes, max_batch_tokens=24, max_sequences=5))
-    chance = random.Random(7)
-    open_requests: set[str] = set()
-    finished: list[str] = []
-    for number in range(num_events):
-        action = chance.random()
-        if action < 0.15:
-            prompt = [chance.randrange(VOCAB) for _ in range(chance.randint(1, 40))]
-            engine.add(f"r{number}", prompt, SamplingParams(max_tokens=chance.randint(1, 25)))
-            open_requests.add(f"r{number}")
-        elif action < 0.2 and open_requests:
-            victim = chance.choice(sorted(open_requests))
-            assert engine.cancel(victim)
-            open_requests.remove(victim)
-        else:
-            for event in engine.step():
-                assert event.request_id in open_requests
-                if event.finish:
-                    open_requests.remove(event.request_id)
-                    finished.append(event.request_id)
-        engine.check_integrity()
-    while open_requests:
-        for event in engine.step():
-            if event.finish:
-                open_requests.remove(event.request_id)
-                finished.append(event.request_id)
-    assert len(finished) == len(set(finished)) > 50
-    assert engine.pool.num_free == engine.pool.num_pages
-    assert not engine.has_work
 
 
 def test_an_answer_resumed_after_any_token_goes_on_the_same_also_when_sampled():

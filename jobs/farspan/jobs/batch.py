@@ -1,0 +1,135 @@
+"""A file of prompts answered by many engines on Ray: each is an actor, this process alone reads and writes files."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import ray
+import torch
+
+from farspan.config.load import dump_config, parse_config
+from farspan.config.schema import EngineConfig
+from farspan.engine.offline import OfflineEngine, Progress, in_blocks, order_lines, unanswered
+from farspan.engine.prompts import Answered, AnswerFile, Prompt, read_prompts
+from farspan.engine.request import SamplingParams
+from farspan.errors import ClusterError, FarspanError
+from farspan.models.checkpoint import load_tokenizer
+from farspan.storage.publish import fetch_folder
+
+# Prompts an engine is given at a time; neighbours share what they begin with, so they stay together.
+_SHARE_PROMPTS = 64
+_TRIES = 3
+
+
+class _Worker:
+    """One engine in a process of its own."""
+
+    def __init__(self, model: str, config: str) -> None:
+        settings = parse_config(EngineConfig, config)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        with tempfile.TemporaryDirectory(prefix="farspan-batch-") as scratch:
+            self._offline = OfflineEngine.open(fetch_folder(model, Path(scratch), require_manifest=False), settings)
+
+    def answer(self, prompts: list[Prompt]) -> list[Answered]:
+        return list(self._offline.answers(prompts))
+
+
+class _Crew:
+    """Engines that come and go, and who works on what."""
+
+    def __init__(self, model: str, config: EngineConfig, num_engines: int) -> None:
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+        self._make = ray.remote(num_cpus=max(config.threads, 1), num_gpus=gpus)(_Worker)
+        self._arguments = (model, dump_config(config))
+        self._engines = [self._make.remote(*self._arguments) for _ in range(num_engines)]
+        self._working: dict[ray.ObjectRef, tuple[int, list[Prompt], int]] = {}
+
+    def answers(self, shares: Iterator[list[Prompt]]) -> Iterator[list[Answered]]:
+        """
+        Raises:
+            ClusterError: engines died over the same prompts again and again. And what an engine raises.
+        """
+        for place in range(len(self._engines)):
+            self._give(place, next(shares, None))
+        while self._working:
+            (ready,), _ = ray.wait(list(self._working), num_returns=1)
+            place, share, tries = self._working.pop(ready)
+            try:
+                answers = ray.get(ready)
+            except ray.exceptions.RayActorError as problem:
+                if problem.actor_init_failed:
+                    raise _cause(problem) from None
+                if tries == _TRIES:
+                    named = f"{share[0].id} .. {share[-1].id}"
+                    raise ClusterError(f"{tries} engines died over the prompts {named}: {problem}") from None
+                self._engines[place] = self._make.remote(*self._arguments)
+                self._give(place, share, tries + 1)
+                continue
+            except ray.exceptions.RayError as problem:
+                raise _cause(problem) from None
+            self._give(place, next(shares, None))
+            yield answers
+
+    def _give(self, place: int, share: list[Prompt] | None, tries: int = 1) -> None:
+        if share is not None:
+            self._working[self._engines[place].answer.remote(share)] = (place, share, tries)
+
+    def dismiss(self) -> None:
+        for engine in self._engines:
+            ray.kill(engine)
+
+
+def run_batch(
+    model: str,
+    config: EngineConfig,
+    prompts: Path,
+    output: Path,
+    params: SamplingParams,
+    num_engines: int,
+    tell: Callable[[Progress], None],
+) -> Progress:
+    """`engine.offline.run_offline` with many engines, on the Ray this process is connected to.
+
+    `model` must be readable from every node. Raises what that raises, and ClusterError.
+    """
+    progress = Progress()
+    answers = AnswerFile(output)
+    crew = None
+    try:
+        with tempfile.TemporaryDirectory(prefix="farspan-batch-") as scratch:
+            tokenizer = load_tokenizer(fetch_folder(model, Path(scratch), require_manifest=False))
+
+        def note(done: list[Answered]) -> None:
+            answers.append(done)
+            for answer in done:
+                progress.count(answer)
+            tell(progress)
+
+        def askable() -> Iterator[Prompt]:
+            for line in order_lines(unanswered(read_prompts(prompts, tokenizer, params), answers, progress)):
+                if isinstance(line, Prompt):
+                    yield line
+                else:
+                    note([line])
+
+        crew = _Crew(model, config, num_engines)
+        for done in crew.answers(in_blocks(askable(), _SHARE_PROMPTS)):
+            note(done)
+    finally:
+        if crew is not None:
+            crew.dismiss()
+        answers.close()
+    return progress
+
+
+def _cause(problem: BaseException) -> FarspanError:
+    """Our own error out of the layers Ray wraps around it."""
+    seen: BaseException | None = problem
+    while seen is not None:
+        if isinstance(seen, FarspanError) and not isinstance(seen, ray.exceptions.RayError):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return ClusterError(f"an engine on Ray failed: {str(problem).strip().splitlines()[-1]}; look at Ray's logs")

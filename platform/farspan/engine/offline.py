@@ -1,0 +1,163 @@
+"""Many prompts, answered as fast as one engine can: ordered by what they share, always more waiting than fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from farspan.config.schema import EngineConfig
+from farspan.engine.engine import Engine
+from farspan.engine.groups import group_by_prefix
+from farspan.engine.prompts import Answered, AnswerFile, Line, Prompt, read_prompts
+from farspan.engine.request import FailedEvent, SamplingParams
+from farspan.errors import EngineError, RequestError
+from farspan.models.checkpoint import load_causal_lm, load_tokenizer
+
+Item = TypeVar("Item")
+
+# Prompts that are ordered together: shared beginnings further apart are found while their pages last.
+BLOCK_PROMPTS = 1024
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a batch is. `skipped`: answered by an earlier run."""
+
+    answered: int = 0
+    failed: int = 0
+    skipped: int = 0
+    tokens: int = 0
+
+    def count(self, answer: Answered) -> None:
+        if answer.error is None:
+            self.answered += 1
+        else:
+            self.failed += 1
+        self.tokens += len(answer.tokens)
+
+
+class OfflineEngine:
+    """An engine that is asked many things at once."""
+
+    def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase | None, max_sequences: int) -> None:
+        """Without a tokenizer, prompts and answers are tokens."""
+        self.engine, self.tokenizer = engine, tokenizer
+        # Twice as many as run side by side: whoever ends is followed at once.
+        self._window = 2 * max_sequences
+
+    @classmethod
+    def open(cls, folder: Path, config: EngineConfig) -> OfflineEngine:
+        """The model and tokenizer of a Hugging Face folder, on the GPU where there is one.
+
+        Raises:
+            CheckpointError: an incomplete folder.
+            ModelError: a model that cannot be run exactly.
+        """
+        model = load_causal_lm(folder, getattr(torch, config.dtype))
+        if torch.cuda.is_available():
+            model = model.to("cuda")
+        tokenizer = load_tokenizer(folder)
+        return cls(Engine(model, config, tokenizer=tokenizer), tokenizer, config.max_sequences)
+
+    def answers(self, lines: Iterable[Line]) -> Iterator[Answered]:
+        """An answer for every line, as soon as it is there; a line that cannot be answered fails alone.
+
+        Raises EngineError when nothing can be computed because the KV pages are held by somebody else.
+        """
+        ahead = order_lines(lines)
+        asked: dict[str, tuple[Prompt, list[int]]] = {}
+        exhausted = False
+        try:
+            while asked or not exhausted:
+                while len(asked) < self._window and not exhausted:
+                    line = next(ahead, None)
+                    exhausted = line is None
+                    if isinstance(line, Answered):
+                        yield line
+                    elif line is not None and (refused := self._ask(line)) is not None:
+                        yield refused
+                    elif line is not None:
+                        asked[line.id] = (line, [])
+                yield from self._step(asked)
+        finally:
+            for request_id in asked:
+                self.engine.cancel(request_id)
+
+    def _ask(self, prompt: Prompt) -> Answered | None:
+        try:
+            self.engine.add(prompt.id, prompt.tokens, prompt.params)
+        except RequestError as problem:
+            return Answered(prompt.id, prompt.line, error=problem.reason)
+        return None
+
+    def _step(self, asked: dict[str, tuple[Prompt, list[int]]]) -> Iterator[Answered]:
+        events = self.engine.step()
+        if self.engine.stalled:
+            raise EngineError("the KV pages are held elsewhere; nothing can be computed")
+        for event in events:
+            prompt, tokens = asked[event.request_id]
+            if isinstance(event, FailedEvent):
+                del asked[event.request_id]
+                reason = event.error.reason if isinstance(event.error, RequestError) else str(event.error)
+                yield Answered(prompt.id, prompt.line, error=reason)
+                continue
+            tokens.append(event.token)
+            if event.finish:
+                del asked[event.request_id]
+                text = None if self.tokenizer is None else self.tokenizer.decode(tokens, skip_special_tokens=True)
+                yield Answered(prompt.id, prompt.line, tuple(tokens), text, event.finish, len(prompt.tokens))
+
+
+def order_lines(lines: Iterable[Line]) -> Iterator[Line]:
+    """The same lines, block by block, neighbours sharing as much as they can; what is refused comes first."""
+    for block in in_blocks(lines, BLOCK_PROMPTS):
+        yield from (line for line in block if isinstance(line, Answered))
+        prompts = [line for line in block if isinstance(line, Prompt)]
+        groups = group_by_prefix([p.tokens for p in prompts], [p.params.max_tokens for p in prompts])
+        yield from (prompts[member] for group in groups for member in group.members)
+
+
+def in_blocks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Consecutive blocks of at most `size`, each read when it is asked for."""
+    ahead = iter(items)
+    while block := list(islice(ahead, size)):
+        yield block
+
+
+def unanswered(lines: Iterable[Line], done: AnswerFile, progress: Progress) -> Iterator[Line]:
+    """The lines an earlier run has not answered."""
+    for line in lines:
+        key = line.key if isinstance(line, Answered) else line.id
+        if key in done.done:
+            progress.skipped += 1
+        else:
+            yield line
+
+
+def run_offline(
+    offline: OfflineEngine, prompts: Path, output: Path, params: SamplingParams, tell: Callable[[Progress], None]
+) -> Progress:
+    """Answer a file of prompts; run again after a stop, it goes on with what is missing.
+
+    Raises:
+        NotFoundError: no such prompts.
+        EngineError: another process writes the answers.
+        CorruptDataError: `output` holds something else.
+    """
+    progress = Progress()
+    answers = AnswerFile(output)
+    try:
+        lines = read_prompts(prompts, offline.tokenizer, params)
+        for answer in offline.answers(unanswered(lines, answers, progress)):
+            answers.append([answer])
+            progress.count(answer)
+            tell(progress)
+    finally:
+        answers.close()
+    return progress

@@ -1,0 +1,38 @@
+"""`farspan batch` as a user types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.unit.serve.tiny_folder import write_tiny_model
+
+from farspan.cli.main import run
+
+
+def test_a_file_is_answered_and_what_the_user_got_wrong_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, prompts, output = tmp_path / "model", tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_tiny_model(model)
+    prompts.write_text('{"id": "a", "prompt": "import os"}\n{"id": "b"}\n')
+    line = ["batch", str(prompts), "--model", str(model), "--output", str(output), "--max-tokens", "5"]
+    settings = ["engine.dtype=float64", "engine.kv_bytes=4194304"]
+    assert run([*line, *settings]) == 0
+    assert "1 answers, 5 tokens" in capsys.readouterr().out
+    answers = {record["id"]: record for record in map(json.loads, output.read_text().splitlines())}
+    assert len(answers["a"]["tokens"]) == 5
+    assert "exactly one of" in answers["b"]["error"]
+    assert run([*line, *settings]) == 0
+    assert "2 were there already" in capsys.readouterr().out
+    for wrong, reason in (
+        ([*line, "engine.dtype=int8"], "engine.dtype: must be"),
+        ([*line, "engine.page=3"], "did you mean"),
+        ([*line, "--join"], "--join: must come with --engines"),
+        (["batch", str(prompts), "--model", str(model), "--output", str(prompts)], "must not be the file of prompts"),
+        (["batch", str(prompts), "--model", str(model), "--output", "s3://bucket/out"], "must be a file on a disk"),
+        (["batch", str(prompts), "--output", str(output)], "--model"),
+    ):
+        assert run(wrong) == 2
+        assert reason in " ".join(capsys.readouterr().err.split())

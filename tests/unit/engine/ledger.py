@@ -1,0 +1,80 @@
+"""A runner that computes nothing: it writes tokens into pages, and the next token is a function of what it reads there.
+
+An engine on it answers right only if every page of every sequence holds what the sequence computed.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Sequence
+
+import torch
+from tests.unit.engine.tiny import VOCAB, engine_config, tiny_model
+from torch import Tensor
+
+from farspan.engine.engine import Engine
+from farspan.engine.runner import Piece
+from farspan.kv.pages import PagePool
+
+
+def next_token(history: Sequence[int]) -> int:
+    return zlib.crc32(array("q", history).tobytes()) % VOCAB
+
+
+def answer(prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """What an engine on a ledger must say."""
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class Clock:
+    """Time that passes when told."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Ledger:
+    """Takes the place of an engine's runner."""
+
+    def __init__(self, pool: PagePool, clock: Clock) -> None:
+        self._pool, self._clock = pool, clock
+        self._slots_PS = pool.keys_PSGD(0)[:, :, 0, 0]
+        self.num_tokens = 0
+
+    def run(self, pieces: Sequence[Piece]) -> Tensor:
+        logits_NV = torch.zeros(len(pieces), VOCAB, dtype=torch.float64)
+        for row, piece in enumerate(pieces):
+            logits_NV[row, next_token(self._compute(piece))] = 1.0
+        return logits_NV
+
+    def _compute(self, piece: Piece) -> list[int]:
+        size = self._pool.layout.page_tokens
+        end = piece.past + len(piece.tokens)
+        written = set(piece.pages[piece.past // size : self._pool.layout.num_pages(end)])
+        assert all(self._pool.holders(page) == 1 for page in written), "a page that others hold was written"
+        history_S = self._slots_PS[list(piece.pages)].flatten()
+        history_S[piece.past : end] = torch.tensor(piece.tokens, dtype=torch.float64)
+        self._slots_PS[list(piece.pages)] = history_S.view(-1, size)
+        self.num_tokens += len(piece.tokens)
+        self._clock.now_s += 1e-4 * len(piece.tokens)
+        return [int(token) for token in history_S[:end].tolist()]
+
+
+def ledger_engine(num_pages: int, clock: Clock | None = None, **settings: object) -> tuple[Engine, Ledger]:
+    """An engine on a ledger with so many pages."""
+    model = tiny_model(num_hidden_layers=1)
+    page_tokens = int(str(settings.get("page_tokens", 4)))
+    page_bytes = page_tokens * 2 * (8 + 8) * 8
+    clock = clock or Clock()
+    engine = Engine(model, engine_config(kv_bytes=num_pages * page_bytes, **settings), clock=clock)
+    assert engine.pool.num_pages == num_pages
+    ledger = Ledger(engine.pool, clock)
+    engine._runner = ledger  # type: ignore[assignment]
+    return engine, ledger

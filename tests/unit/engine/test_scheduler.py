@@ -1,0 +1,139 @@
+"""The next iteration, as plain values."""
+
+from __future__ import annotations
+
+from farspan.engine.fairness import Claim, Service, fair_order
+from farspan.engine.scheduler import Chunk, Costs, Limits, Preemption, Row, schedule
+
+LIMITS = Limits(max_batch_tokens=32, max_sequences=4, page_tokens=4)
+
+
+def decoding(name: str, num_tokens: int = 9, **more: object) -> Row:
+    return Row(name, num_tokens, num_tokens - 1, -(-(num_tokens - 1) // 4), **more)  # type: ignore[arg-type]
+
+
+def test_decode_goes_first_and_prompts_get_the_rest_of_the_budget_in_chunks():
+    running = [Row("long", 100, 10, 3), decoding("a"), decoding("b")]
+    decision = schedule(running, [], 100, LIMITS)
+    assert decision.chunks == (Chunk("a", 1, 3), Chunk("b", 1, 3), Chunk("long", 30, 10))
+
+
+def test_quotas_make_an_engine_a_prefill_worker_a_decode_worker_or_a_mix():
+    running = [Row("long", 100, 10, 3), decoding("a"), decoding("b")]
+    waiting = [Row("new", 6, 0, 0)]
+
+    def names(prefill, decode):
+        limits = Limits(32, 4, 4, prefill_tokens=prefill, decode_tokens=decode)
+        return [(chunk.request_id, chunk.num_tokens) for chunk in schedule(running, waiting, 100, limits).chunks]
+
+    assert names(0, None) == [("a", 1), ("b", 1)]
+    assert names(12, 0) == [("long", 12)]
+    assert names(12, 1) == [("a", 1), ("long", 12)]
+
+
+def test_a_decode_quota_serves_everybody_in_turn():
+    limits = Limits(32, 8, 4, decode_tokens=2)
+    waited = dict.fromkeys("abcde", 1)
+    for _ in range(50):
+        rows = [decoding(name, waited=waited[name]) for name in "abcde"]
+        chosen = [chunk.request_id for chunk in schedule(rows, [], 100, limits).chunks]
+        assert len(chosen) == 2
+        waited = {name: 1 if name in chosen else count + 1 for name, count in waited.items()}
+        assert max(waited.values()) <= 3
+
+
+def test_pages_promised_to_a_running_prompt_are_not_given_to_whoever_comes_later():
+    limits = Limits(32, 4, 4, prefill_tokens=4)
+    running = [Row("long", 40, 20, 5)]
+    arrived = Row("arrived", 9, 8, 2)
+
+    def names(free):
+        return [c.request_id for c in schedule(running, [arrived], free, limits, parked=[arrived]).chunks]
+
+    # 1 page now and 4 later are the running prompt's, 1 is for its growth, 1 is what the newcomer needs.
+    assert names(6) == ["long"]
+    assert names(7) == ["long", "arrived"]
+
+
+def test_a_prompt_holds_pages_only_for_what_is_computed():
+    decision = schedule([], [Row("long", 40, 0, 0)], 100, Limits(8, 4, 4))
+    assert decision.chunks == (Chunk("long", 8, 2),)
+
+
+def test_what_is_found_is_neither_computed_nor_paid_for_unless_nobody_holds_it():
+    found = Row("new", 20, 0, 0, hit_tokens=16, hit_pages=4, hit_idle=0)
+    assert schedule([], [found], 1, LIMITS).chunks == (Chunk("new", 4, 5),)
+    idle = Row("new", 20, 0, 0, hit_tokens=16, hit_pages=4, hit_idle=4)
+    assert schedule([], [idle], 4, LIMITS).chunks == ()
+    assert schedule([], [idle], 5, LIMITS).chunks == (Chunk("new", 4, 5),)
+
+
+def test_a_request_waits_for_a_page_that_another_computes_and_keeps_nobody_from_coming_in():
+    first = Row("first", 20, 0, 0, next_page=b"shared")
+    second = Row("second", 20, 0, 0, next_page=b"shared")
+    other = Row("other", 3, 0, 0)
+    assert [c.request_id for c in schedule([], [first, second, other], 100, LIMITS).chunks] == ["first", "other"]
+    running = [Row("first", 20, 4, 1, next_page=b"shared")]
+    assert [c.request_id for c in schedule(running, [second], 100, LIMITS).chunks] == ["first"]
+
+
+def test_the_last_in_rank_gives_its_pages_to_the_first_and_nobody_comes_in_meanwhile():
+    running = [decoding("old"), decoding("young")]
+    decision = schedule(running, [Row("new", 1, 0, 0)], 0, LIMITS)
+    assert decision.preempted == (Preemption("young"),)
+    assert [chunk.request_id for chunk in decision.chunks] == ["old"]
+
+
+def test_shared_pages_do_not_count_as_freed():
+    running = [decoding("old"), decoding("b", 13), decoding("c", num_own=0)]
+    decision = schedule(running, [], 0, LIMITS)
+    assert [p.request_id for p in decision.preempted] == ["c", "b"]
+
+
+def test_a_higher_priority_takes_sequences_and_pages_from_lower_ones_only_if_that_helps():
+    low = [decoding("x"), decoding("y")]
+    urgent = Row("urgent", 8, 0, 0, priority=1)
+    assert schedule(low, [urgent], 1, LIMITS).preempted == (Preemption("y"),)
+    assert schedule([*low, decoding("z"), decoding("w")], [urgent], 50, LIMITS).preempted == (Preemption("w"),)
+    assert schedule(low, [Row("huge", 80, 0, 0, priority=1)], 2, LIMITS).preempted == ()
+    assert schedule(low, [Row("equal", 8, 0, 0)], 2, LIMITS).preempted == ()
+
+
+def test_pages_are_kept_in_host_memory_when_that_is_cheaper_than_computing_and_there_is_room():
+    running = [decoding("old"), decoding("young")]
+
+    def offloaded(token_s, page_s, room):
+        costs = Costs(token_s, page_s, room)
+        (preemption,) = schedule(running, [], 0, LIMITS, costs=costs).preempted
+        return preemption.offload
+
+    assert offloaded(1.0, 1.0, 2)
+    assert not offloaded(1.0, 5.0, 2), "8 tokens cost 8 s, 2 pages cost 10 s"
+    assert not offloaded(1.0, 1.0, 1)
+    assert not offloaded(0.0, 0.0, 100)
+
+
+def test_how_many_run_side_by_side_follows_from_memory():
+    limits = Limits(1000, 1000, 4)
+    waiting = [Row(f"r{i}", 8, 0, 0) for i in range(100)]
+    # Each takes 2 pages and keeps 1 for every sequence that is running already.
+    assert len(schedule([], waiting, 60, limits).chunks) == 20
+    assert len(schedule([], waiting, 600, limits).chunks) == 100
+
+
+def test_tenants_are_interleaved_whatever_the_length_of_their_lines():
+    claims = [Claim(f"a{i}", 0, "a", 10) for i in range(6)] + [Claim(f"b{i}", 0, "b", 20) for i in range(2)]
+    assert list(fair_order(claims, {})) == ["a0", "b0", "a1", "a2", "b1", "a3", "a4", "a5"]
+    assert list(fair_order(claims, {"a": 100.0}))[:2] == ["b0", "b1"]
+    assert next(fair_order([*claims, Claim("u", 1, "a", 1)], {"a": 100.0})) == "u"
+
+
+def test_a_tenant_that_was_away_has_no_claim_to_the_time_it_missed():
+    service = Service()
+    service.arrive("a", set())
+    service.charge("a", 1000, decode=False)
+    service.arrive("b", {"a"})
+    assert service.given["b"] == 1000
+    service.charge("b", 10, decode=True)
+    service.arrive("a", {"b"})
+    assert service.given == {"a": 1020, "b": 1020}
