@@ -5,7 +5,6 @@ One thread owns an engine. Pages are the only thing that leaves it: `take` after
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from farspan.config.schema import EngineConfig
-from farspan.engine.probe import discover_layout, plain_logits, refuse_config
+from farspan.engine.path import open_path
 from farspan.engine.request import (
     Completion,
     Event,
@@ -23,15 +22,10 @@ from farspan.engine.request import (
     TokenEvent,
     check_prompt,
 )
-from farspan.engine.runner import Piece, Runner
+from farspan.engine.runner import Piece
 from farspan.engine.sampler import choose_token
 from farspan.engine.scheduler import Limits, Row, schedule
-from farspan.errors import EngineError, ModelError, RequestError
-from farspan.kv.pages import PagePool
-
-# Largest difference of logits, relative to the largest logit, between packed and plain attention.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 1e-1}
-_CHECK_TOKENS = 23
+from farspan.errors import EngineError, RequestError
 
 
 class Engine:
@@ -42,21 +36,21 @@ class Engine:
 
         Raises ModelError when the model cannot be run exactly, EngineError when no page fits into kv_bytes.
         """
-        refuse_config(model.config)
+        path = open_path(model, config)
         text = model.config.get_text_config(decoder=True)
-        self.pool = PagePool(discover_layout(model, config.page_tokens), config.kv_bytes, model.device)
+        self.path, self.pool, self.states, self._runner = path.name, path.pool, path.states, path.runner
+        self.pages_are_all = path.pages_are_all
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
         known = getattr(text, "max_position_embeddings", None) or 2**31
         self.max_context_tokens = min(known, config.max_context_tokens or known)
         self.eos_token_ids = _eos_token_ids(model)
-        self._limits = Limits(config.max_batch_tokens, config.max_sequences, config.page_tokens)
-        self._runner = Runner(model, self.pool)
+        most = config.max_sequences if self.states is None else self.states.num_slots
+        self._limits = Limits(config.max_batch_tokens, most, self.pool.layout.page_tokens)
         self._running: list[SequenceState] = []
         self._waiting: list[SequenceState] = []
         self._taken: dict[str, SequenceState] = {}
         self._num_arrived = 0
         self._stalled = False
-        self._check_against(model)
 
     @property
     def has_work(self) -> bool:
@@ -80,6 +74,8 @@ class Engine:
 
         Raises RequestError when it can never be answered here.
         """
+        if prefill_only:
+            self._refuse_travel(request_id)
         self._enqueue(request_id, prompt, params, answered, prefill_only)
 
     def adopt(
@@ -89,6 +85,7 @@ class Engine:
 
         Raises RequestError, with `pages` still the caller's.
         """
+        self._refuse_travel(request_id)
         assert answered, "a prefill gives the first token"
         assert len(pages) == self.pool.layout.num_pages(len(prompt)), "pages of exactly the prompt"
         sequence = self._enqueue(request_id, prompt, params, answered, False)
@@ -105,10 +102,10 @@ class Engine:
             for sequence in group:
                 if sequence.request_id == request_id:
                     group.remove(sequence)
-                    self.pool.free(sequence.pages)
+                    self._release(sequence)
                     return True
         if sequence_taken := self._taken.pop(request_id, None):
-            self.pool.free(sequence_taken.pages)
+            self._release(sequence_taken)
         return sequence_taken is not None
 
     def step(self) -> list[Event]:
@@ -131,7 +128,9 @@ class Engine:
                 self._waiting.remove(sequence)
                 self._running.append(sequence)
             end = sequence.num_computed + chunk.num_tokens
-            pieces.append(Piece(sequence.tokens[sequence.num_computed : end], sequence.num_computed, sequence.pages))
+            state = self.states.hold(sequence.request_id) if self.states else None
+            todo = sequence.tokens[sequence.num_computed : end]
+            pieces.append(Piece(todo, sequence.num_computed, sequence.pages, state))
             sequences.append(sequence)
         self._running.sort(key=lambda s: s.arrival)
         logits_NV = self._runner.run(pieces)
@@ -165,8 +164,10 @@ class Engine:
         return [Completion(tuple(answers[f"prompt-{i}"]), finished[f"prompt-{i}"]) for i in range(len(prompts))]
 
     def check_integrity(self) -> None:
-        """Raises EngineError when a page is lost or doubly owned."""
+        """Raises EngineError when a page or a state is lost or doubly owned."""
         self.pool.check_integrity()
+        if self.states is not None:
+            self.states.check_integrity([s.request_id for s in self._running])
 
     def _enqueue(
         self,
@@ -195,8 +196,22 @@ class Engine:
         self._waiting.append(sequence)
         return sequence
 
-    def _preempt(self, sequence: SequenceState) -> None:
+    def _refuse_travel(self, request_id: str) -> None:
+        if not self.pages_are_all:
+            raise RequestError(
+                request_id,
+                "this model keeps a state beside its pages, which does not travel to another worker yet; "
+                "compute prompt and answer in one (transfer.colocate_below_tokens)",
+            )
+
+    def _release(self, sequence: SequenceState) -> None:
+        """Give back everything a sequence holds."""
         self.pool.free(sequence.pages)
+        if self.states is not None:
+            self.states.release(sequence.request_id)
+
+    def _preempt(self, sequence: SequenceState) -> None:
+        self._release(sequence)
         sequence.pages, sequence.num_computed = [], 0
         sequence.preemptions += 1
         if sequence in self._running:
@@ -219,7 +234,7 @@ class Engine:
             if sequence.prefill_only:
                 self._taken[sequence.request_id] = sequence
             else:
-                self.pool.free(sequence.pages)
+                self._release(sequence)
         return [TokenEvent(sequence.request_id, token, finish)]
 
     def _finish(self, sequence: SequenceState, token: int) -> str | None:
@@ -228,38 +243,6 @@ class Engine:
             return "stop"
         full = len(sequence.tokens) >= self.max_context_tokens
         return "length" if full or sequence.num_answered >= params.max_tokens else None
-
-    def _check_against(self, model: PreTrainedModel) -> None:
-        """Refuse a model whose packed, paged logits are not its plain ones."""
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(0, self.vocab_size, (2, _CHECK_TOKENS), generator=generator)
-        plain = torch.stack([plain_logits(model, tokens[i])[-1] for i in range(2)])
-        paged = self._paged_logits(tokens)
-        scale = float(plain.abs().max())
-        worst = float((paged - plain).abs().max())
-        # Written so that NaN is refused too.
-        if not worst <= _TOLERANCE.get(model.dtype, 1e-1) * max(scale, 1e-6):
-            raise ModelError(
-                f"{model.config.model_type}: packed and paged logits differ from transformers' by {worst:.3g} "
-                f"(largest logit {scale:.3g}); this model is not served"
-            )
-
-    def _paged_logits(self, tokens: Tensor) -> Tensor:
-        """Last logits of two prompts computed side by side: a chunk each, then one token at a time, then the rest."""
-        count = self.pool.layout.num_pages(_CHECK_TOKENS)
-        pages = [self.pool.alloc(count) for _ in range(2)]
-        if pages[0] is None or pages[1] is None:
-            raise EngineError(
-                f"engine.kv_bytes: holds {self.pool.num_pages} pages, at least {2 * count} are needed; raise it"
-            )
-        logits = torch.empty(0)
-        bounds = (0, 9, 10, 11, _CHECK_TOKENS)
-        for low, high in itertools.pairwise(bounds):
-            rows = [Piece(tokens[i, low:high].tolist(), low, pages[i] or []) for i in range(2)]
-            logits = self._runner.run(rows)
-        for held in pages:
-            self.pool.free(held or [])
-        return logits
 
 
 def _rows(sequences: Sequence[SequenceState]) -> list[Row]:

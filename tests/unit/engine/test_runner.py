@@ -38,8 +38,8 @@ def test_decode_logits_of_grouped_rows_equal_plain_logits(gather_pages):
     gathered: list[int] = []
 
     class Watched(Runner):
-        def _decode_rows(self, rows):
-            groups = super()._decode_rows(rows)
+        def _decode_rows(self, rows, rule):
+            groups = super()._decode_rows(rows, rule)
             gathered.extend(group.tables_BN.numel() for group in groups)
             return groups
 
