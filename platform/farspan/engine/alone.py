@@ -103,4 +103,6 @@ def _tensors(x: Any) -> Iterator[Tensor]:
         for value in x:
             yield from _tensors(value)
     elif hasattr(x, "__dict__") and not isinstance(x, (type, torch.nn.Module)) and hasattr(x, "__module__"):
-        yield from _tensors({k: v for k, v in vars(x).items() if isinstance(v, (Tensor, dict, list, tuple)) or k == "layers"})
+        yield from _tensors(
+            {k: v for k, v in vars(x).items() if isinstance(v, (Tensor, dict, list, tuple)) or k == "layers"}
+        )

@@ -1,9 +1,9 @@
 """How a model is run: packed with pages and states, or every sequence alone. Tried out at load, before any request.
 
-    packed            one forward for all sequences
-    packed stepwise   the same; recurrent layers are continued one token at a time
-    alone             one forward for each sequence, with transformers' own cache
-    refused           no path gives what transformers gives: ModelError with all reasons
+packed            one forward for all sequences
+packed stepwise   the same; recurrent layers are continued one token at a time
+alone             one forward for each sequence, with transformers' own cache
+refused           no path gives what transformers gives: ModelError with all reasons
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 # Largest error of the logits, as a part of their norm, between a path and transformers' own forward.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 1e-1}
+# Recurrences compute in single precision whatever the type, and cut differently they differ by that.
+_RECURRENT_TOLERANCE = 2e-3
 _CHECK_TOKENS = (23, 17)
 _CHECK_BOUNDS = (0, 9, 10, 11, 23)
 # A model whose sequences need no pages at all still takes one for each.
@@ -81,6 +83,13 @@ def open_path(model: PreTrainedModel, config: EngineConfig) -> Path:
     """
     refuse_config(model.config)
     own = attention_of(model)
+    if own == ATTENTION_NAME:
+        # An engine had this model before.
+        own = "sdpa" if model._supports_sdpa else "eager"
+        set_attention(model, own)
+    if model.dtype == torch.float64 and model._can_set_experts_implementation():
+        # The grouped kernel knows no double precision.
+        model.set_experts_implementation("eager")
     reasons: list[str] = []
     for attempt in (_open_packed, _open_alone):
         try:
@@ -218,9 +227,7 @@ def _check(
         for low, high in itertools.pairwise(_CHECK_BOUNDS):
             todo = [i for i, prompt in enumerate(prompts) if low < len(prompt)]
             pieces = [
-                Piece(
-                    prompts[i][low:high].tolist(), low, pages[i] or [], states.hold(owners[i]) if states else None
-                )
+                Piece(prompts[i][low:high].tolist(), low, pages[i] or [], states.hold(owners[i]) if states else None)
                 for i in todo
             ]
             got.append(runner.run(pieces))
@@ -233,6 +240,7 @@ def _check(
     wanted = [plain_logits(model, prompt, plain) for prompt in prompts]
     paged, expected = torch.cat(got).double(), torch.stack([wanted[i][end] for i, end in ends]).double()
     error = float((paged - expected).norm() / expected.norm().clamp_min(1e-30))
+    most = max(_TOLERANCE.get(model.dtype, 1e-1), 0.0 if states is None else _RECURRENT_TOLERANCE)
     # Written so that NaN is refused too.
-    if not error <= _TOLERANCE.get(model.dtype, 1e-1):
+    if not error <= most:
         raise ModelError(f"{name} logits differ from transformers' by {error:.2g} of their norm")

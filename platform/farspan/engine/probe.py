@@ -24,7 +24,8 @@ def refuse_config(config: PretrainedConfig) -> None:
     name = text.model_type
     if not getattr(text, "is_decoder", False) and type(text) in MODEL_FOR_MASKED_LM_MAPPING:
         raise ModelError(f"{name}: is an encoder, whose tokens see later ones; only causal decoders are served")
-    if getattr(text, "use_bidirectional_attention", None):
+    # "vision": among the tokens of a picture, which this engine never gets.
+    if getattr(text, "use_bidirectional_attention", None) not in (None, False, "vision"):
         raise ModelError(f"{name}: use_bidirectional_attention lets tokens see later ones; only causal decoders")
     # Its frequencies depend on the longest sequence computed so far: one request would change another.
     if "dynamic" in rope_types(text):

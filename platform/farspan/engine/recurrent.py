@@ -19,7 +19,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
 from farspan.engine.attention import KEYWORD
 from farspan.kv.states import StatePool, StateShape
@@ -99,9 +105,7 @@ class BatchStates:
         """`stepwise`: more than one token of a sequence that has a state are computed one after the other."""
         self._pool, self._stepwise = pool, stepwise
         self._num_layers = 1 + max(state.layer for state in pool.layout.states)
-        self._num_stacked = next(
-            (i for i, s in enumerate(stretches) if s.length != 1 or s.fresh), len(stretches)
-        )
+        self._num_stacked = next((i for i, s in enumerate(stretches) if s.length != 1 or s.fresh), len(stretches))
         self._stretches = stretches[self._num_stacked :]
         self._slots_B = torch.tensor([s.slot for s in stretches[: self._num_stacked]], device=pool.storage_SB.device)
 

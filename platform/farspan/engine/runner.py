@@ -45,7 +45,7 @@ class Runner:
         stepwise: bool = False,
         gather_bytes: int = _GATHER_BYTES,
     ) -> None:
-        self._model, self._pool, self._states, self._survey = model, pool, states, survey
+        self._model, self._pool, self._states, self.survey = model, pool, states, survey
         self._stepwise = stepwise
         layout = pool.layout
         self._gather_pages = gather_bytes * layout.num_layers // max(1, layout.page_bytes)
@@ -95,7 +95,7 @@ class Runner:
             segments.append(Segment(start, len(piece.tokens), piece.past, table))
             start += len(piece.tokens)
         decode = {rule: self._decode_rows(rows, rule) for rule in self._rules}
-        return PagedBatch(self._pool, self._survey.calls, page_T, slots_T % size, decode, segments)
+        return PagedBatch(self._pool, self.survey.calls, page_T, slots_T % size, decode, segments)
 
     def _decode_rows(self, rows: Sequence[tuple[Piece, Tensor]], rule: LayerRule) -> tuple[DecodeRows, ...]:
         widths = [len(self._seen(piece.past, rule)) for piece, _ in rows]

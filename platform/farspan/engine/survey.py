@@ -77,7 +77,7 @@ class WatchedAttention:
         self.found = Survey()
         self._config, self._dtype = model.config, model.dtype
         # Kept, so that no later tensor gets the place of an earlier one.
-        self._keys: list[Tensor] = []
+        self._stored: list[tuple[Tensor, Tensor]] = []
 
     def __call__(
         self, module: nn.Module, window: int | None, q_THD: Tensor, k_TGD: Tensor, v_TGC: Tensor, asked: Asked
@@ -91,10 +91,12 @@ class WatchedAttention:
         if {k_TGD.dtype, v_TGC.dtype} != {self._dtype}:
             raise ModelError(f"{name} has keys of {k_TGD.dtype} in a model of {self._dtype}")
         kernel = choose_backend(Ask.of(q_THD, v_TGC, asked.softcap)).forward
-        store = next((i for i, seen in enumerate(self._keys) if _same(seen, k_TGD)), len(self._keys))
-        writes = store == len(self._keys)
+        # Layers may share keys (Gemma 3n), and may not share the values of the same keys (differential attention).
+        shared = (i for i, seen in enumerate(self._stored) if _same(seen[0], k_TGD) and _same(seen[1], v_TGC))
+        store = next(shared, len(self._stored))
+        writes = store == len(self._stored)
         if writes:
-            self._keys.append(k_TGD)
+            self._stored.append((k_TGD, v_TGC))
             self.found.layers.append(LayerShape(k_TGD.shape[1], k_TGD.shape[2], v_TGC.shape[2]))
         self.found.calls.append(Call(rule, store, writes, kernel))
         self.found.capped |= asked.softcap is not None or asked.sinks_H is not None
