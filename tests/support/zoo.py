@@ -117,7 +117,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"ffn_hidden_size": 48, "expert_ffn_hidden_size": 24, "moe_topk": 2, "zero_expert_num": 1},
     "mamba2": {"num_heads": 4, "head_dim": 16, "expand": 2, "n_groups": 1, "chunk_size": 16},
-    "modernbert-decoder": {name: 1 for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
+    "modernbert-decoder": dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 1),
     "nemotron_h": {
         "layers_block_type": ["mamba", "attention", "moe"],
         "mamba_num_heads": 4,

@@ -8,9 +8,10 @@ refused           no path gives what transformers gives: ModelError with all rea
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,6 +50,8 @@ _CHECK_TOKENS = (23, 17)
 _CHECK_BOUNDS = (0, 9, 10, 11, 23)
 # A model whose sequences need no pages at all still takes one for each.
 _ONE_PAGE = 2**40
+# Enough to try any model out; real memory only where it is written.
+_TRIAL_BYTES = 256 * 1024 * 1024
 _ROPES_BY_LENGTH = "longrope"
 _MANNERS = (Manner(), Manner(masked=True), Manner(stepwise=True), Manner(stepwise=True, masked=True))
 
@@ -112,12 +115,13 @@ def open_path(model: PreTrainedModel, config: EngineConfig) -> Path:
 
 def needed_kv_bytes(model: PreTrainedModel, config: EngineConfig, num_tokens: int, num_sequences: int) -> int:
     """Bytes for `num_sequences` of `num_tokens` tokens, and for the trial at load. Takes the model over."""
-    most = EngineConfig(dtype=config.dtype, page_tokens=config.page_tokens, max_sequences=config.max_sequences)
+    most = dataclasses.replace(config, kv_bytes=_TRIAL_BYTES)
     path = open_path(model, most)
     layout = path.pool.layout
-    pages = num_sequences * max(layout.num_pages(num_tokens), layout.num_pages(64))
+    pages = layout.cost_bytes * num_sequences * max(layout.num_pages(num_tokens), layout.num_pages(64))
     slots = 0 if path.states is None else path.states.layout.cost_bytes * config.max_sequences
-    return max(1, slots + layout.cost_bytes * pages)
+    # States get at most half where there are pages.
+    return max(1, slots + max(slots, pages) if pages else slots)
 
 
 def refuse_packing(model: PreTrainedModel, config: EngineConfig) -> None:
