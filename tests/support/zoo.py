@@ -72,6 +72,8 @@ _SIZES: dict[str, Any] = {
     "layer_types": None,
     "rope_parameters": None,
     "use_cache": True,
+    # A tied head prefers the token it was given: one token over and over.
+    "tie_word_embeddings": False,
     "pad_token_id": None,
     "bos_token_id": None,
     "eos_token_id": None,

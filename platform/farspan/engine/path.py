@@ -203,7 +203,7 @@ def _pools(
     if num_slots < 2:
         least = 4 * states.cost_bytes
         raise EngineError(
-            f"engine.kv_bytes: two states of {states.cost_bytes} bytes must fit into half of it, got {config.kv_bytes}; "
+            f"engine.kv_bytes: half of it must hold two states of {states.cost_bytes} bytes, got {config.kv_bytes}; "
             f"use at least engine.kv_bytes={least}"
         )
     left = config.kv_bytes - num_slots * states.cost_bytes

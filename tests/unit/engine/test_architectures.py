@@ -41,7 +41,7 @@ PATHS = {
 }
 WITH_STATES = ("qwen3_next", "bamba", "lfm2", "falcon_h1", "jamba", "mamba", "mamba2", "bloom")
 NUM_TOKENS = 16
-SETTINGS = {"llama4_text": {"attn_temperature_tuning": False}}
+SETTINGS = {"llama4_text": {"attn_temperature_tuning": False}, "gpt_neox": {"seed": 1}}
 
 
 @functools.cache
