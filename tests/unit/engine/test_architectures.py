@@ -37,9 +37,9 @@ PATHS = {
     "jamba": "packed stepwise",
     "mamba": "packed stepwise",
     "mamba2": "packed",
-    "bloom": "alone",
+    "stablelm": "alone",
 }
-WITH_STATES = ("qwen3_next", "bamba", "lfm2", "falcon_h1", "jamba", "mamba", "mamba2", "bloom")
+WITH_STATES = ("qwen3_next", "bamba", "lfm2", "falcon_h1", "jamba", "mamba", "mamba2", "stablelm")
 NUM_TOKENS = 16
 SETTINGS = {"llama4_text": {"attn_temperature_tuning": False}, "gpt_neox": {"seed": 1}}
 

@@ -26,7 +26,7 @@ solar_open starcoder2 vaultgemma youtu zaya
 """
 _STEPWISE = ["falcon_mamba"]
 _ALONE = """
-axk2 codegen deepseek_v4 doge falcon gpt_neo gpt_neox_japanese gptj hy_v4 minimax mpt nemotron rwkv stablelm
+axk2 codegen deepseek_v4 doge falcon gpt_neo gpt_neox_japanese gptj hy_v4 minimax mpt nemotron rwkv bloom
 """
 KINDS = {
     **dict.fromkeys(_PACKED.split(), "packed"),
