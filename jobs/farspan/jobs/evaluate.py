@@ -23,7 +23,7 @@ from farspan.config.load import nearest
 from farspan.config.schema import EngineConfig
 from farspan.data.reader import Corpus, Reader, open_corpus
 from farspan.engine.engine import Engine
-from farspan.engine.probe import discover_layout
+from farspan.engine.path import needed_kv_bytes
 from farspan.engine.request import SamplingParams
 from farspan.errors import ConfigError, ModelError
 from farspan.jobs.evaluate_tasks import TASKS, Filler, Question, Recall, score
@@ -195,10 +195,9 @@ def _recall(
 
 def open_engine(network: PreTrainedModel, longest: int) -> Engine:
     """An engine with KV pages for two sequences of `longest` tokens."""
-    config = EngineConfig(dtype="float32")
-    layout = discover_layout(network, config.page_tokens)
-    # The engine proves itself on two short prompts, which need pages too.
-    config.kv_bytes = layout.page_bytes * 2 * max(layout.num_pages(longest), layout.num_pages(64))
+    config = EngineConfig(dtype="float32", max_sequences=2)
+    # The engine proves itself on two short prompts, which need memory too.
+    config.kv_bytes = needed_kv_bytes(network, config, longest, 2)
     return Engine(network, config)
 
 

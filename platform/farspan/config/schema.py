@@ -318,13 +318,15 @@ class EngineConfig:
     decode_tokens: int | None = None
     """Most sequences that decode in one iteration; none: all that fit."""
     prefix_cache: bool = True
-    """Find the KV of prompts that begin like earlier ones."""
+    """Find the KV of prompts that begin like earlier ones. A model with a state per sequence finds nothing."""
     offload_bytes: int = 0
-    """Host memory for the KV of preempted sequences; 0: it is computed again."""
+    """Host memory for the KV of preempted sequences; 0, as a model with a state per sequence needs: it is computed
+    again."""
     max_context_tokens: int | None = None
     """Longest prompt plus answer; none: what the model's config says."""
     draft_tokens: int = 0
-    """Tokens guessed ahead in each sequence and checked in one go; changes no answer. 0: none."""
+    """Tokens guessed ahead in each sequence and checked in one go; changes no answer. 0, or a model with a state per
+    sequence: none."""
     threads: int = 0
     """CPU threads of the worker; 0: its share of the machine."""
 

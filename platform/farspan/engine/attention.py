@@ -1,7 +1,9 @@
 """How attention of a packed batch reads and writes pages, under any transformers decoder.
 
 One function is registered in transformers' attention registry. It finds what this forward needs to know in a keyword
-that was passed to the model's forward: nothing is global, and a model that drops the keyword is refused.
+that was passed to the model's forward: nothing is global, and a model that drops the keyword is not run packed.
+Keys are kept as the model hands them over (after rotation, after the expansion of latent ones), one store for each
+call of attention in a forward; a call that gets the very keys of an earlier one reads the earlier one's store.
 
 Shapes: T packed tokens, H query heads, G key/value heads, D head dim of q and k, C head dim of v, S keys,
 B decode rows, N query heads per key/value head.
@@ -9,29 +11,47 @@ B decode rows, N query heads per key/value head.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
 from farspan.errors import ModelError
 from farspan.kernels.attention.contract import Forward
-from farspan.kernels.merge.reference import merge_partials_reference
+from farspan.kernels.merge.sink import merge_sinks
 from farspan.kv.pages import PagePool
+from farspan.models.rules import LayerRule
 
 ATTENTION_NAME = "farspan_paged"
 KEYWORD = "farspan_attend"
-_UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
+_UNSUPPORTED = {
+    "position_bias": "a bias by position",
+    "indexer": "sparse attention by an index",
+    "block_mask": "a mask of its own",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What one call of attention says beside q, k and v."""
+
+    scale: float
+    softcap: float | None = None
+    sinks_H: Tensor | None = None
 
 
 class Attend(Protocol):
     """What the keyword carries."""
 
-    def __call__(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGC: Tensor, scale: float) -> Tensor:
-        """Attention output [T, H, C] of one layer."""
+    def __call__(
+        self, module: nn.Module, window: int | None, q_THD: Tensor, k_TGD: Tensor, v_TGC: Tensor, asked: Asked
+    ) -> Tensor:
+        """Attention output [T, H, C] of the next call of this forward. `window`: what the call says, if it does."""
         ...
 
 
@@ -44,25 +64,46 @@ def register_attention() -> None:
 
 
 def paged_attention(
-    module: torch.nn.Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: q [1, H, T, D], k [1, G, T, D], v [1, G, T, C] -> [1, T, H, C]."""
     attend: Attend | None = kwargs.get(KEYWORD)
-    layer = getattr(module, "layer_idx", None)
-    if attend is None or layer is None:
-        raise ModelError(f"{type(module).__name__} does not pass forward keywords on to its attention")
-    if used := [name for name in _UNSUPPORTED if kwargs.get(name) is not None]:
-        raise ModelError(f"{type(module).__name__} uses {used[0]}, which paged attention does not compute yet")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out_THC = attend(layer, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), scale)
-    return out_THC.unsqueeze(0), None
+    name = type(module).__name__
+    if attend is None:
+        raise ModelError(f"{name} does not pass forward keywords on to its attention")
+    wanted = [meaning for keyword, meaning in _UNSUPPORTED.items() if kwargs.get(keyword) is not None]
+    if attention_mask is not None:
+        wanted.append("a mask of its own")
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        wanted.append("attention to later tokens")
+    if wanted:
+        raise ModelError(f"{name} wants {' and '.join(wanted)}, which paged attention does not compute")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    q_THD, k_TGD, v_TGC = (x[0].transpose(0, 1) for x in (query, key, value))
+    asked = Asked(scale, softcap, None if s_aux is None else s_aux.flatten())
+    return attend(module, sliding_window, q_THD, k_TGD, v_TGC, asked).unsqueeze(0), None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of attention in every forward of a model."""
+
+    rule: LayerRule
+    store: int
+    """Which layer of the pages holds its keys."""
+    writes: bool
+    """False: an earlier call of the same forward has written them."""
+    kernel: Forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +115,24 @@ class Segment:
     past: int
     pages_N: Tensor
 
+    def ranges(self, rule: LayerRule) -> list[tuple[int, int, int]]:
+        """(first query, end of queries, first key) in tokens of the sequence; queries see up to themselves."""
+        begin, end = self.past, self.past + self.length
+        if rule.chunk is None:
+            return [(begin, end, first_visible(begin, rule))]
+        edges = [begin, *range(begin - begin % rule.chunk + rule.chunk, end, rule.chunk), end]
+        return [(a, b, a - a % rule.chunk) for a, b in pairwise(edges)]
+
+
+def first_visible(position: int, rule: LayerRule) -> int:
+    """The first token that the one at `position` sees."""
+    first = 0
+    if rule.window is not None:
+        first = max(first, position + 1 - rule.window)
+    if rule.chunk is not None:
+        first = max(first, position - position % rule.chunk)
+    return first
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeRows:
@@ -81,60 +140,110 @@ class DecodeRows:
 
     start: int
     tables_BN: Tensor
-    """Pages of each row, short rows filled up with their own first page."""
+    """Pages that each row sees, short rows filled up with a page of their own."""
     visible_BS: Tensor
-    """Which gathered slots hold a key of the row (its own new key included)."""
+    """Which gathered slots hold a key that the row sees (its own new key included)."""
 
 
-@dataclass(frozen=True, slots=True)
 class PagedBatch:
-    """One forward's pages: decode rows first, then prompt segments."""
+    """One forward's pages: decode rows first, then prompt segments. Counts the calls: good for one forward."""
 
-    pool: PagePool
-    kernel: Forward
-    page_T: Tensor
-    slot_T: Tensor
-    decode: tuple[DecodeRows, ...]
-    segments: tuple[Segment, ...]
+    def __init__(
+        self,
+        pool: PagePool,
+        calls: Sequence[Call],
+        page_T: Tensor,
+        slot_T: Tensor,
+        decode: Mapping[LayerRule, Sequence[DecodeRows]],
+        segments: Sequence[Segment],
+    ) -> None:
+        self._pool, self._calls = pool, calls
+        self._page_T, self._slot_T = page_T, slot_T
+        self._decode, self._segments = decode, segments
+        self._next = 0
 
-    def __call__(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGC: Tensor, scale: float) -> Tensor:
-        keys_PSGD, values_PSGC = self.pool.keys_PSGD(layer), self.pool.values_PSGC(layer)
-        keys_PSGD[self.page_T, self.slot_T] = k_TGD
-        values_PSGC[self.page_T, self.slot_T] = v_TGC
+    def __call__(
+        self, module: nn.Module, window: int | None, q_THD: Tensor, k_TGD: Tensor, v_TGC: Tensor, asked: Asked
+    ) -> Tensor:
+        call = self._calls[self._next]
+        self._next += 1
+        keys_PSGD, values_PSGC = self._pool.keys_PSGD(call.store), self._pool.values_PSGC(call.store)
+        if call.writes:
+            keys_PSGD[self._page_T, self._slot_T] = k_TGD
+            values_PSGC[self._page_T, self._slot_T] = v_TGC
         parts: list[Tensor] = []
-        for rows in self.decode:
+        for rows in self._decode[call.rule]:
             here = slice(rows.start, rows.start + len(rows.tables_BN))
-            parts.append(_attend_rows(q_THD[here], keys_PSGD, values_PSGC, rows, scale))
-        for segment in self.segments:
-            parts.append(self._attend_segment(segment, keys_PSGD, values_PSGC, q_THD, k_TGD, v_TGC, scale))
+            parts.append(_attend_rows(q_THD[here], keys_PSGD, values_PSGC, rows, asked))
+        for segment in self._segments:
+            here = slice(segment.start, segment.start + segment.length)
+            new = _Keys(k_TGD[here], v_TGC[here], keys_PSGD, values_PSGC, segment)
+            parts += _attend_segment(q_THD[here], new, segment, call, asked)
         return torch.cat(parts)
 
-    def _attend_segment(
-        self,
-        segment: Segment,
-        keys_PSGD: Tensor,
-        values_PSGC: Tensor,
-        q_THD: Tensor,
-        k_TGD: Tensor,
-        v_TGC: Tensor,
-        scale: float,
-    ) -> Tensor:
-        here = slice(segment.start, segment.start + segment.length)
-        out_THC, lse_TH = self.kernel(q_THD[here], k_TGD[here], v_TGC[here], scale=scale, offset=0)
-        if segment.past == 0:
-            return out_THC
-        past_k_SGD = keys_PSGD[segment.pages_N].flatten(0, 1)[: segment.past]
-        past_v_SGC = values_PSGC[segment.pages_N].flatten(0, 1)[: segment.past]
-        past_THC, past_lse_TH = self.kernel(q_THD[here], past_k_SGD, past_v_SGC, scale=scale, offset=None)
-        return merge_partials_reference(past_THC, past_lse_TH, out_THC, lse_TH)[0]
+
+@dataclass(frozen=True)
+class _Keys:
+    """The keys and values of one segment: its own, or, once a sequence has a past, all of them from its pages."""
+
+    k_TGD: Tensor
+    v_TGC: Tensor
+    keys_PSGD: Tensor
+    values_PSGC: Tensor
+    segment: Segment
+
+    def between(self, low: int, high: int) -> tuple[Tensor, Tensor]:
+        if self.segment.past == 0:
+            return self.k_TGD[low:high], self.v_TGC[low:high]
+        size = self.keys_PSGD.shape[1]
+        pages_N = self.segment.pages_N[low // size : -(-high // size)]
+        inside = slice(low - low // size * size, high - low // size * size)
+        return self.keys_PSGD[pages_N].flatten(0, 1)[inside], self.values_PSGC[pages_N].flatten(0, 1)[inside]
 
 
-def _attend_rows(q_BHD: Tensor, keys_PSGD: Tensor, values_PSGC: Tensor, rows: DecodeRows, scale: float) -> Tensor:
+def _attend_segment(q_THD: Tensor, keys: _Keys, segment: Segment, call: Call, asked: Asked) -> list[Tensor]:
+    parts: list[Tensor] = []
+    for begin, end, low in segment.ranges(call.rule):
+        k_SGD, v_SGC = keys.between(low, end)
+        out_THC, lse_TH = call.kernel(
+            q_THD[begin - segment.past : end - segment.past],
+            k_SGD,
+            v_SGC,
+            scale=asked.scale,
+            offset=begin - low,
+            window=call.rule.window,
+            softcap=asked.softcap,
+        )
+        parts.append(out_THC if asked.sinks_H is None else merge_sinks(out_THC, lse_TH, asked.sinks_H)[0])
+    return parts
+
+
+def _attend_rows(q_BHD: Tensor, keys_PSGD: Tensor, values_PSGC: Tensor, rows: DecodeRows, asked: Asked) -> Tensor:
     """One query per row against its own pages, the rows of a group in one call."""
     k_BGSD = keys_PSGD[rows.tables_BN].flatten(1, 2).transpose(1, 2)
     v_BGSC = values_PSGC[rows.tables_BN].flatten(1, 2).transpose(1, 2)
     # The N query heads that share a key head are the queries of one attention: keys are not repeated.
     q_BGND = q_BHD.unflatten(1, (k_BGSD.shape[1], -1))
     mask_B11S = rows.visible_BS[:, None, None, :]
-    out_BGNC = functional.scaled_dot_product_attention(q_BGND, k_BGSD, v_BGSC, attn_mask=mask_B11S, scale=scale)
+    if asked.softcap is None and asked.sinks_H is None:
+        out_BGNC = functional.scaled_dot_product_attention(
+            q_BGND, k_BGSD, v_BGSC, attn_mask=mask_B11S, scale=asked.scale
+        )
+    else:
+        out_BGNC = _attend_plainly(q_BGND, k_BGSD, v_BGSC, mask_B11S, asked)
     return out_BGNC.flatten(1, 2)
+
+
+def _attend_plainly(q_BGND: Tensor, k_BGSD: Tensor, v_BGSC: Tensor, mask_B11S: Tensor, asked: Asked) -> Tensor:
+    """With a soft cap or sinks, which torch's fused attention does not have."""
+    wide = torch.promote_types(q_BGND.dtype, torch.float32)
+    scores_BGNS = (q_BGND @ k_BGSD.transpose(2, 3)).to(wide) * asked.scale
+    if asked.softcap is not None:
+        scores_BGNS = asked.softcap * torch.tanh(scores_BGNS / asked.softcap)
+    scores_BGNS = scores_BGNS.masked_fill(~mask_B11S, float("-inf"))
+    if asked.sinks_H is not None:
+        # One more key, whose value is zero.
+        sinks_1GN1 = asked.sinks_H.to(wide).view(1, *q_BGND.shape[1:3], 1)
+        scores_BGNS = torch.cat([scores_BGNS, sinks_1GN1.expand(len(q_BGND), -1, -1, -1)], dim=3)
+    weights_BGNS = scores_BGNS.softmax(3)[..., : k_BGSD.shape[2]].to(v_BGSC.dtype)
+    return weights_BGNS @ v_BGSC

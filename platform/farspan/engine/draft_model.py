@@ -10,12 +10,11 @@ from transformers import PreTrainedModel
 
 from farspan.config.schema import EngineConfig
 from farspan.engine.draft import Ask
-from farspan.engine.probe import discover_layout, refuse_config
+from farspan.engine.path import open_path
 from farspan.engine.request import SamplingParams
-from farspan.engine.runner import Piece, Runner
+from farspan.engine.runner import Piece
 from farspan.engine.sampler import SampleRow, choose_tokens
 from farspan.errors import ModelError
-from farspan.kv.pages import PagePool
 
 _NO_END: frozenset[int] = frozenset()
 
@@ -50,14 +49,18 @@ class ModelDrafter:
 
         Raises ModelError when its vocabulary is not that of the model it guesses for, or it cannot be run exactly.
         """
-        refuse_config(model.config)
         own = int(model.get_input_embeddings().num_embeddings)
         if own != vocab_size:
             raise ModelError(
                 f"the draft model has {own} tokens, the model it guesses for {vocab_size}; use one of both"
             )
-        self._pool = PagePool(discover_layout(model, config.page_tokens), config.kv_bytes, model.device)
-        self._runner = Runner(model, self._pool)
+        path = open_path(model, config)
+        if not path.pages_are_all:
+            # What was read of a wrong guess stays in a state.
+            raise ModelError(
+                f"the draft model ({model.config.model_type}) keeps a state that cannot be set back; use a transformer"
+            )
+        self._pool, self._runner = path.pool, path.runner
         self._chunk = config.max_batch_tokens
         text = model.config.get_text_config(decoder=True)
         self._max_context_tokens = getattr(text, "max_position_embeddings", None) or 2**31

@@ -5,7 +5,6 @@ One thread owns an engine. Pages are the only thing that leaves it: `take` after
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from farspan.engine.draft import Ask, Drafter, DraftRoom, SuffixDrafter, allowed
 from farspan.engine.fairness import Claim, Service, fair_order
 from farspan.engine.history import Recall
 from farspan.engine.holdings import Holdings
-from farspan.engine.probe import discover_layout, plain_logits, refuse_config
+from farspan.engine.path import Path, open_path
 from farspan.engine.request import (
     Completion,
     Event,
@@ -33,19 +32,14 @@ from farspan.engine.request import (
     choices,
     whole_answer,
 )
-from farspan.engine.runner import Piece, Runner
+from farspan.engine.runner import Piece
 from farspan.engine.sampler import UNSOUND
 from farspan.engine.scheduler import Chunk, Limits, Row, schedule
 from farspan.engine.terms import PLAIN_TERMS, Terms
-from farspan.errors import EngineError, ModelError, RequestError
+from farspan.errors import ConfigError, EngineError, RequestError
 from farspan.kv.offload import PageOffload
-from farspan.kv.pages import PagePool
 from farspan.kv.prefix import OPEN_SCOPE, PrefixCache, PrefixScope
 from farspan.memory.host import DramTier
-
-# Largest difference of logits, relative to the largest logit, between packed and plain attention.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 1e-1}
-_CHECK_TOKENS = 23
 
 
 class Engine:
@@ -65,38 +59,39 @@ class Engine:
         `tokenizer`, a fast one of transformers, is needed for stop strings and grammars only. `drafter` guesses
         tokens; none: from the sequence's own text when engine.draft_tokens is not 0.
 
-        Raises ModelError when the model cannot be run exactly, EngineError when no page fits into kv_bytes.
+        Raises ModelError when the model cannot be run exactly, EngineError when no page fits into kv_bytes,
+        ConfigError when pages that are moved out would not be all that a sequence of this model needs.
         """
-        refuse_config(model.config)
+        path = open_path(model, config)
         text = model.config.get_text_config(decoder=True)
-        self.pool = PagePool(discover_layout(model, config.page_tokens), config.kv_bytes, model.device)
+        self.path, self.pool, self.states, self._runner = path.name, path.pool, path.states, path.runner
+        self.pages_are_all = path.pages_are_all
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
         known = getattr(text, "max_position_embeddings", None) or 2**31
         self.max_context_tokens = min(known, config.max_context_tokens or known)
         self.eos_token_ids = _eos_token_ids(model)
         self._ends = Ends(self.eos_token_ids, self.max_context_tokens)
         self._recall = Recall(self.vocab_size, self.eos_token_ids, model.device, tokenizer)
-        self._draft_tokens = config.draft_tokens
+        # A state that went on with a wrong guess cannot be set back.
+        self._draft_tokens = config.draft_tokens if path.pages_are_all else 0
         self._drafter = drafter or SuffixDrafter()
         self._limits = Limits(
             config.max_batch_tokens,
-            config.max_sequences,
-            config.page_tokens,
+            config.max_sequences if path.states is None else path.states.num_slots,
+            path.pool.layout.page_tokens,
             config.prefill_tokens,
             config.decode_tokens,
         )
         self._clock = clock
         self._step = 0
         self._service = Service()
-        self._runner = Runner(model, self.pool)
         self._running: list[SequenceState] = []
         self._waiting: list[SequenceState] = []
         self._taken: dict[str, SequenceState] = {}
         self._num_arrived = 0
         self._stalled = False
-        self._check_against(model)
-        # Last: what the self-check computed is nobody's prefix.
-        self._holdings = Holdings(self.pool, _prefix_cache(self.pool, config), _offload(self.pool, config), clock)
+        prefix, offload = _prefix_cache(path, config), _offload(path, config)
+        self._holdings = Holdings(self.pool, prefix, offload, clock, path.states)
 
     @property
     def has_work(self) -> bool:
@@ -121,6 +116,8 @@ class Engine:
 
         Raises RequestError when it can never be answered here.
         """
+        if prefill_only:
+            self._refuse_travel(request_id)
         self._enqueue(request_id, prompt, params, answered, prefill_only, terms)
 
     def adopt(
@@ -137,6 +134,7 @@ class Engine:
 
         Raises RequestError, with `pages` still the caller's.
         """
+        self._refuse_travel(request_id)
         assert answered, "a prefill gives the first token"
         assert len(pages) == self.pool.layout.num_pages(len(prompt)), "pages of exactly the prompt"
         sequence = self._enqueue(request_id, prompt, params, answered, False, terms)
@@ -244,7 +242,8 @@ class Engine:
             end = sequence.num_computed + chunk.num_tokens
             tokens = [*sequence.tokens[sequence.num_computed : end], *sequence.draft]
             num_logits = len(tokens) if wants_prompt_logprobs(sequence) else 1 + len(sequence.draft)
-            pieces.append(Piece(tokens, sequence.num_computed, sequence.pages, num_logits=num_logits))
+            state = self._holdings.state(sequence)
+            pieces.append(Piece(tokens, sequence.num_computed, sequence.pages, state, num_logits=num_logits))
         return pieces
 
     def _draft(self, sequences: Sequence[SequenceState], tokens_left: int) -> None:
@@ -288,8 +287,10 @@ class Engine:
         return [whole_answer(events) for events in collected.values()]
 
     def check_integrity(self) -> None:
-        """Raises EngineError when a page is lost or doubly owned."""
+        """Raises EngineError when a page or a state is lost or doubly owned."""
         self.pool.check_integrity()
+        if self.states is not None:
+            self.states.check_integrity([s.request_id for s in self._running])
 
     def _enqueue(
         self,
@@ -334,6 +335,14 @@ class Engine:
         self._num_arrived += 1
         self._waiting.append(sequence)
         return sequence
+
+    def _refuse_travel(self, request_id: str) -> None:
+        if not self.pages_are_all:
+            raise RequestError(
+                request_id,
+                "this model keeps a state beside its pages, which does not travel to another worker yet; "
+                "compute prompt and answer in one (transfer.colocate_below_tokens)",
+            )
 
     def _longest(self, num_prompt: int, params: SamplingParams) -> int:
         """The most tokens a request can hold: the last token chosen is never computed."""
@@ -402,53 +411,28 @@ class Engine:
         self.cancel(sequence.request_id)
         return [FailedEvent(sequence.request_id, RequestError(sequence.request_id, reason))]
 
-    def _check_against(self, model: PreTrainedModel) -> None:
-        """Refuse a model whose packed, paged logits are not its plain ones."""
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(0, self.vocab_size, (2, _CHECK_TOKENS), generator=generator)
-        plain = torch.stack([plain_logits(model, tokens[i])[-1] for i in range(2)])
-        paged = self._paged_logits(tokens)
-        scale = float(plain.abs().max())
-        worst = float((paged - plain).abs().max())
-        # Written so that NaN is refused too.
-        if not worst <= _TOLERANCE.get(model.dtype, 1e-1) * max(scale, 1e-6):
-            raise ModelError(
-                f"{model.config.model_type}: packed and paged logits differ from transformers' by {worst:.3g} "
-                f"(largest logit {scale:.3g}); this model is not served"
-            )
-
-    def _paged_logits(self, tokens: Tensor) -> Tensor:
-        """Last logits of two prompts computed side by side: a chunk each, then one token at a time, then the rest."""
-        count = self.pool.layout.num_pages(_CHECK_TOKENS)
-        pages = [self.pool.alloc(count) for _ in range(2)]
-        if pages[0] is None or pages[1] is None:
-            raise EngineError(
-                f"engine.kv_bytes: holds {self.pool.num_pages} pages, at least {2 * count} are needed; raise it"
-            )
-        logits = torch.empty(0)
-        bounds = (0, 9, 10, 11, _CHECK_TOKENS)
-        for low, high in itertools.pairwise(bounds):
-            rows = [Piece(tokens[i, low:high].tolist(), low, pages[i] or []) for i in range(2)]
-            logits = self._runner.run(rows)
-        for held in pages:
-            self.pool.free(held or [])
-        return logits
-
 
 def _rank(sequence: SequenceState) -> tuple[int, int]:
     """The first in this order is never preempted for another."""
     return -sequence.terms.priority, sequence.arrival
 
 
-def _prefix_cache(pool: PagePool, config: EngineConfig) -> PrefixCache | None:
-    """A model with recurrent state must get none: pages alone do not bring its state back."""
-    return PrefixCache(pool) if config.prefix_cache else None
+def _prefix_cache(path: Path, config: EngineConfig) -> PrefixCache | None:
+    """None for a model with states: pages alone do not bring its state back."""
+    return PrefixCache(path.pool) if config.prefix_cache and path.pages_are_all else None
 
 
-def _offload(pool: PagePool, config: EngineConfig) -> PageOffload | None:
+def _offload(path: Path, config: EngineConfig) -> PageOffload | None:
     if not config.offload_bytes:
         return None
-    return PageOffload(pool, DramTier(config.offload_bytes, device=pool.device))
+    if not path.pages_are_all:
+        raise ConfigError(
+            "engine.offload_bytes",
+            f"must be 0 for a model that keeps a state beside its pages (path: {path.name})",
+            config.offload_bytes,
+            "leave it out: preempted sequences are computed again",
+        )
+    return PageOffload(path.pool, DramTier(config.offload_bytes, device=path.pool.device))
 
 
 def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:

@@ -10,6 +10,7 @@ from farspan.errors import RequestError, TierError
 from farspan.kv.offload import PageOffload
 from farspan.kv.pages import PagePool
 from farspan.kv.prefix import NO_MATCH, Match, PrefixCache, PrefixChain, PrefixScope
+from farspan.kv.states import StatePool
 
 # How much the newest iteration counts in the running mean of what a token costs.
 _PACE_WEIGHT = 0.1
@@ -24,7 +25,11 @@ class Holdings:
         prefix: PrefixCache | None,
         offload: PageOffload | None,
         clock: Callable[[], float],
+        states: StatePool | None = None,
     ) -> None:
+        # Pages alone do not bring a state back.
+        assert states is None or (prefix is None and offload is None)
+        self._states = states
         self._pool, self._prefix, self._offload = pool, prefix, offload
         self._matches: dict[str, Match] = {}
         self._token_s = 0.0
@@ -107,6 +112,10 @@ class Holdings:
             sequence.num_computed = match.num_tokens
         sequence.num_found = max(sequence.num_found, min(sequence.num_computed, sequence.num_prompt))
 
+    def state(self, sequence: SequenceState) -> int | None:
+        """Slot of a running sequence's state, for a model that has one."""
+        return None if self._states is None else self._states.hold(sequence.request_id)
+
     def shrink(self, sequence: SequenceState, num_pages: int) -> None:
         """Give the pages after the first `num_pages` back, which only wrong guesses needed."""
         self._pool.free(sequence.pages[num_pages:])
@@ -127,6 +136,8 @@ class Holdings:
     def release(self, sequence: SequenceState) -> None:
         """Give everything back."""
         self._pool.free(sequence.pages)
+        if self._states is not None:
+            self._states.release(sequence.request_id)
         sequence.pages, sequence.num_computed = [], 0
         if sequence.chain is not None:
             sequence.chain.num_remembered = 0

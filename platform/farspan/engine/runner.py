@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from farspan.engine.attention import DecodeRows, PagedBatch, Segment
+from farspan.engine.attention import DecodeRows, PagedBatch, Segment, first_visible
 from farspan.engine.probe import forward
-from farspan.kernels.attention.dispatch import choose_backend
-from farspan.kernels.attention.limits import Ask
+from farspan.engine.recurrent import BatchStates, PackedCache, Stretch
+from farspan.engine.survey import Survey
 from farspan.kv.pages import PagePool
+from farspan.kv.states import StatePool
+from farspan.models.rules import LayerRule
 
 # Decode gathers the pages of a group of rows side by side, one layer at a time: at most this much, or one row.
 _GATHER_BYTES = 64 * 1024 * 1024
@@ -21,40 +23,69 @@ _GATHER_BYTES = 64 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens of one sequence to compute: `tokens` follow `past` tokens that are already in `pages`."""
+    """Tokens of one sequence to compute: `tokens` follow `past` tokens that are already in `pages` and `state`."""
 
     tokens: Sequence[int]
     past: int
     pages: Sequence[int]
+    state: int | None = None
+    """Slot of the sequence's recurrent state, for a model that has one."""
     num_logits: int = 1
     """Logits wanted: those of the last so many tokens."""
 
 
 class Runner:
-    """The model and its pages."""
+    """The model, its pages and its states: a batch is one forward."""
 
-    def __init__(self, model: PreTrainedModel, pool: PagePool, gather_bytes: int = _GATHER_BYTES) -> None:
-        self._model, self._pool = model, pool
-        self._gather_pages = gather_bytes * pool.layout.num_layers // pool.layout.page_bytes
-        keys, values = pool.keys_PSGD(0), pool.values_PSGC(0)
-        self._kernel = choose_backend(Ask.of(keys, values)).forward
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pool: PagePool,
+        survey: Survey,
+        states: StatePool | None = None,
+        *,
+        stepwise: bool = False,
+        gather_bytes: int = _GATHER_BYTES,
+    ) -> None:
+        self._model, self._pool, self._states, self.survey = model, pool, states, survey
+        self._stepwise = stepwise
+        layout = pool.layout
+        self._gather_pages = gather_bytes * layout.num_layers // max(1, layout.page_bytes)
+        self._rules = {call.rule for call in survey.calls}
+        self._shell = None if states is None else PackedCache(model.config, None)
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """Logits [R, V]: the `num_logits` last tokens of each piece, in the given order."""
         # Single tokens first, shortest context first: neighbours are attended together, the longer pieces one each.
-        order = sorted(range(len(pieces)), key=lambda i: (len(pieces[i].tokens) > 1, pieces[i].past))
+        # With states, those that continue a sequence go before those that begin one, which have no state yet.
+        begins_last = self._states is not None
+        order = sorted(
+            range(len(pieces)),
+            key=lambda i: (len(pieces[i].tokens) > 1, begins_last and pieces[i].past == 0, pieces[i].past),
+        )
         packed = [pieces[i] for i in order]
-        batch, tokens_T, positions_T = self._pack(packed)
+        tokens_T = torch.tensor([token for piece in packed for token in piece.tokens])
+        positions_T = torch.cat([torch.arange(p.past, p.past + len(p.tokens)) for p in packed])
         keep, back = kept_rows(pieces, order)
-        logits_RV = forward(self._model, tokens_T, positions_T, batch, keep)
-        assert logits_RV.shape[0] == len(keep), "the model ignored logits_to_keep"
+        batch, cache = self._pack(packed, positions_T), self._cache(packed)
+        logits_RV = forward(self._model, tokens_T, positions_T, batch, keep, cache)
         return logits_RV[back.to(logits_RV.device)]
 
-    def _pack(self, pieces: Sequence[Piece]) -> tuple[PagedBatch, Tensor, Tensor]:
+    def _cache(self, pieces: Sequence[Piece]) -> PackedCache | None:
+        if self._states is None or self._shell is None:
+            return None
+        stretches: list[Stretch] = []
+        start = 0
+        for piece in pieces:
+            assert piece.state is not None, "a model with states needs one for each sequence"
+            stretches.append(Stretch(start, len(piece.tokens), piece.state, fresh=piece.past == 0))
+            start += len(piece.tokens)
+        self._shell.states = BatchStates(self._states, stretches, stepwise=self._stepwise)
+        return self._shell
+
+    def _pack(self, pieces: Sequence[Piece], positions_T: Tensor) -> PagedBatch:
         device, size = self._pool.device, self._pool.layout.page_tokens
-        tokens_T = torch.tensor([token for piece in pieces for token in piece.tokens])
-        positions_T = torch.cat([torch.arange(p.past, p.past + len(p.tokens)) for p in pieces])
-        pages = [torch.tensor(piece.pages, device=device) for piece in pieces]
+        pages = [torch.tensor(piece.pages, dtype=torch.long, device=device) for piece in pieces]
         slots_T = positions_T.to(device)
         owner_T = torch.repeat_interleave(torch.tensor([len(p.tokens) for p in pieces]))
         starts = torch.tensor([0] + [len(p) for p in pages]).cumsum(0)[:-1].to(device)
@@ -63,25 +94,33 @@ class Runner:
         segments: list[Segment] = []
         start = len(rows)
         for piece, table in zip(pieces[len(rows) :], pages[len(rows) :], strict=True):
-            past_pages = table[: self._pool.layout.num_pages(piece.past)]
-            segments.append(Segment(start, len(piece.tokens), piece.past, past_pages))
+            segments.append(Segment(start, len(piece.tokens), piece.past, table))
             start += len(piece.tokens)
-        batch = PagedBatch(self._pool, self._kernel, page_T, slots_T % size, self._decode_rows(rows), tuple(segments))
-        return batch, tokens_T, positions_T
+        decode = {rule: self._decode_rows(rows, rule) for rule in self._rules}
+        return PagedBatch(self._pool, self.survey.calls, page_T, slots_T % size, decode, segments)
 
-    def _decode_rows(self, rows: Sequence[tuple[Piece, Tensor]]) -> tuple[DecodeRows, ...]:
-        widths = [self._pool.layout.num_pages(piece.past + 1) for piece, _ in rows]
+    def _decode_rows(self, rows: Sequence[tuple[Piece, Tensor]], rule: LayerRule) -> tuple[DecodeRows, ...]:
+        widths = [len(self._seen(piece.past, rule)) for piece, _ in rows]
         groups = group_rows(widths, self._gather_pages)
-        return tuple(self._decode_group(rows[group.start : group.stop], group.start) for group in groups)
+        return tuple(self._decode_group(rows[group.start : group.stop], group.start, rule) for group in groups)
 
-    def _decode_group(self, rows: Sequence[tuple[Piece, Tensor]], start: int) -> DecodeRows:
-        layout, device = self._pool.layout, self._pool.device
-        num_keys = torch.tensor([piece.past + 1 for piece, _ in rows], device=device)
-        width = max(layout.num_pages(piece.past + 1) for piece, _ in rows)
+    def _decode_group(self, rows: Sequence[tuple[Piece, Tensor]], start: int, rule: LayerRule) -> DecodeRows:
+        size, device = self._pool.layout.page_tokens, self._pool.device
+        seen = [self._seen(piece.past, rule) for piece, _ in rows]
+        width = max(map(len, seen))
         # Filled up with a page of the row itself: a foreign page may hold anything, even NaN.
-        tables_BN = torch.stack([_padded(table[:width], width) for _, table in rows])
-        visible_BS = torch.arange(width * layout.page_tokens, device=device)[None, :] < num_keys[:, None]
-        return DecodeRows(start, tables_BN, visible_BS)
+        tables = [_padded(table[pages.start : pages.stop], width) for (_, table), pages in zip(rows, seen, strict=True)]
+        first_B = torch.tensor([pages.start * size for pages in seen], device=device)
+        positions_BS = first_B[:, None] + torch.arange(width * size, device=device)[None, :]
+        low_B = torch.tensor([first_visible(piece.past, rule) for piece, _ in rows], device=device)
+        last_B = torch.tensor([piece.past for piece, _ in rows], device=device)
+        visible_BS = (positions_BS >= low_B[:, None]) & (positions_BS <= last_B[:, None])
+        return DecodeRows(start, torch.stack(tables), visible_BS)
+
+    def _seen(self, past: int, rule: LayerRule) -> range:
+        """Which pages of a sequence of `past` tokens its next token sees, by their place in the sequence."""
+        size = self._pool.layout.page_tokens
+        return range(first_visible(past, rule) // size, past // size + 1)
 
 
 def kept_rows(pieces: Sequence[Piece], order: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -101,16 +140,19 @@ def kept_rows(pieces: Sequence[Piece], order: Sequence[int]) -> tuple[Tensor, Te
 
 
 def group_rows(widths: Sequence[int], most_pages: int) -> list[range]:
-    """Rows to gather together, given the pages of each row in ascending order.
+    """Rows to gather together, given the pages of each row.
 
     Every row of a group is filled up to its widest: a group is at most `most_pages` so filled up, or one row.
     """
     groups: list[range] = []
+    widest = 0
     for row, width in enumerate(widths):
-        if groups and (row + 1 - groups[-1].start) * width <= most_pages:
+        widest = max(widest, width)
+        if groups and (row + 1 - groups[-1].start) * widest <= most_pages:
             groups[-1] = range(groups[-1].start, row + 1)
         else:
             groups.append(range(row, row + 1))
+            widest = width
     return groups
 
 

@@ -26,13 +26,20 @@ class PagePool:
     transport says that the transfer is over.
     """
 
-    def __init__(self, layout: KvLayout, kv_bytes: int, device: torch.device | None = None) -> None:
-        """Raises EngineError when not even one page fits into `kv_bytes`."""
-        num_pages = kv_bytes // layout.page_bytes
+    def __init__(
+        self, layout: KvLayout, kv_bytes: int, device: torch.device | None = None, most_pages: int | None = None
+    ) -> None:
+        """At most `most_pages`, which a layout without layers needs: its pages take no memory.
+
+        Raises EngineError when not even one page fits into `kv_bytes`.
+        """
+        fitting = kv_bytes // layout.cost_bytes if layout.cost_bytes else most_pages
+        assert fitting is not None, "pages without content are counted by the caller"
+        num_pages = fitting if most_pages is None else min(fitting, most_pages)
         if num_pages < 1:
             raise EngineError(
-                f"engine.kv_bytes: must hold at least one page of {layout.page_bytes} bytes, got {kv_bytes}; "
-                f"use for example engine.kv_bytes={256 * layout.page_bytes}"
+                f"engine.kv_bytes: must hold at least one page of {layout.cost_bytes} bytes, got {kv_bytes}; "
+                f"use for example engine.kv_bytes={256 * layout.cost_bytes}"
             )
         self.layout = layout
         self.device = device or torch.device("cpu")
@@ -186,16 +193,13 @@ class PagePool:
 
 def _layer_views(storage_PB: Tensor, layout: KvLayout) -> tuple[list[Tensor], list[Tensor]]:
     flat = storage_PB.view(-1).view(layout.torch_dtype)
-    shape = (storage_PB.shape[0], layout.page_tokens, layout.num_kv_heads)
-    key_elements = layout.page_tokens * layout.num_kv_heads * layout.k_head_dim
-    layer_elements = layout.page_tokens * layout.token_elements
-
-    def view(head_dim: int, offset: int) -> Tensor:
-        strides = (layout.page_elements, layout.num_kv_heads * head_dim, head_dim, 1)
-        return flat.as_strided((*shape, head_dim), strides, offset)
-
-    starts = [layer * layer_elements for layer in range(layout.num_layers)]
-    return (
-        [view(layout.k_head_dim, start) for start in starts],
-        [view(layout.v_head_dim, start + key_elements) for start in starts],
-    )
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    offset = 0
+    for layer in layout.layers:
+        for views, head_dim in ((keys, layer.k_head_dim), (values, layer.v_head_dim)):
+            shape = (storage_PB.shape[0], layout.page_tokens, layer.num_kv_heads, head_dim)
+            strides = (layout.page_elements, layer.num_kv_heads * head_dim, head_dim, 1)
+            views.append(flat.as_strided(shape, strides, offset))
+            offset += layout.page_tokens * layer.num_kv_heads * head_dim
+    return keys, values

@@ -9,6 +9,7 @@ import torch
 
 from farspan.config.schema import ServeConfig
 from farspan.engine.engine import Engine
+from farspan.errors import ModelError
 from farspan.kv.ticket import KvTicket
 from farspan.kv.transports.choose import choose_transport
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
@@ -29,6 +30,7 @@ class Worker:
         if torch.cuda.is_available():
             model = model.to("cuda")
         engine = Engine(model, config.engine, tokenizer=load_tokenizer(folder))
+        refuse_split(engine, config)
         self._host = EngineHost(
             self.role, engine, choose_transport(config.transfer.transport, engine.pool), config.transfer
         )
@@ -84,3 +86,13 @@ def worker_threads(config: ServeConfig, num_cpus: int) -> int:
     """CPU threads of one worker: its share of the machine, so that workers do not fight over cores."""
     num_workers = config.prefill.replicas + config.decode.replicas
     return config.engine.threads or max(1, num_cpus // num_workers)
+
+
+def refuse_split(engine: Engine, config: ServeConfig) -> None:
+    """Raises ModelError when prompts would be computed in one worker and answered in another, and the model cannot."""
+    if not engine.pages_are_all and config.transfer.colocate_below_tokens < engine.max_context_tokens:
+        raise ModelError(
+            f"{config.model} keeps a state beside its pages (path: {engine.path}), which does not travel between "
+            f"workers yet; set transfer.colocate_below_tokens={engine.max_context_tokens}, so that one worker computes "
+            "prompt and answer"
+        )

@@ -13,6 +13,7 @@ import torch
 from tests.unit.engine.tiny import VOCAB, engine_config, tiny_model
 from torch import Tensor
 
+from farspan.engine.draft import Drafter
 from farspan.engine.engine import Engine
 from farspan.engine.runner import Piece
 from farspan.kv.pages import PagePool
@@ -49,10 +50,12 @@ class Ledger:
         self.num_tokens = 0
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
-        logits_NV = torch.zeros(len(pieces), VOCAB, dtype=torch.float64)
-        for row, piece in enumerate(pieces):
-            logits_NV[row, next_token(self._compute(piece))] = 1.0
-        return logits_NV
+        choices: list[int] = []
+        for piece in pieces:
+            history = self._compute(piece)
+            ends = range(len(history) - piece.num_logits + 1, len(history) + 1)
+            choices += [next_token(history[:end]) for end in ends]
+        return torch.nn.functional.one_hot(torch.tensor(choices), VOCAB).double()
 
     def _compute(self, piece: Piece) -> list[int]:
         size = self._pool.layout.page_tokens
@@ -67,13 +70,15 @@ class Ledger:
         return [int(token) for token in history_S[:end].tolist()]
 
 
-def ledger_engine(num_pages: int, clock: Clock | None = None, **settings: object) -> tuple[Engine, Ledger]:
+def ledger_engine(
+    num_pages: int, clock: Clock | None = None, *, drafter: Drafter | None = None, **settings: object
+) -> tuple[Engine, Ledger]:
     """An engine on a ledger with so many pages."""
     model = tiny_model(num_hidden_layers=1)
     page_tokens = int(str(settings.get("page_tokens", 4)))
     page_bytes = page_tokens * 2 * (8 + 8) * 8
     clock = clock or Clock()
-    engine = Engine(model, engine_config(kv_bytes=num_pages * page_bytes, **settings), clock=clock)
+    engine = Engine(model, engine_config(kv_bytes=num_pages * page_bytes, **settings), clock=clock, drafter=drafter)
     assert engine.pool.num_pages == num_pages
     ledger = Ledger(engine.pool, clock)
     engine._runner = ledger  # type: ignore[assignment]

@@ -9,7 +9,7 @@ from tests.unit.engine.tiny import ARCHITECTURES, VOCAB, engine_config, prompts,
 from farspan.engine.engine import Engine
 from farspan.engine.probe import plain_logits
 from farspan.engine.request import FailedEvent, SamplingParams, TokenEvent
-from farspan.engine.runner import Piece, Runner
+from farspan.engine.runner import Piece
 from farspan.errors import EngineError, ModelError, RequestError
 
 GREEDY = SamplingParams(max_tokens=20)
@@ -34,7 +34,7 @@ def test_greedy_tokens_equal_transformers_generate_for_every_chunk_size(architec
 def test_logits_of_chunked_mixed_batches_equal_plain_logits(architecture, chunk):
     model = tiny_model(architecture)
     engine = Engine(model, engine_config())
-    runner, pool = Runner(model, engine.pool), engine.pool
+    runner, pool = engine._runner, engine.pool
     tokens = prompts(90, 41)
     plain = [plain_logits(model, torch.tensor(row)) for row in tokens]
     pages = [pool.alloc(pool.layout.num_pages(len(row))) for row in tokens]
@@ -166,10 +166,8 @@ def test_nan_logits_fail_their_request_only_and_poison_no_page():
 @pytest.mark.parametrize(
     ("architecture", "settings", "reason"),
     [
-        ("mistral", {"sliding_window": 16}, "sliding window"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "sliding_attention"),
-        ("gemma2", {"query_pre_attn_scalar": 8}, "sliding_attention"),
-        ("bloom", {"n_head": 6, "n_layer": 2}, "bloom"),
+        ("bert", {}, "encoder"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, "dynamic"),
     ],
 )
 def test_a_model_the_engine_cannot_run_exactly_is_refused_with_the_reason(architecture, settings, reason):

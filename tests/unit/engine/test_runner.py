@@ -38,12 +38,14 @@ def test_decode_logits_of_grouped_rows_equal_plain_logits(gather_pages):
     gathered: list[int] = []
 
     class Watched(Runner):
-        def _decode_rows(self, rows):
-            groups = super()._decode_rows(rows)
+        def _decode_rows(self, rows, rule):
+            groups = super()._decode_rows(rows, rule)
             gathered.extend(group.tables_BN.numel() for group in groups)
             return groups
 
-    runner = Watched(model, pool, gather_bytes=-(-gather_pages * layout.page_bytes // layout.num_layers))
+    runner = Watched(
+        model, pool, engine._runner.survey, gather_bytes=-(-gather_pages * layout.page_bytes // layout.num_layers)
+    )
     tokens = prompts(70, 3, 21, 9, 41, 2)
     pages = [pool.alloc(layout.num_pages(len(row))) for row in tokens]
     runner.run([Piece(row[:-1], 0, held) for row, held in zip(tokens, pages, strict=True)])

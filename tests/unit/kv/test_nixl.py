@@ -14,7 +14,9 @@ from farspan.kv.transports import nixl
 from farspan.kv.transports.base import ReadStatus
 from farspan.kv.transports.nixl import NixlTransport, _Peers
 
-LAYOUT = KvLayout(model="m", num_layers=2, num_kv_heads=1, k_head_dim=3, v_head_dim=3, dtype="float32", page_tokens=4)
+LAYOUT = KvLayout.uniform(
+    model="m", num_layers=2, num_kv_heads=1, k_head_dim=3, v_head_dim=3, dtype="float32", page_tokens=4
+)
 
 
 class Counted:

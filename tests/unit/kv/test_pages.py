@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from farspan.errors import EngineError
-from farspan.kv.layout import KvLayout
+from farspan.kv.layout import KvLayout, LayerShape
 from farspan.kv.pages import PagePool
 from farspan.kv.ticket import LeaseTable, SourceAddress
 
-LAYOUT = KvLayout(model="m", num_layers=3, num_kv_heads=2, k_head_dim=6, v_head_dim=4, dtype="float64", page_tokens=5)
+LAYOUT = KvLayout.uniform(
+    model="m", num_layers=3, num_kv_heads=2, k_head_dim=6, v_head_dim=4, dtype="float64", page_tokens=5
+)
+MIXED = KvLayout("m", (LayerShape(2, 6, 4), LayerShape(1, 3, 3), LayerShape(4, 2, 8)), "float64", page_tokens=5)
 NOWHERE = SourceAddress("memory", "nobody", b"", 0, 0, 8)
 
 
@@ -25,10 +28,11 @@ def test_the_pool_never_exceeds_its_bytes_and_holds_at_least_one_page():
         PagePool(LAYOUT, LAYOUT.page_bytes - 1)
 
 
-def test_every_slot_of_every_layer_has_a_place_of_its_own_inside_its_page():
-    pool = PagePool(LAYOUT, 3 * LAYOUT.page_bytes)
+@pytest.mark.parametrize("layout", [LAYOUT, MIXED], ids=["layers alike", "layers that differ"])
+def test_every_slot_of_every_layer_has_a_place_of_its_own_inside_its_page(layout):
+    pool = PagePool(layout, 3 * layout.page_bytes)
     number = 0
-    for layer in range(LAYOUT.num_layers):
+    for layer in range(layout.num_layers):
         for view in (pool.keys_PSGD(layer), pool.values_PSGC(layer)):
             view.copy_(torch.arange(number, number + view.numel(), dtype=torch.float64).view(view.shape))
             number += view.numel()
@@ -116,10 +120,10 @@ def test_layouts_that_differ_in_anything_have_different_fingerprints():
 
     others = [
         replace(LAYOUT, model="n"),
-        replace(LAYOUT, num_layers=4),
+        replace(LAYOUT, layers=LAYOUT.layers * 2),
         replace(LAYOUT, dtype="float32"),
         replace(LAYOUT, page_tokens=6),
-        replace(LAYOUT, k_head_dim=4, v_head_dim=6),
+        replace(LAYOUT, layers=(*LAYOUT.layers[:2], LayerShape(2, 4, 6))),
     ]
     assert len({layout.fingerprint() for layout in [LAYOUT, *others]}) == 6
     assert replace(LAYOUT).fingerprint() == LAYOUT.fingerprint()

@@ -6,17 +6,17 @@ import random
 
 import torch
 
-from farspan.kv.layout import KvLayout
+from farspan.kv.layout import KvLayout, LayerShape
 from farspan.kv.offload import PageOffload
 from farspan.kv.pages import PagePool
 from farspan.kv.prefix import OPEN_SCOPE, PrefixCache, PrefixScope
 from farspan.memory.host import DramTier
 
-LAYOUT = KvLayout(model="m", num_layers=1, num_kv_heads=1, k_head_dim=1, v_head_dim=1, dtype="float64", page_tokens=4)
+LAYOUT = KvLayout("m", (LayerShape(1, 1, 1),), "float64", page_tokens=4)
 
 
 def test_names_depend_on_every_token_before_the_page_on_the_scope_and_on_the_model():
-    other_model = KvLayout("n", 1, 1, 1, 1, "float64", 4)
+    other_model = KvLayout("n", LAYOUT.layers, "float64", 4)
     names = set()
     cases = 0
     for layout in (LAYOUT, other_model):

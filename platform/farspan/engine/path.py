@@ -1,0 +1,250 @@
+"""How a model is run: packed with pages and states, or every sequence alone. Tried out at load, before any request.
+
+packed            one forward for all sequences
+packed stepwise   the same; recurrent layers are continued one token at a time
+alone             one forward for each sequence, with transformers' own cache
+refused           no path gives what transformers gives: ModelError with all reasons
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from farspan.config.schema import EngineConfig
+from farspan.engine.alone import AloneRunner, Manner, measure_cache
+from farspan.engine.attention import ATTENTION_NAME, register_attention
+from farspan.engine.continuity import ContinuityTrial
+from farspan.engine.probe import (
+    attention_of,
+    fingerprint_model,
+    forward,
+    plain_logits,
+    refuse_config,
+    rope_types,
+    set_attention,
+)
+from farspan.engine.recurrent import PackedCache, restore_forward, swap_forward
+from farspan.engine.runner import Piece, Runner
+from farspan.engine.survey import Survey, WatchedAttention, survey
+from farspan.errors import EngineError, ModelError
+from farspan.kv.layout import KvLayout
+from farspan.kv.pages import PagePool
+from farspan.kv.states import StateLayout, StatePool
+
+logger = logging.getLogger(__name__)
+
+# Largest error of the logits, as a part of their norm, between a path and transformers' own forward.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 1e-1}
+# Recurrences compute in single precision whatever the type, and cut differently they differ by that.
+_RECURRENT_TOLERANCE = 2e-3
+_CHECK_TOKENS = (23, 17)
+_CHECK_BOUNDS = (0, 9, 10, 11, 23)
+# A model whose sequences need no pages at all still takes one for each.
+_ONE_PAGE = 2**40
+# Enough to try any model out; real memory only where it is written.
+_TRIAL_BYTES = 256 * 1024 * 1024
+_ROPES_BY_LENGTH = "longrope"
+_MANNERS = (Manner(), Manner(masked=True), Manner(stepwise=True), Manner(stepwise=True, masked=True))
+
+
+class Runs(Protocol):
+    def run(self, pieces: Sequence[Piece]) -> Tensor:
+        """Logits [R, V]: the `num_logits` last tokens of each piece, in the given order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """A model that is ready to run."""
+
+    name: str
+    runner: Runs
+    pool: PagePool
+    states: StatePool | None
+    passed_over: tuple[str, ...]
+    """Why no faster path was taken."""
+
+    @property
+    def pages_are_all(self) -> bool:
+        """Whether the pages of a sequence are all that another engine needs to go on."""
+        return self.states is None
+
+
+def open_path(model: PreTrainedModel, config: EngineConfig) -> Path:
+    """The fastest path on which this model gives what transformers gives. Takes the model over.
+
+    Raises ModelError when there is none, EngineError when kv_bytes is too small to try.
+    """
+    refuse_config(model.config)
+    own = attention_of(model)
+    if own == ATTENTION_NAME:
+        # An engine had this model before.
+        own = "sdpa" if model._supports_sdpa else "eager"
+        set_attention(model, own)
+    if model.dtype == torch.float64 and model._can_set_experts_implementation():
+        # The grouped kernel knows no double precision.
+        model.set_experts_implementation("eager")
+    reasons: list[str] = []
+    for attempt in (_open_packed, _open_alone):
+        try:
+            path = attempt(model, config, tuple(reasons))
+        except EngineError:
+            raise
+        except ModelError as problem:
+            reasons.append(str(problem))
+        # Whatever the code of a model raises when it meets what it does not expect.
+        except Exception as problem:
+            reasons.append(f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}")
+        else:
+            logger.info("%s runs %s%s", model.config.model_type, path.name, "".join(f" ({r})" for r in reasons))
+            return path
+        for module in model.modules():
+            restore_forward(module)
+        set_attention(model, own)
+    raise ModelError(f"{model.config.model_type} is not served: {'; '.join(reasons)}")
+
+
+def needed_kv_bytes(model: PreTrainedModel, config: EngineConfig, num_tokens: int, num_sequences: int) -> int:
+    """Bytes for `num_sequences` of `num_tokens` tokens, and for the trial at load. Takes the model over."""
+    most = dataclasses.replace(config, kv_bytes=_TRIAL_BYTES)
+    path = open_path(model, most)
+    layout = path.pool.layout
+    pages = layout.cost_bytes * num_sequences * max(layout.num_pages(num_tokens), layout.num_pages(64))
+    slots = 0 if path.states is None else path.states.layout.cost_bytes * config.max_sequences
+    # States get at most half where there are pages.
+    return max(1, slots + max(slots, pages) if pages else slots)
+
+
+def refuse_packing(model: PreTrainedModel, config: EngineConfig) -> None:
+    """Raises ModelError for what a short trial cannot show: whatever changes with the length of a sequence."""
+    text = model.config.get_text_config(decoder=True)
+    # Its frequencies depend on the longest sequence of a batch: one request would change another.
+    if _ROPES_BY_LENGTH in rope_types(text):
+        raise ModelError(f"{text.model_type}: rope_type {_ROPES_BY_LENGTH} looks at the longest sequence of a batch")
+    longest = config.max_context_tokens or getattr(text, "max_position_embeddings", None) or 2**31
+    if getattr(text, "attn_temperature_tuning", None) and getattr(text, "floor_scale", 1) <= longest:
+        raise ModelError(f"{text.model_type}: attn_temperature_tuning counts the tokens of a call")
+
+
+def _open_packed(model: PreTrainedModel, config: EngineConfig, reasons: tuple[str, ...]) -> Path:
+    refuse_packing(model, config)
+    own = attention_of(model)
+    register_attention()
+    set_attention(model, ATTENTION_NAME)
+    if attention_of(model) != ATTENTION_NAME:
+        raise ModelError(f"{model.config.model_type} does not compute attention through transformers' registry")
+    found = survey(model, forward)
+    for mixer in found.mixers:
+        swap_forward(mixer)
+    dtype = str(model.dtype).removeprefix("torch.")
+    page_tokens = config.page_tokens if found.layers else _ONE_PAGE
+    layout = KvLayout(fingerprint_model(model), tuple(found.layers), dtype, page_tokens)
+    stepwise = bool(_begins_anew(model, found))
+    pool, states = _pools(layout, found.states if found.mixers else None, config, model.device)
+    runner = Runner(model, pool, found, states, stepwise=stepwise)
+    # Where transformers' fused attention has no soft cap or sinks, it leaves them out without a word.
+    plain = "eager" if found.capped else own
+    _check(model, plain, runner, pool, states, "packed and paged")
+    return Path("packed stepwise" if stepwise else "packed", runner, pool, states, reasons)
+
+
+def _open_alone(model: PreTrainedModel, config: EngineConfig, reasons: tuple[str, ...]) -> Path:
+    token_bytes, state_bytes = measure_cache(model)
+    dtype = str(model.dtype).removeprefix("torch.")
+    page_tokens = config.page_tokens if token_bytes else _ONE_PAGE
+    layout = KvLayout(fingerprint_model(model), (), dtype, page_tokens, token_bytes)
+    refusals: list[str] = []
+    for manner in _MANNERS:
+        pool, states = _pools(layout, StateLayout(counted_bytes=state_bytes), config, model.device)
+        assert states is not None
+        runner = AloneRunner(model, states, manner)
+        try:
+            _check(model, attention_of(model), runner, pool, states, str(manner))
+        except EngineError:
+            raise
+        except ModelError as problem:
+            refusals.append(str(problem))
+        except Exception as problem:
+            refusals.append(f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}")
+        else:
+            return Path(str(manner), runner, pool, states, reasons)
+    raise ModelError("; ".join(dict.fromkeys(refusals)))
+
+
+def _begins_anew(model: PreTrainedModel, found: Survey) -> set[str]:
+    """Kinds of recurrent layers that must be continued one token at a time."""
+    if not found.mixers:
+        return set()
+    trial = ContinuityTrial(model.config)
+    cache = PackedCache(model.config, trial)
+    tokens_T = _check_prompts(model)[0]
+    forward(model, tokens_T, torch.arange(len(tokens_T)), WatchedAttention(model), None, cache)
+    return trial.begins_anew
+
+
+def _pools(
+    layout: KvLayout, states: StateLayout | None, config: EngineConfig, device: torch.device
+) -> tuple[PagePool, StatePool | None]:
+    """Pages and states that fit into kv_bytes together."""
+    if states is None:
+        return PagePool(layout, config.kv_bytes, device), None
+    # At most half of the memory where pages need the other half.
+    share = config.kv_bytes // 2 if layout.cost_bytes else config.kv_bytes
+    num_slots = min(config.max_sequences, share // max(1, states.cost_bytes))
+    if num_slots < 2:
+        least = 4 * states.cost_bytes
+        raise EngineError(
+            f"engine.kv_bytes: half of it must hold two states of {states.cost_bytes} bytes, got {config.kv_bytes}; "
+            f"use at least engine.kv_bytes={least}"
+        )
+    left = config.kv_bytes - num_slots * states.cost_bytes
+    most = None if layout.cost_bytes else num_slots
+    return PagePool(layout, left, device, most), StatePool(states, num_slots, device)
+
+
+def _check_prompts(model: PreTrainedModel) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = model.get_input_embeddings().num_embeddings
+    return [torch.randint(0, vocab_size, (count,), generator=generator) for count in _CHECK_TOKENS]
+
+
+def _check(
+    model: PreTrainedModel, plain: str, runner: Runs, pool: PagePool, states: StatePool | None, name: str
+) -> None:
+    """Refuse a path whose logits are not transformers' own, on two prompts cut in chunks and run side by side."""
+    prompts = _check_prompts(model)
+    owners = [f"check {number}" for number in range(len(prompts))]
+    pages = [pool.alloc(pool.layout.num_pages(len(prompt))) for prompt in prompts]
+    try:
+        if None in pages:
+            raise EngineError(f"engine.kv_bytes: holds {pool.num_pages} pages, too few to try the model out; raise it")
+        got, ends = [], []
+        for low, high in itertools.pairwise(_CHECK_BOUNDS):
+            todo = [i for i, prompt in enumerate(prompts) if low < len(prompt)]
+            pieces = [
+                Piece(prompts[i][low:high].tolist(), low, pages[i] or [], states.hold(owners[i]) if states else None)
+                for i in todo
+            ]
+            got.append(runner.run(pieces))
+            ends += [(i, min(high, len(prompts[i])) - 1) for i in todo]
+    finally:
+        for owner, held in zip(owners, pages, strict=True):
+            pool.free(held or [])
+            if states is not None:
+                states.release(owner)
+    wanted = [plain_logits(model, prompt, plain) for prompt in prompts]
+    paged, expected = torch.cat(got).double(), torch.stack([wanted[i][end] for i, end in ends]).double()
+    error = float((paged - expected).norm() / expected.norm().clamp_min(1e-30))
+    most = max(_TOLERANCE.get(model.dtype, 1e-1), 0.0 if states is None else _RECURRENT_TOLERANCE)
+    # Written so that NaN is refused too.
+    if not error <= most:
+        raise ModelError(f"{name} logits differ from transformers' by {error:.2g} of their norm")
