@@ -315,7 +315,7 @@ class Engine:
             raise RequestError(
                 request_id, f"prompt and answer need {longest} tokens of KV, engine.kv_bytes holds {room}"
             )
-        if params.prompt_logprobs is not None:
+        if params.prompt_logprobs is not None and not answered:
             # Every token of the prompt is computed here: its logits are wanted.
             terms = replace(terms, finds=False)
         # Before anything is remembered of the request: it may be refused.

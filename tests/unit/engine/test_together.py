@@ -11,7 +11,7 @@ from tests.support.double import DoublePrecision
 from tests.support.zoo import zoo_model
 from tests.unit.engine.ledger import Clock, answer, ledger_engine
 from tests.unit.engine.oracle import whole_logits
-from tests.unit.engine.tiny import VOCAB, engine_config
+from tests.unit.engine.tiny import VOCAB, engine_config, tiny_model
 
 from farspan.engine.draft import Ask
 from farspan.engine.draft_model import ModelDrafter
@@ -68,6 +68,30 @@ def test_what_a_model_with_a_state_cannot_do_is_refused_by_name():
             Engine(model, engine_config(offload_bytes=4096))
         with pytest.raises(ModelError, match="cannot be set back"):
             ModelDrafter(model, engine_config(), int(model.get_input_embeddings().num_embeddings))
+
+
+def test_what_a_rejected_guess_with_nan_weights_left_in_a_page_reaches_nobody():
+    model = tiny_model()
+    prompt = [token for token in prompts_of(8)[0] if token != 3]
+    params = SamplingParams(max_tokens=20)
+    expected = Engine(model, engine_config()).generate([prompt], params)[0].tokens
+    assert 3 not in expected
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3] = float("nan")
+
+    class Poison:
+        def propose(self, asks: list[Ask]) -> list[list[int]]:
+            return [[4 if expected[len(ask.tokens) - len(prompt)] != 4 else 5, 3][: ask.most] for ask in asks]
+
+        def forget(self, request_id: str) -> None:
+            pass
+
+    engine = Engine(model, engine_config(draft_tokens=2), drafter=Poison())
+    assert engine.generate([prompt], params)[0].tokens == expected
+    for known in range(1, 19):
+        rest = engine.generate([[*prompt, *expected[:known]]], SamplingParams(max_tokens=1))[0].tokens
+        assert rest == expected[known : known + 1]
+    engine.check_integrity()
 
 
 class Guesser:
