@@ -256,7 +256,7 @@ def test_the_runner_gives_logits_of_as_many_last_tokens_as_asked_in_the_given_or
     engine._runner.run([Piece(r[:p], 0, g) for r, p, g in zip(rows, past, pages, strict=True) if p])
     wanted = [1, 7, 4, 1]
     zipped = zip(rows, past, pages, wanted, strict=True)
-    logits = engine._runner.run([Piece(r[p:], p, g, n) for r, p, g, n in zipped])
+    logits = engine._runner.run([Piece(r[p:], p, g, num_logits=n) for r, p, g, n in zipped])
     expected = torch.cat([each[-n:] for each, n in zip(plain, wanted, strict=True)])
     assert logits.shape == expected.shape
     assert float((logits - expected).abs().max()) <= 1e-8
