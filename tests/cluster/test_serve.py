@@ -284,15 +284,23 @@ def test_a_ticket_that_was_taken_back_is_not_noticed_by_the_client(server, plain
     _, expected, prompt_ids = plain(TEXT[2000:2700])
 
     class Forgetful(Router):
-        """Gives the pages back, and lets another prompt overwrite them, before they are fetched."""
+        """Gives the pages back, and lets other prompts overwrite them, before they are fetched."""
 
         async def resume(self, request, answered, ticket):
             if ticket is not None:
                 assert await self._prefill.release.remote(ticket.ticket_id)
-                other = GenerationRequest("other", tuple(prompt_ids[::-1]), SamplingParams(max_tokens=2))
-                await self._prefill.prefill.remote(other)
+                await self.overwrite()
             async for item in super().resume(request, answered, ticket):
                 yield item
+
+        async def overwrite(self):
+            """Prompts that have nothing in common, until every page of the pool has been given to one of them."""
+            info, length = await self._prefill.info.remote(), 6000
+            for number in range(-(-info.kv_tokens // length)):
+                tokens = tuple((number + 1) * (at + 3) % info.vocab_size for at in range(length))
+                other = GenerationRequest(f"other-{number}", tokens, SamplingParams(max_tokens=2))
+                prefilled = await self._prefill.prefill.remote(other)
+                assert await self._prefill.release.remote(prefilled.ticket.ticket_id)
 
     text, trace = drive(server, prompt_ids, Forgetful)
     assert text == expected
