@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import time
@@ -295,7 +296,7 @@ def test_a_ticket_that_was_taken_back_is_not_noticed_by_the_client(server, plain
 
         async def overwrite(self):
             """Prompts that have nothing in common, until every page of the pool has been given to one of them."""
-            info, length = await self._prefill.info.remote(), 6000
+            info, length = await self._prefill.info.remote(), 500
             for number in range(-(-info.kv_tokens // length)):
                 tokens = tuple((number + 1) * (at + 3) % info.vocab_size for at in range(length))
                 other = GenerationRequest(f"other-{number}", tokens, SamplingParams(max_tokens=2))
@@ -305,7 +306,8 @@ def test_a_ticket_that_was_taken_back_is_not_noticed_by_the_client(server, plain
     text, trace = drive(server, prompt_ids, Forgetful)
     assert text == expected
     assert trace.recovered
-    assert "re-used" in trace.recoveries[0]
+    # On a slow machine the lease ends before every page has been overwritten: either is enough to refuse them.
+    assert re.search(r"re-used|lease has expired", trace.recoveries[0])
 
 
 def drive(server: Server, prompt_ids: list[int], router: type[Router]) -> tuple[str, RequestTrace]:
