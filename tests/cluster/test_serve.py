@@ -299,7 +299,7 @@ def test_a_ticket_that_was_taken_back_is_not_noticed_by_the_client(server, plain
             info, length = await self._prefill.info.remote(), 500
             for number in range(-(-info.kv_tokens // length)):
                 tokens = tuple((number + 1) * (at + 3) % info.vocab_size for at in range(length))
-                other = GenerationRequest(f"other-{number}", tokens, SamplingParams(max_tokens=2))
+                other = GenerationRequest(f"other-{number}", tokens, SamplingParams(max_tokens=2, ignore_eos=True))
                 prefilled = await self._prefill.prefill.remote(other)
                 assert await self._prefill.release.remote(prefilled.ticket.ticket_id)
 
