@@ -15,7 +15,7 @@ from ray.util.state import list_actors
 from tests.support.corpus import REPOSITORY, small_corpus
 from tests.support.local_ray import LocalRay
 from tests.support.other_node import ADDRESS, OtherNode, other_node
-from tests.support.runs import tiny_run
+from tests.support.runs import Curve, curve, tiny_run
 
 from farspan.config.load import dump_config
 from farspan.config.schema import RunConfig
@@ -23,7 +23,6 @@ from farspan.jobs.train import run_training
 from farspan.telemetry.events import EventBody, RunRestarted, StepReport, read_events
 
 STEPS, EVERY, AT = 9, 3, 5
-Curve = dict[int, tuple[float, str]]
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +33,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run_config(corpus: str, output: Path) -> RunConfig:
     two = ["parallel.workers=2", "model.dtype=float32", f"train.steps={STEPS}", f"train.checkpoint_every={EVERY}"]
     return tiny_run(corpus, str(output), *two)
-
-
-def curve(events: list[EventBody]) -> Curve:
-    """Step -> (loss, hash of what was consumed); of a step done twice, both must agree."""
-    steps: Curve = {}
-    for event in events:
-        if isinstance(event, StepReport):
-            assert steps.setdefault(event.step, (event.loss, event.samples)) == (event.loss, event.samples)
-    return steps
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import signal
 import socket
 import time
@@ -306,8 +305,7 @@ def test_a_ticket_that_was_taken_back_is_not_noticed_by_the_client(server, plain
     text, trace = drive(server, prompt_ids, Forgetful)
     assert text == expected
     assert trace.recovered
-    # On a slow machine the lease ends before every page has been overwritten: either is enough to refuse them.
-    assert re.search(r"re-used|lease has expired", trace.recoveries[0])
+    assert "re-used" in trace.recoveries[0]
 
 
 def drive(server: Server, prompt_ids: list[int], router: type[Router]) -> tuple[str, RequestTrace]:

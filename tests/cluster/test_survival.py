@@ -17,7 +17,7 @@ import ray
 from ray.util.state import list_actors
 from tests.support.corpus import small_corpus
 from tests.support.local_ray import LocalRay
-from tests.support.runs import tiny_run
+from tests.support.runs import Curve, curve, tiny_run
 
 from farspan.config.load import dump_config
 from farspan.config.schema import RunConfig
@@ -46,18 +46,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run_config(corpus: str, output: Path, *more: str) -> RunConfig:
     two = ["parallel.workers=2", "model.dtype=float32", f"train.steps={STEPS}", f"train.checkpoint_every={EVERY}"]
     return tiny_run(corpus, str(output), *two, *more)
-
-
-Curve = dict[int, tuple[float, str]]
-
-
-def curve(events: list[EventBody]) -> Curve:
-    """Step -> (loss, hash of what was consumed); of a step done twice, both must agree."""
-    steps: Curve = {}
-    for event in events:
-        if isinstance(event, StepReport):
-            assert steps.setdefault(event.step, (event.loss, event.samples)) == (event.loss, event.samples)
-    return steps
 
 
 @pytest.fixture(scope="module")

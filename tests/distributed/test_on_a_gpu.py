@@ -14,6 +14,7 @@ from tests.support.runs import tiny_run
 from farspan.config.schema import RunConfig
 from farspan.telemetry.events import EventBody, Note, StepReport
 from farspan.train.build import build
+from farspan.train.limit import memory_limit
 from farspan.train.loop import train
 from farspan.train.rescue import is_out_of_memory
 
@@ -119,26 +120,26 @@ def test_8_bit_states_on_a_gpu_stay_within_one_percent_of_fp32_states(
 def test_a_run_resumed_from_a_checkpoint_equals_the_whole_run(
     alone: torch.device, corpus: str, tmp_path: Path, background: str
 ) -> None:
-    def run(output: str, num_steps: int, *more: str) -> list[EventBody]:
-        shared = ["model.dtype=float32", "train.checkpoint_every=3", f"train.checkpoint_async={background}"]
-        config = tiny_run(corpus, output, *shared, f"train.steps={num_steps}", *more, **_WIDE)
+    def run(output: str, num_steps: int) -> list[EventBody]:
+        # A learning rate that does not know where the run ends.
+        shared = ["model.dtype=float32", "optim.final_lr_fraction=1", f"train.checkpoint_async={background}"]
+        config = tiny_run(corpus, output, *shared, "train.checkpoint_every=3", f"train.steps={num_steps}", **_WIDE)
         told: list[EventBody] = []
         train(build(config, alone, tmp_path / f"cache-{len(list(tmp_path.iterdir()))}"), config, told.append)
         return told
 
     whole = [event for event in run(str(tmp_path / "whole"), 6) if isinstance(event, StepReport)]
-    run(str(tmp_path / "parts"), 3, "optim.warmup_steps=2")
+    run(str(tmp_path / "parts"), 3)
     told = run(str(tmp_path / "parts"), 6)
     assert any(isinstance(event, Note) and "resumed after step 3" in event.text for event in told)
     rest = [event for event in told if isinstance(event, StepReport)]
     assert [event.samples for event in rest] == [event.samples for event in whole[3:]]
+    assert [event.loss for event in rest] == pytest.approx([event.loss for event in whole[3:]], rel=1e-6)
 
 
 def test_memory_beyond_the_limit_is_told_as_memory_that_ran_out(
     alone: torch.device, corpus: str, tmp_path: Path
 ) -> None:
-    from farspan.train.limit import memory_limit
-
     held = torch.cuda.memory_allocated(alone) / 2**30
     with memory_limit(alone, held + 0.25), pytest.raises(torch.OutOfMemoryError) as caught:
         torch.empty(1 << 30, dtype=torch.uint8, device=alone)

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from tests.support.paged_cases import CASES, Case, assert_close, make
 from torch.nn.functional import scaled_dot_product_attention
 
-from farspan.kernels.attention.limits import Ask
+from farspan.kernels.attention.limits import Ask, decide
 from farspan.kernels.attention.reference import attend_reference
 from farspan.kernels.merge.sink import merge_sinks
 from farspan.kernels.paged_decode import bench, dispatch
 from farspan.kernels.paged_decode.dispatch import choose_pages_backend
 from farspan.kernels.paged_decode.gathered import attend_pages_gathered
-from farspan.kernels.paged_decode.limits import decide
+from farspan.kernels.paged_decode.limits import BACKENDS
 from farspan.kernels.paged_decode.partition import Piece, cut_line, owner, places, share, tiles_of
 from farspan.kernels.paged_decode.reference import attend_pages_reference, seen
 from farspan.kernels.paged_decode.shared import attend_after_prefix, attend_shared_prefix, split_prefix
@@ -178,17 +178,17 @@ def test_pages_that_contradict_the_queries_are_refused() -> None:
 
 
 def test_a_case_goes_to_the_first_backend_that_computes_it_and_the_others_say_why_not() -> None:
-    assert decide(Ask("cuda", torch.bfloat16, 64, 64), {}).name == "triton"
-    assert decide(ASK, {}).name == "native"
+    assert decide(Ask("cuda", torch.bfloat16, 64, 64), {}, BACKENDS).name == "triton"
+    assert decide(ASK, {}, BACKENDS).name == "native"
     for ask in (
         Ask("cpu", torch.float64, 64, 64),
         Ask("cpu", torch.float16, 64, 64),
         Ask("cpu", torch.float32, 576, 512),
     ):
-        decision = decide(ask, {})
+        decision = decide(ask, {}, BACKENDS)
         assert decision.name == "gathered"
         assert dict(decision.passed_over)["native"]
-    assert decide(Ask("mps", torch.float32, 64, 64), {}).name == "reference"
+    assert decide(Ask("mps", torch.float32, 64, 64), {}, BACKENDS).name == "reference"
 
 
 def test_a_machine_that_cannot_compile_gathers_and_logs_the_reason(monkeypatch, caplog) -> None:

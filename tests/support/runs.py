@@ -6,6 +6,7 @@ from typing import Any
 
 from farspan.config.load import load_config
 from farspan.config.schema import RunConfig
+from farspan.telemetry.events import EventBody, StepReport
 
 TINY = {
     "hidden_size": 32,
@@ -35,3 +36,15 @@ def tiny_run(corpus: str, output: str, *overrides: str, **settings: Any) -> RunC
             *overrides,
         ],
     )
+
+
+Curve = dict[int, tuple[float, str]]
+
+
+def curve(events: list[EventBody]) -> Curve:
+    """Step -> (loss, hash of what was consumed); of a step done twice, both must agree."""
+    steps: Curve = {}
+    for event in events:
+        if isinstance(event, StepReport):
+            assert steps.setdefault(event.step, (event.loss, event.samples)) == (event.loss, event.samples)
+    return steps

@@ -21,6 +21,8 @@ from farspan.storage.publish import fetch_folder
 # Prompts an engine is given at a time; neighbours share what they begin with, so they stay together.
 _SHARE_PROMPTS = 64
 _TRIES = 3
+# An engine that answers none of its prompts for so long is stuck, not slow.
+_DEADLINE_S = 6 * 3600.0
 
 
 class _Worker:
@@ -50,12 +52,16 @@ class _Crew:
     def answers(self, shares: Iterator[list[Prompt]]) -> Iterator[list[Answered]]:
         """
         Raises:
-            ClusterError: engines died over the same prompts again and again. And what an engine raises.
+            ClusterError: engines died over the same prompts again and again, or all of them are stuck. And what an
+                engine raises.
         """
         for place in range(len(self._engines)):
             self._give(place, next(shares, None))
         while self._working:
-            (ready,), _ = ray.wait(list(self._working), num_returns=1)
+            done, _ = ray.wait(list(self._working), num_returns=1, timeout=_DEADLINE_S)
+            if not done:
+                raise ClusterError(f"{len(self._working)} engines answered nothing in {_DEADLINE_S / 3600:g} hours")
+            (ready,) = done
             place, share, tries = self._working.pop(ready)
             try:
                 answers = ray.get(ready)

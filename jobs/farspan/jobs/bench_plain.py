@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ import torch
 
 from farspan.batch import IGNORED_LABEL
 from farspan.config.schema import OptimConfig
-from farspan.errors import ClusterError
 from farspan.models.checkpoint import make_config, random_causal_lm
+from farspan.train.apart import ask_apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +52,7 @@ def run_plain(run: PlainRun, num_steps: int, deadline_s: float) -> Course:
     Raises:
         ClusterError: its process died, or gave no answer until the deadline.
     """
-    context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_in_process, args=(theirs, run, num_steps), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        if not ours.poll(deadline_s):
-            raise ClusterError(f"the plain loop gave no answer in {deadline_s:.0f} s")
-        found = ours.recv()
-    except EOFError:
-        raise ClusterError(f"the plain loop died with code {process.exitcode}") from None
-    finally:
-        process.join(timeout=30)
-        process.kill()
-        ours.close()
+    found = ask_apart(_in_process, (run, num_steps), "the plain loop", deadline_s)
     assert isinstance(found, Course), "the process sends what it did"
     return found
 

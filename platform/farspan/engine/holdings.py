@@ -175,6 +175,8 @@ class Holdings:
 
         Raises RequestError when more than `most_pages` pages would be pinned: requests could never be answered.
         """
+        if self._states is not None:
+            raise RequestError(name, "nothing can be pinned for a model that keeps a state beside its pages")
         if self._prefix is None:
             raise RequestError(name, "nothing can be pinned without the prefix cache; set engine.prefix_cache=true")
         held = self._prefix.pin(name, self._prefix.chain(scope), tokens)

@@ -18,6 +18,8 @@ from farspan.engine.request import SamplingParams
 from farspan.errors import CorruptDataError, EngineError, NotFoundError
 
 _SOURCES = ("prompt", "messages", "tokens")
+# A line of answers has no place for what these give.
+_NOT_OF_A_LINE = ("n", "choice", "request", "logprobs", "prompt_logprobs", "logit_bias", "grammar")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +131,10 @@ def _tokens(kind: str, value: Any, tokenizer: PreTrainedTokenizerBase | None) ->
 
 def _params(record: dict[str, Any], params: SamplingParams) -> SamplingParams:
     changed: dict[str, Any] = {}
-    known = {field.name: getattr(params, field.name) for field in fields(SamplingParams)}
+    known = {f.name: getattr(params, f.name) for f in fields(SamplingParams) if f.name not in _NOT_OF_A_LINE}
     for key, value in record.items():
+        if key in _NOT_OF_A_LINE:
+            raise ValueError(f"{key}: cannot be asked for in a file of prompts")
         if key not in known:
             raise ValueError(f"{key}: is not a known key; {nearest(key, [*_SOURCES, 'id', *known])}")
         changed[key] = _fitting(key, value, known[key])
@@ -140,11 +144,14 @@ def _params(record: dict[str, Any], params: SamplingParams) -> SamplingParams:
 def _fitting(key: str, value: Any, like: Any) -> Any:
     if isinstance(like, frozenset) and isinstance(value, list) and all(type(item) is int for item in value):
         return frozenset(value)
+    if isinstance(like, tuple) and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
     if type(value) is type(like):
         return value
     if isinstance(like, float) and type(value) is int:
         return float(value)
-    wanted = "a list of whole numbers" if isinstance(like, frozenset) else f"of type {type(like).__name__}"
+    lists: dict[type, str] = {frozenset: "a list of whole numbers", tuple: "a list of texts"}
+    wanted = lists.get(type(like), f"of type {type(like).__name__}")
     raise ValueError(f"{key}: must be {wanted}, got {value!r}")
 
 

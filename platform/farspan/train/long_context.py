@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any, cast
 
@@ -28,6 +27,7 @@ from farspan.kernels.peak import peak_bytes_of
 from farspan.models.attention import use_farspan_attention
 from farspan.models.parts import decoder_layers
 from farspan.parallel.documents import attend_documents
+from farspan.train.apart import ask_apart
 from farspan.train.limit import memory_limit
 from farspan.train.loss import PackedLoss
 from farspan.train.rescue import is_out_of_memory
@@ -131,21 +131,8 @@ def measure(name: str, shape: Shape, num_tokens: int, budget: int) -> Measured:
     Raises:
         ClusterError: the process died or hung.
     """
-    context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_in_process, args=(theirs, name, shape, num_tokens, budget), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        if not ours.poll(_DEADLINE_S):
-            raise ClusterError(f"{name} at {num_tokens} tokens gave no answer in {_DEADLINE_S:.0f} s")
-        found = ours.recv()
-    except EOFError:
-        raise ClusterError(f"{name} at {num_tokens} tokens died with code {process.exitcode}") from None
-    finally:
-        process.join(timeout=30)
-        process.kill()
-        ours.close()
+    what = f"{name} at {num_tokens} tokens"
+    found = ask_apart(_in_process, (name, shape, num_tokens, budget), what, _DEADLINE_S)
     assert isinstance(found, Measured), "the process sends what it measured"
     return found
 

@@ -12,7 +12,6 @@ import random
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,14 @@ import torch.distributed as dist
 from farspan.config.load import dump_config, load_config, parse_config
 from farspan.config.schema import CorpusConfig, RunConfig
 from farspan.data.corpus import build_corpus
-from farspan.errors import ClusterError, PlanError
+from farspan.errors import PlanError
 from farspan.models.checkpoint import make_config, random_causal_lm
 from farspan.plan.choice import Choice
 from farspan.plan.cost import Plan, Task, plan_of_choice
 from farspan.plan.exchange import ways_of
 from farspan.plan.machine import DEVICES, parse_machine
 from farspan.plan.trace import trace_model
+from farspan.train.apart import ask_apart
 from farspan.train.build import build
 from farspan.train.limit import memory_limit
 
@@ -146,22 +146,8 @@ def measure_step(config: RunConfig, num_steps: int, device: str) -> Stepped:
     Raises:
         ClusterError: the process died or hung.
     """
-    context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_in_process, args=(theirs, dump_config(config), num_steps, device), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        if not ours.poll(_DEADLINE_S):
-            raise ClusterError(f"a step of {config.data.sequence_tokens} tokens did not end in {_DEADLINE_S:.0f} s")
-        found = ours.recv()
-    except EOFError:
-        process.join(timeout=30)
-        raise ClusterError(f"a step of {config.data.sequence_tokens} tokens died, code {process.exitcode}") from None
-    finally:
-        process.join(timeout=30)
-        process.kill()
-        ours.close()
+    what = f"a step of {config.data.sequence_tokens} tokens"
+    found = ask_apart(_in_process, (dump_config(config), num_steps, device), what, _DEADLINE_S)
     assert isinstance(found, Stepped), "the process sends what it measured"
     return found
 

@@ -13,7 +13,7 @@ from tests.unit.serve.tiny_folder import write_tiny_model
 
 from farspan.config.schema import EngineConfig
 from farspan.engine.offline import OfflineEngine, Progress, run_offline
-from farspan.engine.prompts import AnswerFile
+from farspan.engine.prompts import Answered, AnswerFile, Prompt, parse_line
 from farspan.engine.request import SamplingParams
 from farspan.errors import CorruptDataError, EngineError, NotFoundError
 
@@ -64,6 +64,22 @@ def test_every_line_is_answered_and_a_bad_one_is_an_error_of_its_own(tmp_path):
     assert (progress.answered, progress.failed, progress.skipped) == (42, 10, 0)
     assert seen[-1] == 42
     assert len(answers) == 52
+
+
+def test_stop_strings_are_a_list_in_json():
+    line = parse_line(b'{"tokens": [1], "stop": ["a", "b"]}', 1, None, PARAMS)
+    assert isinstance(line, Prompt)
+    assert line.params.stop == ("a", "b")
+    refused = parse_line(b'{"tokens": [1], "stop": [1]}', 1, None, PARAMS)
+    assert isinstance(refused, Answered)
+    assert refused.error == "stop: must be a list of texts, got [1]"
+
+
+@pytest.mark.parametrize("key", ["n", "logprobs", "logit_bias", "grammar"])
+def test_what_an_answer_line_cannot_hold_is_refused_by_name(key):
+    refused = parse_line(json.dumps({"tokens": [1], key: 2}).encode(), 1, None, PARAMS)
+    assert isinstance(refused, Answered)
+    assert refused.error == f"{key}: cannot be asked for in a file of prompts"
 
 
 @pytest.mark.parametrize("torn", ["", '{"id": "p1', '{"id": "p0", "line": 1, "tokens": [1]}'])

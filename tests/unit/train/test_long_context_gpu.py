@@ -26,5 +26,5 @@ def test_a_row_holds_what_was_predicted_and_what_a_real_step_took() -> None:
 
 def test_a_step_whose_process_dies_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long_context_gpu, "_corpus", lambda scratch, tokens: "/nowhere")
-    with pytest.raises(ClusterError, match="a step of 512 tokens died, code 1"):
+    with pytest.raises(ClusterError, match="a step of 512 tokens died with code 1"):
         bench_one_gpu((Step(2, 512),), TINY, "cpu", "h200")

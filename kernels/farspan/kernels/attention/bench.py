@@ -100,8 +100,9 @@ def _rows(case: Case, work: Work, backends: list[Backend]) -> list[dict[str, Any
     peers = [make(work) for make in peers_on(work.q_THD.device, case.dtype) if _fits(case, make)]
     if not peers:
         return []
-    want = peers[0].backward(peers[0].forward())
-    peers, failed = _able(peers)
+    peers, failed, want = _able(peers)
+    if want is None:
+        return [{**_shape(case, work), "contestant": name, "failed": why} for name, why in failed]
     contestants = [*(ours(backend, work) for backend in backends), *peers]
     errors = [_error(contestant, want) for contestant in contestants]
     peaks = {direction: [_peak(c, direction) for c in contestants] for direction in ("forward", "backward")}
@@ -123,17 +124,25 @@ def _rows(case: Case, work: Work, backends: list[Backend]) -> list[dict[str, Any
     return rows
 
 
-def _able(peers: list[Contestant]) -> tuple[list[Contestant], list[tuple[str, str]]]:
-    """The peers that compute this case here, and (name, why) of those that do not; this run also compiles them."""
-    able, failed = [], []
+def _able(
+    peers: list[Contestant],
+) -> tuple[list[Contestant], list[tuple[str, str]], tuple[Tensor, ...] | None]:
+    """The peers that compute this case here, (name, why) of those that do not, and what the first of them gives.
+
+    This run also compiles them.
+    """
+    able: list[Contestant] = []
+    failed: list[tuple[str, str]] = []
+    want = None
     for peer in peers:
         try:
-            peer.backward(peer.forward())
+            found = peer.backward(peer.forward())
         except RuntimeError as problem:
             failed.append((peer.name, " ".join(str(problem).split())[:120]))
         else:
             able.append(peer)
-    return able, failed
+            want = found if want is None else want
+    return able, failed, want
 
 
 def _shape(case: Case, work: Work) -> dict[str, Any]:

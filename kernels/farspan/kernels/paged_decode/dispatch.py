@@ -1,4 +1,4 @@
-"""Choose a backend over pages: limits.py decides, this loads it. What was chosen, and why not another, is logged once.
+"""Choose a backend over pages: attention/limits.py decides, this loads it, and logs once what was chosen and why.
 
 Choosing may compile the CPU kernel, once per machine and for seconds: do it while an engine is built, not in a request.
 """
@@ -9,10 +9,10 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import cache
 
-from farspan.kernels.attention.limits import Ask
+from farspan.kernels.attention.limits import Ask, decide
 from farspan.kernels.paged_decode.contract import AttendPages
 from farspan.kernels.paged_decode.gathered import attend_pages_gathered
-from farspan.kernels.paged_decode.limits import BACKENDS, decide
+from farspan.kernels.paged_decode.limits import BACKENDS
 from farspan.kernels.paged_decode.reference import attend_pages_reference
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ def choose_pages_backend(ask: Ask) -> AttendPages:
     """The best backend of this machine that computes `ask`."""
     absent: dict[str, str] = {}
     while True:
-        decision = decide(ask, absent)
+        decision = decide(ask, absent, BACKENDS)
         try:
             attend = load_pages_backend(decision.name)
         except (ImportError, AttributeError, OSError) as problem:
