@@ -63,9 +63,11 @@ def occupied(num_cpus: int) -> Iterator[ray.actor.ActorHandle]:
         ray.kill(tenant)
 
 
-def actors_on(node: OtherNode) -> list[str]:
+def actors_on(cluster: LocalRay, node: OtherNode) -> list[str]:
     """Classes of the living actors of a node, in order."""
-    found = list_actors(filters=[("state", "=", "ALIVE"), ("node_id", "=", str(node.node_id))], detail=True)
+    found = list_actors(
+        cluster.dashboard, filters=[("state", "=", "ALIVE"), ("node_id", "=", str(node.node_id))], detail=True
+    )
     return sorted(actor.class_name for actor in found)
 
 
@@ -83,7 +85,7 @@ def test_a_run_survives_the_loss_of_a_node_with_a_worker_bit_for_bit(
         def tell(body: EventBody) -> None:
             events.append(body)
             if isinstance(body, StepReport) and body.step == AT and not lost:
-                lost.extend(actors_on(node))
+                lost.extend(actors_on(ray_cluster, node))
                 node.kill()
                 if goes_on == "on what is left":
                     ray.kill(tenant)
@@ -110,7 +112,7 @@ def test_a_run_survives_the_loss_of_the_node_with_its_controller_driver_and_work
         with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as driver:
             assert driver.stdout is not None
             said = next((line for line in driver.stdout if line == f"step {AT}\n"), None)
-            lost = actors_on(node)
+            lost = actors_on(ray_cluster, node)
             driver.kill()
             node.kill()
         assert said is not None, "the driver ended before"

@@ -59,9 +59,9 @@ def undisturbed(ray_cluster: LocalRay, corpus: str, tmp_path_factory: pytest.Tem
     return whole
 
 
-def kill_actor(class_name: str, choose: random.Random) -> None:
+def kill_actor(cluster: LocalRay, class_name: str, choose: random.Random) -> None:
     """SIGKILL to the process of one living actor of this cluster."""
-    found = list_actors(filters=[("state", "=", "ALIVE")])
+    found = list_actors(cluster.dashboard, filters=[("state", "=", "ALIVE")])
     pids = [actor.pid for actor in found if actor.class_name == class_name]
     os.kill(choose.choice(pids), signal.SIGKILL)
 
@@ -90,7 +90,9 @@ def test_a_run_survives_a_killed_process_bit_for_bit(
     at = choose.randrange(1, STEPS - 1)
     # One of them behind the steps, in pieces: a checkpoint may be under way when the process dies.
     behind = f"train.checkpoint_async={'true' if victim == 'RayTrainWorker' else 'false'}"
-    events = disturbed(run_config(corpus, tmp_path / "run", behind), [at], lambda: kill_actor(victim, choose))
+    events = disturbed(
+        run_config(corpus, tmp_path / "run", behind), [at], lambda: kill_actor(ray_cluster, victim, choose)
+    )
     (restarted,) = [event for event in events if isinstance(event, RunRestarted)]
     # The one before, where the newest was still under way.
     assert restarted.redone <= (2 * EVERY if victim == "RayTrainWorker" else EVERY)
@@ -106,7 +108,7 @@ def test_a_run_survives_many_kills_bit_for_bit(
     choose = random.Random(f"many {victim}")
     at = sorted(choose.sample(range(1, STEPS - 1), 6))
     config = run_config(corpus, tmp_path / "run", "train.max_restarts=6", "train.checkpoint_async=true")
-    events = disturbed(config, at, lambda: kill_actor(victim, choose))
+    events = disturbed(config, at, lambda: kill_actor(ray_cluster, victim, choose))
     assert all(event.redone <= 2 * EVERY for event in events if isinstance(event, RunRestarted))
     assert curve(events) == undisturbed
 
@@ -114,7 +116,7 @@ def test_a_run_survives_many_kills_bit_for_bit(
 def test_a_run_that_may_not_be_restarted_says_what_it_lost(ray_cluster: LocalRay, corpus: str, tmp_path: Path) -> None:
     config = run_config(corpus, tmp_path / "run", "train.max_restarts=0")
     with pytest.raises(ClusterError, match=r"not started again: train\.max_restarts=0 failures"):
-        disturbed(config, [2], lambda: kill_actor("RayTrainWorker", random.Random(0)))
+        disturbed(config, [2], lambda: kill_actor(ray_cluster, "RayTrainWorker", random.Random(0)))
 
 
 def test_a_run_asked_to_stop_publishes_a_checkpoint_and_goes_on_from_that_very_step(

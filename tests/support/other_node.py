@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import ray
+from ray._common.utils import get_ray_address_file
 
 ADDRESS = "127.0.0.2"
 _DEADLINE_S = 120.0
@@ -51,7 +52,9 @@ class OtherNode:
 
 @contextmanager
 def other_node(gcs_address: str, num_cpus: int) -> Iterator[OtherNode]:
-    """Start it, and wait until the cluster has it."""
+    """Start it, and wait until the cluster has it. What it tells this machine of its cluster is taken back."""
+    told = Path(get_ray_address_file(None))
+    before = told.read_bytes() if told.exists() else None
     command = [str(Path(sys.executable).parent / "ray"), "start", f"--address={gcs_address}", "--block"]
     limits = [f"--num-cpus={num_cpus}", f"--node-ip-address={ADDRESS}", f"--object-store-memory={100 << 20}"]
     process = subprocess.Popen([*command, *limits], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -62,4 +65,8 @@ def other_node(gcs_address: str, num_cpus: int) -> Iterator[OtherNode]:
     finally:
         if process.poll() is None:
             node.kill()
+        # Killed, it cannot do so itself; whoever asks for "the" cluster later would wait for a dead one.
+        told.unlink(missing_ok=True)
+        if before is not None:
+            told.write_bytes(before)
         node.wait(alive=False)
