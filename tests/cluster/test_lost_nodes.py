@@ -94,7 +94,9 @@ def test_a_run_survives_the_loss_of_a_node_with_a_worker_bit_for_bit(
                     stack.enter_context(other_node(ray_cluster.gcs_address, 1))
 
         run_training(run_config(corpus, tmp_path / "run"), [], tell)
-    assert lost == ["RayTrainWorker"]
+    # Ray Train's watcher of preemptions takes no CPU and may live on either node; the controller may not be lost.
+    assert lost.count("RayTrainWorker") == 1
+    assert "TrainController" not in lost
     restarts = [event for event in events if isinstance(event, RunRestarted)]
     assert [restart.step for restart in restarts][:1] == [EVERY]
     assert all(restart.redone <= EVERY for restart in restarts)
