@@ -20,7 +20,7 @@ from tests.support.runs import Curve, curve, tiny_run
 from farspan.config.load import dump_config
 from farspan.config.schema import RunConfig
 from farspan.jobs.train import run_training
-from farspan.telemetry.events import EventBody, RunRestarted, StepReport, read_events
+from farspan.telemetry.events import EventBody, RunResized, RunRestarted, StepReport, read_events
 
 STEPS, EVERY, AT = 9, 3, 5
 
@@ -30,9 +30,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     return small_corpus(tmp_path_factory.mktemp("nodes"))
 
 
-def run_config(corpus: str, output: Path) -> RunConfig:
+def run_config(corpus: str, output: Path, *more: str) -> RunConfig:
     two = ["parallel.workers=2", "model.dtype=float32", f"train.steps={STEPS}", f"train.checkpoint_every={EVERY}"]
-    return tiny_run(corpus, str(output), *two)
+    return tiny_run(corpus, str(output), *two, *more)
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,39 @@ def test_a_run_survives_the_loss_of_a_node_with_a_worker_bit_for_bit(
     assert [restart.step for restart in restarts][:1] == [EVERY]
     assert all(restart.redone <= EVERY for restart in restarts)
     assert curve(events) == undisturbed
+
+
+@pytest.mark.soak
+def test_a_run_that_loses_a_node_goes_on_with_one_worker_until_the_node_is_back_and_learns_the_same(
+    ray_cluster: LocalRay, corpus: str, tmp_path: Path
+) -> None:
+    # Enough steps that the run is not done before somebody sees that there is room again.
+    more = ["train.steps=60", "parallel.min_workers=1", "parallel.grow_every_s=0.2"]
+    whole: list[EventBody] = []
+    run_training(run_config(corpus, tmp_path / "whole", *more), [], whole.append)
+    undisturbed, events = curve(whole), list[EventBody]()
+    with ExitStack() as stack:
+        stack.enter_context(occupied(3))
+        nodes = [stack.enter_context(other_node(ray_cluster.gcs_address, 1))]
+
+        def tell(body: EventBody) -> None:
+            events.append(body)
+            if isinstance(body, StepReport) and body.step == AT and len(nodes) == 1 and nodes[0].node_id is not None:
+                nodes[0].kill()
+                nodes[0].wait(alive=False)
+            alone = any(isinstance(event, RunResized) and event.workers == 1 for event in events)
+            if isinstance(body, StepReport) and alone and len(nodes) == 1:
+                nodes.append(stack.enter_context(other_node(ray_cluster.gcs_address, 1)))
+
+        run_training(run_config(corpus, tmp_path / "run", *more), [], tell)
+    assert [event.workers for event in events if isinstance(event, RunResized)] == [1, 2]
+    told = [event for event in events if isinstance(event, StepReport)]
+    assert {report.step for report in told} == set(undisturbed)
+    # Also of steps that were done twice, by two workers and by one.
+    for report in told:
+        loss, samples = undisturbed[report.step]
+        assert report.samples == samples
+        assert report.loss == pytest.approx(loss, rel=1e-6)
 
 
 @pytest.mark.soak
