@@ -6,6 +6,7 @@ told of, so that everything between steps counts. Ray is stopped while the plain
 
 from __future__ import annotations
 
+import logging
 import statistics
 import sysconfig
 import tempfile
@@ -25,6 +26,8 @@ from farspan.jobs.launch import local_ray
 from farspan.jobs.train import run_training
 from farspan.models.checkpoint import make_config, random_causal_lm
 from farspan.telemetry.events import EventBody, StepReport
+
+logger = logging.getLogger(__name__)
 
 GOAL_SPEED, GOAL_CURVE = 0.95, 1e-3
 _SLACK_S = 1800.0
@@ -102,11 +105,13 @@ class _Comparison:
     def rows(self) -> list[dict[str, Any]]:
         bench = self._bench
         job_s, plain_s = [], []
-        for _ in range(bench.turns):
+        for turn in range(bench.turns):
+            logger.info("turn %d of %d: %d steps of each", turn + 1, bench.turns, bench.turn_steps)
             plain_s.append(self._plain(bench.turn_steps).seconds_per_step(bench.warm_steps))
             job_s.append(self._job(bench.turn_steps).seconds_per_step(bench.warm_steps))
         per_step, tokens = statistics.median(plain_s), bench.sequence_tokens
         steps = bench.num_steps or max(bench.warm_steps + 1, int(bench.minutes * 60 / per_step))
+        logger.info("the long runs: %d steps of about %.2g s, one after the other", steps, per_step)
         plain, job = self._plain(steps), self._job(steps)
         return [
             {"contender": "torch + transformers", "tokens_per_s": tokens / per_step, "turns": bench.turns},

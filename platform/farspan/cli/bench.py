@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import re
 from collections.abc import Callable
@@ -25,13 +26,15 @@ def run_bench(
     minutes: float | None = None,
     width: int | None = None,
     layers: int | None = None,
+    vllm_env: str | None = None,
 ) -> None:
     """Run one bench, or all but `train`, which takes half an hour, and show the rows; see `show_results`.
 
-    `minutes`, `width` and `layers` are those of `train`.
+    `minutes`, `width` and `layers` are those of `train`, `vllm_env` is that of `engine`.
     """
     import torch
 
+    from farspan.engine.bench import EngineBench, bench_engine
     from farspan.kernels.attention.bench import bench_attention
     from farspan.kernels.paged_decode.bench import bench_paged_decode
     from farspan.memory.bench import bench_memory
@@ -39,9 +42,11 @@ def run_bench(
     from farspan.train.long_context import bench_long_context
     from farspan.train.long_context_gpu import bench_one_gpu
 
+    vllm_python = None if vllm_env is None else str(Path(vllm_env) / "bin" / "python")
     benches: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "attention": bench_attention,
         "paged-decode": bench_paged_decode,
+        "engine": lambda: bench_engine(EngineBench(vllm_python=vllm_python)),
         "memory": bench_memory,
         "parallel": bench_parallel,
         "long-context": bench_one_gpu if torch.cuda.is_available() else bench_long_context,
@@ -55,7 +60,17 @@ def run_bench(
         raise ConfigError("bench", f"must be all or one of {', '.join(known)}", what, nearest(what, known))
     if save and not BASELINES.parent.is_dir():
         raise ConfigError("--save", "must be used in farspan's own repository", str(Path.cwd()), "change to its root")
+    show_progress()
     show_results({name: bench() for name, bench in benches.items() if what in ("all", name)}, as_json, save)
+
+
+def show_progress() -> None:
+    """What the benches say of their way goes to stderr, line by line."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    progress = logging.getLogger("farspan")
+    progress.addHandler(handler)
+    progress.setLevel(logging.INFO)
 
 
 def show_results(results: dict[str, list[dict[str, Any]]], as_json: bool, save: bool) -> None:

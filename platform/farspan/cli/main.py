@@ -235,18 +235,25 @@ def chat(
 @app.command()
 def bench(
     what: Annotated[
-        str, typer.Argument(help="attention, paged-decode, memory, parallel, long-context, train, or all (but train).")
+        str,
+        typer.Argument(
+            help="attention, paged-decode, engine, memory, parallel, long-context, train, or all (but train)."
+        ),
     ] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     save: Annotated[bool, typer.Option("--save", help="Write benchmarks/baselines/<bench>-<machine>.json.")] = False,
     minutes: Annotated[float | None, typer.Option(help="train: length of each of two runs [10].")] = None,
     width: Annotated[int | None, typer.Option(help="train: width of the model [640], by heads of 64.")] = None,
     layers: Annotated[int | None, typer.Option(help="train: its layers [10: 60 million weights].")] = None,
+    vllm_env: Annotated[
+        str | None,
+        typer.Option("--vllm-env", help="engine: a Python environment that holds vLLM, beside which to run."),
+    ] = None,
 ) -> None:
     """Measure this machine, side by side with the best peer, on the same work."""
     from farspan.cli.bench import run_bench
 
-    run_bench(what, as_json=as_json, save=save, minutes=minutes, width=width, layers=layers)
+    run_bench(what, as_json=as_json, save=save, minutes=minutes, width=width, layers=layers, vllm_env=vllm_env)
 
 
 @app.command()

@@ -18,12 +18,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AttentionInterface
 
 from farspan.errors import ModelError
 from farspan.kernels.attention.contract import Forward
 from farspan.kernels.merge.sink import merge_sinks
+from farspan.kernels.paged_decode.contract import AttendPages
+from farspan.kernels.paged_decode.shared import attend_shared_prefix
 from farspan.kv.pages import PagePool
 from farspan.models.rules import LayerRule
 
@@ -104,6 +105,9 @@ class Call:
     writes: bool
     """False: an earlier call of the same forward has written them."""
     kernel: Forward
+    """For tokens of a prompt."""
+    pages: AttendPages
+    """For single tokens of many sequences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,17 +140,20 @@ def first_visible(position: int, rule: LayerRule) -> int:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRows:
-    """B packed tokens from `start` on, one per sequence, attended in one call."""
+    """B packed tokens from `start` on, one per sequence, attended in one call over pages."""
 
     start: int
     tables_BN: Tensor
-    """Pages that each row sees, short rows filled up with a page of their own."""
-    visible_BS: Tensor
-    """Which gathered slots hold a key that the row sees (its own new key included)."""
+    """Pages from the first that each row sees."""
+    lengths_B: Tensor
+    """Tokens from the first of those pages up to the row's own."""
+    prefix_N: Tensor | None = None
+    """Full pages that all rows see before those: read once."""
+    prefix_length_1: Tensor | None = None
 
 
 class PagedBatch:
-    """One forward's pages: decode rows first, then prompt segments. Counts the calls: good for one forward."""
+    """One forward's pages, for each rule of a layer in the order of the packed tokens. Good for one forward."""
 
     def __init__(
         self,
@@ -154,12 +161,11 @@ class PagedBatch:
         calls: Sequence[Call],
         page_T: Tensor,
         slot_T: Tensor,
-        decode: Mapping[LayerRule, Sequence[DecodeRows]],
-        segments: Sequence[Segment],
+        parts: Mapping[LayerRule, Sequence[DecodeRows | Segment]],
     ) -> None:
         self._pool, self._calls = pool, calls
         self._page_T, self._slot_T = page_T, slot_T
-        self._decode, self._segments = decode, segments
+        self._parts = parts
         self._next = 0
 
     def __call__(
@@ -171,15 +177,16 @@ class PagedBatch:
         if call.writes:
             keys_PSGD[self._page_T, self._slot_T] = k_TGD
             values_PSGC[self._page_T, self._slot_T] = v_TGC
-        parts: list[Tensor] = []
-        for rows in self._decode[call.rule]:
-            here = slice(rows.start, rows.start + len(rows.tables_BN))
-            parts.append(_attend_rows(q_THD[here], keys_PSGD, values_PSGC, rows, asked))
-        for segment in self._segments:
-            here = slice(segment.start, segment.start + segment.length)
-            new = _Keys(k_TGD[here], v_TGC[here], keys_PSGD, values_PSGC, segment)
-            parts += _attend_segment(q_THD[here], new, segment, call, asked)
-        return torch.cat(parts)
+        outs: list[Tensor] = []
+        for part in self._parts[call.rule]:
+            if isinstance(part, DecodeRows):
+                here = slice(part.start, part.start + len(part.tables_BN))
+                outs.append(_attend_rows(q_THD[here], keys_PSGD, values_PSGC, part, call, asked))
+            else:
+                here = slice(part.start, part.start + part.length)
+                new = _Keys(k_TGD[here], v_TGC[here], keys_PSGD, values_PSGC, part)
+                outs += _attend_segment(q_THD[here], new, part, call, asked)
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 @dataclass(frozen=True)
@@ -218,32 +225,19 @@ def _attend_segment(q_THD: Tensor, keys: _Keys, segment: Segment, call: Call, as
     return parts
 
 
-def _attend_rows(q_BHD: Tensor, keys_PSGD: Tensor, values_PSGC: Tensor, rows: DecodeRows, asked: Asked) -> Tensor:
-    """One query per row against its own pages, the rows of a group in one call."""
-    k_BGSD = keys_PSGD[rows.tables_BN].flatten(1, 2).transpose(1, 2)
-    v_BGSC = values_PSGC[rows.tables_BN].flatten(1, 2).transpose(1, 2)
-    # The N query heads that share a key head are the queries of one attention: keys are not repeated.
-    q_BGND = q_BHD.unflatten(1, (k_BGSD.shape[1], -1))
-    mask_B11S = rows.visible_BS[:, None, None, :]
-    if asked.softcap is None and asked.sinks_H is None:
-        out_BGNC = functional.scaled_dot_product_attention(
-            q_BGND, k_BGSD, v_BGSC, attn_mask=mask_B11S, scale=asked.scale
+def _attend_rows(
+    q_BHD: Tensor, keys_PSGD: Tensor, values_PSGC: Tensor, rows: DecodeRows, call: Call, asked: Asked
+) -> Tensor:
+    """One query per row against its own pages, and those that all rows share."""
+    inputs = (q_BHD.unsqueeze(1), keys_PSGD, values_PSGC)
+    if rows.prefix_N is None or rows.prefix_length_1 is None:
+        out_B1HC, lse_B1H = call.pages(
+            *inputs, rows.tables_BN, rows.lengths_B, scale=asked.scale, window=call.rule.window, softcap=asked.softcap
         )
     else:
-        out_BGNC = _attend_plainly(q_BGND, k_BGSD, v_BGSC, mask_B11S, asked)
-    return out_BGNC.flatten(1, 2)
-
-
-def _attend_plainly(q_BGND: Tensor, k_BGSD: Tensor, v_BGSC: Tensor, mask_B11S: Tensor, asked: Asked) -> Tensor:
-    """With a soft cap or sinks, which torch's fused attention does not have."""
-    wide = torch.promote_types(q_BGND.dtype, torch.float32)
-    scores_BGNS = (q_BGND @ k_BGSD.transpose(2, 3)).to(wide) * asked.scale
-    if asked.softcap is not None:
-        scores_BGNS = asked.softcap * torch.tanh(scores_BGNS / asked.softcap)
-    scores_BGNS = scores_BGNS.masked_fill(~mask_B11S, float("-inf"))
-    if asked.sinks_H is not None:
-        # One more key, whose value is zero.
-        sinks_1GN1 = asked.sinks_H.to(wide).view(1, *q_BGND.shape[1:3], 1)
-        scores_BGNS = torch.cat([scores_BGNS, sinks_1GN1.expand(len(q_BGND), -1, -1, -1)], dim=3)
-    weights_BGNS = scores_BGNS.softmax(3)[..., : k_BGSD.shape[2]].to(v_BGSC.dtype)
-    return weights_BGNS @ v_BGSC
+        prefix = (rows.prefix_N, rows.prefix_length_1)
+        out_B1HC, lse_B1H = attend_shared_prefix(
+            call.pages, *inputs, *prefix, rows.tables_BN, rows.lengths_B, scale=asked.scale, softcap=asked.softcap
+        )
+    out_BHC, lse_BH = out_B1HC.squeeze(1), lse_B1H.squeeze(1)
+    return out_BHC if asked.sinks_H is None else merge_sinks(out_BHC, lse_BH, asked.sinks_H)[0]

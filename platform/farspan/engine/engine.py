@@ -19,6 +19,7 @@ from farspan.engine.advance import Advanced, Ends, advance, collect_prompt_logpr
 from farspan.engine.check import check_prompt
 from farspan.engine.draft import Ask, Drafter, DraftRoom, SuffixDrafter, allowed_draft, draft_limit, split_room
 from farspan.engine.fairness import Claim, Service, fair_order
+from farspan.engine.faster import speed_up
 from farspan.engine.history import Recall
 from farspan.engine.holdings import Holdings
 from farspan.engine.path import Path, open_path
@@ -63,6 +64,7 @@ class Engine:
         ConfigError when pages that are moved out would not be all that a sequence of this model needs.
         """
         path = open_path(model, config)
+        speed_up(model)
         text = model.config.get_text_config(decoder=True)
         self.path, self.pool, self.states, self._runner = path.name, path.pool, path.states, path.runner
         self.pages_are_all = path.pages_are_all

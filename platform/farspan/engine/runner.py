@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,11 +14,14 @@ from farspan.engine.attention import DecodeRows, PagedBatch, Segment, first_visi
 from farspan.engine.probe import forward
 from farspan.engine.recurrent import BatchStates, PackedCache, Stretch
 from farspan.engine.survey import Survey
+from farspan.kernels.paged_decode.dispatch import gathers
 from farspan.kv.pages import PagePool
 from farspan.kv.states import StatePool
 from farspan.models.rules import LayerRule
 
-# Decode gathers the pages of a group of rows side by side, one layer at a time: at most this much, or one row.
+# From how many shared pages and rows on reading them once is faster than two calls are slower.
+_LEAST_SHARED_PAGES, _LEAST_SHARING_ROWS = 8, 4
+# Where decode gathers the pages of a group of rows side by side, one layer at a time: at most this much, or one row.
 _GATHER_BYTES = 64 * 1024 * 1024
 
 
@@ -52,16 +56,22 @@ class Runner:
         layout = pool.layout
         self._gather_pages = gather_bytes * layout.num_layers // max(1, layout.page_bytes)
         self._rules = {call.rule for call in survey.calls}
+        self._gathers = {call.rule for call in survey.calls if gathers(call.pages)}
         self._shell = None if states is None else PackedCache(model.config, None)
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """Logits [R, V]: the `num_logits` last tokens of each piece, in the given order."""
-        # Single tokens first, shortest context first: neighbours are attended together, the longer pieces one each.
+        # Single tokens first: neighbours are attended together, the longer pieces one each.
         # With states, those that continue a sequence go before those that begin one, which have no state yet.
         begins_last = self._states is not None
         order = sorted(
             range(len(pieces)),
-            key=lambda i: (len(pieces[i].tokens) > 1, begins_last and pieces[i].past == 0, pieces[i].past),
+            key=lambda i: (
+                len(pieces[i].tokens) > 1,
+                begins_last and pieces[i].past == 0,
+                self._beginning(pieces[i]),
+                pieces[i].past,
+            ),
         )
         packed = [pieces[i] for i in order]
         tokens_T = torch.tensor([token for piece in packed for token in piece.tokens])
@@ -83,44 +93,96 @@ class Runner:
         self._shell.states = BatchStates(self._states, stretches, stepwise=self._stepwise)
         return self._shell
 
+    def _beginning(self, piece: Piece) -> int:
+        """Same for sequences that may share pages; where pages are gathered, rows of like length belong together."""
+        return piece.pages[0] if piece.pages and not self._gathers and len(piece.tokens) == 1 else 0
+
     def _pack(self, pieces: Sequence[Piece], positions_T: Tensor) -> PagedBatch:
-        device, size = self._pool.device, self._pool.layout.page_tokens
-        pages = [torch.tensor(piece.pages, dtype=torch.long, device=device) for piece in pieces]
-        slots_T = positions_T.to(device)
-        owner_T = torch.repeat_interleave(torch.tensor([len(p.tokens) for p in pieces]))
-        starts = torch.tensor([0] + [len(p) for p in pages]).cumsum(0)[:-1].to(device)
-        page_T = torch.cat(pages)[starts[owner_T.to(device)] + slots_T // size]
-        rows = [(piece, table) for piece, table in zip(pieces, pages, strict=True) if len(piece.tokens) == 1]
+        size = self._pool.layout.page_tokens
+        rows = [piece for piece in pieces if len(piece.tokens) == 1]
+        places = positions_T.numpy() // size
+        pages = np.empty(len(places), np.int64)
+        pages[: len(rows)] = [piece.pages[piece.past // size] for piece in rows]
         segments: list[Segment] = []
         start = len(rows)
-        for piece, table in zip(pieces[len(rows) :], pages[len(rows) :], strict=True):
-            segments.append(Segment(start, len(piece.tokens), piece.past, table))
-            start += len(piece.tokens)
-        decode = {rule: self._decode_rows(rows, rule) for rule in self._rules}
-        return PagedBatch(self._pool, self.survey.calls, page_T, slots_T % size, decode, segments)
+        for piece in pieces[len(rows) :]:
+            segments.append(self._segment(piece, start))
+            end = start + len(piece.tokens)
+            pages[start:end] = np.asarray(piece.pages)[places[start:end]]
+            start = end
+        parts = {rule: [*self._decode_parts(rows, rule), *segments] for rule in self._rules}
+        page_T, slot_T = (x.to(self._pool.device) for x in (torch.from_numpy(pages), positions_T % size))
+        return PagedBatch(self._pool, self.survey.calls, page_T, slot_T, parts)
 
-    def _decode_rows(self, rows: Sequence[tuple[Piece, Tensor]], rule: LayerRule) -> tuple[DecodeRows, ...]:
-        widths = [len(self._seen(piece.past, rule)) for piece, _ in rows]
-        groups = group_rows(widths, self._gather_pages)
-        return tuple(self._decode_group(rows[group.start : group.stop], group.start, rule) for group in groups)
+    def _segment(self, piece: Piece, start: int) -> Segment:
+        pages_N = torch.tensor(piece.pages, dtype=torch.long, device=self._pool.device)
+        return Segment(start, len(piece.tokens), piece.past, pages_N)
 
-    def _decode_group(self, rows: Sequence[tuple[Piece, Tensor]], start: int, rule: LayerRule) -> DecodeRows:
-        size, device = self._pool.layout.page_tokens, self._pool.device
-        seen = [self._seen(piece.past, rule) for piece, _ in rows]
-        width = max(map(len, seen))
-        # Filled up with a page of the row itself: a foreign page may hold anything, even NaN.
-        tables = [_padded(table[pages.start : pages.stop], width) for (_, table), pages in zip(rows, seen, strict=True)]
-        first_B = torch.tensor([pages.start * size for pages in seen], device=device)
-        positions_BS = first_B[:, None] + torch.arange(width * size, device=device)[None, :]
-        low_B = torch.tensor([first_visible(piece.past, rule) for piece, _ in rows], device=device)
-        last_B = torch.tensor([piece.past for piece, _ in rows], device=device)
-        visible_BS = (positions_BS >= low_B[:, None]) & (positions_BS <= last_B[:, None])
-        return DecodeRows(start, torch.stack(tables), visible_BS)
-
-    def _seen(self, past: int, rule: LayerRule) -> range:
-        """Which pages of a sequence of `past` tokens its next token sees, by their place in the sequence."""
+    def _decode_parts(self, rows: Sequence[Piece], rule: LayerRule) -> list[DecodeRows | Segment]:
+        """Single tokens by the kernel over pages: together, those that share a beginning by themselves."""
         size = self._pool.layout.page_tokens
-        return range(first_visible(past, rule) // size, past // size + 1)
+        if rule.chunk is not None and rule.chunk % size:
+            # Its beginnings lie within pages, where the kernel does not begin.
+            return [self._segment(piece, start) for start, piece in enumerate(rows)]
+        seen = [seen_pages(piece.past, rule, size) for piece in rows]
+        if rule in self._gathers:
+            groups = [(group, 0) for group in group_rows([len(pages) for pages in seen], self._gather_pages)]
+        else:
+            groups = sharing_rows(rows, size) if rule.window is None and rule.chunk is None else []
+            groups = groups or [(range(len(rows)), 0)] * bool(rows)
+        return [self._decode_rows(rows, seen, *group) for group in groups]
+
+    def _decode_rows(self, rows: Sequence[Piece], seen: Sequence[range], group: range, shared: int) -> DecodeRows:
+        """`shared`: pages that the rows of a group have in common, which lead the tables of none of them."""
+        size, device = self._pool.layout.page_tokens, self._pool.device
+        own = [range(seen[row].start + shared, seen[row].stop) for row in group]
+        tables = np.zeros((len(own), max(map(len, own))), np.int32)
+        for place, (row, pages) in enumerate(zip(group, own, strict=True)):
+            tables[place, : len(pages)] = rows[row].pages[pages.start : pages.stop]
+        lengths = [rows[row].past + 1 - pages.start * size for row, pages in zip(group, own, strict=True)]
+        tables_BN = torch.from_numpy(tables).to(device)
+        lengths_B = torch.tensor(lengths, dtype=torch.int32, device=device)
+        if not shared:
+            return DecodeRows(group.start, tables_BN, lengths_B)
+        prefix_N = torch.tensor(rows[group.start].pages[:shared], dtype=torch.int32, device=device)
+        prefix_length_1 = torch.tensor([shared * size], dtype=torch.int32, device=device)
+        return DecodeRows(group.start, tables_BN, lengths_B, prefix_N, prefix_length_1)
+
+
+def seen_pages(past: int, rule: LayerRule, page_tokens: int) -> range:
+    """Which pages of a sequence of `past` tokens its next token sees, by their place in the sequence."""
+    return range(first_visible(past, rule) // page_tokens, past // page_tokens + 1)
+
+
+def sharing_rows(rows: Sequence[Piece], page_tokens: int) -> list[tuple[range, int]]:
+    """Neighbours that begin with the same pages, and how many those are; all other neighbours share 0.
+
+    A page that a row still writes is its own. Few pages or rows are not worth a second call.
+    """
+    groups: list[tuple[range, int]] = []
+    start = 0
+    while start < len(rows):
+        end, shared = start + 1, rows[start].past // page_tokens
+        while end < len(rows):
+            common = _common(rows[start], rows[end], min(shared, rows[end].past // page_tokens))
+            if common < max(_LEAST_SHARED_PAGES, shared // 2):
+                break
+            end, shared = end + 1, common
+        if end - start >= _LEAST_SHARING_ROWS:
+            groups.append((range(start, end), shared))
+        elif groups and groups[-1][1] == 0:
+            groups[-1] = (range(groups[-1][0].start, end), 0)
+        else:
+            groups.append((range(start, end), 0))
+        start = end
+    return groups
+
+
+def _common(a: Piece, b: Piece, most: int) -> int:
+    """How many of the first pages are the same. Equal pages follow equal pages: the first that differ end it."""
+    if list(a.pages[:most]) == list(b.pages[:most]):
+        return most
+    return next(i for i in range(most) if a.pages[i] != b.pages[i])
 
 
 def kept_rows(pieces: Sequence[Piece], order: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -154,7 +216,3 @@ def group_rows(widths: Sequence[int], most_pages: int) -> list[range]:
             groups.append(range(row, row + 1))
             widest = width
     return groups
-
-
-def _padded(table: Tensor, width: int) -> Tensor:
-    return torch.cat([table, table[:1].expand(width - len(table))])

@@ -18,6 +18,7 @@ from farspan.errors import ModelError
 from farspan.kernels.attention.dispatch import choose_backend
 from farspan.kernels.attention.limits import Ask
 from farspan.kernels.merge.sink import merge_sinks
+from farspan.kernels.paged_decode.dispatch import choose_pages_backend
 from farspan.kv.layout import LayerShape
 from farspan.kv.states import StateLayout, StateShape
 from farspan.models.rules import CHUNK, FULL, RECURRENT, WINDOW, LayerRule, layer_kinds
@@ -90,7 +91,8 @@ class WatchedAttention:
             raise ModelError(f"{name} has keys {tuple(k_TGD.shape)} and values {tuple(v_TGC.shape)} that do not match")
         if {k_TGD.dtype, v_TGC.dtype} != {self._dtype}:
             raise ModelError(f"{name} has keys of {k_TGD.dtype} in a model of {self._dtype}")
-        kernel = choose_backend(Ask.of(q_THD, v_TGC, asked.softcap)).forward
+        ask = Ask.of(q_THD, v_TGC, asked.softcap)
+        kernel, pages = choose_backend(ask).forward, choose_pages_backend(ask)
         # Layers may share keys (Gemma 3n), and may not share the values of the same keys (differential attention).
         shared = (i for i, seen in enumerate(self._stored) if _same(seen[0], k_TGD) and _same(seen[1], v_TGC))
         store = next(shared, len(self._stored))
@@ -98,7 +100,7 @@ class WatchedAttention:
         if writes:
             self._stored.append((k_TGD, v_TGC))
             self.found.layers.append(LayerShape(k_TGD.shape[1], k_TGD.shape[2], v_TGC.shape[2]))
-        self.found.calls.append(Call(rule, store, writes, kernel))
+        self.found.calls.append(Call(rule, store, writes, kernel, pages))
         self.found.capped |= asked.softcap is not None or asked.sinks_H is not None
         out_THC, lse_TH = kernel(q_THD, k_TGD, v_TGC, scale=asked.scale, offset=0, softcap=asked.softcap)
         return out_THC if asked.sinks_H is None else merge_sinks(out_THC, lse_TH, asked.sinks_H)[0]

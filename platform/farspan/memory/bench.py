@@ -6,6 +6,7 @@ fetched is compared with what was stored before anything is timed.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import tempfile
 import time
@@ -24,6 +25,8 @@ from farspan.memory.numa import find_nodes
 from farspan.memory.nvme import NvmeTier
 from farspan.memory.open import CXL_SHAPE
 from farspan.memory.tier import Tier
+
+logger = logging.getLogger(__name__)
 
 _LARGE_BYTES, _SMALL_BYTES = 256 << 20, 4096
 _ROUNDS, _SMALL_ROUNDS = 5, 50
@@ -89,6 +92,7 @@ def _found(device: torch.device, nbytes: int, scratch: str) -> list[tuple[str, C
 
 
 def _row(name: str, make: Callable[[], Tier], device: torch.device, large_bytes: int, rounds: int) -> dict[str, Any]:
+    logger.info("%s", name)
     try:
         tier = make()
     except TierError as problem:

@@ -8,6 +8,7 @@ anything is timed, because a fast wrong answer is not a result.
 
 from __future__ import annotations
 
+import logging
 import os
 import statistics
 import tempfile
@@ -36,6 +37,8 @@ from farspan.parallel.contenders import (
     peer_contenders,
 )
 
+logger = logging.getLogger(__name__)
+
 _NUM_RANKS, _ROUNDS, _DEADLINE_S = 2, 5, 600.0
 CASES = (BenchCase((0, 4096)), BenchCase((0, 2048), num_kv_heads=8), BenchCase((0, 300, 1100, 1101, 2048, 3500, 4096)))
 
@@ -59,6 +62,7 @@ def bench_parallel(cases: tuple[BenchCase, ...] = CASES, rounds: int = _ROUNDS) 
                 theirs.close()
                 pipes.append(ours)
                 processes.append(process)
+            logger.info("%d cases on %d processes", len(cases), _NUM_RANKS)
             return _collect(pipes)
         finally:
             for process in processes:

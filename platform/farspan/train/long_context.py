@@ -7,6 +7,7 @@ gradient norms are compared with plain transformers first: a wrong step has no l
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,8 @@ from farspan.train.apart import ask_apart
 from farspan.train.limit import memory_limit
 from farspan.train.loss import PackedLoss
 from farspan.train.rescue import is_out_of_memory
+
+logger = logging.getLogger(__name__)
 
 PLAIN, CHECKPOINTED, ALST = "transformers", "transformers + checkpointing", "deepspeed ALST pieces"
 TILES, RECOMPUTE, SECO = "farspan tiles", "farspan tiles + recompute", "farspan tiles + chunks"
@@ -62,7 +65,7 @@ class Measured:
 
 
 def bench_long_context(
-    budget_mib: int = 256, shape: Shape | None = None, most_tokens: int = 65536
+    budget_mib: int = 128, shape: Shape | None = None, most_tokens: int = 32768
 ) -> list[dict[str, Any]]:
     """Rows: the longest sequence of each contender, then farspan's speed beside each peer's at the peer's longest.
 
@@ -134,7 +137,14 @@ def measure(name: str, shape: Shape, num_tokens: int, budget: int) -> Measured:
     what = f"{name} at {num_tokens} tokens"
     found = ask_apart(_in_process, (name, shape, num_tokens, budget), what, _DEADLINE_S)
     assert isinstance(found, Measured), "the process sends what it measured"
+    logger.info("%s", _told(what, found))
     return found
+
+
+def _told(what: str, found: Measured) -> str:
+    if found.peak_bytes is None:
+        return f"{what}: memory did not suffice"
+    return f"{what}: {found.peak_bytes >> 20} MiB, {found.seconds:.1f} s"
 
 
 def _in_process(pipe: Connection, name: str, shape: Shape, num_tokens: int, budget: int) -> None:

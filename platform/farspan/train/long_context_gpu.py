@@ -8,6 +8,7 @@ without.
 
 from __future__ import annotations
 
+import logging
 import random
 import tempfile
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ from farspan.plan.trace import trace_model
 from farspan.train.apart import ask_apart
 from farspan.train.build import build
 from farspan.train.limit import memory_limit
+
+logger = logging.getLogger(__name__)
 
 CAP_GIB = 80.0
 _LLAMA_8B = {
@@ -89,6 +92,7 @@ def bench_one_gpu(
         corpus = _corpus(Path(scratch), max(step.tokens for step in steps))
         for step in steps:
             config = _config(step, corpus, str(Path(scratch) / "run"), shape or _LLAMA_8B)
+            logger.info("%s", step)
             measured = measure_step(config, step.num_steps, device)
             same = replace(step, offload=False)
             if not step.offload:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from farspan.engine.engine import Engine
 from farspan.engine.request import SamplingParams
+from farspan.engine.runner import seen_pages
 from farspan.errors import RequestError
 
 PATHS = {
@@ -162,6 +163,6 @@ def test_a_window_gathers_only_the_pages_it_sees():
     with DoublePrecision():
         engine = Engine(model_of("gemma3_text"), engine_config())
     (sliding,) = [rule for rule in engine._runner._rules if rule.window]
-    assert len(engine._runner._seen(1000, sliding)) <= 3
+    assert len(seen_pages(1000, sliding, engine.pool.layout.page_tokens)) <= 3
     (full,) = [rule for rule in engine._runner._rules if not rule.window]
-    assert len(engine._runner._seen(1000, full)) == 251
+    assert len(seen_pages(1000, full, engine.pool.layout.page_tokens)) == 251

@@ -1,4 +1,4 @@
-"""Decode rows are gathered in groups: bounded memory, and the logits of one group or of one row each."""
+"""Decode rows are attended in groups: bounded memory, shared beginnings once, and the logits of one row each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.unit.engine.tiny import engine_config, prompts, tiny_model
 
 from farspan.engine.engine import Engine
 from farspan.engine.probe import plain_logits
-from farspan.engine.runner import Piece, Runner, group_rows
+from farspan.engine.runner import Piece, Runner, group_rows, sharing_rows
 
 
 def test_one_long_row_is_not_multiplied_by_the_short_ones():
@@ -38,8 +38,8 @@ def test_decode_logits_of_grouped_rows_equal_plain_logits(gather_pages):
     gathered: list[int] = []
 
     class Watched(Runner):
-        def _decode_rows(self, rows, rule):
-            groups = super()._decode_rows(rows, rule)
+        def _decode_parts(self, rows, rule):
+            groups = super()._decode_parts(rows, rule)
             gathered.extend(group.tables_BN.numel() for group in groups)
             return groups
 
@@ -56,3 +56,59 @@ def test_decode_logits_of_grouped_rows_equal_plain_logits(gather_pages):
     longest = layout.num_pages(70)
     assert max(gathered) <= max(gather_pages, longest)
     assert (len(gathered) == 1) == (gather_pages >= longest * len(tokens))
+
+
+def row(past, *pages):
+    return Piece([7], past, list(pages))
+
+
+def test_rows_with_one_beginning_share_it_and_the_others_are_attended_together():
+    common = list(range(10))
+    family = [row(160 + 16 * i, *common, 20 + i, 30 + i) for i in range(4)]
+    strangers = [row(200, *range(100, 113)), row(3, 99), row(40, 97, 98, 96)]
+    assert sharing_rows([*family, *strangers], 16) == [(range(4), 10), (range(4, 7), 0)]
+    assert sharing_rows([*strangers, *family], 16) == [(range(3), 0), (range(3, 7), 10)]
+    # Three are too few, and seven pages.
+    assert sharing_rows(family[:3], 16) == [(range(3), 0)]
+    assert sharing_rows([row(112, *common[:7], 50 + i) for i in range(9)], 16) == [(range(9), 0)]
+    assert sharing_rows([], 16) == []
+
+
+def test_a_page_that_a_row_still_writes_is_no_shared_beginning():
+    pages = list(range(10))
+    assert sharing_rows([row(150, *pages)] * 5, 16) == [(range(5), 9)]
+
+
+def test_one_row_of_another_kind_does_not_shorten_what_the_others_share():
+    common = list(range(40))
+    family = [row(16 * 40 + 3, *common, 100 + i) for i in range(5)]
+    assert sharing_rows([*family, row(16 * 9 + 3, *common[:9], 200)], 16) == [(range(5), 40), (range(5, 6), 0)]
+
+
+def test_decode_logits_of_rows_that_share_a_beginning_equal_plain_logits():
+    model = tiny_model().float()
+    engine = Engine(model, engine_config(dtype="float32"))
+    pool = engine.pool
+    shared: list[int] = []
+
+    class Watched(Runner):
+        def _decode_rows(self, rows, seen, group, pages):
+            shared.append(pages)
+            return super()._decode_rows(rows, seen, group, pages)
+
+    runner = Watched(model, pool, engine._runner.survey)
+    size = pool.layout.page_tokens
+    beginning, *others = prompts(9 * size, 5, 1, 2 * size, 9, 70, 4)
+    tokens = [beginning + other for other in others[:4]] + others[4:]
+    held = pool.alloc(9)
+    pages = [
+        (held if i < 4 else []) + pool.alloc(pool.layout.num_pages(len(t)) - (9 if i < 4 else 0))
+        for i, t in enumerate(tokens)
+    ]
+    runner.run([Piece(beginning, 0, held)])
+    computed = [9 * size] * 4 + [0, 0]
+    runner.run([Piece(t[past:-1], past, p) for t, past, p in zip(tokens, computed, pages, strict=True) if t[past:-1]])
+    logits = runner.run([Piece(t[-1:], len(t) - 1, p) for t, p in zip(tokens, pages, strict=True)])
+    assert shared == [9, 0]
+    for t, got in zip(tokens, logits, strict=True):
+        assert float((got - plain_logits(model, torch.tensor(t))[-1]).abs().max()) <= 1e-4

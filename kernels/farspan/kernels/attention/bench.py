@@ -7,6 +7,7 @@ documents one call each, and a window with its mask written out.
 
 from __future__ import annotations
 
+import logging
 import random
 import statistics
 import time
@@ -23,6 +24,8 @@ from farspan.kernels.attention.dispatch import installed_backends
 from farspan.kernels.attention.limits import Ask
 from farspan.kernels.attention.peers import Contestant, Work, ours, peers_on
 from farspan.kernels.peak import peak_bytes_of
+
+logger = logging.getLogger(__name__)
 
 # Rounds of a case: at least three; more while this many seconds last.
 _MIN_ROUNDS, _MAX_ROUNDS, _SECONDS = 3, 15, 2.0
@@ -67,6 +70,7 @@ def bench_attention(cases: tuple[Case, ...] | None = None, backend: Backend | No
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[dict[str, Any]] = []
     for case in cases or (_CPU_CASES if device.type == "cpu" else _CUDA_CASES):
+        logger.info("%d tokens, %s, %s", case.tokens, case.dtype, case.pattern)
         work = _work(case, device)
         ask = Ask.of(work.q_THD, work.v_TGD)
         found = (

@@ -9,6 +9,7 @@ different layers, so that it times the device and no cache holds what the next c
 
 from __future__ import annotations
 
+import logging
 import random
 import statistics
 import time
@@ -23,6 +24,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from farspan.kernels.attention.limits import Ask
 from farspan.kernels.paged_decode.contract import AttendPages
 from farspan.kernels.paged_decode.dispatch import installed_pages_backends
+
+logger = logging.getLogger(__name__)
 
 _SLOTS = 16
 _MIN_ROUNDS, _MAX_ROUNDS, _SECONDS = 4, 30, 2.0
@@ -99,6 +102,7 @@ def bench_paged_decode(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[dict[str, Any]] = []
     for case in cases or (_CPU_CASES if device.type == "cpu" else _CUDA_CASES):
+        logger.info("%s", case)
         rows += _rows(case, make_work(case, device), backends)
     return rows
 

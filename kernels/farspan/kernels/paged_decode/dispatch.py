@@ -34,6 +34,11 @@ def choose_pages_backend(ask: Ask) -> AttendPages:
         return attend
 
 
+def gathers(attend: AttendPages) -> bool:
+    """Whether a backend copies the pages of all rows side by side: the caller then bounds the rows of a call."""
+    return attend in (attend_pages_gathered, attend_pages_reference)
+
+
 def load_pages_backend(name: str) -> AttendPages:
     """The backend called `name`. Raises ImportError where it is not installed or cannot be compiled."""
     return _LOADERS[name]()

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from farspan.kernels.paged_decode.build import build_library, cache_folder
+from farspan.kernels.build import build_library, cache_folder
 from farspan.kernels.paged_decode.contract import AttendPages, check_pages
 from farspan.kernels.paged_decode.gathered import attend_pages_gathered
 
+_SOURCE = Path(__file__).with_name("native.cpp")
 # From this many queries of a row on, gathering for a matrix product is the faster way.
 _MANY_QUERIES = 9
 # Shares of a thread: one that is held up by another process leaves its later shares to the others.
@@ -45,7 +47,7 @@ class _Case(ctypes.Structure):
 def load_native() -> AttendPages:
     """The kernel, compiled now if this machine has not done it before. Raises ImportError where it cannot be made."""
     try:
-        library = ctypes.CDLL(str(build_library(cache_folder())))
+        library = ctypes.CDLL(str(build_library(cache_folder(), _SOURCE)))
     except OSError as problem:
         raise ImportError(f"the compiled kernel cannot be loaded: {problem}") from problem
     for name, result in (

@@ -1,4 +1,4 @@
-"""Compile the C++ kernel on the machine that runs it: one small file without headers of Python or torch, some seconds.
+"""Compile a C++ kernel on the machine that runs it: one small file without headers of Python or torch, some seconds.
 
 The library is kept in the user's cache under a name made of all it depends on, and appears there whole. Processes that
 want it at the same time wait for one of them, but never beyond a deadline; a dead one's lock is released by the system.
@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = (
     *("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
     *("-fopenmp", "-Wno-psabi", "-shared", "-fPIC"),
@@ -41,7 +40,7 @@ def cache_folder() -> Path:
         raise ImportError(f"no place for a compiled library: {problem}") from problem
 
 
-def build_library(folder: Path, source: Path = SOURCE, deadline_s: float = _DEADLINE_S) -> Path:
+def build_library(folder: Path, source: Path, deadline_s: float = _DEADLINE_S) -> Path:
     """The compiled library, made now or by whoever came first.
 
     Raises ImportError when there is no compiler, it fails, or the library is not there by the deadline.
@@ -53,7 +52,7 @@ def build_library(folder: Path, source: Path = SOURCE, deadline_s: float = _DEAD
     flags = (*_FLAGS, *_INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
     depends_on = "\0".join([compiler, platform.machine(), *flags]).encode() + source.read_bytes()
     key = hashlib.sha256(depends_on).hexdigest()[:16]
-    library = folder / f"{source.stem}-{key}.so"
+    library = folder / f"{source.parent.name}-{key}.so"
     if library.exists():
         return library
     try:

@@ -1,0 +1,63 @@
+"""Root-mean-square normalization on a CPU by native.cpp, called through ctypes. Contract: contract.py.
+
+In torch it is seven operations, each with the cost of a call: in decode that is most of what they cost.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.build import build_library, cache_folder
+from farspan.kernels.rms_norm.contract import BindRmsNorm, Kind, RmsNorm
+
+_SOURCE = Path(__file__).with_name("native.cpp")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class _Case(ctypes.Structure):
+    """Field for field the Norm of native.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "w", "y")),
+        *((name, ctypes.c_int64) for name in ("rows", "size", "x_row", "half", "one_more")),
+        ("eps", ctypes.c_float),
+    )
+
+
+@cache
+def load_native() -> BindRmsNorm:
+    """The kernel, compiled now if this machine has not done it before. Raises ImportError where it cannot be made."""
+    try:
+        library = ctypes.CDLL(str(build_library(cache_folder(), _SOURCE)))
+    except OSError as problem:
+        raise ImportError(f"the compiled kernel cannot be loaded: {problem}") from problem
+    library.farspan_rms_norm.restype, library.farspan_rms_norm.argtypes = None, [ctypes.c_void_p]
+    return lambda w_K, eps, kind: _bind(library, w_K, eps, kind)
+
+
+def _bind(library: ctypes.CDLL, w_K: Tensor, eps: float, kind: Kind) -> RmsNorm:
+    assert w_K.dtype in DTYPES, f"not compiled for {w_K.dtype}"
+    assert w_K.is_contiguous(), "a weight lies in one piece"
+    run, size, dtype = library.farspan_rms_norm, w_K.shape[0], w_K.dtype
+    bound = _Case(w=w_K.data_ptr(), size=size, half=dtype == torch.bfloat16, one_more=kind is Kind.ONE_MORE, eps=eps)
+
+    def rms_norm_native(x_TK: Tensor) -> Tensor:
+        assert x_TK.ndim == 2, "rows of values"
+        assert x_TK.shape[1] == size, "as many values as weights"
+        assert x_TK.dtype == dtype, "one type"
+        if x_TK.stride(1) != 1:
+            x_TK = x_TK.contiguous()
+        y_TK = torch.empty((x_TK.shape[0], size), dtype=dtype)
+        case = _Case.from_buffer_copy(bound)
+        case.x, case.y = x_TK.data_ptr(), y_TK.data_ptr()
+        case.rows, case.x_row = x_TK.shape[0], x_TK.stride(0)
+        assert case.w == w_K.data_ptr(), "a weight that was bound stays where it is"
+        run(ctypes.addressof(case))
+        return y_TK
+
+    return rms_norm_native

@@ -1,0 +1,96 @@
+"""Linear layers by the compiled kernel equal the reference, whoever is beside a row."""
+
+import shutil
+
+import pytest
+import torch
+
+from farspan.kernels.linear import dispatch
+from farspan.kernels.linear.native import load_native
+from farspan.kernels.linear.reference import bind_linear_reference
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
+# Rows, outputs, inputs: whole vectors and not, more rows than a cache holds, fewer outputs than a thread takes.
+SHAPES = [(1, 64, 32), (1, 9, 51), (2, 3, 8), (3, 100, 767), (17, 8, 64), (130, 65, 1000), (5, 1, 1), (0, 4, 8)]
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def draw(rows, outs, ins):
+    generator = torch.Generator().manual_seed(rows * outs + ins)
+    return [torch.randn(size, generator=generator).bfloat16() for size in ((rows, ins), (outs, ins), (outs,))]
+
+
+@needs_compiler
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_compiled_linear_layer_equals_the_reference(shape, biased, num_threads, threads) -> None:
+    threads(num_threads)
+    x, w, b = draw(*shape)
+    bias = b if biased else None
+    got, want = load_native()(w, bias)(x), bind_linear_reference(w, bias)(x)
+    assert got.dtype == torch.bfloat16
+    # One rounding to bf16 apart, where the fp32 sums differ in their last bits.
+    torch.testing.assert_close(got.float(), want.float(), rtol=2**-7, atol=1e-5)
+
+
+@needs_compiler
+def test_a_row_gives_the_same_bits_alone_and_among_others(threads) -> None:
+    x, w, b = draw(70, 100, 767)
+    whole = load_native()(w, b)(x)
+    threads(1)
+    alone = torch.cat([load_native()(w, b)(x[i : i + 1]) for i in range(len(x))])
+    pairs = torch.cat([load_native()(w, b)(x[i : i + 7]) for i in range(0, len(x), 7)])
+    assert torch.equal(alone, whole)
+    assert torch.equal(pairs, whole)
+
+
+@needs_compiler
+def test_rows_and_weights_that_lie_apart_are_read_where_they_lie() -> None:
+    x, w, b = draw(6, 40, 64)
+    spread = torch.full((12, 80), float("nan")).bfloat16()
+    spread[::2, :64] = x
+    weights = torch.full((40, 100), float("nan")).bfloat16()
+    weights[:, :64] = w
+    got = load_native()(weights[:, :64], b)(spread[::2, :64])
+    assert torch.equal(got, load_native()(w, b)(x))
+    assert torch.equal(load_native()(w, b)(x.T.contiguous().T), got)
+
+
+@needs_compiler
+def test_numbers_that_are_none_stay_none_and_touch_no_other_row() -> None:
+    x, w, b = draw(4, 24, 40)
+    x[1, 3] = float("nan")
+    got = load_native()(w, b)(x)
+    assert got[1].isnan().all()
+    assert got[[0, 2, 3]].isfinite().all()
+
+
+def test_only_bf16_on_processors_without_its_arithmetic_leaves_torch(monkeypatch) -> None:
+    dispatch.choose_linear.cache_clear()
+    monkeypatch.setattr(dispatch, "has_bf16_arithmetic", lambda: False)
+    monkeypatch.setattr(dispatch, "load_native", lambda: bind_linear_reference)
+    assert dispatch.choose_linear("cpu", torch.bfloat16) is bind_linear_reference
+    assert dispatch.choose_linear("cpu", torch.float32) is None
+    assert dispatch.choose_linear("cuda", torch.bfloat16) is None
+    dispatch.choose_linear.cache_clear()
+    monkeypatch.setattr(dispatch, "has_bf16_arithmetic", lambda: True)
+    assert dispatch.choose_linear("cpu", torch.bfloat16) is None
+    dispatch.choose_linear.cache_clear()
+
+
+def test_a_machine_without_a_compiler_keeps_torch(monkeypatch) -> None:
+    def no_compiler():
+        raise ImportError("no C++ compiler is installed")
+
+    dispatch.choose_linear.cache_clear()
+    monkeypatch.setattr(dispatch, "has_bf16_arithmetic", lambda: False)
+    monkeypatch.setattr(dispatch, "load_native", no_compiler)
+    assert dispatch.choose_linear("cpu", torch.bfloat16) is None
+    dispatch.choose_linear.cache_clear()

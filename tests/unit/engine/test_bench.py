@@ -1,0 +1,106 @@
+"""The engine's bench asks every contender the same, times only right answers, and waits for nobody without end."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from farspan.engine.bench import EngineBench, Work, bench_engine, how_far_below
+from farspan.engine.bench_contenders import FARSPAN, GENERATE, VLLM
+from farspan.errors import ClusterError, ConfigError
+
+SETTINGS = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 101,
+    "max_position_embeddings": 128,
+}
+WORKS = (Work("two", 2, 5, 3), Work("shared", 3, 2, 2, shared=20), Work("alone", 1, 4, 6))
+# Answers a question of one token, and the others by what follows.
+STAND_IN = """#!{python}
+import json, os, sys, time
+with os.fdopen(int(sys.argv[-1]), "w") as answers:
+    print(json.dumps({{"ready": True}}), file=answers, flush=True)
+    for line in sys.stdin:
+        question = json.loads(line)
+        if question["new_tokens"] > 1:
+            {otherwise}
+        tokens = [[3] * question["new_tokens"]] * len(question["prompts"])
+        print(json.dumps({{"seconds": 1.0, "tokens": tokens}}), file=answers, flush=True)
+"""
+
+
+def stand_in(folder: Path, otherwise: str) -> str:
+    python = folder / "python"
+    python.write_text(STAND_IN.format(python=sys.executable, otherwise=otherwise))
+    python.chmod(0o700)
+    return str(python)
+
+
+def small(**settings: object) -> EngineBench:
+    given = {
+        "settings": SETTINGS,
+        "works": WORKS,
+        "turns": 1,
+        "threads": 1,
+        "kv_bytes": 1 << 20,
+        "peers": (),
+        **settings,
+    }
+    return EngineBench(**given)  # type: ignore[arg-type]
+
+
+def test_prompts_of_a_work_share_what_they_should_and_are_new_in_every_turn() -> None:
+    work = Work("shared", 3, 2, 2, shared=20)
+    first, second = work.prompts(101, 0), work.prompts(101, 1)
+    assert [len(prompt) for prompt in first] == [22] * 3
+    assert len({tuple(prompt[:20]) for prompt in first}) == 1
+    assert len({tuple(prompt) for prompt in first}) == 3
+    assert first[0][:20] != second[0][:20]
+    assert first == work.prompts(101, 0)
+
+
+def test_both_answer_alike_and_every_work_has_a_row_of_each() -> None:
+    rows = bench_engine(small(peers=(GENERATE,), dtype="float32"))
+    assert not [row["wrong"] for row in rows if "wrong" in row]
+    timed = [(row["work"], row["contender"]) for row in rows if "seconds" in row]
+    assert timed == [(w, c) for w in ("start to first token", "two", "shared", "alone") for c in (FARSPAN, GENERATE)]
+    assert all(row["speed of farspan / peer"] > 0 for row in rows if row.get("contender") == GENERATE)
+    (bound,) = [row for row in rows if "part of the bound" in row]
+    assert bound["work"] == "alone"
+
+
+def test_a_contender_that_makes_tokens_up_gets_no_time(tmp_path: Path) -> None:
+    rows = bench_engine(small(works=WORKS[:1], vllm_python=stand_in(tmp_path, "pass")))
+    found = [row for row in rows if row.get("contender") == VLLM]
+    assert found
+    assert all("deviations below the best" in row["wrong"] and "seconds" not in row for row in found)
+    assert not [row for row in rows if row.get("contender") == FARSPAN and "wrong" in row]
+
+
+def test_a_contender_that_dies_is_named_with_its_last_words(tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match="vllm died with code 7"):
+        bench_engine(small(works=WORKS[:1], vllm_python=stand_in(tmp_path, "sys.exit(7)")))
+
+
+def test_an_environment_without_python_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--vllm-env"):
+        bench_engine(small(vllm_python="/nowhere/bin/python"))
+
+
+def test_a_token_that_is_not_the_best_is_measured_in_deviations() -> None:
+    import torch
+
+    class Model:
+        def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> object:
+            logits = torch.zeros(1, input_ids.shape[1], 4)
+            logits[..., 2] = 4.0
+            return type("Out", (), {"logits": logits})
+
+    assert how_far_below(Model(), [0, 1], [2, 2]) == 0
+    assert how_far_below(Model(), [0, 1], [2, 1]) == pytest.approx(2.0)

@@ -1,0 +1,76 @@
+"""A model with farspan's kernels in place of torch's modules computes what it computed before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.unit.engine.tiny import engine_config, prompts, tiny_model
+from torch import nn
+
+from farspan.engine import faster
+from farspan.engine.engine import Engine
+from farspan.engine.request import SamplingParams
+from farspan.kernels.linear.reference import bind_linear_reference
+from farspan.kernels.rms_norm.reference import bind_rms_norm_reference
+
+NORMS = {"llama": 7, "gemma2": 13, "qwen3": 13}
+
+
+@pytest.fixture
+def references(monkeypatch):
+    """The kernels' references, which every machine has."""
+    monkeypatch.setattr(faster, "choose_linear", lambda device, dtype: bind_linear_reference)
+    monkeypatch.setattr(faster, "choose_rms_norm", lambda device, dtype: bind_rms_norm_reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("architecture", sorted(NORMS))
+def test_every_normalization_and_linear_layer_is_switched_and_gives_what_it_gave(
+    architecture, dtype, references
+) -> None:
+    model = tiny_model(architecture).to(dtype)
+    tokens = torch.tensor(prompts(40))
+    with torch.inference_mode():
+        want = model(tokens, use_cache=False).logits.double()
+        linears = sum(type(module) is nn.Linear for module in model.modules())
+        assert faster.speed_up(model) == linears + NORMS[architecture]
+        got = model(tokens, use_cache=False).logits.double()
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    assert float((got - want).norm() / want.norm()) <= tolerance
+
+
+def test_a_normalization_of_another_kind_keeps_its_own_forward(references) -> None:
+    class DoubledRMSNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.randn(8)), 1e-6
+
+        def forward(self, x):
+            return 2 * bind_rms_norm_reference(self.weight, self.eps, faster.Kind.SCALED)(x)
+
+    module = DoubledRMSNorm()
+    weight = faster._weight_of_norm(module, torch.float32)
+    assert weight is not None
+    assert faster._own_norm(module, weight, bind_rms_norm_reference) is None
+
+
+def test_answers_in_bf16_by_the_kernels_are_as_near_to_fp32_as_those_of_torch(monkeypatch) -> None:
+    rows = prompts(30, 18, 7)
+    params = SamplingParams(max_tokens=1, logprobs=0, prompt_logprobs=0)
+    wide = tiny_model().float()
+
+    def logprobs(switched: bool):
+        if not switched:
+            monkeypatch.setattr(faster, "choose_linear", lambda device, dtype: None)
+            monkeypatch.setattr(faster, "choose_rms_norm", lambda device, dtype: None)
+        engine = Engine(tiny_model().bfloat16(), engine_config(dtype="bfloat16"))
+        answers = engine.generate(rows, params)
+        return torch.tensor([found.logprob for answer in answers for found in answer.prompt_logprobs])
+
+    with torch.inference_mode():
+        logits = [wide(torch.tensor([row]), use_cache=False).logits[0].log_softmax(-1) for row in rows]
+    want = torch.cat(
+        [x[:-1].gather(1, torch.tensor(row[1:])[:, None])[:, 0] for x, row in zip(logits, rows, strict=True)]
+    )
+    ours, torchs = (float((logprobs(switched) - want).norm()) for switched in (True, False))
+    assert ours <= 1.5 * torchs
