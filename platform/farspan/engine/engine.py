@@ -15,13 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from farspan.config.schema import EngineConfig
+from farspan.engine.adapters import Adapters
 from farspan.engine.advance import Advanced, Ends, advance, collect_prompt_logprobs, wants_prompt_logprobs
 from farspan.engine.check import check_prompt
 from farspan.engine.draft import Ask, Drafter, DraftRoom, SuffixDrafter, allowed_draft, draft_limit, split_room
 from farspan.engine.fairness import Claim, Service, fair_order
 from farspan.engine.history import Recall
 from farspan.engine.holdings import Holdings
-from farspan.engine.path import Path, open_path
+from farspan.engine.path import Path, Runs, open_path
 from farspan.engine.request import (
     Completion,
     Event,
@@ -59,12 +60,14 @@ class Engine:
         `tokenizer`, a fast one of transformers, is needed for stop strings and grammars only. `drafter` guesses
         tokens; none: from the sequence's own text when engine.draft_tokens is not 0.
 
-        Raises ModelError when the model cannot be run exactly, EngineError when no page fits into kv_bytes,
+        Raises ModelError when the model cannot be run exactly, what `Adapters.add` raises, EngineError when no page fits into kv_bytes,
         ConfigError when pages that are moved out would not be all that a sequence of this model needs.
         """
         path = open_path(model, config)
         text = model.config.get_text_config(decoder=True)
-        self.path, self.pool, self.states, self._runner = path.name, path.pool, path.states, path.runner
+        self.path, self.pool, self.states = path.name, path.pool, path.states
+        self.adapters = Adapters(model, path, config)
+        self._runner: Runs = self.adapters
         self.pages_are_all = path.pages_are_all
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
         known = getattr(text, "max_position_embeddings", None) or 2**31
@@ -163,6 +166,15 @@ class Engine:
         """Most prompt tokens and most decoding sequences of every later iteration: the role of this engine."""
         self._limits = replace(self._limits, prefill_tokens=prefill_tokens, decode_tokens=decode_tokens)
 
+    def add_adapter(self, name: str, folder: str) -> None:
+        """Let requests name an adapter from now on. Raises what `Adapters.add` raises."""
+        self.adapters.add(name, folder)
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises EngineError while requests use it, or when it is not here."""
+        sequences = (*self._running, *self._waiting)
+        self.adapters.remove(name, [s.request_id for s in sequences if s.terms.adapter == name])
+
     def pin_prefix(self, name: str, tokens: Sequence[int], scope: PrefixScope = OPEN_SCOPE) -> int:
         """Keep what is computed of a beginning until `unpin_prefix`; gives the number of tokens kept.
 
@@ -243,7 +255,8 @@ class Engine:
             tokens = [*sequence.tokens[sequence.num_computed : end], *sequence.draft]
             num_logits = len(tokens) if wants_prompt_logprobs(sequence) else 1 + len(sequence.draft)
             state = self._holdings.state(sequence)
-            pieces.append(Piece(tokens, sequence.num_computed, sequence.pages, state, num_logits=num_logits))
+            past, adapter = sequence.num_computed, sequence.terms.adapter
+            pieces.append(Piece(tokens, past, sequence.pages, state, num_logits=num_logits, adapter=adapter))
         return pieces
 
     def _draft(self, sequences: Sequence[SequenceState], tokens_left: int) -> None:
@@ -301,7 +314,7 @@ class Engine:
         prefill_only: bool,
         terms: Terms,
     ) -> SequenceState:
-        tokens = [*prompt, *answered]
+        tokens, terms = [*prompt, *answered], self.adapters.terms(request_id, terms)
         check_prompt(request_id, tokens, len(prompt), params, self.vocab_size)
         if any(s.request_id == request_id for s in (*self._running, *self._waiting)) or request_id in self._taken:
             raise RequestError(request_id, "a request of this id is already being answered")
