@@ -29,14 +29,14 @@ from farspan.storage.publish import fetch_folder
 
 _PREFIX = "base_model.model."
 # What peft is given to find the layers, and their ranks and scales.
-_UNDERSTOOD = frozenset(
-    "r lora_alpha target_modules exclude_modules rank_pattern alpha_pattern use_rslora layers_to_transform "
-    "layers_pattern fan_in_fan_out".split()
+_UNDERSTOOD = (
+    *("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora"),
+    *("layers_to_transform", "layers_pattern", "fan_in_fan_out"),
 )
 # What changes nothing that is computed.
-_WITHOUT_EFFECT = frozenset(
-    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode lora_dropout "
-    "megatron_core qalora_group_size loftq_config eva_config".split()
+_WITHOUT_EFFECT = (
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "lora_dropout", "megatron_core", "qalora_group_size", "loftq_config", "eva_config"),
 )
 # How training began; the others begin from a model they have changed.
 _HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")
@@ -99,7 +99,7 @@ def _read_settings(uri: str, folder: Path) -> dict[str, Any]:
 
 
 def _refuse_setting(uri: str, field: str, value: object) -> None:
-    if field in _UNDERSTOOD | _WITHOUT_EFFECT:
+    if field in (*_UNDERSTOOD, *_WITHOUT_EFFECT):
         return
     allowed: tuple[object, ...] = (None, False, "none")
     if field == "init_lora_weights":
@@ -183,8 +183,8 @@ def _pair(uri: str, name: str, layer: nn.Module, tensors: Mapping[str, Tensor], 
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
                 uri,
-                f"lora_{which} of {name} has shape {tuple(tensor.shape)}, beside this model's layer it must be {shape}; "
-                "give an adapter of this model",
+                f"lora_{which} of {name} has shape {tuple(tensor.shape)}, beside this model's layer it must be "
+                f"{shape}; give an adapter of this model",
             )
         tensor = tensor.to(weight.dtype)
         if not bool(torch.isfinite(tensor).all()):

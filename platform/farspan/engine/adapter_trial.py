@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from farspan.engine.lowrank import LowRank, Pair
+from farspan.engine.lowrank import Pair
 from farspan.engine.path import Path, tolerance
 from farspan.engine.runner import Piece
 from farspan.errors import EngineError, ModelError

@@ -60,8 +60,9 @@ class Engine:
         `tokenizer`, a fast one of transformers, is needed for stop strings and grammars only. `drafter` guesses
         tokens; none: from the sequence's own text when engine.draft_tokens is not 0.
 
-        Raises ModelError when the model cannot be run exactly, what `Adapters.add` raises, EngineError when no page fits into kv_bytes,
-        ConfigError when pages that are moved out would not be all that a sequence of this model needs.
+        Raises ModelError when the model cannot be run exactly, EngineError when no page fits into kv_bytes,
+        ConfigError when pages that are moved out would not be all that a sequence of this model needs, and what
+        `Adapters.add` raises.
         """
         path = open_path(model, config)
         text = model.config.get_text_config(decoder=True)

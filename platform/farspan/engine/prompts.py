@@ -83,7 +83,7 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase | None, params: 
 
 
 def parse_line(raw: bytes, number: int, tokenizer: PreTrainedTokenizerBase | None, params: SamplingParams) -> Line:
-    """`{"id": ..., "prompt": text | "tokens": [...] | "messages": [...], ...}`, more keys as in SamplingParams, and `adapter`."""
+    """`{"id": ..., "prompt": text | "tokens": [...] | "messages": [...], "adapter": ..., ...}`, more as SamplingParams."""
     name: str | None = None
     try:
         record = json.loads(raw)
