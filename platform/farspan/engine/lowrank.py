@@ -10,10 +10,10 @@ Shapes: T packed tokens, N rows of one adapter, I width into a layer, O out of i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -109,11 +109,13 @@ class LowRank:
         self._hooks: dict[str, tuple[RemovableHandle, int]] = {}
         self._spans: _Spans | None = None
         self._window: tuple[int, int] | None = None
+        # The model lives longer than its engine: what stands at its layers goes with this.
+        weakref.finalize(self, _remove_all, self._hooks)
 
     def attach(self, layers: Mapping[str, nn.Module]) -> None:
         """Let adapters add to these layers, until they are detached as often."""
         for name, layer in layers.items():
-            handle, users = self._hooks.get(name) or (layer.register_forward_hook(partial(self._add, name)), 0)
+            handle, users = self._hooks.get(name) or (layer.register_forward_hook(_hook(self, name)), 0)
             self._hooks[name] = handle, users + 1
 
     def detach(self, names: Sequence[str]) -> None:
@@ -142,7 +144,8 @@ class LowRank:
         finally:
             self._window = None
 
-    def _add(self, name: str, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+    def add(self, name: str, args: tuple[Any, ...], output: Any) -> Tensor | None:
+        """`output` of the layer `name` with what each adapter adds; none: as it is."""
         if self._spans is None:
             return None
         if not args or not isinstance(output, Tensor):
@@ -157,6 +160,22 @@ class LowRank:
                 raise ModelError(f"{name} computes {len(x_TI)} rows for {high - low} tokens: whose they are is unknown")
             add_rows(out_TO, x_TI, pair, rows)
         return out_TO.view(output.shape)
+
+
+def _hook(lowrank: LowRank, name: str) -> Callable[..., Tensor | None]:
+    """A hook that does not keep the adapters alive."""
+    there = weakref.ref(lowrank)
+
+    def add(_: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+        found = there()
+        return None if found is None else found.add(name, args, output)
+
+    return add
+
+
+def _remove_all(hooks: Mapping[str, tuple[RemovableHandle, int]]) -> None:
+    for handle, _ in hooks.values():
+        handle.remove()
 
 
 def add_rows(out_TO: Tensor, x_TI: Tensor, pair: Pair, rows: slice | Tensor | None) -> None:

@@ -83,7 +83,10 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase | None, params: 
 
 
 def parse_line(raw: bytes, number: int, tokenizer: PreTrainedTokenizerBase | None, params: SamplingParams) -> Line:
-    """`{"id": ..., "prompt": text | "tokens": [...] | "messages": [...], "adapter": ..., ...}`, more as SamplingParams."""
+    """`{"id": ..., "prompt": text | "tokens": [...] | "messages": [...], "adapter": name, ...}`.
+
+    More keys as in SamplingParams.
+    """
     name: str | None = None
     try:
         record = json.loads(raw)

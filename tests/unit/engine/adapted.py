@@ -32,7 +32,9 @@ TARGETS: dict[str, Any] = {
     "jamba": [*ATTENTION, "in_proj", "x_proj"],
     "stablelm": "all-linear",
 }
-SEEDS = {"gpt_neox": 1}
+# With others some answers are one token over and over.
+SEEDS = {"gpt_neox": 1, "qwen3": 1}
+PROMPT_SEEDS = {"gpt_neox": 10, "llama": 2}
 
 
 @functools.cache
