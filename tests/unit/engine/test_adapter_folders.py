@@ -177,7 +177,7 @@ def test_layers_that_never_run_or_order_their_rows_themselves_are_found_out_by_t
 def test_routers_and_experts_that_peft_takes_for_linear_layers_are_refused(tmp_path):
     made = Path(save(tmp_path / "a", zoo_model("mixtral"), lora(r=2, target_modules="all-linear")))
     engine = Engine(zoo_model("mixtral"), engine_config())
-    assert "target_parameters=['gate_up_proj', 'down_proj'" in refusal(engine, made)
+    assert "target_parameters=" in refusal(engine, made)
 
 
 def test_an_adapter_larger_than_the_memory_for_adapters_is_refused_with_the_number_that_is_enough(folder):
