@@ -145,9 +145,13 @@ def _wanted(uri: str, model: PreTrainedModel, settings: Mapping[str, Any]) -> di
                 uri, f"does not fit {model.config.model_type}: {reason}; give an adapter of this model"
             ) from None
     wanted: dict[str, _Wanted] = {}
+    # peft stands beside a layer in one place only, wherever else the model has it.
+    elsewhere = {id(m) for n, m in shell.named_modules(remove_duplicate=False) if not n.endswith(".base_layer")}
     for name, layer in shell.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
+        if id(layer.get_base_layer()) in elsewhere:
+            raise CheckpointError(uri, f"adapts {name}, which this model also has in another place; train without it")
         if not isinstance(layer, Linear) or layer.get_base_layer() is head:
             raise CheckpointError(
                 uri,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import peft
@@ -15,9 +16,11 @@ from tests.support.zoo import zoo_model
 from tests.unit.engine.adapted import ask, assert_greedy, base_of, logits_of, lora, opened, rows, save
 from tests.unit.engine.oracle import chunked_logits
 from tests.unit.engine.tiny import engine_config
+from transformers import LlamaForCausalLM
 
 from farspan.config.load import load_config
 from farspan.config.schema import BatchConfig
+from farspan.engine.adapter_folder import read_adapter
 from farspan.engine.engine import Engine
 from farspan.errors import CheckpointError, ConfigError, EngineError, NotFoundError
 
@@ -174,6 +177,19 @@ def test_layers_that_never_run_or_order_their_rows_themselves_are_found_out_by_t
     engine.add_adapter("a", str(folder))
 
 
+class SharingLlama(LlamaForCausalLM):
+    """One layer in two places."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers[1].mlp.up_proj = self.model.layers[0].mlp.up_proj
+
+
+def test_a_layer_that_a_model_has_in_two_places_is_refused_because_peft_adapts_it_in_one(folder):
+    engine = Engine(SharingLlama(zoo_model("llama").config).double().eval(), engine_config())
+    assert "adapts model.layers.0.mlp.up_proj, which this model also has in another place" in refusal(engine, folder)
+
+
 def test_routers_and_experts_that_peft_takes_for_linear_layers_are_refused(tmp_path):
     made = Path(save(tmp_path / "a", zoo_model("mixtral"), lora(r=2, target_modules="all-linear")))
     engine = Engine(zoo_model("mixtral"), engine_config())
@@ -210,6 +226,26 @@ def test_without_free_pages_new_layers_cannot_be_tried_out_and_later_they_can(en
     engine.pool.free(pages)
     engine.add_adapter("a", str(folder))
     engine.check_integrity()
+
+
+def test_the_digest_depends_on_every_number_and_on_nothing_else(folder, tmp_path):
+    model = zoo_model("llama")
+    seen = {read_adapter(model, str(folder)).digest}
+    tensors = load_file(folder / WEIGHTS)
+    for name, tensor in tensors.items():
+        changed = tensor.clone()
+        changed[-1, -1] += 0.5
+        save_file({**tensors, name: changed}, folder / WEIGHTS)
+        seen.add(read_adapter(model, str(folder)).digest)
+    save_file(tensors, folder / WEIGHTS)
+    change(folder, lora_alpha=3)
+    seen.add(read_adapter(model, str(folder)).digest)
+    change(folder, use_rslora=True)
+    seen.add(read_adapter(model, str(folder)).digest)
+    assert len(seen) == len(tensors) + 3
+    change(folder, lora_alpha=8, use_rslora=False, base_model_name_or_path="elsewhere", lora_dropout=0.3)
+    shutil.copytree(folder, tmp_path / "copy")
+    assert read_adapter(model, str(tmp_path / "copy")).digest in seen
 
 
 def test_an_adapter_comes_from_s3(s3: S3Bucket, folder, tmp_path):

@@ -130,6 +130,25 @@ class KnowingDrafter:
         pass
 
 
+def test_an_answer_goes_on_with_its_adapter_after_its_pages_were_taken_and_adopted(folders):
+    (prompt,) = rows(19, seed=4)
+    law, params = Terms(adapter="law"), SamplingParams(max_tokens=16)
+    with DoublePrecision():
+        engine = Engine(base_of("llama"), engine_config(adapters=folders("llama")))
+        engine.add("prefill", prompt, params, prefill_only=True, terms=law)
+        (first,) = engine.step()
+        pages, num_tokens = engine.take("prefill")
+        assert num_tokens == 19
+        with pytest.raises(RequestError, match="no adapter 'lav' is here"):
+            engine.adopt("decode", prompt, params, [first.token], pages, terms=Terms(adapter="lav"))
+        engine.adopt("decode", prompt, params, [first.token], pages, terms=law)
+        answer = [first.token]
+        while engine.has_work:
+            answer += [event.token for event in engine.step()]
+        assert_greedy(opened("llama", folders("llama")["law"]), prompt, answer)
+    engine.check_integrity()
+
+
 def test_guessed_tokens_are_checked_with_the_adapter_of_their_request(folders):
     (prompt,) = rows(12, seed=2)
     asked = {name or "base": (name, prompt) for name in NAMES}
