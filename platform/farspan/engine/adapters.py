@@ -21,7 +21,7 @@ from farspan.config.schema import EngineConfig
 from farspan.engine.adapter_folder import AdapterFile, read_adapter
 from farspan.engine.adapter_trial import try_layers
 from farspan.engine.lowrank import BASE
-from farspan.engine.path import Path
+from farspan.engine.path import Path, Runs
 from farspan.engine.runner import Piece
 from farspan.engine.terms import Terms
 from farspan.errors import CheckpointError, ConfigError, EngineError, ModelError, RequestError
@@ -109,19 +109,19 @@ class Adapters:
             raise RequestError(request_id, f"no adapter {terms.adapter!r} is here; {self._known}")
         return replace(terms, scope=self.scope(terms.adapter, terms.scope))
 
-    def run(self, pieces: Sequence[Piece]) -> Tensor:
-        """Logits [R, V] of a batch, as the model's runner gives them."""
+    def run(self, runner: Runs, pieces: Sequence[Piece]) -> Tensor:
+        """Logits [R, V] of a batch, as the model's runner gives them where the adapters fit on the device together."""
         turns = self._turns({piece.adapter for piece in pieces} - {BASE})
         if len(turns) == 1:
             self._load(turns[0])
-            return self._path.runner.run(pieces)
+            return runner.run(pieces)
         rows = list(accumulate((piece.num_logits for piece in pieces), initial=0))
         found: dict[int, Tensor] = {}
         for number, names in enumerate(turns):
             # Whoever uses no adapter goes with the first.
             here = [i for i, p in enumerate(pieces) if p.adapter in names or (p.adapter == BASE and number == 0)]
             self._load(names)
-            logits_RV = self._path.runner.run([pieces[i] for i in here])
+            logits_RV = runner.run([pieces[i] for i in here])
             parts = logits_RV.split([rows[i + 1] - rows[i] for i in here])
             found |= dict(zip(here, parts, strict=True))
         return torch.cat([found[i] for i in range(len(pieces))])

@@ -22,7 +22,7 @@ from farspan.engine.draft import Ask, Drafter, DraftRoom, SuffixDrafter, allowed
 from farspan.engine.fairness import Claim, Service, fair_order
 from farspan.engine.history import Recall
 from farspan.engine.holdings import Holdings
-from farspan.engine.path import Path, Runs, open_path
+from farspan.engine.path import Path, open_path
 from farspan.engine.request import (
     Completion,
     Event,
@@ -66,9 +66,8 @@ class Engine:
         """
         path = open_path(model, config)
         text = model.config.get_text_config(decoder=True)
-        self.path, self.pool, self.states = path.name, path.pool, path.states
+        self.path, self.pool, self.states, self._runner = path.name, path.pool, path.states, path.runner
         self.adapters = Adapters(model, path, config)
-        self._runner: Runs = self.adapters
         self.pages_are_all = path.pages_are_all
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
         known = getattr(text, "max_position_embeddings", None) or 2**31
@@ -211,7 +210,7 @@ class Engine:
         sequences = [rows[chunk.request_id] for chunk in decision.chunks]
         pieces = self._pieces(decision.chunks, sequences)
         started = self._clock()
-        events += self._after(sequences, pieces, self._runner.run(pieces))
+        events += self._after(sequences, pieces, self.adapters.run(self._runner, pieces))
         self._holdings.learn_pace(self._clock() - started, sum(len(piece.tokens) for piece in pieces))
         return events
 

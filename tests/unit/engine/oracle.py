@@ -49,7 +49,7 @@ def chunked_logits(
             state = engine.states.hold(f"row {i}") if engine.states else None
             adapter = adapters[i] if adapters else ""
             pieces.append(Piece(rows[i][done[i] : done[i] + size], done[i], pages[i], state, adapter=adapter))
-        for i, piece, logits_V in zip(todo, pieces, engine._runner.run(pieces), strict=True):
+        for i, piece, logits_V in zip(todo, pieces, engine.adapters.run(engine._runner, pieces), strict=True):
             done[i] += len(piece.tokens)
             found.append((i, done[i] - 1, logits_V))
     for i, held in enumerate(pages):
