@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,8 @@ def run_batch(ask: BatchAsk) -> None:
     disable_progress_bar()
     config = load_config(BatchConfig, None, ask.overrides).engine
     check_engine(config)
+    # Engines on Ray have another working directory.
+    config = replace(config, adapters={name: absolute_uri(folder) for name, folder in config.adapters.items()})
     if ask.join and not ask.engines:
         raise ConfigError("--join", "must come with --engines", True, "add for example --engines 4")
     prompts, output = _local("PROMPTS", ask.prompts), _local("--output", ask.output)

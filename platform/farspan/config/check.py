@@ -6,6 +6,7 @@ Each rule raises one `ConfigError` that names the nearest legal value.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 from farspan.config.load import nearest
@@ -315,7 +316,21 @@ def check_engine(engine: EngineConfig) -> None:
     for field in ("prefill_tokens", "decode_tokens"):
         if (quota := getattr(engine, field)) is not None:
             _at_least(f"engine.{field}", quota, 1)
+    for name in engine.adapters:
+        check_adapter_name(name)
+    _at_least("engine.adapter_bytes", engine.adapter_bytes, 1)
     _at_least("engine.threads", engine.threads, 0)
+
+
+def check_adapter_name(name: str) -> None:
+    """Refuse a name that a request could not say everywhere."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
+        raise ConfigError(
+            "engine.adapters",
+            "names must begin with a letter or digit and hold only those, '.', '_' and '-', at most 128",
+            name,
+            "choose another name",
+        )
 
 
 def check_serve(config: ServeConfig) -> None:

@@ -327,6 +327,10 @@ class EngineConfig:
     draft_tokens: int = 0
     """Tokens guessed ahead in each sequence and checked in one go; changes no answer. 0, or a model with a state per
     sequence: none."""
+    adapters: dict[str, str] = field(default_factory=dict)
+    """LoRA adapters a request may name: name -> folder in peft's format, local or s3://."""
+    adapter_bytes: int = 256 * 1024 * 1024
+    """Memory for adapters on the device of each worker; those not in use wait in host memory."""
     threads: int = 0
     """CPU threads of the worker; 0: its share of the machine."""
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from farspan.engine.lowrank import LowRank
 from farspan.engine.probe import accepts, cache_argument
 from farspan.engine.runner import Piece
 from farspan.errors import ModelError
@@ -39,8 +40,11 @@ class Manner:
 class AloneRunner:
     """The model, one sequence at a time."""
 
-    def __init__(self, model: PreTrainedModel, states: StatePool, manner: Manner) -> None:
+    def __init__(
+        self, model: PreTrainedModel, states: StatePool, manner: Manner, lowrank: LowRank | None = None
+    ) -> None:
         self._model, self._states, self._manner = model, states, manner
+        self._lowrank = lowrank or LowRank()
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """Logits [R, V]: the `num_logits` last tokens of each piece."""
@@ -57,9 +61,10 @@ class AloneRunner:
             tokens = piece.tokens[low : low + size]
             # At least one: a forward gives logits of something.
             wanted = max(0, low + len(tokens) - max(low, first_wanted))
-            logits_RV, cache = call_alone(
-                self._model, tokens, piece.past + low, cache, self._manner, num_logits=max(1, wanted)
-            )
+            with self._lowrank.over([(piece.adapter, len(tokens))]):
+                logits_RV, cache = call_alone(
+                    self._model, tokens, piece.past + low, cache, self._manner, num_logits=max(1, wanted)
+                )
             parts += [logits_RV] if wanted else []
         self._states.kept[piece.state] = cache
         return torch.cat(parts)

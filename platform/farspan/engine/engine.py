@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from farspan.config.schema import EngineConfig
+from farspan.engine.adapters import Adapters
 from farspan.engine.advance import Advanced, Ends, advance, collect_prompt_logprobs, wants_prompt_logprobs
 from farspan.engine.check import check_prompt
 from farspan.engine.draft import Ask, Drafter, DraftRoom, SuffixDrafter, allowed_draft, draft_limit, split_room
@@ -61,12 +62,14 @@ class Engine:
         tokens; none: from the sequence's own text when engine.draft_tokens is not 0.
 
         Raises ModelError when the model cannot be run exactly, EngineError when no page fits into kv_bytes,
-        ConfigError when pages that are moved out would not be all that a sequence of this model needs.
+        ConfigError when pages that are moved out would not be all that a sequence of this model needs, and what
+        `Adapters.add` raises.
         """
         path = open_path(model, config)
         speed_up(model)
         text = model.config.get_text_config(decoder=True)
         self.path, self.pool, self.states, self._runner = path.name, path.pool, path.states, path.runner
+        self.adapters = Adapters(model, path, config)
         self.pages_are_all = path.pages_are_all
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
         known = getattr(text, "max_position_embeddings", None) or 2**31
@@ -165,6 +168,15 @@ class Engine:
         """Most prompt tokens and most decoding sequences of every later iteration: the role of this engine."""
         self._limits = replace(self._limits, prefill_tokens=prefill_tokens, decode_tokens=decode_tokens)
 
+    def add_adapter(self, name: str, folder: str) -> None:
+        """Let requests name an adapter from now on. Raises what `Adapters.add` raises."""
+        self.adapters.add(name, folder)
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises EngineError while requests use it, or when it is not here."""
+        sequences = (*self._running, *self._waiting)
+        self.adapters.remove(name, [s.request_id for s in sequences if s.terms.adapter == name])
+
     def pin_prefix(self, name: str, tokens: Sequence[int], scope: PrefixScope = OPEN_SCOPE) -> int:
         """Keep what is computed of a beginning until `unpin_prefix`; gives the number of tokens kept.
 
@@ -200,7 +212,7 @@ class Engine:
         sequences = [rows[chunk.request_id] for chunk in decision.chunks]
         pieces = self._pieces(decision.chunks, sequences)
         started = self._clock()
-        events += self._after(sequences, pieces, self._runner.run(pieces))
+        events += self._after(sequences, pieces, self.adapters.run(self._runner, pieces))
         self._holdings.learn_pace(self._clock() - started, sum(len(piece.tokens) for piece in pieces))
         return events
 
@@ -245,7 +257,8 @@ class Engine:
             tokens = [*sequence.tokens[sequence.num_computed : end], *sequence.draft]
             num_logits = len(tokens) if wants_prompt_logprobs(sequence) else 1 + len(sequence.draft)
             state = self._holdings.state(sequence)
-            pieces.append(Piece(tokens, sequence.num_computed, sequence.pages, state, num_logits=num_logits))
+            past, adapter = sequence.num_computed, sequence.terms.adapter
+            pieces.append(Piece(tokens, past, sequence.pages, state, num_logits=num_logits, adapter=adapter))
         return pieces
 
     def _draft(self, sequences: Sequence[SequenceState], tokens_left: int) -> None:
@@ -303,7 +316,7 @@ class Engine:
         prefill_only: bool,
         terms: Terms,
     ) -> SequenceState:
-        tokens = [*prompt, *answered]
+        tokens, terms = [*prompt, *answered], self.adapters.terms(request_id, terms)
         check_prompt(request_id, tokens, len(prompt), params, self.vocab_size)
         if any(s.request_id == request_id for s in (*self._running, *self._waiting)) or request_id in self._taken:
             raise RequestError(request_id, "a request of this id is already being answered")

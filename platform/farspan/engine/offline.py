@@ -16,6 +16,7 @@ from farspan.engine.engine import Engine
 from farspan.engine.groups import group_by_prefix
 from farspan.engine.prompts import Answered, AnswerFile, Line, Prompt, read_prompts
 from farspan.engine.request import FailedEvent, SamplingParams
+from farspan.engine.terms import Terms
 from farspan.errors import EngineError, RequestError
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
 
@@ -91,7 +92,7 @@ class OfflineEngine:
 
     def _ask(self, prompt: Prompt) -> Answered | None:
         try:
-            self.engine.add(prompt.id, prompt.tokens, prompt.params)
+            self.engine.add(prompt.id, prompt.tokens, prompt.params, terms=Terms(adapter=prompt.adapter))
         except RequestError as problem:
             return Answered(prompt.id, prompt.line, error=problem.reason)
         return None
@@ -118,9 +119,12 @@ def order_lines(lines: Iterable[Line]) -> Iterator[Line]:
     """The same lines, block by block, neighbours sharing as much as they can; what is refused comes first."""
     for block in in_blocks(lines, BLOCK_PROMPTS):
         yield from (line for line in block if isinstance(line, Answered))
-        prompts = [line for line in block if isinstance(line, Prompt)]
-        groups = group_by_prefix([p.tokens for p in prompts], [p.params.max_tokens for p in prompts])
-        yield from (prompts[member] for group in groups for member in group.members)
+        asked = [line for line in block if isinstance(line, Prompt)]
+        # Nothing is shared between adapters.
+        for adapter in dict.fromkeys(prompt.adapter for prompt in asked):
+            prompts = [prompt for prompt in asked if prompt.adapter == adapter]
+            groups = group_by_prefix([p.tokens for p in prompts], [p.params.max_tokens for p in prompts])
+            yield from (prompts[member] for group in groups for member in group.members)
 
 
 def in_blocks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

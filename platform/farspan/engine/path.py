@@ -23,6 +23,7 @@ from farspan.config.schema import EngineConfig
 from farspan.engine.alone import AloneRunner, Manner, measure_cache
 from farspan.engine.attention import ATTENTION_NAME, register_attention
 from farspan.engine.continuity import ContinuityTrial
+from farspan.engine.lowrank import LowRank
 from farspan.engine.probe import (
     attention_of,
     fingerprint_model,
@@ -70,6 +71,8 @@ class Path:
     runner: Runs
     pool: PagePool
     states: StatePool | None
+    lowrank: LowRank
+    """What adapters add in its forwards."""
     passed_over: tuple[str, ...]
     """Why no faster path was taken."""
 
@@ -124,6 +127,11 @@ def needed_kv_bytes(model: PreTrainedModel, config: EngineConfig, num_tokens: in
     return max(1, slots + max(slots, pages) if pages else slots)
 
 
+def tolerance(dtype: torch.dtype, recurrent: bool) -> float:
+    """Largest error of the logits, as a part of their norm, between two ways to compute them."""
+    return max(_TOLERANCE.get(dtype, 1e-1), _RECURRENT_TOLERANCE if recurrent else 0.0)
+
+
 def refuse_packing(model: PreTrainedModel, config: EngineConfig) -> None:
     """Raises ModelError for what a short trial cannot show: whatever changes with the length of a sequence."""
     text = model.config.get_text_config(decoder=True)
@@ -150,11 +158,12 @@ def _open_packed(model: PreTrainedModel, config: EngineConfig, reasons: tuple[st
     layout = KvLayout(fingerprint_model(model), tuple(found.layers), dtype, page_tokens)
     stepwise = bool(_begins_anew(model, found))
     pool, states = _pools(layout, found.states if found.mixers else None, config, model.device)
-    runner = Runner(model, pool, found, states, stepwise=stepwise)
+    lowrank = LowRank()
+    runner = Runner(model, pool, found, states, stepwise=stepwise, lowrank=lowrank)
     # Where transformers' fused attention has no soft cap or sinks, it leaves them out without a word.
     plain = "eager" if found.capped else own
     _check(model, plain, runner, pool, states, "packed and paged")
-    return Path("packed stepwise" if stepwise else "packed", runner, pool, states, reasons)
+    return Path("packed stepwise" if stepwise else "packed", runner, pool, states, lowrank, reasons)
 
 
 def _open_alone(model: PreTrainedModel, config: EngineConfig, reasons: tuple[str, ...]) -> Path:
@@ -166,7 +175,8 @@ def _open_alone(model: PreTrainedModel, config: EngineConfig, reasons: tuple[str
     for manner in _MANNERS:
         pool, states = _pools(layout, StateLayout(counted_bytes=state_bytes), config, model.device)
         assert states is not None
-        runner = AloneRunner(model, states, manner)
+        lowrank = LowRank()
+        runner = AloneRunner(model, states, manner, lowrank)
         try:
             _check(model, attention_of(model), runner, pool, states, str(manner))
         except EngineError:
@@ -176,7 +186,7 @@ def _open_alone(model: PreTrainedModel, config: EngineConfig, reasons: tuple[str
         except Exception as problem:
             refusals.append(f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}")
         else:
-            return Path(str(manner), runner, pool, states, reasons)
+            return Path(str(manner), runner, pool, states, lowrank, reasons)
     raise ModelError("; ".join(dict.fromkeys(refusals)))
 
 
@@ -244,7 +254,6 @@ def _check(
     wanted = [plain_logits(model, prompt, plain) for prompt in prompts]
     paged, expected = torch.cat(got).double(), torch.stack([wanted[i][end] for i, end in ends]).double()
     error = float((paged - expected).norm() / expected.norm().clamp_min(1e-30))
-    most = max(_TOLERANCE.get(model.dtype, 1e-1), 0.0 if states is None else _RECURRENT_TOLERANCE)
     # Written so that NaN is refused too.
-    if not error <= most:
+    if not error <= tolerance(model.dtype, states is not None):
         raise ModelError(f"{name} logits differ from transformers' by {error:.2g} of their norm")

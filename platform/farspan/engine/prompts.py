@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedTokenizerBase
 
 from farspan.config.load import nearest
+from farspan.engine.lowrank import BASE
 from farspan.engine.request import SamplingParams
 from farspan.errors import CorruptDataError, EngineError, NotFoundError
 
@@ -30,6 +31,7 @@ class Prompt:
     line: int
     tokens: tuple[int, ...]
     params: SamplingParams
+    adapter: str = BASE
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,10 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase | None, params: 
 
 
 def parse_line(raw: bytes, number: int, tokenizer: PreTrainedTokenizerBase | None, params: SamplingParams) -> Line:
-    """`{"id": ..., "prompt": text | "tokens": [...] | "messages": [...], ...}`, more keys as in SamplingParams."""
+    """`{"id": ..., "prompt": text | "tokens": [...] | "messages": [...], "adapter": name, ...}`.
+
+    More keys as in SamplingParams.
+    """
     name: str | None = None
     try:
         record = json.loads(raw)
@@ -92,7 +97,8 @@ def parse_line(raw: bytes, number: int, tokenizer: PreTrainedTokenizerBase | Non
         if len(given) != 1:
             raise ValueError(f"must have exactly one of {', '.join(_SOURCES)}, got {', '.join(given) or 'none'}")
         ((kind, value),) = given.items()
-        return Prompt(name, number, _tokens(kind, value, tokenizer), _params(record, params))
+        adapter = _adapter(record.pop("adapter", BASE))
+        return Prompt(name, number, _tokens(kind, value, tokenizer), _params(record, params), adapter)
     except RecursionError:
         return Answered(name, number, error="is nested too deeply")
     except ValueError as problem:
@@ -106,6 +112,12 @@ def _id(value: object, number: int) -> str:
     if isinstance(value, str | int) and not isinstance(value, bool):
         return str(value)
     raise ValueError(f"id: must be text or a whole number, got {value!r}")
+
+
+def _adapter(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"adapter: must be the name of an adapter, got {value!r}")
+    return value
 
 
 def _tokens(kind: str, value: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
@@ -136,7 +148,7 @@ def _params(record: dict[str, Any], params: SamplingParams) -> SamplingParams:
         if key in _NOT_OF_A_LINE:
             raise ValueError(f"{key}: cannot be asked for in a file of prompts")
         if key not in known:
-            raise ValueError(f"{key}: is not a known key; {nearest(key, [*_SOURCES, 'id', *known])}")
+            raise ValueError(f"{key}: is not a known key; {nearest(key, [*_SOURCES, 'id', 'adapter', *known])}")
         changed[key] = _fitting(key, value, known[key])
     return replace(params, **changed)
 

@@ -11,6 +11,7 @@ Shapes: T packed tokens, E model width, B sequences that compute one token, S sl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -101,9 +102,19 @@ def _forward(mixer: nn.Module, *args: Any, **kwargs: Any) -> Any:
 class BatchStates:
     """The states of one packed batch, whose single tokens that continue a sequence come first."""
 
-    def __init__(self, pool: StatePool, stretches: Sequence[Stretch], *, stepwise: bool) -> None:
-        """`stepwise`: more than one token of a sequence that has a state are computed one after the other."""
-        self._pool, self._stepwise = pool, stepwise
+    def __init__(
+        self,
+        pool: StatePool,
+        stretches: Sequence[Stretch],
+        *,
+        stepwise: bool,
+        window: Callable[[int, int], AbstractContextManager[None]] = lambda low, high: nullcontext(),
+    ) -> None:
+        """`stepwise`: more than one token of a sequence that has a state are computed one after the other.
+
+        `window` is entered around each call of a module, with the packed tokens the module gets.
+        """
+        self._pool, self._stepwise, self._window = pool, stepwise, window
         self._num_layers = 1 + max(state.layer for state in pool.layout.states)
         self._num_stacked = next((i for i, s in enumerate(stretches) if s.length != 1 or s.fresh), len(stretches))
         self._stretches = stretches[self._num_stacked :]
@@ -121,7 +132,8 @@ class BatchStates:
             for number, (low, high) in enumerate(pairwise(stops)):
                 cache = self._cache(slice(stretch.slot, stretch.slot + 1), started=not stretch.fresh or number > 0)
                 cut = partial(_cut, num_tokens=num_tokens, low=low, high=high, cache=cache)
-                outputs.append(own(*map(cut, args), **{name: cut(x) for name, x in kwargs.items()}))
+                with self._window(low, high):
+                    outputs.append(own(*map(cut, args), **{name: cut(x) for name, x in kwargs.items()}))
         return _joined(outputs)
 
     def _run_stacked(
@@ -130,7 +142,8 @@ class BatchStates:
         # Indexing by slots copies: what the module does to these states is written back afterwards.
         cache = self._cache(self._slots_B, started=True)
         cut = partial(_cut, num_tokens=num_tokens, low=0, high=self._num_stacked, cache=cache, stacked=True)
-        output = own(*map(cut, args), **{name: cut(x) for name, x in kwargs.items()})
+        with self._window(0, self._num_stacked):
+            output = own(*map(cut, args), **{name: cut(x) for name, x in kwargs.items()})
         for number, state in enumerate(self._pool.layout.states):
             self._pool.states_S(number)[self._slots_B] = _kept(cache, state)[state.number]
         return _flat(output)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from farspan.engine.attention import DecodeRows, PagedBatch, Segment, first_visible
+from farspan.engine.lowrank import BASE, LowRank
 from farspan.engine.probe import forward
 from farspan.engine.recurrent import BatchStates, PackedCache, Stretch
 from farspan.engine.survey import Survey
@@ -36,6 +37,7 @@ class Piece:
     """Slot of the sequence's recurrent state, for a model that has one."""
     num_logits: int = 1
     """Logits wanted: those of the last so many tokens."""
+    adapter: str = BASE
 
 
 class Runner:
@@ -50,9 +52,10 @@ class Runner:
         *,
         stepwise: bool = False,
         gather_bytes: int = _GATHER_BYTES,
+        lowrank: LowRank | None = None,
     ) -> None:
         self._model, self._pool, self._states, self.survey = model, pool, states, survey
-        self._stepwise = stepwise
+        self._stepwise, self._lowrank = stepwise, lowrank or LowRank()
         layout = pool.layout
         self._gather_pages = gather_bytes * layout.num_layers // max(1, layout.page_bytes)
         self._rules = {call.rule for call in survey.calls}
@@ -78,7 +81,8 @@ class Runner:
         positions_T = torch.cat([torch.arange(p.past, p.past + len(p.tokens)) for p in packed])
         keep, back = kept_rows(pieces, order)
         batch, cache = self._pack(packed, positions_T), self._cache(packed)
-        logits_RV = forward(self._model, tokens_T, positions_T, batch, keep, cache)
+        with self._lowrank.over([(piece.adapter, len(piece.tokens)) for piece in packed]):
+            logits_RV = forward(self._model, tokens_T, positions_T, batch, keep, cache)
         return logits_RV[back.to(logits_RV.device)]
 
     def _cache(self, pieces: Sequence[Piece]) -> PackedCache | None:
@@ -90,7 +94,7 @@ class Runner:
             assert piece.state is not None, "a model with states needs one for each sequence"
             stretches.append(Stretch(start, len(piece.tokens), piece.state, fresh=piece.past == 0))
             start += len(piece.tokens)
-        self._shell.states = BatchStates(self._states, stretches, stepwise=self._stepwise)
+        self._shell.states = BatchStates(self._states, stretches, stepwise=self._stepwise, window=self._lowrank.window)
         return self._shell
 
     def _beginning(self, piece: Piece) -> int:

@@ -17,6 +17,8 @@ class Terms:
     """Higher goes first, and takes pages from lower ones where there are not enough."""
     deadline_s: float | None = None
     """On the engine's clock: a request without its last token by then fails."""
+    adapter: str = ""
+    """Which of the engine's adapters the answer comes from; empty: the model alone."""
     scope: PrefixScope = OPEN_SCOPE
     """Which earlier requests it may share pages with."""
     finds: bool = True

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import peft
 import pytest
 from tests.unit.serve.tiny_folder import write_tiny_model
+from transformers import AutoModelForCausalLM
 
 from farspan.cli.main import run
 
@@ -35,4 +37,30 @@ def test_a_file_is_answered_and_what_the_user_got_wrong_is_one_sentence(
         (["batch", str(prompts), "--output", str(output)], "--model"),
     ):
         assert run(wrong) == 2
+        assert reason in " ".join(capsys.readouterr().err.split())
+
+
+def test_adapters_are_named_on_the_command_line_by_folders_relative_to_where_it_is_typed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_model(tmp_path / "model")
+    made = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
+        peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj", "o_proj"]),
+    )
+    made.save_pretrained(str(tmp_path / "law"))
+    (tmp_path / "in.jsonl").write_text(
+        '{"id": "a", "tokens": [5, 6, 7], "adapter": "law"}\n{"id": "b", "tokens": [5, 6, 7]}\n'
+        '{"id": "c", "tokens": [5, 6, 7], "adapter": "lav"}\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    line = ["batch", "in.jsonl", "--model", "model", "--output", "out.jsonl", "--max-tokens", "9"]
+    settings = ["engine.dtype=float64", "engine.kv_bytes=4194304"]
+    assert run([*line, *settings, "engine.adapters.law=law"]) == 0
+    answers = {record["id"]: record for record in map(json.loads, Path("out.jsonl").read_text().splitlines())}
+    assert answers["a"]["tokens"] != answers["b"]["tokens"]
+    assert answers["c"]["error"] == "no adapter 'lav' is here; known: law"
+    capsys.readouterr()
+    for wrong, reason in (("engine.adapters.x=nowhere", "no such folder"), ("engine.adapter_bytes=0", "at least 1")):
+        assert run([*line, *settings, wrong]) != 0
         assert reason in " ".join(capsys.readouterr().err.split())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,10 +29,12 @@ def whole_logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
     return logits
 
 
-def chunked_logits(engine: Engine, rows: list[list[int]], chunk: int) -> list[tuple[int, int, Tensor]]:
+def chunked_logits(
+    engine: Engine, rows: list[list[int]], chunk: int, adapters: Sequence[str] = ()
+) -> list[tuple[int, int, Tensor]]:
     """(row, position, logits) of every piece computed: the first row in chunks, the others a token at a time.
 
-    So that sequences that begin, go on in chunks and go on by one token meet in one batch.
+    So that sequences that begin, go on in chunks and go on by one token meet in one batch. `adapters`: of each row.
     """
     pages = [engine.pool.alloc(engine.pool.layout.num_pages(len(row))) or [] for row in rows]
     found: list[tuple[int, int, Tensor]] = []
@@ -43,8 +47,9 @@ def chunked_logits(engine: Engine, rows: list[list[int]], chunk: int) -> list[tu
         for i in todo:
             size = 5 if i == len(rows) - 1 and done[i] == 0 else sizes[i]
             state = engine.states.hold(f"row {i}") if engine.states else None
-            pieces.append(Piece(rows[i][done[i] : done[i] + size], done[i], pages[i], state))
-        for i, piece, logits_V in zip(todo, pieces, engine._runner.run(pieces), strict=True):
+            adapter = adapters[i] if adapters else ""
+            pieces.append(Piece(rows[i][done[i] : done[i] + size], done[i], pages[i], state, adapter=adapter))
+        for i, piece, logits_V in zip(todo, pieces, engine.adapters.run(engine._runner, pieces), strict=True):
             done[i] += len(piece.tokens)
             found.append((i, done[i] - 1, logits_V))
     for i, held in enumerate(pages):

@@ -7,12 +7,16 @@ import random
 from pathlib import Path
 
 import pytest
+from tests.support.double import DoublePrecision
+from tests.support.zoo import zoo_model
+from tests.unit.engine.adapted import assert_greedy, lora, opened, rows, save
 from tests.unit.engine.ledger import answer, ledger_engine
-from tests.unit.engine.tiny import VOCAB
+from tests.unit.engine.tiny import VOCAB, engine_config
 from tests.unit.serve.tiny_folder import write_tiny_model
 
 from farspan.config.schema import EngineConfig
-from farspan.engine.offline import OfflineEngine, Progress, run_offline
+from farspan.engine.engine import Engine
+from farspan.engine.offline import OfflineEngine, Progress, order_lines, run_offline
 from farspan.engine.prompts import Answered, AnswerFile, Prompt, parse_line
 from farspan.engine.request import SamplingParams
 from farspan.errors import CorruptDataError, EngineError, NotFoundError
@@ -156,3 +160,35 @@ def test_text_and_messages_become_tokens_by_the_models_own_tokenizer(tmp_path):
         assert answers[name]["prompt_tokens"] == len(tokens)
         assert answers[name]["text"] == tokenizer.decode(expected.tokens, skip_special_tokens=True)
     assert "chat template" in answers["wrong"]["error"]
+
+
+def test_a_line_names_its_adapter_and_an_unknown_one_is_an_error_of_that_line(tmp_path):
+    base = zoo_model("llama")
+    made = {
+        name: save(tmp_path / name, base, lora(target_modules="all-linear"), seed) for seed, name in enumerate("ab")
+    }
+    prompts, output = rows(9, 14), tmp_path / "out.jsonl"
+    records = [
+        {"id": f"{number} {name}", "tokens": prompt, "max_tokens": 12, **({"adapter": name} if name else {})}
+        for number, prompt in enumerate(prompts)
+        for name in ("a", "", "b")
+    ]
+    wrong = [{"id": "who", "tokens": [1], "adapter": "c"}, {"id": "what", "tokens": [1], "adapter": 3}]
+    file = write(tmp_path / "in.jsonl", [*records, *wrong])
+    with DoublePrecision():
+        engine = Engine(base, engine_config(adapters=made))
+        run_offline(OfflineEngine(engine, None, 4), file, output, PARAMS, id)
+        answers = read(output)
+        for record in records:
+            oracle = opened("llama", made.get(record.get("adapter", "")))
+            assert_greedy(oracle, record["tokens"], answers[record["id"]]["tokens"])
+    assert answers["who"]["error"] == "no adapter 'c' is here; known: a, b"
+    assert answers["what"]["error"] == "adapter: must be the name of an adapter, got 3"
+
+
+def test_prompts_of_one_adapter_are_neighbours_because_they_share_nothing_with_the_others():
+    start = (7, 7, 7)
+    lines = [Prompt(f"{i}", i, (*start, i % 3), PARAMS, adapter="ab"[i % 2]) for i in range(12)]
+    ordered = list(order_lines(lines))
+    assert sorted(ordered, key=lambda line: line.line) == lines
+    assert [line.adapter for line in ordered] == ["a"] * 6 + ["b"] * 6
