@@ -73,7 +73,7 @@ class Engine:
         self._ends = Ends(self.eos_token_ids, self.max_context_tokens)
         self._recall = Recall(self.vocab_size, self.eos_token_ids, model.device, tokenizer)
         # A state that went on with a wrong guess cannot be set back.
-        self._draft_tokens = config.draft_tokens if path.pages_are_all else 0
+        self._draft_tokens = config.draft_tokens if path.states is None else 0
         self._drafter = drafter or SuffixDrafter()
         self._limits = Limits(
             config.max_batch_tokens,
@@ -132,19 +132,22 @@ class Engine:
     ) -> None:
         """Queue a request whose prompt is already computed in `pages`, which the engine holds from now on.
 
+        The last of them hold its recurrent state, where the model has one.
+
         Raises RequestError, with `pages` still the caller's.
         """
         self._refuse_travel(request_id)
         assert answered, "a prefill gives the first token"
-        assert len(pages) == self.pool.layout.num_pages(len(prompt)), "pages of exactly the prompt"
+        assert len(pages) == self.pool.layout.num_travelling(len(prompt)), "pages of exactly the prompt"
         sequence = self._enqueue(request_id, prompt, params, answered, False, terms)
-        sequence.pages, sequence.num_computed = pages, len(prompt)
+        num_pages = self.pool.layout.num_pages(len(prompt))
+        sequence.pages, sequence.state_pages, sequence.num_computed = pages[:num_pages], pages[num_pages:], len(prompt)
         self._holdings.remember(sequence, tail=True)
 
     def take(self, request_id: str) -> tuple[list[int], int]:
         """(pages, tokens in them) of a finished `prefill_only` request; the caller holds the pages from now on."""
         sequence = self._taken.pop(request_id)
-        return sequence.pages, sequence.num_computed
+        return [*sequence.pages, *sequence.state_pages], sequence.num_computed
 
     def cancel(self, request_id: str) -> bool:
         """Forget a request and free its pages; false when it is not here (any more)."""
@@ -310,8 +313,12 @@ class Engine:
             raise RequestError(request_id, f"the prompt has {len(prompt)} tokens, the model takes at most {most}")
         longest = self._longest(len(prompt), params)
         num_pages = self.pool.num_pages - self._holdings.num_pinned
-        if self.pool.layout.num_pages(longest) > num_pages:
-            room = num_pages * self.pool.layout.page_tokens
+        layout = self.pool.layout
+        if prefill_only:
+            # Its state leaves in pages too.
+            longest = max(longest, layout.num_travelling(len(prompt)) * layout.page_tokens)
+        if layout.num_pages(longest) > num_pages:
+            room = num_pages * layout.page_tokens
             raise RequestError(
                 request_id, f"prompt and answer need {longest} tokens of KV, engine.kv_bytes holds {room}"
             )
@@ -340,8 +347,8 @@ class Engine:
         if not self.pages_are_all:
             raise RequestError(
                 request_id,
-                "this model keeps a state beside its pages, which does not travel to another worker yet; "
-                "compute prompt and answer in one (transfer.colocate_below_tokens)",
+                "this model keeps all or part of a sequence in a cache that is not in pages, which does not travel to "
+                "another worker; compute prompt and answer in one (transfer.colocate_below_tokens)",
             )
 
     def _longest(self, num_prompt: int, params: SamplingParams) -> int:
@@ -395,6 +402,7 @@ class Engine:
             if sound:
                 self._holdings.remember(sequence, tail=True)
             if sequence.prefill_only:
+                self._holdings.pack(sequence)
                 self._taken[sequence.request_id] = sequence
             else:
                 self._holdings.release(sequence)
@@ -419,7 +427,7 @@ def _rank(sequence: SequenceState) -> tuple[int, int]:
 
 def _prefix_cache(path: Path, config: EngineConfig) -> PrefixCache | None:
     """None for a model with states: pages alone do not bring its state back."""
-    return PrefixCache(path.pool) if config.prefix_cache and path.pages_are_all else None
+    return PrefixCache(path.pool) if config.prefix_cache and path.states is None else None
 
 
 def _offload(path: Path, config: EngineConfig) -> PageOffload | None:
@@ -428,7 +436,7 @@ def _offload(path: Path, config: EngineConfig) -> PageOffload | None:
     if not path.pages_are_all:
         raise ConfigError(
             "engine.offload_bytes",
-            f"must be 0 for a model that keeps a state beside its pages (path: {path.name})",
+            f"must be 0 for a model that keeps all or part of a sequence outside of pages (path: {path.name})",
             config.offload_bytes,
             "leave it out: preempted sequences are computed again",
         )

@@ -1,8 +1,13 @@
-"""The pages of every sequence: found or allocated, filled, let others find them, kept in host memory, given back."""
+"""The pages of every sequence: found or allocated, filled, let others find them, kept in host memory, given back.
+
+And its recurrent state, where the model has one: in a slot while it runs, in pages on its way from or to elsewhere.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+
+from torch import Tensor
 
 from farspan.engine.request import SequenceState
 from farspan.engine.scheduler import ALWAYS_RECOMPUTE, Costs, Row
@@ -10,7 +15,7 @@ from farspan.errors import RequestError, TierError
 from farspan.kv.offload import PageOffload
 from farspan.kv.pages import PagePool
 from farspan.kv.prefix import NO_MATCH, Match, PrefixCache, PrefixChain, PrefixScope
-from farspan.kv.states import StatePool
+from farspan.kv.states import StatePool, pack_state, unpack_state
 
 # How much the newest iteration counts in the running mean of what a token costs.
 _PACE_WEIGHT = 0.1
@@ -28,7 +33,7 @@ class Holdings:
         states: StatePool | None = None,
     ) -> None:
         # Pages alone do not bring a state back.
-        assert states is None or (prefix is None and offload is None)
+        assert states is None or prefix is None
         self._states = states
         self._pool, self._prefix, self._offload = pool, prefix, offload
         self._matches: dict[str, Match] = {}
@@ -41,7 +46,7 @@ class Holdings:
 
     def row(self, sequence: SequenceState, step: int) -> Row:
         """What the scheduler sees of a sequence that holds its pages."""
-        return self._row(sequence, step, NO_MATCH, self._pool.num_own(sequence.pages))
+        return self._row(sequence, step, NO_MATCH, self._pool.num_own([*sequence.pages, *sequence.state_pages]))
 
     def waiting_row(self, sequence: SequenceState, step: int) -> Row:
         """What the scheduler sees of one that waits, with what it would find computed if it were admitted now."""
@@ -71,6 +76,8 @@ class Holdings:
             hit_pages=len(match.pages),
             hit_idle=sum(self._pool.holders(page) == 0 for page in match.pages),
             next_page=name,
+            num_state=self._pool.layout.num_state_pages,
+            leaves=sequence.prefill_only,
         )
 
     def claim(self, sequences: Sequence[SequenceState]) -> None:
@@ -89,7 +96,12 @@ class Holdings:
         if sequence.kept is not None:
             assert self._offload is not None
             kept, sequence.kept = sequence.kept, None
-            self._offload.take(kept, sequence.pages[: kept.num_pages])
+            state_B = self._offload.take(kept, sequence.pages[: kept.num_pages])
+            self._restore(sequence, state_B)
+        if sequence.state_pages:
+            self._restore(sequence, unpack_state(self._pool, sequence.state_pages))
+            self._pool.free(sequence.state_pages)
+            sequence.state_pages = []
 
     def _begin(self, sequence: SequenceState, match: Match, num_pages: int) -> None:
         size = self._pool.layout.page_tokens
@@ -116,6 +128,20 @@ class Holdings:
         """Slot of a running sequence's state, for a model that has one."""
         return None if self._states is None else self._states.hold(sequence.request_id)
 
+    def _restore(self, sequence: SequenceState, state_B: Tensor) -> None:
+        if self._states is not None:
+            self._states.bytes_B(self._states.hold(sequence.request_id)).copy_(state_B)
+
+    def pack(self, sequence: SequenceState) -> None:
+        """The state of a sequence that leaves goes into the last of its pages; its slot is free."""
+        if self._states is None:
+            return
+        num_pages = self._pool.layout.num_pages(sequence.num_computed)
+        sequence.state_pages = sequence.pages[num_pages:]
+        del sequence.pages[num_pages:]
+        pack_state(self._states.bytes_B(self._states.hold(sequence.request_id)), self._pool, sequence.state_pages)
+        self._states.release(sequence.request_id)
+
     def shrink(self, sequence: SequenceState, num_pages: int) -> None:
         """Give the pages after the first `num_pages` back, which only wrong guesses needed."""
         self._pool.free(sequence.pages[num_pages:])
@@ -135,10 +161,10 @@ class Holdings:
 
     def release(self, sequence: SequenceState) -> None:
         """Give everything back."""
-        self._pool.free(sequence.pages)
+        self._pool.free([*sequence.pages, *sequence.state_pages])
         if self._states is not None:
             self._states.release(sequence.request_id)
-        sequence.pages, sequence.num_computed = [], 0
+        sequence.pages, sequence.state_pages, sequence.num_computed = [], [], 0
         if sequence.chain is not None:
             sequence.chain.num_remembered = 0
         if sequence.kept is not None:
@@ -151,7 +177,8 @@ class Holdings:
         computed, kept = sequence.num_computed, None
         if offload and self._offload is not None:
             try:
-                kept = self._offload.put(sequence.pages[: self._pool.layout.num_pages(computed)])
+                pages = sequence.pages[: self._pool.layout.num_pages(computed)]
+                kept = self._offload.put(pages, self._state_bytes(sequence))
             except TierError:
                 # Then it is computed again, which needs no room.
                 kept = None
@@ -159,6 +186,13 @@ class Holdings:
         sequence.preemptions += 1
         if kept is not None:
             sequence.kept, sequence.num_computed = kept, computed
+
+    def _state_bytes(self, sequence: SequenceState) -> Tensor | None:
+        if self._states is None:
+            return None
+        if sequence.state_pages:
+            return unpack_state(self._pool, sequence.state_pages)
+        return self._states.bytes_B(self._states.hold(sequence.request_id))
 
     def costs(self) -> Costs:
         if self._offload is None:

@@ -75,8 +75,8 @@ class Path:
 
     @property
     def pages_are_all(self) -> bool:
-        """Whether the pages of a sequence are all that another engine needs to go on."""
-        return self.states is None
+        """Whether pages are all that another engine needs to go on, those included that hold a packed state."""
+        return self.states is None or self.pool.layout.num_state_pages > 0
 
 
 def open_path(model: PreTrainedModel, config: EngineConfig) -> Path:
@@ -147,7 +147,14 @@ def _open_packed(model: PreTrainedModel, config: EngineConfig, reasons: tuple[st
         swap_forward(mixer)
     dtype = str(model.dtype).removeprefix("torch.")
     page_tokens = config.page_tokens if found.layers else _ONE_PAGE
-    layout = KvLayout(fingerprint_model(model), tuple(found.layers), dtype, page_tokens)
+    layout = KvLayout(
+        fingerprint_model(model),
+        tuple(found.layers),
+        dtype,
+        page_tokens,
+        state=found.states.fingerprint() if found.mixers else "",
+        state_bytes=found.states.slot_bytes,
+    )
     stepwise = bool(_begins_anew(model, found))
     pool, states = _pools(layout, found.states if found.mixers else None, config, model.device)
     runner = Runner(model, pool, found, states, stepwise=stepwise)

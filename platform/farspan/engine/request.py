@@ -97,6 +97,8 @@ class SequenceState:
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
     """Tokens whose keys and values are in the pages."""
+    state_pages: list[int] = field(default_factory=list)
+    """Pages in which its recurrent state arrived, or waits for a ticket."""
     preemptions: int = 0
     history: History | None = None
     """What the sampler remembers of the tokens; rebuilt from them wherever the request goes on."""
@@ -110,7 +112,7 @@ class SequenceState:
     chain: PrefixChain | None = None
     """Names of its pages, for the prefix cache."""
     kept: OffloadedPages | None = None
-    """Its `num_computed` tokens in host memory, while it holds no pages."""
+    """Its `num_computed` tokens, and its state, in host memory, while it holds no pages."""
     num_found: int = 0
     """Tokens of the prompt that an earlier request had computed."""
 

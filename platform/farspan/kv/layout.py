@@ -42,6 +42,9 @@ class KvLayout:
     page_tokens: int
     counted_token_bytes: int = 0
     """Bytes of a token that lie elsewhere, in a cache of transformers' own, and are only counted here."""
+    state: str = ""
+    """Fingerprint of the recurrent state that belongs to a sequence beside its pages; empty: there is none."""
+    state_bytes: int = 0
 
     @classmethod
     def uniform(
@@ -90,6 +93,15 @@ class KvLayout:
     def num_pages(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_tokens)
+
+    @property
+    def num_state_pages(self) -> int:
+        """Pages that hold the recurrent state of a sequence, on its way to another worker."""
+        return -(-self.state_bytes // self.page_bytes) if self.page_bytes else 0
+
+    def num_travelling(self, num_tokens: int) -> int:
+        """Pages that another worker needs to go on after `num_tokens` tokens, those of the state last."""
+        return self.num_pages(num_tokens) + self.num_state_pages
 
     def fingerprint(self) -> str:
         """Equal on two workers exactly when a page of one means the same on the other."""
