@@ -104,6 +104,8 @@ class Call:
     writes: bool
     """False: an earlier call of the same forward has written them."""
     kernel: Forward
+    group: int = 0
+    """Which group of layers that store belongs to: the page table of its keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,8 @@ class Segment:
     start: int
     length: int
     past: int
-    pages_N: Tensor
+    pages_NG: Tensor
+    """A page of each group for every place; those that nobody reads any more are not there."""
 
     def ranges(self, rule: LayerRule) -> list[tuple[int, int, int]]:
         """(first query, end of queries, first key) in tokens of the sequence; queries see up to themselves."""
@@ -140,7 +143,7 @@ class DecodeRows:
 
     start: int
     tables_BN: Tensor
-    """Pages that each row sees, short rows filled up with a page of their own."""
+    """Pages of one group that each row sees, short rows filled up with a page of their own."""
     visible_BS: Tensor
     """Which gathered slots hold a key that the row sees (its own new key included)."""
 
@@ -152,13 +155,13 @@ class PagedBatch:
         self,
         pool: PagePool,
         calls: Sequence[Call],
-        page_T: Tensor,
+        page_TG: Tensor,
         slot_T: Tensor,
-        decode: Mapping[LayerRule, Sequence[DecodeRows]],
+        decode: Mapping[tuple[LayerRule, int], Sequence[DecodeRows]],
         segments: Sequence[Segment],
     ) -> None:
         self._pool, self._calls = pool, calls
-        self._page_T, self._slot_T = page_T, slot_T
+        self._page_TG, self._slot_T = page_TG, slot_T
         self._decode, self._segments = decode, segments
         self._next = 0
 
@@ -169,15 +172,16 @@ class PagedBatch:
         self._next += 1
         keys_PSGD, values_PSGC = self._pool.keys_PSGD(call.store), self._pool.values_PSGC(call.store)
         if call.writes:
-            keys_PSGD[self._page_T, self._slot_T] = k_TGD
-            values_PSGC[self._page_T, self._slot_T] = v_TGC
+            page_T = self._page_TG[:, call.group]
+            keys_PSGD[page_T, self._slot_T] = k_TGD
+            values_PSGC[page_T, self._slot_T] = v_TGC
         parts: list[Tensor] = []
-        for rows in self._decode[call.rule]:
+        for rows in self._decode[call.rule, call.group]:
             here = slice(rows.start, rows.start + len(rows.tables_BN))
             parts.append(_attend_rows(q_THD[here], keys_PSGD, values_PSGC, rows, asked))
         for segment in self._segments:
             here = slice(segment.start, segment.start + segment.length)
-            new = _Keys(k_TGD[here], v_TGC[here], keys_PSGD, values_PSGC, segment)
+            new = _Keys(k_TGD[here], v_TGC[here], keys_PSGD, values_PSGC, segment, call.group)
             parts += _attend_segment(q_THD[here], new, segment, call, asked)
         return torch.cat(parts)
 
@@ -191,12 +195,13 @@ class _Keys:
     keys_PSGD: Tensor
     values_PSGC: Tensor
     segment: Segment
+    group: int
 
     def between(self, low: int, high: int) -> tuple[Tensor, Tensor]:
         if self.segment.past == 0:
             return self.k_TGD[low:high], self.v_TGC[low:high]
         size = self.keys_PSGD.shape[1]
-        pages_N = self.segment.pages_N[low // size : -(-high // size)]
+        pages_N = self.segment.pages_NG[low // size : -(-high // size), self.group]
         inside = slice(low - low // size * size, high - low // size * size)
         return self.keys_PSGD[pages_N].flatten(0, 1)[inside], self.values_PSGC[pages_N].flatten(0, 1)[inside]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from farspan.engine.request import SequenceState
 from farspan.engine.scheduler import ALWAYS_RECOMPUTE, Costs, Row
 from farspan.errors import RequestError, TierError
+from farspan.kv.layout import GONE
 from farspan.kv.offload import PageOffload
 from farspan.kv.pages import PagePool
 from farspan.kv.prefix import NO_MATCH, Match, PrefixCache, PrefixChain, PrefixScope
@@ -31,11 +32,14 @@ class Holdings:
         offload: PageOffload | None,
         clock: Callable[[], float],
         states: StatePool | None = None,
+        step_tokens: int = 1,
     ) -> None:
+        """`step_tokens`: most tokens of one sequence in one iteration."""
         # Pages alone do not bring a state back.
         assert states is None or prefix is None
         self._states = states
         self._pool, self._prefix, self._offload = pool, prefix, offload
+        self._step_tokens = step_tokens
         self._matches: dict[str, Match] = {}
         self._token_s = 0.0
         self._page_s = self._measure(clock)
@@ -61,6 +65,9 @@ class Holdings:
     def _row(self, sequence: SequenceState, step: int, match: Match, own: int) -> Row:
         computed = max(sequence.num_computed, match.num_tokens)
         name = None
+        layout = self._pool.layout
+        # Of what comes back from host memory, pages that are gone take no place.
+        back = layout.num_gone(sequence.num_computed) if sequence.kept is not None else 0
         if self._prefix is not None and sequence.terms.finds and len(sequence.tokens) - computed > 1:
             name = self._chain(self._prefix, sequence).name(computed // self._pool.layout.page_tokens, sequence.tokens)
         return Row(
@@ -73,56 +80,111 @@ class Holdings:
             tenant=sequence.terms.tenant,
             waited=step - sequence.last_step,
             hit_tokens=match.num_tokens,
-            hit_pages=len(match.pages),
-            hit_idle=sum(self._pool.holders(page) == 0 for page in match.pages),
+            num_gone=sequence.num_gone,
+            hit_pages=len(match.pages) + back,
+            hit_gone=match.pages.count(GONE) + back,
+            hit_idle=sum(self._pool.holders(page) == 0 for page in match.held),
             next_page=name,
-            num_state=self._pool.layout.num_state_pages,
+            num_state=layout.num_state_pages,
             leaves=sequence.prefill_only,
+            most_pages=self.most_pages(len(sequence.tokens), sequence.prefill_only) if layout.gives_back else None,
         )
+
+    def most_pages(self, num_tokens: int, leaves: bool) -> int:
+        """Most pages held at a time until so many tokens are computed, and the state packed of one that leaves."""
+        layout = self._pool.layout
+        return layout.most_pages(num_tokens, self._step_tokens) + (layout.num_state_pages if leaves else 0)
 
     def claim(self, sequences: Sequence[SequenceState]) -> None:
         """Hold what the admitted ones find, before anybody's new pages push it out."""
         for sequence in sequences:
             if match := self._matches.get(sequence.request_id):
-                self._pool.retain(match.pages)
-                sequence.pages = list(match.pages)
+                self._pool.retain(match.held)
+                sequence.pages, sequence.num_gone = list(match.pages), match.pages.count(GONE)
 
     def extend(self, sequence: SequenceState, num_pages: int) -> None:
         """Give a sequence as many pages as were decided."""
         match = self._matches.pop(sequence.request_id, None)
         if match is not None:
             self._begin(sequence, match, num_pages)
-        sequence.pages += self._alloc(num_pages - len(sequence.pages))
         if sequence.kept is not None:
-            assert self._offload is not None
-            kept, sequence.kept = sequence.kept, None
-            state_B = self._offload.take(kept, sequence.pages[: kept.num_pages])
-            self._restore(sequence, state_B)
+            self._fetch(sequence)
+        sequence.pages += self._alloc(num_pages - len(sequence.pages))
         if sequence.state_pages:
             self._restore(sequence, unpack_state(self._pool, sequence.state_pages))
             self._pool.free(sequence.state_pages)
             sequence.state_pages = []
+        if sequence.prefill_only:
+            # More than its tokens need: it leaves after this iteration, and its state will be packed into them.
+            end = self._pool.layout.num_pages(len(sequence.tokens))
+            sequence.state_pages = sequence.pages[end:]
+            del sequence.pages[end:]
 
     def _begin(self, sequence: SequenceState, match: Match, num_pages: int) -> None:
-        size = self._pool.layout.page_tokens
-        whole = len(match.pages) * size
-        sequence.num_computed = whole
+        places = len(match.pages) // self._pool.layout.num_groups
+        sequence.num_computed = places * self._pool.layout.page_tokens
         if sequence.chain is not None:
-            sequence.chain.num_remembered = len(match.pages)
-        source = match.source
-        if source is not None and self._pool.is_findable(source):
-            missing = num_pages - len(sequence.pages)
-            if self._pool.holders(source) == 0 and self._pool.num_free <= missing:
-                # There is no page for a copy: the page itself is the only one left.
-                self._pool.take_over(source)
-                sequence.pages.append(source)
-            else:
-                self._pool.retain([source])
-                sequence.pages += self._alloc(missing)
-                self._pool.copy(source, sequence.pages[len(match.pages)])
-                self._pool.free([source])
+            sequence.chain.num_remembered = places
+        if match.sources and all(map(self._pool.is_findable, match.sources)):
+            sequence.pages += self._copies(match.sources, num_pages - len(sequence.pages))
             sequence.num_computed = match.num_tokens
         sequence.num_found = max(sequence.num_found, min(sequence.num_computed, sequence.num_prompt))
+
+    def _copies(self, sources: Sequence[int], missing: int) -> list[int]:
+        """Pages with the content of `sources`, of the `missing` ones that are there for the sequence."""
+        idle = [page for page in sources if self._pool.holders(page) == 0]
+        if self._pool.num_free - len(idle) < missing:
+            # There is no page for a copy: the pages themselves are the only ones left.
+            for page in idle:
+                self._pool.take_over(page)
+            idle_taken = set(idle)
+        else:
+            idle_taken = set()
+        shared = [page for page in sources if page not in idle_taken]
+        self._pool.retain(shared)
+        copies = iter(self._alloc(len(shared)))
+        pages = [page if page in idle_taken else next(copies) for page in sources]
+        for source, page in zip(sources, pages, strict=True):
+            if source != page:
+                self._pool.copy(source, page)
+        self._pool.free(shared)
+        return pages
+
+    def _fetch(self, sequence: SequenceState) -> None:
+        """Bring back what waited in host memory."""
+        assert self._offload is not None
+        assert sequence.kept is not None
+        kept, sequence.kept = sequence.kept, None
+        self.arrive(sequence, self._alloc(kept.num_pages))
+        self._restore(sequence, self._offload.take(kept, self.held(sequence)))
+
+    def arrive(self, sequence: SequenceState, pages: Sequence[int]) -> None:
+        """The sequence holds the pages of its computed tokens, those that are not gone."""
+        layout = self._pool.layout
+        table = layout.without_gone([0] * layout.num_pages(sequence.num_computed), sequence.num_computed)
+        filled = iter(pages)
+        sequence.pages = [GONE if page == GONE else next(filled) for page in table]
+        sequence.num_gone = len(table) - len(pages)
+
+    def held(self, sequence: SequenceState) -> list[int]:
+        """The pages of its table that are not gone."""
+        return [page for page in sequence.pages if page != GONE] if sequence.num_gone else sequence.pages
+
+    def trim(self, sequence: SequenceState) -> None:
+        """Give back the pages that no layer of their group will read again."""
+        layout = self._pool.layout
+        if not layout.gives_back:
+            return
+        size, over = layout.num_groups, list[int]()
+        for group, first in enumerate(layout.first_places(sequence.num_computed)):
+            # The last place that is gone already ends the walk.
+            place = min(first, len(sequence.pages) // size) - 1
+            while place >= 0 and sequence.pages[place * size + group] != GONE:
+                over.append(sequence.pages[place * size + group])
+                sequence.pages[place * size + group] = GONE
+                place -= 1
+        self._pool.free(over)
+        sequence.num_gone += len(over)
 
     def state(self, sequence: SequenceState) -> int | None:
         """Slot of a running sequence's state, for a model that has one."""
@@ -136,9 +198,6 @@ class Holdings:
         """The state of a sequence that leaves goes into the last of its pages; its slot is free."""
         if self._states is None:
             return
-        num_pages = self._pool.layout.num_pages(sequence.num_computed)
-        sequence.state_pages = sequence.pages[num_pages:]
-        del sequence.pages[num_pages:]
         pack_state(self._states.bytes_B(self._states.hold(sequence.request_id)), self._pool, sequence.state_pages)
         self._states.release(sequence.request_id)
 
@@ -161,10 +220,10 @@ class Holdings:
 
     def release(self, sequence: SequenceState) -> None:
         """Give everything back."""
-        self._pool.free([*sequence.pages, *sequence.state_pages])
+        self._pool.free([*self.held(sequence), *sequence.state_pages])
         if self._states is not None:
             self._states.release(sequence.request_id)
-        sequence.pages, sequence.state_pages, sequence.num_computed = [], [], 0
+        sequence.pages, sequence.state_pages, sequence.num_computed, sequence.num_gone = [], [], 0, 0
         if sequence.chain is not None:
             sequence.chain.num_remembered = 0
         if sequence.kept is not None:
@@ -177,8 +236,7 @@ class Holdings:
         computed, kept = sequence.num_computed, None
         if offload and self._offload is not None:
             try:
-                pages = sequence.pages[: self._pool.layout.num_pages(computed)]
-                kept = self._offload.put(pages, self._state_bytes(sequence))
+                kept = self._offload.put(self._needed(sequence), self._state_bytes(sequence))
             except TierError:
                 # Then it is computed again, which needs no room.
                 kept = None
@@ -186,6 +244,11 @@ class Holdings:
         sequence.preemptions += 1
         if kept is not None:
             sequence.kept, sequence.num_computed = kept, computed
+
+    def _needed(self, sequence: SequenceState) -> list[int]:
+        """The pages of what is computed, without those that only a guess or the next tokens would fill."""
+        pages = sequence.pages[: self._pool.layout.num_pages(sequence.num_computed)]
+        return [page for page in pages if page != GONE]
 
     def _state_bytes(self, sequence: SequenceState) -> Tensor | None:
         if self._states is None:

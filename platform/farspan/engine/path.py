@@ -130,9 +130,15 @@ def refuse_packing(model: PreTrainedModel, config: EngineConfig) -> None:
     # Its frequencies depend on the longest sequence of a batch: one request would change another.
     if _ROPES_BY_LENGTH in rope_types(text):
         raise ModelError(f"{text.model_type}: rope_type {_ROPES_BY_LENGTH} looks at the longest sequence of a batch")
-    longest = config.max_context_tokens or getattr(text, "max_position_embeddings", None) or 2**31
+    longest = _longest(model, config)
     if getattr(text, "attn_temperature_tuning", None) and getattr(text, "floor_scale", 1) <= longest:
         raise ModelError(f"{text.model_type}: attn_temperature_tuning counts the tokens of a call")
+
+
+def _longest(model: PreTrainedModel, config: EngineConfig) -> int:
+    """Most tokens of a sequence."""
+    text = model.config.get_text_config(decoder=True)
+    return config.max_context_tokens or getattr(text, "max_position_embeddings", None) or 2**31
 
 
 def _open_packed(model: PreTrainedModel, config: EngineConfig, reasons: tuple[str, ...]) -> Path:
@@ -154,6 +160,7 @@ def _open_packed(model: PreTrainedModel, config: EngineConfig, reasons: tuple[st
         page_tokens,
         state=found.states.fingerprint() if found.mixers else "",
         state_bytes=found.states.slot_bytes,
+        grouped=found.page_groups(_longest(model, config)),
     )
     stepwise = bool(_begins_anew(model, found))
     pool, states = _pools(layout, found.states if found.mixers else None, config, model.device)

@@ -95,6 +95,9 @@ class SequenceState:
     prefill_only: bool = False
     """Stop after the first token and keep the pages for a ticket."""
     pages: list[int] = field(default_factory=list)
+    """Its table: a page of each group for every `page_tokens` tokens (kv/layout.py)."""
+    num_gone: int = 0
+    """Pages of the table that are gone."""
     num_computed: int = 0
     """Tokens whose keys and values are in the pages."""
     state_pages: list[int] = field(default_factory=list)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,8 +50,10 @@ class Runner:
         self._model, self._pool, self._states, self.survey = model, pool, states, survey
         self._stepwise = stepwise
         layout = pool.layout
-        self._gather_pages = gather_bytes * layout.num_layers // max(1, layout.page_bytes)
+        self._gather_pages = gather_bytes * layout.layers_of_page // max(1, layout.page_bytes)
+        self._calls = [replace(call, group=layout.group_of(call.store)) for call in survey.calls]
         self._rules = {call.rule for call in survey.calls}
+        self._tables = {(call.rule, call.group) for call in self._calls}
         self._shell = None if states is None else PackedCache(model.config, None)
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
@@ -85,19 +87,23 @@ class Runner:
 
     def _pack(self, pieces: Sequence[Piece], positions_T: Tensor) -> PagedBatch:
         device, size = self._pool.device, self._pool.layout.page_tokens
-        pages = [torch.tensor(piece.pages, dtype=torch.long, device=device) for piece in pieces]
+        groups = self._pool.layout.num_groups
+        pages = [torch.tensor(p.pages, dtype=torch.long, device=device).view(-1, groups) for p in pieces]
         slots_T = positions_T.to(device)
         owner_T = torch.repeat_interleave(torch.tensor([len(p.tokens) for p in pieces]))
         starts = torch.tensor([0] + [len(p) for p in pages]).cumsum(0)[:-1].to(device)
-        page_T = torch.cat(pages)[starts[owner_T.to(device)] + slots_T // size]
+        page_TG = torch.cat(pages)[starts[owner_T.to(device)] + slots_T // size]
         rows = [(piece, table) for piece, table in zip(pieces, pages, strict=True) if len(piece.tokens) == 1]
         segments: list[Segment] = []
         start = len(rows)
         for piece, table in zip(pieces[len(rows) :], pages[len(rows) :], strict=True):
             segments.append(Segment(start, len(piece.tokens), piece.past, table))
             start += len(piece.tokens)
-        decode = {rule: self._decode_rows(rows, rule) for rule in self._rules}
-        return PagedBatch(self._pool, self.survey.calls, page_T, slots_T % size, decode, segments)
+        decode = {
+            (rule, group): self._decode_rows([(piece, table_NG[:, group]) for piece, table_NG in rows], rule)
+            for rule, group in self._tables
+        }
+        return PagedBatch(self._pool, self._calls, page_TG, slots_T % size, decode, segments)
 
     def _decode_rows(self, rows: Sequence[tuple[Piece, Tensor]], rule: LayerRule) -> tuple[DecodeRows, ...]:
         widths = [len(self._seen(piece.past, rule)) for piece, _ in rows]

@@ -43,7 +43,7 @@ def test_random_sequences_find_exactly_what_the_pages_hold_and_the_index_stays_a
         chain = cache.chain(OPEN_SCOPE)
         match = cache.match(chain, tokens, len(tokens))
         assert match.num_tokens <= len(tokens)
-        held = [*match.pages, *([match.source] if match.source is not None else [])]
+        held = [*match.pages, *match.sources]
         content = slots_PS[held].flatten()[: match.num_tokens].tolist()
         assert content == [float(token) for token in tokens[: match.num_tokens]]
         found += match.num_tokens
