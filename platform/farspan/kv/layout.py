@@ -132,8 +132,12 @@ class KvLayout:
         return num_pages // self.num_groups * self.page_tokens
 
     def first_places(self, num_tokens: int) -> list[int]:
-        """For each group, the first place that the token after `num_tokens` tokens, or a later one, reads."""
-        return [group.reach.first(num_tokens) // self.page_tokens for group in self.groups]
+        """For each group, the first place that the token after `num_tokens` tokens, or a later one, reads.
+
+        That of the last token stays in any case: whatever travels is a page at least.
+        """
+        last = max(0, num_tokens - 1) // self.page_tokens
+        return [min(last, group.reach.first(num_tokens) // self.page_tokens) for group in self.groups]
 
     def num_gone(self, num_tokens: int) -> int:
         """Pages of such a table that nobody reads any more."""

@@ -83,7 +83,7 @@ NO_MATCH = Match()
 
 @dataclass(eq=False, slots=True)
 class _Entry:
-    """What lies in one page of each group."""
+    """What lies in one page of each group, as far as it is not gone."""
 
     before: bytes
     tokens: tuple[int, ...]
@@ -120,14 +120,14 @@ class PrefixCache:
         found = self._longest(chain, tokens, most)
         done = len(found) * size
         sources, shared = self._best_tail(chain.before(len(found)), tokens[done : min(most, done + size)])
-        return Match(tuple(self._table(found, done + shared)), sources, done + shared)
+        return Match(tuple(self._table(found)), sources, done + shared)
 
-    def _table(self, found: Sequence[_Entry | None], num_tokens: int) -> list[int]:
-        """The table of what was found, of which the token after `num_tokens` reads what is not gone."""
+    def _table(self, found: Sequence[_Entry | None]) -> list[int]:
+        """The table of what was found, with the pages that are read by whoever goes on right after it."""
         layout = self._pool.layout
         lost = (GONE,) * layout.num_groups
         pages = [page for entry in found for page in (lost if entry is None else entry.pages)]
-        return layout.without_gone(pages, num_tokens) if layout.gives_back else pages
+        return layout.without_gone(pages, len(found) * layout.page_tokens) if layout.gives_back else pages
 
     def _longest(self, chain: PrefixChain, tokens: Sequence[int], most: int) -> list[_Entry | None]:
         """What lies at the first places, as many as every group has enough of to go on after them."""
@@ -159,10 +159,12 @@ class PrefixCache:
         for place in range(chain.num_remembered, full):
             name = chain.name(place, tokens)
             entry = self._named.get(name) if name is not None else None
+            there = 0 if entry is None else sum(self._alive(entry))
+            brought = self._at(pages, place)
             # Computed twice at the same time: the one that came first is found.
-            if entry is None or not all(self._alive(entry)):
+            if there < len(brought) - brought.count(GONE):
                 here = tuple(tokens[place * size : (place + 1) * size])
-                self._enter(chain.before(place), here, name, self._at(pages, place))
+                self._enter(chain.before(place), here, name, brought)
         chain.num_remembered = max(chain.num_remembered, full)
         rest = tuple(tokens[full * size : num_computed])
         if tail and rest:
@@ -173,7 +175,7 @@ class PrefixCache:
         self.unpin(name)
         found = self._longest(chain, tokens, len(tokens))
         done = len(found) * chain.page_tokens
-        pages = [page for page in self._table(found, done) if page != GONE]
+        pages = [page for page in self._table(found) if page != GONE]
         self._pool.retain(pages)
         self._pins[name] = pages
         return done
@@ -206,9 +208,9 @@ class PrefixCache:
         return best
 
     def _enter(self, before: bytes, tokens: tuple[int, ...], name: bytes | None, pages: tuple[int, ...]) -> None:
-        assert GONE not in pages, "what is gone cannot be found"
-        entry = _Entry(before, tokens, name, pages, len(pages))
-        for page in pages:
+        there = [page for page in pages if page != GONE]
+        entry = _Entry(before, tokens, name, pages, len(there))
+        for page in there:
             self._forget(page)
             self._pool.make_findable(page)
             self._entries[page] = entry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from tests.support.zoo import zoo_model
 from tests.unit.engine.tiny import ARCHITECTURES, engine_config, tiny_model
@@ -25,9 +26,9 @@ def model_of(architecture: str) -> PreTrainedModel:
 class Split:
     """Two engines of the same model, joined by a transport."""
 
-    def __init__(self, architecture: str, transport: str) -> None:
-        self.prefill = Engine(model_of(architecture), engine_config(max_batch_tokens=16))
-        self.decode = Engine(model_of(architecture), engine_config())
+    def __init__(self, architecture: str, transport: str, make: Callable[[str], PreTrainedModel] = model_of) -> None:
+        self.prefill = Engine(make(architecture), engine_config(max_batch_tokens=16))
+        self.decode = Engine(make(architecture), engine_config())
         network = MemoryNetwork()
         pools = self.prefill.pool, self.decode.pool
         ends = [MemoryTransport(p, network) if transport == "memory" else NixlTransport(p) for p in pools]

@@ -24,7 +24,7 @@ SETTINGS = {
         "num_hidden_layers": 3,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     },
-    "llama4_text": {"attn_temperature_tuning": False},
+    "llama4_text": {"attn_temperature_tuning": False, "layer_types": ["chunked_attention", "full_attention"]},
 }
 
 
@@ -229,7 +229,7 @@ def test_full_pools_shared_beginnings_preemptions_and_guesses_leave_every_answer
             answers[event.request_id].append(event.token)
         steps += 1
         assert steps < 2000
-        if steps % 9 == 0 and engine._running:
+        if steps % 6 == 0 and engine._running:
             engine._preempt(chance.choice(engine._running), offload=True)
         if settings.get("prefix_cache") is False:
             poison_free_pages(engine)
@@ -246,7 +246,7 @@ def test_full_pools_shared_beginnings_preemptions_and_guesses_leave_every_answer
 @pytest.mark.parametrize("length", [3, 8, 45])
 def test_only_what_is_still_needed_travels_and_the_answer_is_the_same(architecture, length):
     prompt, params = row(length), SamplingParams(max_tokens=20)
-    split = Split(architecture, "memory")
+    split = Split(architecture, "memory", model_of)
     first, ticket = split.offer(prompt, params)
     layout = split.prefill.pool.layout
     if length == 45:
