@@ -115,10 +115,10 @@ def open_path(model: PreTrainedModel, config: EngineConfig) -> Path:
 
 def needed_kv_bytes(model: PreTrainedModel, config: EngineConfig, num_tokens: int, num_sequences: int) -> int:
     """Bytes for `num_sequences` of `num_tokens` tokens, and for the trial at load. Takes the model over."""
-    most = dataclasses.replace(config, kv_bytes=_TRIAL_BYTES)
-    path = open_path(model, most)
+    path = open_path(model, dataclasses.replace(config, kv_bytes=_TRIAL_BYTES))
     layout = path.pool.layout
-    pages = layout.cost_bytes * num_sequences * max(layout.num_pages(num_tokens), layout.num_pages(64))
+    most = layout.most_pages(num_tokens, config.max_batch_tokens)
+    pages = layout.cost_bytes * num_sequences * max(most, layout.num_pages(64))
     slots = 0 if path.states is None else path.states.layout.cost_bytes * config.max_sequences
     # States get at most half where there are pages.
     return max(1, slots + max(slots, pages) if pages else slots)

@@ -133,10 +133,9 @@ class PrefixCache:
         """What lies at the first places, as many as every group has enough of to go on after them."""
         layout, size = self._pool.layout, chain.page_tokens
         everything = [group for group, kept in enumerate(layout.groups) if kept.reach.span is None]
-        # For each group, how many of the last places it has without a gap.
-        run = [0] * layout.num_groups
         found: list[_Entry | None] = []
-        whole = 0
+        # For each place and group, how many places up to it are there without a gap.
+        runs = [[0] * layout.num_groups]
         while (len(found) + 1) * size <= most:
             name = chain.name(len(found), tokens)
             entry = self._named.get(name) if name is not None else None
@@ -144,11 +143,18 @@ class PrefixCache:
             if not all(here[group] for group in everything):
                 break
             found.append(entry)
-            run = [count + 1 if alive else 0 for count, alive in zip(run, here, strict=True)]
-            first = layout.first_places(len(found) * size) if layout.gives_back else []
-            if all(count >= len(found) - place for count, place in zip(run, first, strict=False)):
-                whole = len(found)
-        return found[:whole]
+            runs.append([count + 1 if alive else 0 for count, alive in zip(runs[-1], here, strict=True)])
+        while found and not self._enough(runs.pop(), len(found)):
+            found.pop()
+        return found
+
+    def _enough(self, run: Sequence[int], places: int) -> bool:
+        """Whether every group has what is read by whoever goes on after so many places."""
+        layout = self._pool.layout
+        if not layout.gives_back:
+            return True
+        first = layout.first_places(places * layout.page_tokens)
+        return all(count >= places - place for count, place in zip(run, first, strict=True))
 
     def remember(
         self, chain: PrefixChain, tokens: Sequence[int], num_computed: int, pages: Sequence[int], *, tail: bool
