@@ -5,6 +5,7 @@ And its recurrent state, where the model has one: in a slot while it runs, in pa
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -50,7 +51,10 @@ class Holdings:
 
     def row(self, sequence: SequenceState, step: int) -> Row:
         """What the scheduler sees of a sequence that holds its pages."""
-        return self._row(sequence, step, NO_MATCH, self._pool.num_own([*sequence.pages, *sequence.state_pages]))
+        return self._row(sequence, step, NO_MATCH, self._num_own(sequence))
+
+    def _num_own(self, sequence: SequenceState) -> int:
+        return self._pool.num_own(sequence.pages) + self._pool.num_own(sequence.state_pages)
 
     def waiting_row(self, sequence: SequenceState, step: int) -> Row:
         """What the scheduler sees of one that waits, with what it would find computed if it were admitted now."""
@@ -100,7 +104,7 @@ class Holdings:
         for sequence in sequences:
             if match := self._matches.get(sequence.request_id):
                 self._pool.retain(match.held)
-                sequence.pages, sequence.num_gone = list(match.pages), match.pages.count(GONE)
+                sequence.pages, sequence.num_gone = array("q", match.pages), match.pages.count(GONE)
 
     def extend(self, sequence: SequenceState, num_pages: int) -> None:
         """Give a sequence as many pages as were decided."""
@@ -109,7 +113,7 @@ class Holdings:
             self._begin(sequence, match, num_pages)
         if sequence.kept is not None:
             self._fetch(sequence)
-        sequence.pages += self._alloc(num_pages - len(sequence.pages))
+        sequence.pages.extend(self._alloc(num_pages - len(sequence.pages)))
         if sequence.state_pages:
             self._restore(sequence, unpack_state(self._pool, sequence.state_pages))
             self._pool.free(sequence.state_pages)
@@ -117,7 +121,7 @@ class Holdings:
         if sequence.prefill_only:
             # More than its tokens need: it leaves after this iteration, and its state will be packed into them.
             end = self._pool.layout.num_pages(len(sequence.tokens))
-            sequence.state_pages = sequence.pages[end:]
+            sequence.state_pages = list(sequence.pages[end:])
             del sequence.pages[end:]
 
     def _begin(self, sequence: SequenceState, match: Match, num_pages: int) -> None:
@@ -126,7 +130,7 @@ class Holdings:
         if sequence.chain is not None:
             sequence.chain.num_remembered = places
         if match.sources and all(map(self._pool.is_findable, match.sources)):
-            sequence.pages += self._copies(match.sources, num_pages - len(sequence.pages))
+            sequence.pages.extend(self._copies(match.sources, num_pages - len(sequence.pages)))
             sequence.num_computed = match.num_tokens
         sequence.num_found = max(sequence.num_found, min(sequence.num_computed, sequence.num_prompt))
 
@@ -163,12 +167,12 @@ class Holdings:
         layout = self._pool.layout
         table = layout.without_gone([0] * layout.num_pages(sequence.num_computed), sequence.num_computed)
         filled = iter(pages)
-        sequence.pages = [GONE if page == GONE else next(filled) for page in table]
+        sequence.pages = array("q", (GONE if page == GONE else next(filled) for page in table))
         sequence.num_gone = len(table) - len(pages)
 
     def held(self, sequence: SequenceState) -> list[int]:
         """The pages of its table that are not gone."""
-        return [page for page in sequence.pages if page != GONE] if sequence.num_gone else sequence.pages
+        return [page for page in sequence.pages if page != GONE] if sequence.num_gone else list(sequence.pages)
 
     def trim(self, sequence: SequenceState) -> None:
         """Give back the pages that no layer of their group will read again."""
@@ -223,7 +227,7 @@ class Holdings:
         self._pool.free([*self.held(sequence), *sequence.state_pages])
         if self._states is not None:
             self._states.release(sequence.request_id)
-        sequence.pages, sequence.state_pages, sequence.num_computed, sequence.num_gone = [], [], 0, 0
+        sequence.pages, sequence.state_pages, sequence.num_computed, sequence.num_gone = array("q"), [], 0, 0
         if sequence.chain is not None:
             sequence.chain.num_remembered = 0
         if sequence.kept is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
@@ -94,8 +95,8 @@ class SequenceState:
     """Position in the order of arrival: the oldest is never preempted for a younger one."""
     prefill_only: bool = False
     """Stop after the first token and keep the pages for a ticket."""
-    pages: list[int] = field(default_factory=list)
-    """Its table: a page of each group for every `page_tokens` tokens (kv/layout.py)."""
+    pages: array[int] = field(default_factory=lambda: array("q"))
+    """Its table: a page of each group for every `page_tokens` tokens (kv/layout.py), as a tensor can be made of it."""
     num_gone: int = 0
     """Pages of the table that are gone."""
     num_computed: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -88,7 +89,8 @@ class Runner:
     def _pack(self, pieces: Sequence[Piece], positions_T: Tensor) -> PagedBatch:
         device, size = self._pool.device, self._pool.layout.page_tokens
         groups = self._pool.layout.num_groups
-        pages = [torch.tensor(p.pages, dtype=torch.long, device=device).view(-1, groups) for p in pieces]
+        tables = (torch.from_numpy(np.array(piece.pages, dtype=np.int64)) for piece in pieces)
+        pages = [table.to(device).view(-1, groups) for table in tables]
         slots_T = positions_T.to(device)
         owner_T = torch.repeat_interleave(torch.tensor([len(p.tokens) for p in pieces]))
         starts = torch.tensor([0] + [len(p) for p in pages]).cumsum(0)[:-1].to(device)
