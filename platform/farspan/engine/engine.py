@@ -35,6 +35,7 @@ from farspan.engine.request import (
 from farspan.engine.runner import Piece
 from farspan.engine.sampler import UNSOUND
 from farspan.engine.scheduler import Chunk, Limits, Row, schedule
+from farspan.engine.tables import fill_table, held_pages
 from farspan.engine.terms import PLAIN_TERMS, Terms
 from farspan.errors import ConfigError, EngineError, RequestError
 from farspan.kv.offload import PageOffload
@@ -143,7 +144,7 @@ class Engine:
         sequence = self._enqueue(request_id, prompt, params, answered, False, terms)
         num_pages = len(pages) - self.pool.layout.num_state_pages
         sequence.state_pages, sequence.num_computed = pages[num_pages:], len(prompt)
-        self._holdings.arrive(sequence, pages[:num_pages])
+        fill_table(self.pool.layout, sequence, pages[:num_pages])
         self._holdings.remember(sequence, tail=True)
 
     def take(self, request_id: str) -> tuple[list[int], int]:
@@ -152,7 +153,7 @@ class Engine:
         Only what is needed to go on is in them.
         """
         sequence = self._taken.pop(request_id)
-        return [*self._holdings.held(sequence), *sequence.state_pages], sequence.num_computed
+        return [*held_pages(sequence), *sequence.state_pages], sequence.num_computed
 
     def cancel(self, request_id: str) -> bool:
         """Forget a request and free its pages; false when it is not here (any more)."""

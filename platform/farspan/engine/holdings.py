@@ -12,6 +12,7 @@ from torch import Tensor
 
 from farspan.engine.request import SequenceState
 from farspan.engine.scheduler import ALWAYS_RECOMPUTE, Costs, Row
+from farspan.engine.tables import cut_unread, fill_table, held_pages, needed_pages
 from farspan.errors import RequestError, TierError
 from farspan.kv.layout import GONE
 from farspan.kv.offload import PageOffload
@@ -137,58 +138,31 @@ class Holdings:
     def _copies(self, sources: Sequence[int], missing: int) -> list[int]:
         """Pages with the content of `sources`, of the `missing` ones that are there for the sequence."""
         idle = [page for page in sources if self._pool.holders(page) == 0]
-        if self._pool.num_free - len(idle) < missing:
-            # There is no page for a copy: the pages themselves are the only ones left.
-            for page in idle:
-                self._pool.take_over(page)
-            idle_taken = set(idle)
-        else:
-            idle_taken = set()
-        shared = [page for page in sources if page not in idle_taken]
-        self._pool.retain(shared)
-        copies = iter(self._alloc(len(shared)))
-        pages = [page if page in idle_taken else next(copies) for page in sources]
-        for source, page in zip(sources, pages, strict=True):
-            if source != page:
-                self._pool.copy(source, page)
-        self._pool.free(shared)
-        return pages
+        # Where there are no pages for copies, those that nobody holds are the only ones left.
+        taken = idle if self._pool.num_free - len(idle) < missing else []
+        for page in taken:
+            self._pool.take_over(page)
+        copied = [page for page in sources if page not in taken]
+        self._pool.retain(copied)
+        copies = dict(zip(copied, self._alloc(len(copied)), strict=True))
+        for source, page in copies.items():
+            self._pool.copy(source, page)
+        self._pool.free(copied)
+        return [copies.get(page, page) for page in sources]
 
     def _fetch(self, sequence: SequenceState) -> None:
         """Bring back what waited in host memory."""
         assert self._offload is not None
         assert sequence.kept is not None
         kept, sequence.kept = sequence.kept, None
-        self.arrive(sequence, self._alloc(kept.num_pages))
-        self._restore(sequence, self._offload.take(kept, self.held(sequence)))
-
-    def arrive(self, sequence: SequenceState, pages: Sequence[int]) -> None:
-        """The sequence holds the pages of its computed tokens, those that are not gone."""
-        layout = self._pool.layout
-        table = layout.without_gone([0] * layout.num_pages(sequence.num_computed), sequence.num_computed)
-        filled = iter(pages)
-        sequence.pages = array("q", (GONE if page == GONE else next(filled) for page in table))
-        sequence.num_gone = len(table) - len(pages)
-
-    def held(self, sequence: SequenceState) -> list[int]:
-        """The pages of its table that are not gone."""
-        return [page for page in sequence.pages if page != GONE] if sequence.num_gone else list(sequence.pages)
+        pages = self._alloc(kept.num_pages)
+        fill_table(self._pool.layout, sequence, pages)
+        self._restore(sequence, self._offload.take(kept, pages))
 
     def trim(self, sequence: SequenceState) -> None:
         """Give back the pages that no layer of their group will read again."""
-        layout = self._pool.layout
-        if not layout.gives_back:
-            return
-        size, over = layout.num_groups, list[int]()
-        for group, first in enumerate(layout.first_places(sequence.num_computed)):
-            # The last place that is gone already ends the walk.
-            place = min(first, len(sequence.pages) // size) - 1
-            while place >= 0 and sequence.pages[place * size + group] != GONE:
-                over.append(sequence.pages[place * size + group])
-                sequence.pages[place * size + group] = GONE
-                place -= 1
-        self._pool.free(over)
-        sequence.num_gone += len(over)
+        if self._pool.layout.gives_back:
+            self._pool.free(cut_unread(self._pool.layout, sequence))
 
     def state(self, sequence: SequenceState) -> int | None:
         """Slot of a running sequence's state, for a model that has one."""
@@ -224,7 +198,7 @@ class Holdings:
 
     def release(self, sequence: SequenceState) -> None:
         """Give everything back."""
-        self._pool.free([*self.held(sequence), *sequence.state_pages])
+        self._pool.free([*held_pages(sequence), *sequence.state_pages])
         if self._states is not None:
             self._states.release(sequence.request_id)
         sequence.pages, sequence.state_pages, sequence.num_computed, sequence.num_gone = array("q"), [], 0, 0
@@ -240,7 +214,7 @@ class Holdings:
         computed, kept = sequence.num_computed, None
         if offload and self._offload is not None:
             try:
-                kept = self._offload.put(self._needed(sequence), self._state_bytes(sequence))
+                kept = self._offload.put(needed_pages(self._pool.layout, sequence), self._state_bytes(sequence))
             except TierError:
                 # Then it is computed again, which needs no room.
                 kept = None
@@ -248,11 +222,6 @@ class Holdings:
         sequence.preemptions += 1
         if kept is not None:
             sequence.kept, sequence.num_computed = kept, computed
-
-    def _needed(self, sequence: SequenceState) -> list[int]:
-        """The pages of what is computed, without those that only a guess or the next tokens would fill."""
-        pages = sequence.pages[: self._pool.layout.num_pages(sequence.num_computed)]
-        return [page for page in pages if page != GONE]
 
     def _state_bytes(self, sequence: SequenceState) -> Tensor | None:
         if self._states is None:

@@ -182,8 +182,11 @@ def test_a_window_needs_only_the_last_pages_of_a_prefix_and_without_them_nothing
 
     engine._runner.run = counted  # type: ignore[method-assign]
     computed = []
-    # Everything is there; then others take the oldest pages, which lie before the window; then all of them.
-    for others in (0, 24, 90):
+    # Nothing is there; then others take the oldest pages, which lie before the window; then all; then all but pinned.
+    for others in (0, 24, 90, 91):
+        if others == 91:
+            assert engine.pin_prefix("kept", prompt) == 60
+            assert engine.pool.num_held == 3, "of 60 tokens, those that the next one sees"
         if others:
             engine.generate([row(others, seed=others)], SamplingParams(max_tokens=1))
         before = tokens
@@ -191,7 +194,7 @@ def test_a_window_needs_only_the_last_pages_of_a_prefix_and_without_them_nothing
         assert_greedy(model, prompt, list(done.tokens))
         computed.append(tokens - before - 4)
         engine.check_integrity()
-    assert computed == [61, 1, 61]
+    assert computed == [61, 1, 61, 1]
 
 
 @pytest.mark.parametrize("architecture", WINDOWED)
