@@ -108,6 +108,8 @@ class Call:
     """For tokens of a prompt."""
     pages: AttendPages
     """For single tokens of many sequences."""
+    group: int = 0
+    """Which group of layers that store belongs to: the page table of its keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,8 @@ class Segment:
     start: int
     length: int
     past: int
-    pages_N: Tensor
+    pages_NG: Tensor
+    """A page of each group for every place; those that nobody reads any more are not there."""
 
     def ranges(self, rule: LayerRule) -> list[tuple[int, int, int]]:
         """(first query, end of queries, first key) in tokens of the sequence; queries see up to themselves."""
@@ -144,7 +147,7 @@ class DecodeRows:
 
     start: int
     tables_BN: Tensor
-    """Pages from the first that each row sees."""
+    """Pages of one group, from the first that each row sees."""
     lengths_B: Tensor
     """Tokens from the first of those pages up to the row's own."""
     prefix_N: Tensor | None = None
@@ -153,18 +156,21 @@ class DecodeRows:
 
 
 class PagedBatch:
-    """One forward's pages, for each rule of a layer in the order of the packed tokens. Good for one forward."""
+    """One forward's pages: for each rule and group of layers, parts in the order of the packed tokens.
+
+    Counts the calls: good for one forward.
+    """
 
     def __init__(
         self,
         pool: PagePool,
         calls: Sequence[Call],
-        page_T: Tensor,
+        page_TG: Tensor,
         slot_T: Tensor,
-        parts: Mapping[LayerRule, Sequence[DecodeRows | Segment]],
+        parts: Mapping[tuple[LayerRule, int], Sequence[DecodeRows | Segment]],
     ) -> None:
         self._pool, self._calls = pool, calls
-        self._page_T, self._slot_T = page_T, slot_T
+        self._page_TG, self._slot_T = page_TG, slot_T
         self._parts = parts
         self._next = 0
 
@@ -175,16 +181,17 @@ class PagedBatch:
         self._next += 1
         keys_PSGD, values_PSGC = self._pool.keys_PSGD(call.store), self._pool.values_PSGC(call.store)
         if call.writes:
-            keys_PSGD[self._page_T, self._slot_T] = k_TGD
-            values_PSGC[self._page_T, self._slot_T] = v_TGC
+            page_T = self._page_TG[:, call.group]
+            keys_PSGD[page_T, self._slot_T] = k_TGD
+            values_PSGC[page_T, self._slot_T] = v_TGC
         outs: list[Tensor] = []
-        for part in self._parts[call.rule]:
+        for part in self._parts[call.rule, call.group]:
             if isinstance(part, DecodeRows):
                 here = slice(part.start, part.start + len(part.tables_BN))
                 outs.append(_attend_rows(q_THD[here], keys_PSGD, values_PSGC, part, call, asked))
             else:
                 here = slice(part.start, part.start + part.length)
-                new = _Keys(k_TGD[here], v_TGC[here], keys_PSGD, values_PSGC, part)
+                new = _Keys(k_TGD[here], v_TGC[here], keys_PSGD, values_PSGC, part, call.group)
                 outs += _attend_segment(q_THD[here], new, part, call, asked)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -198,12 +205,13 @@ class _Keys:
     keys_PSGD: Tensor
     values_PSGC: Tensor
     segment: Segment
+    group: int
 
     def between(self, low: int, high: int) -> tuple[Tensor, Tensor]:
         if self.segment.past == 0:
             return self.k_TGD[low:high], self.v_TGC[low:high]
         size = self.keys_PSGD.shape[1]
-        pages_N = self.segment.pages_N[low // size : -(-high // size)]
+        pages_N = self.segment.pages_NG[low // size : -(-high // size), self.group]
         inside = slice(low - low // size * size, high - low // size * size)
         return self.keys_PSGD[pages_N].flatten(0, 1)[inside], self.values_PSGC[pages_N].flatten(0, 1)[inside]
 

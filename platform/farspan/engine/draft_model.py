@@ -55,7 +55,7 @@ class ModelDrafter:
                 f"the draft model has {own} tokens, the model it guesses for {vocab_size}; use one of both"
             )
         path = open_path(model, config)
-        if not path.pages_are_all:
+        if path.states is not None:
             # What was read of a wrong guess stays in a state.
             raise ModelError(
                 f"the draft model ({model.config.model_type}) keeps a state that cannot be set back; use a transformer"

@@ -37,6 +37,7 @@ from farspan.engine.request import (
 from farspan.engine.runner import Piece
 from farspan.engine.sampler import UNSOUND
 from farspan.engine.scheduler import Chunk, Limits, Row, schedule
+from farspan.engine.tables import fill_table, held_pages
 from farspan.engine.terms import PLAIN_TERMS, Terms
 from farspan.errors import ConfigError, EngineError, RequestError
 from farspan.kv.offload import PageOffload
@@ -78,7 +79,7 @@ class Engine:
         self._ends = Ends(self.eos_token_ids, self.max_context_tokens)
         self._recall = Recall(self.vocab_size, self.eos_token_ids, model.device, tokenizer)
         # A state that went on with a wrong guess cannot be set back.
-        self._draft_tokens = config.draft_tokens if path.pages_are_all else 0
+        self._draft_tokens = config.draft_tokens if path.states is None else 0
         self._drafter = drafter or SuffixDrafter()
         self._limits = Limits(
             config.max_batch_tokens,
@@ -86,6 +87,7 @@ class Engine:
             path.pool.layout.page_tokens,
             config.prefill_tokens,
             config.decode_tokens,
+            path.pool.layout.num_groups,
         )
         self._clock = clock
         self._step = 0
@@ -96,7 +98,7 @@ class Engine:
         self._num_arrived = 0
         self._stalled = False
         prefix, offload = _prefix_cache(path, config), _offload(path, config)
-        self._holdings = Holdings(self.pool, prefix, offload, clock, path.states)
+        self._holdings = Holdings(self.pool, prefix, offload, clock, path.states, config.max_batch_tokens)
 
     @property
     def has_work(self) -> bool:
@@ -137,19 +139,26 @@ class Engine:
     ) -> None:
         """Queue a request whose prompt is already computed in `pages`, which the engine holds from now on.
 
+        The last of them hold its recurrent state, where the model has one.
+
         Raises RequestError, with `pages` still the caller's.
         """
         self._refuse_travel(request_id)
         assert answered, "a prefill gives the first token"
-        assert len(pages) == self.pool.layout.num_pages(len(prompt)), "pages of exactly the prompt"
+        assert len(pages) == self.pool.layout.num_travelling(len(prompt)), "pages of exactly the prompt"
         sequence = self._enqueue(request_id, prompt, params, answered, False, terms)
-        sequence.pages, sequence.num_computed = pages, len(prompt)
+        num_pages = len(pages) - self.pool.layout.num_state_pages
+        sequence.state_pages, sequence.num_computed = pages[num_pages:], len(prompt)
+        fill_table(self.pool.layout, sequence, pages[:num_pages])
         self._holdings.remember(sequence, tail=True)
 
     def take(self, request_id: str) -> tuple[list[int], int]:
-        """(pages, tokens in them) of a finished `prefill_only` request; the caller holds the pages from now on."""
+        """(pages, tokens in them) of a finished `prefill_only` request; the caller holds the pages from now on.
+
+        Only what is needed to go on is in them.
+        """
         sequence = self._taken.pop(request_id)
-        return sequence.pages, sequence.num_computed
+        return [*held_pages(sequence), *sequence.state_pages], sequence.num_computed
 
     def cancel(self, request_id: str) -> bool:
         """Forget a request and free its pages; false when it is not here (any more)."""
@@ -183,7 +192,7 @@ class Engine:
         Raises RequestError when a request that is here would not fit any more.
         """
         sequences = (*self._running, *self._waiting)
-        longest = max((self.pool.layout.num_pages(self._longest(s.num_prompt, s.params)) for s in sequences), default=1)
+        longest = max((self._most_pages(s.num_prompt, s.params, s.prefill_only) for s in sequences), default=1)
         return self._holdings.pin(name, tokens, scope, self.pool.num_pages - longest)
 
     def unpin_prefix(self, name: str) -> None:
@@ -265,9 +274,11 @@ class Engine:
         """Guess tokens of the sequences that decode, with what the others leave of the iteration and of the pages."""
         if not self._draft_tokens:
             return
-        room = DraftRoom(tokens_left, self.pool.num_free, self._limits.page_tokens)
+        groups = self._limits.num_groups
+        room = DraftRoom(tokens_left, self.pool.num_free // groups, self._limits.page_tokens)
         wishes = [min(self._draft_tokens, draft_limit(s, self.max_context_tokens)) for s in sequences]
-        granted = split_room(room, [len(s.tokens) for s in sequences], [len(s.pages) for s in sequences], wishes)
+        places = [len(s.pages) // groups for s in sequences]
+        granted = split_room(room, [len(s.tokens) for s in sequences], places, wishes)
         asked = [(s, most) for s, most in zip(sequences, granted, strict=True) if most > 0]
         guesses = self._drafter.propose([Ask(s.request_id, s.tokens, most, s.params) for s, most in asked])
         for (sequence, most), guess in zip(asked, guesses, strict=True):
@@ -323,10 +334,10 @@ class Engine:
         if len(prompt) + 1 > self.max_context_tokens:
             most = self.max_context_tokens - 1
             raise RequestError(request_id, f"the prompt has {len(prompt)} tokens, the model takes at most {most}")
-        longest = self._longest(len(prompt), params)
+        needed = self._most_pages(len(prompt), params, prefill_only)
         num_pages = self.pool.num_pages - self._holdings.num_pinned
-        if self.pool.layout.num_pages(longest) > num_pages:
-            room = num_pages * self.pool.layout.page_tokens
+        if needed > num_pages:
+            longest, room = (self.pool.layout.num_tokens(pages) for pages in (needed, num_pages))
             raise RequestError(
                 request_id, f"prompt and answer need {longest} tokens of KV, engine.kv_bytes holds {room}"
             )
@@ -355,13 +366,16 @@ class Engine:
         if not self.pages_are_all:
             raise RequestError(
                 request_id,
-                "this model keeps a state beside its pages, which does not travel to another worker yet; "
-                "compute prompt and answer in one (transfer.colocate_below_tokens)",
+                "this model keeps all or part of a sequence in a cache that is not in pages, which does not travel to "
+                "another worker; compute prompt and answer in one (transfer.colocate_below_tokens)",
             )
 
-    def _longest(self, num_prompt: int, params: SamplingParams) -> int:
-        """The most tokens a request can hold: the last token chosen is never computed."""
-        return min(num_prompt + params.max_tokens, self.max_context_tokens) - 1
+    def _most_pages(self, num_prompt: int, params: SamplingParams, leaves: bool) -> int:
+        """The most pages a request can hold at a time: the last token chosen is never computed."""
+        longest = min(num_prompt + params.max_tokens, self.max_context_tokens) - 1
+        most = self._holdings.most_pages(longest, leaves=False)
+        # A state that leaves is in pages too.
+        return max(most, self._holdings.most_pages(num_prompt, leaves=True)) if leaves else most
 
     def _preempt(self, sequence: SequenceState, *, offload: bool) -> None:
         self._holdings.preempt(sequence, offload=offload)
@@ -389,6 +403,7 @@ class Engine:
             elif sound_R[row - 1]:
                 # Only now: nobody may find keys and values that made logits unsound.
                 self._holdings.remember(sequence, tail=sequence.num_computed == sequence.num_prompt)
+                self._holdings.trim(sequence)
             else:
                 events += self._fail(sequence, UNSOUND)
         ends = [first + len(sequence.draft) + 1 for sequence, first in zip(ready, first_rows, strict=True)]
@@ -410,6 +425,8 @@ class Engine:
             if sound:
                 self._holdings.remember(sequence, tail=True)
             if sequence.prefill_only:
+                self._holdings.trim(sequence)
+                self._holdings.pack(sequence)
                 self._taken[sequence.request_id] = sequence
             else:
                 self._holdings.release(sequence)
@@ -420,6 +437,7 @@ class Engine:
         else:
             self._holdings.remember(sequence, tail=sequence.num_computed == sequence.num_prompt)
             self._holdings.shrink(sequence, self.pool.layout.num_pages(len(sequence.tokens)))
+            self._holdings.trim(sequence)
         return events
 
     def _fail(self, sequence: SequenceState, reason: str) -> list[Event]:
@@ -434,7 +452,7 @@ def _rank(sequence: SequenceState) -> tuple[int, int]:
 
 def _prefix_cache(path: Path, config: EngineConfig) -> PrefixCache | None:
     """None for a model with states: pages alone do not bring its state back."""
-    return PrefixCache(path.pool) if config.prefix_cache and path.pages_are_all else None
+    return PrefixCache(path.pool) if config.prefix_cache and path.states is None else None
 
 
 def _offload(path: Path, config: EngineConfig) -> PageOffload | None:
@@ -443,7 +461,7 @@ def _offload(path: Path, config: EngineConfig) -> PageOffload | None:
     if not path.pages_are_all:
         raise ConfigError(
             "engine.offload_bytes",
-            f"must be 0 for a model that keeps a state beside its pages (path: {path.name})",
+            f"must be 0 for a model that keeps all or part of a sequence outside of pages (path: {path.name})",
             config.offload_bytes,
             "leave it out: preempted sequences are computed again",
         )

@@ -1,16 +1,24 @@
-"""The pages of every sequence: found or allocated, filled, let others find them, kept in host memory, given back."""
+"""The pages of every sequence: found or allocated, filled, let others find them, kept in host memory, given back.
+
+And its recurrent state, where the model has one: in a slot while it runs, in pages on its way from or to elsewhere.
+"""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
+
+from torch import Tensor
 
 from farspan.engine.request import SequenceState
 from farspan.engine.scheduler import ALWAYS_RECOMPUTE, Costs, Row
+from farspan.engine.tables import cut_unread, fill_table, held_pages, needed_pages
 from farspan.errors import RequestError, TierError
+from farspan.kv.layout import GONE
 from farspan.kv.offload import PageOffload
 from farspan.kv.pages import PagePool
 from farspan.kv.prefix import NO_MATCH, Match, PrefixCache, PrefixChain, PrefixScope
-from farspan.kv.states import StatePool
+from farspan.kv.states import StatePool, pack_state, unpack_state
 
 # How much the newest iteration counts in the running mean of what a token costs.
 _PACE_WEIGHT = 0.1
@@ -26,11 +34,14 @@ class Holdings:
         offload: PageOffload | None,
         clock: Callable[[], float],
         states: StatePool | None = None,
+        step_tokens: int = 1,
     ) -> None:
+        """`step_tokens`: most tokens of one sequence in one iteration."""
         # Pages alone do not bring a state back.
-        assert states is None or (prefix is None and offload is None)
+        assert states is None or prefix is None
         self._states = states
         self._pool, self._prefix, self._offload = pool, prefix, offload
+        self._step_tokens = step_tokens
         self._matches: dict[str, Match] = {}
         self._token_s = 0.0
         self._page_s = self._measure(clock)
@@ -41,7 +52,10 @@ class Holdings:
 
     def row(self, sequence: SequenceState, step: int) -> Row:
         """What the scheduler sees of a sequence that holds its pages."""
-        return self._row(sequence, step, NO_MATCH, self._pool.num_own(sequence.pages))
+        return self._row(sequence, step, NO_MATCH, self._num_own(sequence))
+
+    def _num_own(self, sequence: SequenceState) -> int:
+        return self._pool.num_own(sequence.pages) + self._pool.num_own(sequence.state_pages)
 
     def waiting_row(self, sequence: SequenceState, step: int) -> Row:
         """What the scheduler sees of one that waits, with what it would find computed if it were admitted now."""
@@ -56,6 +70,9 @@ class Holdings:
     def _row(self, sequence: SequenceState, step: int, match: Match, own: int) -> Row:
         computed = max(sequence.num_computed, match.num_tokens)
         name = None
+        layout = self._pool.layout
+        # Of what comes back from host memory, pages that are gone take no place.
+        back = layout.num_gone(sequence.num_computed) if sequence.kept is not None else 0
         if self._prefix is not None and sequence.terms.finds and len(sequence.tokens) - computed > 1:
             name = self._chain(self._prefix, sequence).name(computed // self._pool.layout.page_tokens, sequence.tokens)
         return Row(
@@ -68,53 +85,99 @@ class Holdings:
             tenant=sequence.terms.tenant,
             waited=step - sequence.last_step,
             hit_tokens=match.num_tokens,
-            hit_pages=len(match.pages),
-            hit_idle=sum(self._pool.holders(page) == 0 for page in match.pages),
+            num_gone=sequence.num_gone,
+            hit_pages=len(match.pages) + back,
+            hit_gone=match.pages.count(GONE) + back,
+            hit_idle=sum(self._pool.holders(page) == 0 for page in match.held),
             next_page=name,
+            num_state=layout.num_state_pages,
+            leaves=sequence.prefill_only,
+            most_pages=self.most_pages(len(sequence.tokens), sequence.prefill_only) if layout.gives_back else None,
         )
+
+    def most_pages(self, num_tokens: int, leaves: bool) -> int:
+        """Most pages held at a time until so many tokens are computed, and the state packed of one that leaves."""
+        layout = self._pool.layout
+        return layout.most_pages(num_tokens, self._step_tokens) + (layout.num_state_pages if leaves else 0)
 
     def claim(self, sequences: Sequence[SequenceState]) -> None:
         """Hold what the admitted ones find, before anybody's new pages push it out."""
         for sequence in sequences:
             if match := self._matches.get(sequence.request_id):
-                self._pool.retain(match.pages)
-                sequence.pages = list(match.pages)
+                self._pool.retain(match.held)
+                sequence.pages, sequence.num_gone = array("q", match.pages), match.pages.count(GONE)
 
     def extend(self, sequence: SequenceState, num_pages: int) -> None:
         """Give a sequence as many pages as were decided."""
         match = self._matches.pop(sequence.request_id, None)
         if match is not None:
             self._begin(sequence, match, num_pages)
-        sequence.pages += self._alloc(num_pages - len(sequence.pages))
         if sequence.kept is not None:
-            assert self._offload is not None
-            kept, sequence.kept = sequence.kept, None
-            self._offload.take(kept, sequence.pages[: kept.num_pages])
+            self._fetch(sequence)
+        sequence.pages.extend(self._alloc(num_pages - len(sequence.pages)))
+        if sequence.state_pages:
+            self._restore(sequence, unpack_state(self._pool, sequence.state_pages))
+            self._pool.free(sequence.state_pages)
+            sequence.state_pages = []
+        if sequence.prefill_only:
+            # More than its tokens need: it leaves after this iteration, and its state will be packed into them.
+            end = self._pool.layout.num_pages(len(sequence.tokens))
+            sequence.state_pages = list(sequence.pages[end:])
+            del sequence.pages[end:]
 
     def _begin(self, sequence: SequenceState, match: Match, num_pages: int) -> None:
-        size = self._pool.layout.page_tokens
-        whole = len(match.pages) * size
-        sequence.num_computed = whole
+        places = len(match.pages) // self._pool.layout.num_groups
+        sequence.num_computed = places * self._pool.layout.page_tokens
         if sequence.chain is not None:
-            sequence.chain.num_remembered = len(match.pages)
-        source = match.source
-        if source is not None and self._pool.is_findable(source):
-            missing = num_pages - len(sequence.pages)
-            if self._pool.holders(source) == 0 and self._pool.num_free <= missing:
-                # There is no page for a copy: the page itself is the only one left.
-                self._pool.take_over(source)
-                sequence.pages.append(source)
-            else:
-                self._pool.retain([source])
-                sequence.pages += self._alloc(missing)
-                self._pool.copy(source, sequence.pages[len(match.pages)])
-                self._pool.free([source])
+            sequence.chain.num_remembered = places
+        if match.sources and all(map(self._pool.is_findable, match.sources)):
+            sequence.pages.extend(self._copies(match.sources, num_pages - len(sequence.pages)))
             sequence.num_computed = match.num_tokens
         sequence.num_found = max(sequence.num_found, min(sequence.num_computed, sequence.num_prompt))
+
+    def _copies(self, sources: Sequence[int], missing: int) -> list[int]:
+        """Pages with the content of `sources`, of the `missing` ones that are there for the sequence."""
+        idle = [page for page in sources if self._pool.holders(page) == 0]
+        # Where there are no pages for copies, those that nobody holds are the only ones left.
+        taken = idle if self._pool.num_free - len(idle) < missing else []
+        for page in taken:
+            self._pool.take_over(page)
+        copied = [page for page in sources if page not in taken]
+        self._pool.retain(copied)
+        copies = dict(zip(copied, self._alloc(len(copied)), strict=True))
+        for source, page in copies.items():
+            self._pool.copy(source, page)
+        self._pool.free(copied)
+        return [copies.get(page, page) for page in sources]
+
+    def _fetch(self, sequence: SequenceState) -> None:
+        """Bring back what waited in host memory."""
+        assert self._offload is not None
+        assert sequence.kept is not None
+        kept, sequence.kept = sequence.kept, None
+        pages = self._alloc(kept.num_pages)
+        fill_table(self._pool.layout, sequence, pages)
+        self._restore(sequence, self._offload.take(kept, pages))
+
+    def trim(self, sequence: SequenceState) -> None:
+        """Give back the pages that no layer of their group will read again."""
+        if self._pool.layout.gives_back:
+            self._pool.free(cut_unread(self._pool.layout, sequence))
 
     def state(self, sequence: SequenceState) -> int | None:
         """Slot of a running sequence's state, for a model that has one."""
         return None if self._states is None else self._states.hold(sequence.request_id)
+
+    def _restore(self, sequence: SequenceState, state_B: Tensor) -> None:
+        if self._states is not None:
+            self._states.bytes_B(self._states.hold(sequence.request_id)).copy_(state_B)
+
+    def pack(self, sequence: SequenceState) -> None:
+        """The state of a sequence that leaves goes into the last of its pages; its slot is free."""
+        if self._states is None:
+            return
+        pack_state(self._states.bytes_B(self._states.hold(sequence.request_id)), self._pool, sequence.state_pages)
+        self._states.release(sequence.request_id)
 
     def shrink(self, sequence: SequenceState, num_pages: int) -> None:
         """Give the pages after the first `num_pages` back, which only wrong guesses needed."""
@@ -135,10 +198,10 @@ class Holdings:
 
     def release(self, sequence: SequenceState) -> None:
         """Give everything back."""
-        self._pool.free(sequence.pages)
+        self._pool.free([*held_pages(sequence), *sequence.state_pages])
         if self._states is not None:
             self._states.release(sequence.request_id)
-        sequence.pages, sequence.num_computed = [], 0
+        sequence.pages, sequence.state_pages, sequence.num_computed, sequence.num_gone = array("q"), [], 0, 0
         if sequence.chain is not None:
             sequence.chain.num_remembered = 0
         if sequence.kept is not None:
@@ -151,7 +214,7 @@ class Holdings:
         computed, kept = sequence.num_computed, None
         if offload and self._offload is not None:
             try:
-                kept = self._offload.put(sequence.pages[: self._pool.layout.num_pages(computed)])
+                kept = self._offload.put(needed_pages(self._pool.layout, sequence), self._state_bytes(sequence))
             except TierError:
                 # Then it is computed again, which needs no room.
                 kept = None
@@ -159,6 +222,13 @@ class Holdings:
         sequence.preemptions += 1
         if kept is not None:
             sequence.kept, sequence.num_computed = kept, computed
+
+    def _state_bytes(self, sequence: SequenceState) -> Tensor | None:
+        if self._states is None:
+            return None
+        if sequence.state_pages:
+            return unpack_state(self._pool, sequence.state_pages)
+        return self._states.bytes_B(self._states.hold(sequence.request_id))
 
     def costs(self) -> Costs:
         if self._offload is None:

@@ -78,8 +78,8 @@ class Path:
 
     @property
     def pages_are_all(self) -> bool:
-        """Whether the pages of a sequence are all that another engine needs to go on."""
-        return self.states is None
+        """Whether pages are all that another engine needs to go on, those included that hold a packed state."""
+        return self.states is None or self.pool.layout.num_state_pages > 0
 
 
 def open_path(model: PreTrainedModel, config: EngineConfig) -> Path:
@@ -118,10 +118,10 @@ def open_path(model: PreTrainedModel, config: EngineConfig) -> Path:
 
 def needed_kv_bytes(model: PreTrainedModel, config: EngineConfig, num_tokens: int, num_sequences: int) -> int:
     """Bytes for `num_sequences` of `num_tokens` tokens, and for the trial at load. Takes the model over."""
-    most = dataclasses.replace(config, kv_bytes=_TRIAL_BYTES)
-    path = open_path(model, most)
+    path = open_path(model, dataclasses.replace(config, kv_bytes=_TRIAL_BYTES))
     layout = path.pool.layout
-    pages = layout.cost_bytes * num_sequences * max(layout.num_pages(num_tokens), layout.num_pages(64))
+    most = layout.most_pages(num_tokens, config.max_batch_tokens)
+    pages = layout.cost_bytes * num_sequences * max(most, layout.num_pages(64))
     slots = 0 if path.states is None else path.states.layout.cost_bytes * config.max_sequences
     # States get at most half where there are pages.
     return max(1, slots + max(slots, pages) if pages else slots)
@@ -138,9 +138,15 @@ def refuse_packing(model: PreTrainedModel, config: EngineConfig) -> None:
     # Its frequencies depend on the longest sequence of a batch: one request would change another.
     if _ROPES_BY_LENGTH in rope_types(text):
         raise ModelError(f"{text.model_type}: rope_type {_ROPES_BY_LENGTH} looks at the longest sequence of a batch")
-    longest = config.max_context_tokens or getattr(text, "max_position_embeddings", None) or 2**31
+    longest = _longest(model, config)
     if getattr(text, "attn_temperature_tuning", None) and getattr(text, "floor_scale", 1) <= longest:
         raise ModelError(f"{text.model_type}: attn_temperature_tuning counts the tokens of a call")
+
+
+def _longest(model: PreTrainedModel, config: EngineConfig) -> int:
+    """Most tokens of a sequence."""
+    text = model.config.get_text_config(decoder=True)
+    return config.max_context_tokens or getattr(text, "max_position_embeddings", None) or 2**31
 
 
 def _open_packed(model: PreTrainedModel, config: EngineConfig, reasons: tuple[str, ...]) -> Path:
@@ -155,7 +161,15 @@ def _open_packed(model: PreTrainedModel, config: EngineConfig, reasons: tuple[st
         swap_forward(mixer)
     dtype = str(model.dtype).removeprefix("torch.")
     page_tokens = config.page_tokens if found.layers else _ONE_PAGE
-    layout = KvLayout(fingerprint_model(model), tuple(found.layers), dtype, page_tokens)
+    layout = KvLayout(
+        fingerprint_model(model),
+        tuple(found.layers),
+        dtype,
+        page_tokens,
+        state=found.states.fingerprint() if found.mixers else "",
+        state_bytes=found.states.slot_bytes,
+        grouped=found.page_groups(_longest(model, config)),
+    )
     stepwise = bool(_begins_anew(model, found))
     pool, states = _pools(layout, found.states if found.mixers else None, config, model.device)
     lowrank = LowRank()

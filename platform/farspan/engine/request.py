@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
@@ -94,9 +95,14 @@ class SequenceState:
     """Position in the order of arrival: the oldest is never preempted for a younger one."""
     prefill_only: bool = False
     """Stop after the first token and keep the pages for a ticket."""
-    pages: list[int] = field(default_factory=list)
+    pages: array[int] = field(default_factory=lambda: array("q"))
+    """Its table: a page of each group for every `page_tokens` tokens (kv/layout.py), as a tensor can be made of it."""
+    num_gone: int = 0
+    """Pages of the table that are gone."""
     num_computed: int = 0
     """Tokens whose keys and values are in the pages."""
+    state_pages: list[int] = field(default_factory=list)
+    """Pages in which its recurrent state arrived, or waits for a ticket."""
     preemptions: int = 0
     history: History | None = None
     """What the sampler remembers of the tokens; rebuilt from them wherever the request goes on."""
@@ -110,7 +116,7 @@ class SequenceState:
     chain: PrefixChain | None = None
     """Names of its pages, for the prefix cache."""
     kept: OffloadedPages | None = None
-    """Its `num_computed` tokens in host memory, while it holds no pages."""
+    """Its `num_computed` tokens, and its state, in host memory, while it holds no pages."""
     num_found: int = 0
     """Tokens of the prompt that an earlier request had computed."""
 

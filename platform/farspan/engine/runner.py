@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -57,9 +57,13 @@ class Runner:
         self._model, self._pool, self._states, self.survey = model, pool, states, survey
         self._stepwise, self._lowrank = stepwise, lowrank or LowRank()
         layout = pool.layout
-        self._gather_pages = gather_bytes * layout.num_layers // max(1, layout.page_bytes)
-        self._rules = {call.rule for call in survey.calls}
-        self._gathers = {call.rule for call in survey.calls if gathers(call.pages)}
+        self._gather_pages = gather_bytes * layout.layers_of_page // max(1, layout.page_bytes)
+        self._calls = [replace(call, group=layout.group_of(call.store)) for call in survey.calls]
+        self._tables = {(call.rule, call.group) for call in self._calls}
+        self._gathers = {(call.rule, call.group) for call in self._calls if gathers(call.pages)}
+        # Sequences with one beginning share the pages of layers that see everything.
+        whole = (group for rule, group in self._tables - self._gathers if rule.window is None and rule.chunk is None)
+        self._sharing = next(whole, None)
         self._shell = None if states is None else PackedCache(model.config, None)
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
@@ -99,58 +103,71 @@ class Runner:
 
     def _beginning(self, piece: Piece) -> int:
         """Same for sequences that may share pages; where pages are gathered, rows of like length belong together."""
-        return piece.pages[0] if piece.pages and not self._gathers and len(piece.tokens) == 1 else 0
+        if self._sharing is None or len(piece.tokens) > 1 or not piece.pages:
+            return 0
+        return piece.pages[self._sharing]
 
     def _pack(self, pieces: Sequence[Piece], positions_T: Tensor) -> PagedBatch:
-        size = self._pool.layout.page_tokens
-        rows = [piece for piece in pieces if len(piece.tokens) == 1]
-        places = positions_T.numpy() // size
-        pages = np.empty(len(places), np.int64)
-        pages[: len(rows)] = [piece.pages[piece.past // size] for piece in rows]
+        size, device = self._pool.layout.page_tokens, self._pool.device
+        tables = [np.array(piece.pages, np.int64).reshape(-1, self._pool.layout.num_groups) for piece in pieces]
+        rows = [_Row(piece, table) for piece, table in zip(pieces, tables, strict=True) if len(piece.tokens) == 1]
         segments: list[Segment] = []
-        start = len(rows)
-        for piece in pieces[len(rows) :]:
-            segments.append(self._segment(piece, start))
-            end = start + len(piece.tokens)
-            pages[start:end] = np.asarray(piece.pages)[places[start:end]]
-            start = end
-        parts = {rule: [*self._decode_parts(rows, rule), *segments] for rule in self._rules}
-        page_T, slot_T = (x.to(self._pool.device) for x in (torch.from_numpy(pages), positions_T % size))
-        return PagedBatch(self._pool, self.survey.calls, page_T, slot_T, parts)
+        used: list[np.ndarray] = []
+        start = 0
+        for piece, table in zip(pieces, tables, strict=True):
+            length = len(piece.tokens)
+            used.append(table[np.arange(piece.past, piece.past + length) // size])
+            if length > 1:
+                segments.append(Segment(start, length, piece.past, torch.from_numpy(table).to(device)))
+            start += length
+        parts = {key: [*self._decode_parts(rows, *key), *segments] for key in self._tables}
+        page_TG = torch.from_numpy(np.concatenate(used)).to(device)
+        return PagedBatch(self._pool, self._calls, page_TG, (positions_T % size).to(device), parts)
 
-    def _segment(self, piece: Piece, start: int) -> Segment:
-        pages_N = torch.tensor(piece.pages, dtype=torch.long, device=self._pool.device)
-        return Segment(start, len(piece.tokens), piece.past, pages_N)
-
-    def _decode_parts(self, rows: Sequence[Piece], rule: LayerRule) -> list[DecodeRows | Segment]:
+    def _decode_parts(self, rows: Sequence[_Row], rule: LayerRule, group: int) -> list[DecodeRows | Segment]:
         """Single tokens by the kernel over pages: together, those that share a beginning by themselves."""
-        size = self._pool.layout.page_tokens
+        size, device = self._pool.layout.page_tokens, self._pool.device
         if rule.chunk is not None and rule.chunk % size:
             # Its beginnings lie within pages, where the kernel does not begin.
-            return [self._segment(piece, start) for start, piece in enumerate(rows)]
-        seen = [seen_pages(piece.past, rule, size) for piece in rows]
-        if rule in self._gathers:
-            groups = [(group, 0) for group in group_rows([len(pages) for pages in seen], self._gather_pages)]
+            return [
+                Segment(start, 1, row.piece.past, torch.from_numpy(row.table_NG).to(device))
+                for start, row in enumerate(rows)
+            ]
+        seen = [seen_pages(row.piece.past, rule, size) for row in rows]
+        if (rule, group) in self._gathers:
+            together = [(part, 0) for part in group_rows([len(pages) for pages in seen], self._gather_pages)]
+        elif rule.window is None and rule.chunk is None:
+            full = [row.table_NG[: row.piece.past // size, group].tolist() for row in rows]
+            together = sharing_rows(full)
         else:
-            groups = sharing_rows(rows, size) if rule.window is None and rule.chunk is None else []
-            groups = groups or [(range(len(rows)), 0)] * bool(rows)
-        return [self._decode_rows(rows, seen, *group) for group in groups]
+            together = [(range(len(rows)), 0)] * bool(rows)
+        return [self._decode_rows(rows, seen, group, *part) for part in together]
 
-    def _decode_rows(self, rows: Sequence[Piece], seen: Sequence[range], group: range, shared: int) -> DecodeRows:
-        """`shared`: pages that the rows of a group have in common, which lead the tables of none of them."""
+    def _decode_rows(
+        self, rows: Sequence[_Row], seen: Sequence[range], group: int, part: range, shared: int
+    ) -> DecodeRows:
+        """`shared`: pages that the rows of a part have in common, which lead the tables of none of them."""
         size, device = self._pool.layout.page_tokens, self._pool.device
-        own = [range(seen[row].start + shared, seen[row].stop) for row in group]
+        own = [range(seen[row].start + shared, seen[row].stop) for row in part]
         tables = np.zeros((len(own), max(map(len, own))), np.int32)
-        for place, (row, pages) in enumerate(zip(group, own, strict=True)):
-            tables[place, : len(pages)] = rows[row].pages[pages.start : pages.stop]
-        lengths = [rows[row].past + 1 - pages.start * size for row, pages in zip(group, own, strict=True)]
+        for place, (row, pages) in enumerate(zip(part, own, strict=True)):
+            tables[place, : len(pages)] = rows[row].table_NG[pages.start : pages.stop, group]
+        lengths = [rows[row].piece.past + 1 - pages.start * size for row, pages in zip(part, own, strict=True)]
         tables_BN = torch.from_numpy(tables).to(device)
         lengths_B = torch.tensor(lengths, dtype=torch.int32, device=device)
         if not shared:
-            return DecodeRows(group.start, tables_BN, lengths_B)
-        prefix_N = torch.tensor(rows[group.start].pages[:shared], dtype=torch.int32, device=device)
+            return DecodeRows(part.start, tables_BN, lengths_B)
+        prefix_N = torch.from_numpy(rows[part.start].table_NG[:shared, group].astype(np.int32)).to(device)
         prefix_length_1 = torch.tensor([shared * size], dtype=torch.int32, device=device)
-        return DecodeRows(group.start, tables_BN, lengths_B, prefix_N, prefix_length_1)
+        return DecodeRows(part.start, tables_BN, lengths_B, prefix_N, prefix_length_1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A single token of a sequence, and its pages of each group by place."""
+
+    piece: Piece
+    table_NG: np.ndarray
 
 
 def seen_pages(past: int, rule: LayerRule, page_tokens: int) -> range:
@@ -158,17 +175,17 @@ def seen_pages(past: int, rule: LayerRule, page_tokens: int) -> range:
     return range(first_visible(past, rule) // page_tokens, past // page_tokens + 1)
 
 
-def sharing_rows(rows: Sequence[Piece], page_tokens: int) -> list[tuple[range, int]]:
+def sharing_rows(full_pages: Sequence[Sequence[int]]) -> list[tuple[range, int]]:
     """Neighbours that begin with the same pages, and how many those are; all other neighbours share 0.
 
-    A page that a row still writes is its own. Few pages or rows are not worth a second call.
+    `full_pages`: of each row the pages that it does not write any more. Few pages or rows are not worth a second call.
     """
     groups: list[tuple[range, int]] = []
     start = 0
-    while start < len(rows):
-        end, shared = start + 1, rows[start].past // page_tokens
-        while end < len(rows):
-            common = _common(rows[start], rows[end], min(shared, rows[end].past // page_tokens))
+    while start < len(full_pages):
+        end, shared = start + 1, len(full_pages[start])
+        while end < len(full_pages):
+            common = _common(full_pages[start], full_pages[end], shared)
             if common < max(_LEAST_SHARED_PAGES, shared // 2):
                 break
             end, shared = end + 1, common
@@ -182,11 +199,12 @@ def sharing_rows(rows: Sequence[Piece], page_tokens: int) -> list[tuple[range, i
     return groups
 
 
-def _common(a: Piece, b: Piece, most: int) -> int:
-    """How many of the first pages are the same. Equal pages follow equal pages: the first that differ end it."""
-    if list(a.pages[:most]) == list(b.pages[:most]):
+def _common(a: Sequence[int], b: Sequence[int], most: int) -> int:
+    """How many of the first `most` pages are the same."""
+    most = min(most, len(b))
+    if a[:most] == b[:most]:
         return most
-    return next(i for i in range(most) if a.pages[i] != b.pages[i])
+    return next(i for i in range(most) if a[i] != b[i])
 
 
 def kept_rows(pieces: Sequence[Piece], order: Sequence[int]) -> tuple[Tensor, Tensor]:

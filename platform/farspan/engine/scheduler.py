@@ -25,6 +25,8 @@ class Limits:
     """Tokens of prompts; None: as many as there is room for."""
     decode_tokens: int | None = None
     """Sequences that decode a token; None: as many as there is room for."""
+    num_groups: int = 1
+    """Pages for every `page_tokens` tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ class Row:
     num_tokens: int
     num_computed: int
     num_pages: int
+    """Length of its table, gone pages included."""
     num_own: int | None = None
     """Of its pages, those nobody else holds: they are free when it is preempted. None: all."""
     priority: int = 0
@@ -49,14 +52,34 @@ class Row:
     """Those of them that nobody holds: taking them costs free pages."""
     next_page: bytes | None = None
     """Name of the first whole page of it that is not computed."""
+    num_state: int = 0
+    """Pages' worth of its recurrent state, which moves with its pages."""
+    num_gone: int = 0
+    """Pages of the table that it gave back, because nobody reads them any more."""
+    hit_gone: int = 0
+    """Of the hit ones, those that are not there, because nobody will read them."""
+    most_pages: int | None = None
+    """Most pages it holds at a time until its prompt is computed. None: all of them."""
+    leaves: bool = False
+    """Its state is put into pages once its last token is computed: it goes on elsewhere."""
 
     @property
     def pending(self) -> int:
         return self.num_tokens - max(self.num_computed, self.hit_tokens)
 
     @property
+    def has_promise(self) -> bool:
+        """Whether pages stay free for what it will still need to finish its prompt."""
+        return self.pending > 1 or self.leaves
+
+    @property
+    def num_moved(self) -> int:
+        """Pages' worth of what waits in host memory when it is preempted."""
+        return self.num_pages - self.num_gone + self.num_state
+
+    @property
     def num_freed(self) -> int:
-        return self.num_pages if self.num_own is None else self.num_own
+        return self.num_pages - self.num_gone if self.num_own is None else self.num_own
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +95,9 @@ class Costs:
 
     def offload(self, row: Row, taken: int) -> bool:
         """Whether pages should wait in host memory, of which `taken` pages are promised already."""
-        fits = 0 < row.num_pages <= self.room_pages - taken
-        return fits and row.num_pages * self.page_s < row.num_computed * self.token_s
+        moved = row.num_moved
+        fits = row.num_pages > 0 and moved <= self.room_pages - taken
+        return fits and moved * self.page_s < row.num_computed * self.token_s
 
 
 ALWAYS_RECOMPUTE = Costs(0.0, 0.0, 0)
@@ -148,7 +172,7 @@ class _Plan:
         self.taken: set[str] = set()
         self.offloaded_pages = 0
         # Pages that prompts of active sequences will still need.
-        self.promised = sum(max(0, self._pages(row.num_tokens) - row.num_pages) for row in running if row.pending > 1)
+        self.promised = sum(self._lacking(row) for row in running if row.has_promise)
         self.coming = {row.next_page for row in running if row.pending > 1}
 
     @property
@@ -173,7 +197,7 @@ class _Plan:
         count = self._affordable(row)
         if row not in self.active or count < 1:
             return
-        wanted = max(row.num_pages, self._pages(row.num_computed + count))
+        wanted = max(row.num_pages, self._pages_at(row, row.num_computed + count))
         while wanted - row.num_pages > self.free:
             victim = self._last_in_rank()
             if victim == row and (self.preempted or self.chunks):
@@ -182,7 +206,7 @@ class _Plan:
             self._preempt(self.parked or self.active, victim)
             if victim == row:
                 return
-        if row.pending > 1:
+        if row.has_promise:
             self.promised -= wanted - row.num_pages
         self._take(row, count, wanted, wanted - row.num_pages)
 
@@ -202,11 +226,12 @@ class _Plan:
         if self.preempted or count < 1 or self._missing(row) > 0:
             return False
         start = max(row.num_computed, row.hit_tokens)
-        wanted = max(row.num_pages, self._pages(start + count))
+        wanted = max(row.num_pages, self._pages_at(row, start + count))
         self.active.append(row)
         self.coming.add(row.next_page)
-        self.promised += self._pages(row.num_tokens) - wanted
-        self._take(row, count, wanted, wanted - row.num_pages - row.hit_pages + row.hit_idle)
+        new = wanted - row.num_pages - row.hit_pages
+        self.promised += self._lacking(row) - new
+        self._take(row, count, wanted, new + row.hit_idle)
         return True
 
     def _is_coming(self, row: Row) -> bool:
@@ -215,8 +240,16 @@ class _Plan:
 
     def _missing(self, row: Row) -> int:
         """Pages that must become free before a waiting sequence can be admitted."""
-        needed = max(row.num_pages, self._pages(row.num_tokens)) - row.num_pages - row.hit_pages + row.hit_idle
-        return needed + self.promised + len(self.active) - self.free
+        growing = len(self.active) * self.limits.num_groups
+        return self._lacking(row) + row.hit_idle + self.promised + growing - self.free
+
+    def _lacking(self, row: Row) -> int:
+        """Pages that a row still has to get to finish its prompt, beside those it finds."""
+        table = max(row.num_pages, self._pages_at(row, row.num_tokens)) - row.num_pages - row.hit_pages
+        if row.most_pages is None:
+            return table
+        held = row.num_pages - row.num_gone + row.hit_pages - row.hit_gone
+        return max(0, min(table, row.most_pages - held))
 
     def _affordable(self, row: Row) -> int:
         quota = self.decode if row.pending == 1 else self.prefill
@@ -238,11 +271,13 @@ class _Plan:
     def _preempt(self, group: list[Row], victim: Row) -> None:
         group.remove(victim)
         offload = self.costs.offload(victim, self.offloaded_pages)
-        self.offloaded_pages += victim.num_pages if offload else 0
+        self.offloaded_pages += victim.num_moved if offload else 0
         self.preempted.append(Preemption(victim.request_id, offload))
         self.free += victim.num_freed
-        if victim.pending > 1 and group is self.active:
-            self.promised -= max(0, self._pages(victim.num_tokens) - victim.num_pages)
+        if victim.has_promise and group is self.active:
+            self.promised -= self._lacking(victim)
 
-    def _pages(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.limits.page_tokens)
+    def _pages_at(self, row: Row, num_tokens: int) -> int:
+        """Length of a row's table once so many of its tokens are computed."""
+        pages = -(-num_tokens // self.limits.page_tokens) * self.limits.num_groups
+        return pages + row.num_state if row.leaves and num_tokens >= row.num_tokens else pages

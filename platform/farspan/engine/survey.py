@@ -19,6 +19,7 @@ from farspan.kernels.attention.dispatch import choose_backend
 from farspan.kernels.attention.limits import Ask
 from farspan.kernels.merge.sink import merge_sinks
 from farspan.kernels.paged_decode.dispatch import choose_pages_backend
+from farspan.kv.grouping import EVERYTHING, PageGroup, Reach, group_layers, widest
 from farspan.kv.layout import LayerShape
 from farspan.kv.states import StateLayout, StateShape
 from farspan.models.rules import CHUNK, FULL, RECURRENT, WINDOW, LayerRule, layer_kinds
@@ -39,6 +40,14 @@ class Survey:
     """Modules that carry a state."""
     capped: bool = False
     """Some call has a soft cap or sinks."""
+
+    def page_groups(self, longest: int) -> tuple[PageGroup, ...]:
+        """Layers that keep the same tokens of a sequence of at most `longest`; a layer keeps what its readers see."""
+        reaches: list[Reach] = []
+        for store in range(len(self.layers)):
+            reach = widest([Reach(call.rule.window, call.rule.chunk) for call in self.calls if call.store == store])
+            reaches.append(reach if reach.span is None or reach.span < longest else EVERYTHING)
+        return group_layers([layer.token_elements for layer in self.layers], reaches) if reaches else ()
 
 
 def survey(model: PreTrainedModel, forward: Any) -> Survey:

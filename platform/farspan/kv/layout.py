@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+
+from farspan.kv.grouping import PageGroup
+
+# In a table, where a page was that no layer of its group will read again. No pool has such a page: reading it fails.
+GONE = 2**62
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +34,13 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
-    """One page holds `page_tokens` tokens of every layer, keys then values per layer, contiguous.
+    """One page holds `page_tokens` tokens of every layer of a group, keys then values per layer, contiguous.
 
     All layers of a page lie together, so that one page is one descriptor of a transfer: few large reads are several
     times faster than many small ones.
+
+    The table of a sequence names, for its first `page_tokens` tokens, one page for each group, then for the next ones:
+    place after place, `num_groups` pages each. Pages behind the reach of their group are gone.
     """
 
     model: str
@@ -42,6 +51,11 @@ class KvLayout:
     page_tokens: int
     counted_token_bytes: int = 0
     """Bytes of a token that lie elsewhere, in a cache of transformers' own, and are only counted here."""
+    state: str = ""
+    """Fingerprint of the recurrent state that belongs to a sequence beside its pages; empty: there is none."""
+    state_bytes: int = 0
+    grouped: tuple[PageGroup, ...] = ()
+    """Empty: all layers are one group that keeps everything."""
 
     @classmethod
     def uniform(
@@ -69,13 +83,31 @@ class KvLayout:
         return len(self.layers)
 
     @property
-    def token_elements(self) -> int:
-        """Elements of one token in all layers."""
-        return sum(layer.token_elements for layer in self.layers)
+    def groups(self) -> tuple[PageGroup, ...]:
+        return self.grouped or (PageGroup(tuple(range(len(self.layers)))),)
+
+    @property
+    def num_groups(self) -> int:
+        return max(1, len(self.grouped))
+
+    @property
+    def gives_back(self) -> bool:
+        """Whether pages are gone while a sequence goes on."""
+        return any(group.reach.span is not None for group in self.grouped)
+
+    @property
+    def layers_of_page(self) -> int:
+        """Most layers that lie in one page."""
+        return max(len(group.layers) for group in self.groups)
+
+    def group_of(self, layer: int) -> int:
+        """The group that a layer belongs to."""
+        return next(number for number, group in enumerate(self.groups) if layer in group.layers)
 
     @property
     def page_elements(self) -> int:
-        return self.page_tokens * self.token_elements
+        sizes = [sum(self.layers[layer].token_elements for layer in group.layers) for group in self.groups]
+        return self.page_tokens * max(sizes)
 
     @property
     def page_bytes(self) -> int:
@@ -87,9 +119,57 @@ class KvLayout:
         """Bytes of memory that a held page stands for."""
         return self.page_bytes + self.page_tokens * self.counted_token_bytes
 
-    def num_pages(self, num_tokens: int) -> int:
-        """Pages that hold `num_tokens` tokens."""
+    def num_places(self, num_tokens: int) -> int:
+        """Places of a table that names `num_tokens` tokens."""
         return -(-num_tokens // self.page_tokens)
+
+    def num_pages(self, num_tokens: int) -> int:
+        """Length of a table that names `num_tokens` tokens, gone pages included."""
+        return self.num_places(num_tokens) * self.num_groups
+
+    def num_tokens(self, num_pages: int) -> int:
+        """Tokens of one sequence that so many pages hold while none is gone."""
+        return num_pages // self.num_groups * self.page_tokens
+
+    def first_places(self, num_tokens: int) -> list[int]:
+        """For each group, the first place that the token after `num_tokens` tokens, or a later one, reads.
+
+        That of the last token stays in any case: whatever travels is a page at least.
+        """
+        last = max(0, num_tokens - 1) // self.page_tokens
+        return [min(last, group.reach.first(num_tokens) // self.page_tokens) for group in self.groups]
+
+    def num_gone(self, num_tokens: int) -> int:
+        """Pages of such a table that nobody reads any more."""
+        places = self.num_places(num_tokens)
+        return sum(min(first, places) for first in self.first_places(num_tokens)) if self.gives_back else 0
+
+    def without_gone(self, table: Sequence[int], num_tokens: int) -> list[int]:
+        """A table of `num_tokens` computed tokens, or more, in which only what is still read is named."""
+        held, first, size = list(table), self.first_places(num_tokens), self.num_groups
+        for group, place in enumerate(first):
+            end = min(place * size, len(held))
+            held[group:end:size] = [GONE] * len(range(group, end, size))
+        return held
+
+    def most_pages(self, num_tokens: int, step_tokens: int) -> int:
+        """Most pages held at a time by a sequence that computes up to `num_tokens`, at most `step_tokens` at once."""
+        places, most = self.num_places(num_tokens), 0
+        for group in self.groups:
+            span = group.reach.span
+            # The window of the first token of a step and the step itself, neither at the edge of a page.
+            seen = places if span is None else self.num_places(span - 1 + step_tokens) + 1
+            most += min(places, seen)
+        return most
+
+    @property
+    def num_state_pages(self) -> int:
+        """Pages that hold the recurrent state of a sequence, on its way to another worker."""
+        return -(-self.state_bytes // self.page_bytes) if self.page_bytes else 0
+
+    def num_travelling(self, num_tokens: int) -> int:
+        """Pages that another worker needs to go on after `num_tokens` tokens, those of the state last."""
+        return self.num_pages(num_tokens) - self.num_gone(num_tokens) + self.num_state_pages
 
     def fingerprint(self) -> str:
         """Equal on two workers exactly when a page of one means the same on the other."""

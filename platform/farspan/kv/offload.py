@@ -1,9 +1,12 @@
-"""Pages of preempted sequences that wait in another tier of memory."""
+"""Pages and states of preempted sequences that wait in another tier of memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from farspan.kv.pages import PagePool
 from farspan.memory.tier import Region, Tier
@@ -17,6 +20,8 @@ class OffloadedPages:
 
     region: Region
     num_pages: int
+    state_bytes: int = 0
+    """Bytes of a recurrent state after those of the pages."""
 
 
 class PageOffload:
@@ -32,28 +37,32 @@ class PageOffload:
         held = -(-self._pool.layout.page_bytes // self._tier.granularity) * self._tier.granularity
         return (stats.capacity_bytes - stats.used_bytes) // held
 
-    def put(self, pages: Sequence[int]) -> OffloadedPages:
-        """Copy pages out.
+    def put(self, pages: Sequence[int], state_B: Tensor | None = None) -> OffloadedPages:
+        """Copy pages out, and a recurrent state with them.
 
         Raises:
             TierError: there is no room, or the tier does not answer.
         """
-        content_NB = self._pool.storage_PB[list(pages)]
-        region = self._tier.allocate(content_NB.nbytes, _OWNER)
+        content_B = self._pool.storage_PB[list(pages)].view(-1)
+        if state_B is not None:
+            content_B = torch.cat([content_B, state_B])
+        region = self._tier.allocate(content_B.nbytes, _OWNER)
         try:
-            self._tier.store(region, content_NB).wait()
+            self._tier.store(region, content_B).wait()
         except BaseException:
             self._tier.free(region)
             raise
-        return OffloadedPages(region, len(pages))
+        return OffloadedPages(region, len(pages), 0 if state_B is None else len(state_B))
 
-    def take(self, kept: OffloadedPages, pages: Sequence[int]) -> None:
-        """Copy back into held `pages`, as many as there were, and give the room up."""
+    def take(self, kept: OffloadedPages, pages: Sequence[int]) -> Tensor:
+        """Copy back into held `pages`, as many as there were, and give the room up; the state is returned."""
         assert len(pages) == kept.num_pages, "one page for each that was put"
-        content_NB = self._pool.storage_PB.new_empty(len(pages), self._pool.layout.page_bytes)
-        self._tier.fetch(kept.region, content_NB).wait()
-        self._pool.storage_PB[list(pages)] = content_NB
+        size = self._pool.layout.page_bytes
+        content_B = self._pool.storage_PB.new_empty(len(pages) * size + kept.state_bytes)
+        self._tier.fetch(kept.region, content_B).wait()
+        self._pool.storage_PB[list(pages)] = content_B[: len(pages) * size].view(-1, size)
         self.drop(kept)
+        return content_B[len(pages) * size :]
 
     def drop(self, kept: OffloadedPages) -> None:
         """Give the room up."""

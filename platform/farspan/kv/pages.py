@@ -14,7 +14,7 @@ import xxhash
 from torch import Tensor
 
 from farspan.errors import EngineError
-from farspan.kv.layout import KvLayout
+from farspan.kv.layout import GONE, KvLayout
 
 
 class PagePool:
@@ -126,8 +126,10 @@ class PagePool:
         return self._holders[page]
 
     def num_own(self, pages: Sequence[int]) -> int:
-        """How many of the pages of one holder nobody else holds."""
-        return sum(self._holders[page] == 1 for page in pages) if self._num_shared else len(pages)
+        """How many of the pages of one holder nobody else holds; gone ones are nobody's."""
+        if self._num_shared:
+            return sum(page != GONE and self._holders[page] == 1 for page in pages)
+        return len(pages) - pages.count(GONE) if self.layout.gives_back else len(pages)
 
     def make_findable(self, page: int) -> None:
         """Keep the content of a held page after its last holder, until the page is allocated anew."""
@@ -191,15 +193,17 @@ class PagePool:
             raise EngineError(f"KV page {min(wrong)} is idle without content, or found without a right to it")
 
 
-def _layer_views(storage_PB: Tensor, layout: KvLayout) -> tuple[list[Tensor], list[Tensor]]:
+def _layer_views(storage_PB: Tensor, layout: KvLayout) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     flat = storage_PB.view(-1).view(layout.torch_dtype)
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
-    offset = 0
-    for layer in layout.layers:
-        for views, head_dim in ((keys, layer.k_head_dim), (values, layer.v_head_dim)):
-            shape = (storage_PB.shape[0], layout.page_tokens, layer.num_kv_heads, head_dim)
-            strides = (layout.page_elements, layer.num_kv_heads * head_dim, head_dim, 1)
-            views.append(flat.as_strided(shape, strides, offset))
-            offset += layout.page_tokens * layer.num_kv_heads * head_dim
+    keys: dict[int, Tensor] = {}
+    values: dict[int, Tensor] = {}
+    for group in layout.groups:
+        offset = 0
+        for number in group.layers:
+            layer = layout.layers[number]
+            for views, head_dim in ((keys, layer.k_head_dim), (values, layer.v_head_dim)):
+                shape = (storage_PB.shape[0], layout.page_tokens, layer.num_kv_heads, head_dim)
+                strides = (layout.page_elements, layer.num_kv_heads * head_dim, head_dim, 1)
+                views[number] = flat.as_strided(shape, strides, offset)
+                offset += layout.page_tokens * layer.num_kv_heads * head_dim
     return keys, values

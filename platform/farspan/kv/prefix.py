@@ -3,6 +3,9 @@
 A page is named by a sha256 chain: what its keys and values depend on besides tokens (the scope), the name of the page
 before it, its own tokens. A page filled in part is known too, below the page before it; whoever goes on after some of
 its tokens gets a copy, because the page itself may still grow.
+
+Where layers form groups, a name stands for one page of each group, and a beginning is there when every group has the
+pages that the next token reads: a window needs only the last ones.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
+from farspan.kv.layout import GONE
 from farspan.kv.pages import PagePool
 
 # How many pages that follow the same page are compared with a prompt token by token, newest first.
@@ -61,22 +65,33 @@ class PrefixChain:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The first `num_tokens` tokens are there: in whole `pages`, and the rest of them at the start of `source`."""
+    """The first `num_tokens` tokens are there: in a table of whole `pages`, the rest at the start of `sources`."""
 
     pages: tuple[int, ...] = ()
-    source: int | None = None
+    sources: tuple[int, ...] = ()
+    """One page of each group, or none."""
     num_tokens: int = 0
+
+    @property
+    def held(self) -> list[int]:
+        """The pages without those that are gone."""
+        return [page for page in self.pages if page != GONE]
 
 
 NO_MATCH = Match()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Entry:
+    """What lies in one page of each group, as far as it is not gone."""
+
     before: bytes
     tokens: tuple[int, ...]
     name: bytes | None
     """None: not full."""
+    pages: tuple[int, ...]
+    num_left: int
+    """Pages that still hold it."""
 
 
 class PrefixCache:
@@ -85,8 +100,8 @@ class PrefixCache:
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
         self._entries: dict[int, _Entry] = {}
-        self._named: dict[bytes, int] = {}
-        self._following: dict[bytes, OrderedDict[int, None]] = {}
+        self._named: dict[bytes, _Entry] = {}
+        self._following: dict[bytes, OrderedDict[_Entry, None]] = {}
         self._pins: dict[str, list[int]] = {}
 
     @property
@@ -102,15 +117,44 @@ class PrefixCache:
     def match(self, chain: PrefixChain, tokens: Sequence[int], most: int) -> Match:
         """The longest beginning of `tokens[:most]` that is there. Whoever uses it must retain its pages first."""
         size = chain.page_tokens
-        pages: list[int] = []
-        while (len(pages) + 1) * size <= most:
-            page = self._find(chain.name(len(pages), tokens))
-            if page is None:
+        found = self._longest(chain, tokens, most)
+        done = len(found) * size
+        sources, shared = self._best_tail(chain.before(len(found)), tokens[done : min(most, done + size)])
+        return Match(tuple(self._table(found)), sources, done + shared)
+
+    def _table(self, found: Sequence[_Entry | None]) -> list[int]:
+        """The table of what was found, with the pages that are read by whoever goes on right after it."""
+        layout = self._pool.layout
+        lost = (GONE,) * layout.num_groups
+        pages = [page for entry in found for page in (lost if entry is None else entry.pages)]
+        return layout.without_gone(pages, len(found) * layout.page_tokens) if layout.gives_back else pages
+
+    def _longest(self, chain: PrefixChain, tokens: Sequence[int], most: int) -> list[_Entry | None]:
+        """What lies at the first places, as many as every group has enough of to go on after them."""
+        layout, size = self._pool.layout, chain.page_tokens
+        everything = [group for group, kept in enumerate(layout.groups) if kept.reach.span is None]
+        found: list[_Entry | None] = []
+        # For each place and group, how many places up to it are there without a gap.
+        runs = [[0] * layout.num_groups]
+        while (len(found) + 1) * size <= most:
+            name = chain.name(len(found), tokens)
+            entry = self._named.get(name) if name is not None else None
+            here = self._alive(entry) if entry is not None else [False] * layout.num_groups
+            if not all(here[group] for group in everything):
                 break
-            pages.append(page)
-        done = len(pages) * size
-        source, shared = self._best_tail(chain.before(len(pages)), tokens[done : min(most, done + size)])
-        return Match(tuple(pages), source, done + shared)
+            found.append(entry)
+            runs.append([count + 1 if alive else 0 for count, alive in zip(runs[-1], here, strict=True)])
+        while found and not self._enough(runs.pop(), len(found)):
+            found.pop()
+        return found
+
+    def _enough(self, run: Sequence[int], places: int) -> bool:
+        """Whether every group has what is read by whoever goes on after so many places."""
+        layout = self._pool.layout
+        if not layout.gives_back:
+            return True
+        first = layout.first_places(places * layout.page_tokens)
+        return all(count >= places - place for count, place in zip(run, first, strict=True))
 
     def remember(
         self, chain: PrefixChain, tokens: Sequence[int], num_computed: int, pages: Sequence[int], *, tail: bool
@@ -120,63 +164,78 @@ class PrefixCache:
         full = num_computed // size
         for place in range(chain.num_remembered, full):
             name = chain.name(place, tokens)
+            entry = self._named.get(name) if name is not None else None
+            there = 0 if entry is None else sum(self._alive(entry))
+            brought = self._at(pages, place)
             # Computed twice at the same time: the one that came first is found.
-            if self._find(name) is None:
+            if there < len(brought) - brought.count(GONE):
                 here = tuple(tokens[place * size : (place + 1) * size])
-                self._enter(pages[place], _Entry(chain.before(place), here, name))
+                self._enter(chain.before(place), here, name, brought)
         chain.num_remembered = max(chain.num_remembered, full)
         rest = tuple(tokens[full * size : num_computed])
         if tail and rest:
-            self._enter(pages[full], _Entry(chain.before(full), rest, None))
+            self._enter(chain.before(full), rest, None, self._at(pages, full))
 
     def pin(self, name: str, chain: PrefixChain, tokens: Sequence[int]) -> int:
         """Hold the whole pages of a beginning under a name until `unpin`; gives the number of tokens in them."""
         self.unpin(name)
-        pages = list(self.match(chain, tokens, len(tokens)).pages)
+        found = self._longest(chain, tokens, len(tokens))
+        done = len(found) * chain.page_tokens
+        pages = [page for page in self._table(found) if page != GONE]
         self._pool.retain(pages)
         self._pins[name] = pages
-        return len(pages) * chain.page_tokens
+        return done
 
     def unpin(self, name: str) -> None:
         """Give up what is held under a name; unknown names are no error."""
         self._pool.free(self._pins.pop(name, []))
 
-    def _find(self, name: bytes | None) -> int | None:
-        page = self._named.get(name) if name is not None else None
-        if page is not None and not self._pool.is_findable(page):
-            self._forget(page)
-            return None
-        return page
+    def _at(self, pages: Sequence[int], place: int) -> tuple[int, ...]:
+        size = self._pool.layout.num_groups
+        return tuple(pages[place * size : (place + 1) * size])
 
-    def _best_tail(self, before: bytes, wanted: Sequence[int]) -> tuple[int | None, int]:
-        """(page, how many of its tokens are the wanted ones) of a page that follows `before`."""
-        best: tuple[int | None, int] = (None, 0)
-        for page in list(islice(reversed(self._following.get(before, {})), _TAILS_COMPARED)):
-            if not self._pool.is_findable(page):
+    def _alive(self, entry: _Entry) -> list[bool]:
+        """For each group, whether its page still holds what was entered."""
+        here: list[bool] = []
+        for page in entry.pages:
+            ours = self._entries.get(page) is entry
+            if ours and not self._pool.is_findable(page):
                 self._forget(page)
-                continue
-            shared = common_prefix(self._entries[page].tokens, wanted)
-            if shared > best[1]:
-                best = page, shared
+                ours = False
+            here.append(ours)
+        return here
+
+    def _best_tail(self, before: bytes, wanted: Sequence[int]) -> tuple[tuple[int, ...], int]:
+        """(pages, how many of their tokens are the wanted ones) of a place that follows `before`."""
+        best: tuple[tuple[int, ...], int] = ((), 0)
+        for entry in list(islice(reversed(self._following.get(before, {})), _TAILS_COMPARED)):
+            if all(self._alive(entry)) and (shared := common_prefix(entry.tokens, wanted)) > best[1]:
+                best = entry.pages, shared
         return best
 
-    def _enter(self, page: int, entry: _Entry) -> None:
-        self._forget(page)
-        self._pool.make_findable(page)
-        self._entries[page] = entry
-        self._following.setdefault(entry.before, OrderedDict())[page] = None
-        if entry.name is not None:
-            self._named[entry.name] = page
+    def _enter(self, before: bytes, tokens: tuple[int, ...], name: bytes | None, pages: tuple[int, ...]) -> None:
+        there = [page for page in pages if page != GONE]
+        entry = _Entry(before, tokens, name, pages, len(there))
+        for page in there:
+            self._forget(page)
+            self._pool.make_findable(page)
+            self._entries[page] = entry
+        self._following.setdefault(before, OrderedDict())[entry] = None
+        if name is not None:
+            self._named[name] = entry
 
     def _forget(self, page: int) -> None:
         entry = self._entries.pop(page, None)
         if entry is None:
             return
+        entry.num_left -= 1
+        if entry.num_left:
+            return
         followers = self._following[entry.before]
-        del followers[page]
+        del followers[entry]
         if not followers:
             del self._following[entry.before]
-        if entry.name is not None and self._named.get(entry.name) == page:
+        if entry.name is not None and self._named.get(entry.name) is entry:
             del self._named[entry.name]
 
 

@@ -163,7 +163,7 @@ def refuse_ticket(ticket: KvTicket, layout: KvLayout, transport: str, unix_s: fl
         refuse("the lease has expired")
     if not ticket.pages:
         refuse("the ticket names no page")
-    if len(ticket.pages) != layout.num_pages(ticket.num_tokens):
+    if len(ticket.pages) != layout.num_travelling(ticket.num_tokens):
         refuse(f"the ticket names {len(ticket.pages)} pages for {ticket.num_tokens} tokens")
     if unknown := [ref.page for ref in ticket.pages if not 0 <= ref.page < ticket.source.num_pages]:
         refuse(f"the source has no page {unknown[0]}, only 0..{ticket.source.num_pages - 1}")

@@ -7,15 +7,18 @@ with it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from farspan.errors import EngineError
+from farspan.kv.pages import PagePool
 
 # Every state begins at a multiple of this many bytes, whatever the types before it.
 _ALIGNMENT = 16
@@ -69,6 +72,10 @@ class StateLayout:
         """Bytes of memory that a held slot stands for."""
         return self.slot_bytes + self.counted_bytes
 
+    def fingerprint(self) -> str:
+        """Equal on two workers exactly when the bytes of a slot mean the same."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
 
 class StatePool:
     """A fixed number of slots, each free or held by exactly one sequence, which it knows by name."""
@@ -112,6 +119,10 @@ class StatePool:
             self.kept[slot] = None
             self._free.append(slot)
 
+    def bytes_B(self, slot: int) -> Tensor:
+        """View of everything in a slot."""
+        return self.storage_SB[slot]
+
     def epoch(self, slot: int) -> int:
         return int(self.epochs_S[slot])
 
@@ -137,3 +148,15 @@ class StatePool:
         flat = self.storage_SB.view(-1).view(state.torch_dtype)
         row = self.layout.slot_bytes // size
         return flat.as_strided((self.num_slots, *state.shape), (row, *strides), offset // size)
+
+
+def pack_state(state_B: Tensor, pool: PagePool, pages: Sequence[int]) -> None:
+    """Put a state into held pages, where it has epochs and digests and travels as keys and values do."""
+    content_NB = state_B.new_zeros(len(pages), pool.layout.page_bytes)
+    content_NB.view(-1)[: len(state_B)] = state_B
+    pool.storage_PB[list(pages)] = content_NB
+
+
+def unpack_state(pool: PagePool, pages: Sequence[int]) -> Tensor:
+    """Bytes of the state that was put into `pages`."""
+    return pool.storage_PB[list(pages)].view(-1)[: pool.layout.state_bytes]

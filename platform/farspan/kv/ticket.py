@@ -33,7 +33,10 @@ class PageRef:
 
 @dataclass(frozen=True, slots=True)
 class KvTicket:
-    """The right to fetch the KV of one prompt until `lease_until_s`. Plain values: it travels between processes."""
+    """The right to fetch the KV of one prompt until `lease_until_s`. Plain values: it travels between processes.
+
+    Where the model keeps a recurrent state, the last pages hold it.
+    """
 
     ticket_id: str
     request_id: str

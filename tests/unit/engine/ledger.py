@@ -1,6 +1,7 @@
 """A runner that computes nothing: it writes tokens into pages, and the next token is a function of what it reads there.
 
-An engine on it answers right only if every page of every sequence holds what the sequence computed.
+An engine on it answers right only if every page of every sequence holds what the sequence computed. A layer with a
+window must hold the same as the layer that keeps everything, as far as the window reaches.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Ledger:
 
     def __init__(self, pool: PagePool, clock: Clock) -> None:
         self._pool, self._clock = pool, clock
-        self._slots_PS = pool.keys_PSGD(0)[:, :, 0, 0]
+        self._layers_PS = [pool.keys_PSGD(layer)[:, :, 0, 0] for layer in range(pool.layout.num_layers)]
         self.num_tokens = 0
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
@@ -58,23 +59,44 @@ class Ledger:
         return torch.nn.functional.one_hot(torch.tensor(choices), VOCAB).double()
 
     def _compute(self, piece: Piece) -> list[int]:
-        size = self._pool.layout.page_tokens
-        end = piece.past + len(piece.tokens)
-        written = set(piece.pages[piece.past // size : self._pool.layout.num_pages(end)])
-        assert all(self._pool.holders(page) == 1 for page in written), "a page that others hold was written"
-        history_S = self._slots_PS[list(piece.pages)].flatten()
-        history_S[piece.past : end] = torch.tensor(piece.tokens, dtype=torch.float64)
-        self._slots_PS[list(piece.pages)] = history_S.view(-1, size)
+        found = [self._compute_layer(layer, piece) for layer in range(len(self._layers_PS))]
+        history = max(found, key=len)
+        assert len(history) == piece.past + len(piece.tokens), "no layer keeps everything"
+        assert all(seen == history[len(history) - len(seen) :] for seen in found), (
+            "a window does not hold what it should"
+        )
         self.num_tokens += len(piece.tokens)
         self._clock.now_s += 1e-4 * len(piece.tokens)
-        return [int(token) for token in history_S[:end].tolist()]
+        return history
+
+    def _compute_layer(self, layer: int, piece: Piece) -> list[int]:
+        """The tokens that the new ones see, and they themselves, as the pages of a layer hold them."""
+        layout, slots_PS = self._pool.layout, self._layers_PS[layer]
+        size, group = layout.page_tokens, layout.group_of(layer)
+        first, end = layout.groups[group].reach.first(piece.past), piece.past + len(piece.tokens)
+        pages = list(piece.pages[group :: layout.num_groups])
+        written = set(pages[piece.past // size : layout.num_places(end)])
+        assert all(self._pool.holders(page) == 1 for page in written), "a page that others hold was written"
+        start = first - first % size
+        seen = pages[start // size :]
+        history_S = slots_PS[seen].flatten()
+        history_S[piece.past - start : end - start] = torch.tensor(piece.tokens, dtype=torch.float64)
+        slots_PS[seen] = history_S.view(-1, size)
+        return [int(token) for token in history_S[first - start : end - start].tolist()]
 
 
 def ledger_engine(
-    num_pages: int, clock: Clock | None = None, *, drafter: Drafter | None = None, **settings: object
+    num_pages: int,
+    clock: Clock | None = None,
+    *,
+    drafter: Drafter | None = None,
+    window: int | None = None,
+    **settings: object,
 ) -> tuple[Engine, Ledger]:
-    """An engine on a ledger with so many pages."""
-    model = tiny_model(num_hidden_layers=1)
+    """An engine on a ledger with so many pages. `window`: two layers have it, beside one that keeps everything."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    windowed = {"num_hidden_layers": 3, "layer_types": kinds, "sliding_window": window}
+    model = tiny_model("gemma3_text", **windowed) if window else tiny_model(num_hidden_layers=1)
     page_tokens = int(str(settings.get("page_tokens", 4)))
     page_bytes = page_tokens * 2 * (8 + 8) * 8
     clock = clock or Clock()

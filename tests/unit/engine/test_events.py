@@ -25,9 +25,11 @@ class Wish:
 class World:
     """Random things that happen to one engine, and what must be true after each."""
 
-    def __init__(self, seed: int, **settings: object) -> None:
+    def __init__(self, seed: int, num_pages: int = 40, **settings: object) -> None:
         self.chance, self.clock = random.Random(seed), Clock()
-        self.engine, self.ledger = ledger_engine(40, self.clock, max_batch_tokens=24, max_sequences=5, **settings)
+        self.engine, self.ledger = ledger_engine(
+            num_pages, self.clock, max_batch_tokens=24, max_sequences=5, **settings
+        )
         self.open: dict[str, Wish] = {}
         self.outside: list[list[int]] = []
         self.counts = dict.fromkeys(("finished", "cancelled", "late", "preempted", "offloaded", "found", "denied"), 0)
@@ -118,11 +120,19 @@ class World:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"offload_bytes": 64 * 4096}, {"offload_bytes": 0}, {"prefix_cache": False}],
-    ids=["offload", "recompute", "no cache"],
+    [
+        {"offload_bytes": 64 * 4096},
+        {"offload_bytes": 0},
+        {"prefix_cache": False},
+        {"window": 9, "num_pages": 62, "offload_bytes": 64 * 4096},
+        {"window": 9, "num_pages": 62, "draft_tokens": 3},
+    ],
+    ids=["offload", "recompute", "no cache", "windows, offload", "windows, guesses"],
 )
 @pytest.mark.parametrize("num_events", [10_000, pytest.param(100_000, marks=pytest.mark.soak)])
 def test_random_events_leave_no_page_lost_and_answer_everyone_once(num_events, settings):
+    # Three layers hold what one does otherwise.
+    num_events //= 3 if "window" in settings else 1
     world = World(7, **settings)
     for number in range(num_events):
         world.happen(number)

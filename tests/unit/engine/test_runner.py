@@ -38,8 +38,8 @@ def test_decode_logits_of_grouped_rows_equal_plain_logits(gather_pages):
     gathered: list[int] = []
 
     class Watched(Runner):
-        def _decode_parts(self, rows, rule):
-            groups = super()._decode_parts(rows, rule)
+        def _decode_parts(self, rows, rule, group):
+            groups = super()._decode_parts(rows, rule, group)
             gathered.extend(group.tables_BN.numel() for group in groups)
             return groups
 
@@ -58,31 +58,22 @@ def test_decode_logits_of_grouped_rows_equal_plain_logits(gather_pages):
     assert (len(gathered) == 1) == (gather_pages >= longest * len(tokens))
 
 
-def row(past, *pages):
-    return Piece([7], past, list(pages))
-
-
 def test_rows_with_one_beginning_share_it_and_the_others_are_attended_together():
     common = list(range(10))
-    family = [row(160 + 16 * i, *common, 20 + i, 30 + i) for i in range(4)]
-    strangers = [row(200, *range(100, 113)), row(3, 99), row(40, 97, 98, 96)]
-    assert sharing_rows([*family, *strangers], 16) == [(range(4), 10), (range(4, 7), 0)]
-    assert sharing_rows([*strangers, *family], 16) == [(range(3), 0), (range(3, 7), 10)]
+    family = [[*common, 20 + i, 30 + i] for i in range(4)]
+    strangers = [list(range(100, 113)), [], [97, 98]]
+    assert sharing_rows([*family, *strangers]) == [(range(4), 10), (range(4, 7), 0)]
+    assert sharing_rows([*strangers, *family]) == [(range(3), 0), (range(3, 7), 10)]
     # Three are too few, and seven pages.
-    assert sharing_rows(family[:3], 16) == [(range(3), 0)]
-    assert sharing_rows([row(112, *common[:7], 50 + i) for i in range(9)], 16) == [(range(9), 0)]
-    assert sharing_rows([], 16) == []
-
-
-def test_a_page_that_a_row_still_writes_is_no_shared_beginning():
-    pages = list(range(10))
-    assert sharing_rows([row(150, *pages)] * 5, 16) == [(range(5), 9)]
+    assert sharing_rows(family[:3]) == [(range(3), 0)]
+    assert sharing_rows([[*common[:7], 50 + i] for i in range(9)]) == [(range(9), 0)]
+    assert sharing_rows([]) == []
 
 
 def test_one_row_of_another_kind_does_not_shorten_what_the_others_share():
     common = list(range(40))
-    family = [row(16 * 40 + 3, *common, 100 + i) for i in range(5)]
-    assert sharing_rows([*family, row(16 * 9 + 3, *common[:9], 200)], 16) == [(range(5), 40), (range(5, 6), 0)]
+    family = [[*common, 100 + i] for i in range(5)]
+    assert sharing_rows([*family, [*common[:9], 200]]) == [(range(5), 40), (range(5, 6), 0)]
 
 
 def test_decode_logits_of_rows_that_share_a_beginning_equal_plain_logits():
@@ -92,9 +83,9 @@ def test_decode_logits_of_rows_that_share_a_beginning_equal_plain_logits():
     shared: list[int] = []
 
     class Watched(Runner):
-        def _decode_rows(self, rows, seen, group, pages):
+        def _decode_rows(self, rows, seen, group, part, pages):
             shared.append(pages)
-            return super()._decode_rows(rows, seen, group, pages)
+            return super()._decode_rows(rows, seen, group, part, pages)
 
     runner = Watched(model, pool, engine._runner.survey)
     size = pool.layout.page_tokens
