@@ -19,7 +19,7 @@ from ray import serve
 from tests.unit.serve.tiny_folder import TEXT, write_tiny_model
 
 from farspan.config.schema import EngineConfig, ServeConfig, TransferConfig
-from farspan.engine.detokenize import Detokenizer, StopStrings
+from farspan.engine.detokenize import Detokenizer
 from farspan.engine.request import SamplingParams
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
 from farspan.serve.app import Running, run_app
@@ -27,6 +27,7 @@ from farspan.serve.chat import answer
 from farspan.serve.messages import GenerationRequest, Tokens
 from farspan.serve.policy import Route
 from farspan.serve.router import Router
+from farspan.serve.text import AnswerText
 from farspan.serve.trace import RequestTrace
 
 MAX_TOKENS = 24
@@ -200,7 +201,7 @@ def test_requests_that_cannot_be_served_are_refused_in_openais_shape(server):
     assert post({**good, "model": "other"})[0] == 404
     assert post(b"{not json")[0] == 400
     assert post(b"\xff\xfe")[0] == 400
-    for field, value in [("temperature", 9), ("top_p", 0), ("max_tokens", 0), ("n", 2), ("prompt", {"a": 1})]:
+    for field, value in [("temperature", 9), ("top_p", 0), ("max_tokens", 0), ("n", 1000), ("prompt", {"a": 1})]:
         status, message = post({**good, field: value})
         assert (status, field in message) == (400, True), message
     assert post({**good, "prompt": []}) == (400, "the prompt is empty; give at least one token")
@@ -315,11 +316,11 @@ def drive(server: Server, prompt_ids: list[int], router: type[Router]) -> tuple[
         handles = [serve.get_deployment_handle(name, app_name="farspan") for name in ("prefill", "decode")]
         trace = RequestTrace("mischief", len(prompt_ids))
         request = GenerationRequest("mischief", tuple(prompt_ids), SamplingParams(max_tokens=MAX_TOKENS))
-        detokenizer = Detokenizer(load_tokenizer(server.folder))
-        deltas = answer(request, Route(True, "test"), router(*handles), detokenizer, StopStrings([]), trace)
-        text = "".join([delta.text async for delta in deltas])
+        text = AnswerText(Detokenizer(load_tokenizer(server.folder)))
+        deltas = answer(request, Route(True, "test"), router(*handles), text, trace)
+        told = "".join([delta.text async for delta in deltas])
         await asyncio.sleep(0)
-        return text, trace
+        return told, trace
 
     return asyncio.run(run())
 

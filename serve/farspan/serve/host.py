@@ -19,12 +19,14 @@ from typing import TypeVar
 from farspan.config.schema import TransferConfig
 from farspan.engine.engine import Engine
 from farspan.engine.request import FailedEvent, TokenEvent
+from farspan.engine.terms import Terms
 from farspan.errors import EngineError, FarspanError, TransferError
+from farspan.kv.prefix import PrefixScope
 from farspan.kv.puller import Arrival, Puller
 from farspan.kv.ticket import KvTicket, LeaseTable
 from farspan.kv.transports.base import Transport
 from farspan.serve.mailbox import Command, Inbox, Mailbox, tell
-from farspan.serve.messages import Failed, GenerationRequest, Prefilled, Pulled, StreamItem, Tokens, WorkerInfo
+from farspan.serve.messages import Caller, Failed, GenerationRequest, Prefilled, Pulled, StreamItem, Tokens, WorkerInfo
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -213,6 +215,7 @@ class EngineHost:
                 request.params,
                 answered=client.answered,
                 prefill_only=client.prefill_only,
+                terms=_terms(request.caller),
             )
         except FarspanError as problem:
             self._fail(client, problem)
@@ -246,7 +249,14 @@ class EngineHost:
             return
         request, ticket = client.request, arrival.ticket
         try:
-            self._engine.adopt(request.request_id, request.prompt, request.params, client.answered, list(arrival.pages))
+            self._engine.adopt(
+                request.request_id,
+                request.prompt,
+                request.params,
+                client.answered,
+                list(arrival.pages),
+                terms=_terms(request.caller),
+            )
         except FarspanError as problem:
             self._engine.pool.free(arrival.pages)
             self._fail(client, problem)
@@ -264,7 +274,8 @@ class EngineHost:
         else:
             if event.finish:
                 self._clients.pop(event.request_id)
-            client.push(Tokens((event.token,), event.finish))
+            logprobs = () if event.logprobs is None else (event.logprobs,)
+            client.push(Tokens((event.token,), event.finish, logprobs, event.prompt_logprobs))
 
     def _prefilled(self, client: _Client, event: TokenEvent) -> Prefilled:
         pages, num_tokens = self._engine.take(event.request_id)
@@ -273,7 +284,8 @@ class EngineHost:
             self._engine.pool.free(pages)
         else:
             ticket = self._leases.offer(event.request_id, pages, num_tokens, self._transport.address(), time.time())
-        return Prefilled(event.token, event.finish, ticket, time.monotonic() - client.started_s)
+        seconds = time.monotonic() - client.started_s
+        return Prefilled(event.token, event.finish, ticket, seconds, event.logprobs, event.prompt_logprobs)
 
     def _fail(self, client: _Client, error: FarspanError) -> None:
         self._clients.pop(client.request.request_id, None)
@@ -301,3 +313,13 @@ class EngineHost:
             num_requests=len(self._clients),
             open_leases=self._leases.num_open,
         )
+
+
+def _terms(caller: Caller) -> Terms:
+    left_s = None if caller.deadline_at_s is None else caller.deadline_at_s - time.time()
+    return Terms(
+        tenant=caller.tenant,
+        priority=caller.priority,
+        deadline_s=None if left_s is None else time.monotonic() + left_s,
+        scope=PrefixScope(salt=caller.salt),
+    )

@@ -12,8 +12,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from farspan.errors import FarspanError
-from farspan.serve.api import Api, as_api_error, internal_error
-from farspan.serve.wire import ApiError
+from farspan.serve.api import Api
+from farspan.serve.choices import ClientGoneError
+from farspan.serve.faults import as_api_error, internal_error
+from farspan.serve.shape import ApiError
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ def route(here: Callable[[], Api]) -> FastAPI:
     http.add_exception_handler(ApiError, _api_error)
     http.add_exception_handler(FarspanError, _farspan_error)
     http.add_exception_handler(HTTPException, _http_error)
+    http.add_exception_handler(ClientGoneError, _nobody_there)
 
     @http.get("/health")
     async def health() -> Response:
@@ -88,7 +91,7 @@ class LastResort:
 
 
 def _answer(error: ApiError) -> Response:
-    return JSONResponse(error.body(), status_code=error.status)
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
 
 
 async def _api_error(_: Request, problem: Exception) -> Response:
@@ -99,6 +102,11 @@ async def _api_error(_: Request, problem: Exception) -> Response:
 async def _farspan_error(_: Request, problem: Exception) -> Response:
     assert isinstance(problem, FarspanError)
     return _answer(as_api_error(problem))
+
+
+async def _nobody_there(_: Request, problem: Exception) -> Response:
+    # nginx's number for it: only logs see it.
+    return Response(status_code=499)
 
 
 async def _http_error(request: Request, problem: Exception) -> Response:
