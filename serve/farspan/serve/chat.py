@@ -60,7 +60,8 @@ async def answer(
                 count = len(words.offsets)
                 num_tokens += count
                 trace.token(count)
-                trace.cached_tokens = trace.cached_tokens or batch.num_cached
+                if num_tokens == count:
+                    trace.cached_tokens = batch.num_cached
                 finished, trace.finish = batch.finish is not None, words.finish
                 yield Delta(
                     words.text,

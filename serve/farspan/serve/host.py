@@ -275,7 +275,7 @@ class EngineHost:
             if event.finish:
                 self._clients.pop(event.request_id)
             logprobs = () if event.logprobs is None else (event.logprobs,)
-            client.push(Tokens((event.token,), event.finish, logprobs, event.prompt_logprobs))
+            client.push(Tokens((event.token,), event.finish, logprobs, event.prompt_logprobs, event.num_found))
 
     def _prefilled(self, client: _Client, event: TokenEvent) -> Prefilled:
         pages, num_tokens = self._engine.take(event.request_id)
@@ -285,7 +285,8 @@ class EngineHost:
         else:
             ticket = self._leases.offer(event.request_id, pages, num_tokens, self._transport.address(), time.time())
         seconds = time.monotonic() - client.started_s
-        return Prefilled(event.token, event.finish, ticket, seconds, event.logprobs, event.prompt_logprobs)
+        logprobs, before = event.logprobs, event.prompt_logprobs
+        return Prefilled(event.token, event.finish, ticket, seconds, logprobs, before, event.num_found)
 
     def _fail(self, client: _Client, error: FarspanError) -> None:
         self._clients.pop(client.request.request_id, None)
