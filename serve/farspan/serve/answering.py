@@ -40,6 +40,8 @@ class Question:
     grammar: Grammar | None
     reader: Callable[[], Reader] = PlainReader
     """Reads the text of one answer."""
+    telling: Any = None
+    """The tokenizer that turns its tokens into text, where it is not the model's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +99,8 @@ class Answering:
         for prompt in prompts:
             # The engine's id is ours alone: a client that repeats its own cannot reach another request.
             for request_id, params in choices(uuid.uuid4().hex, replace(self._params(prompt), n=asked.n)):
-                text = AnswerText(Detokenizer(self._around.tokenizer), asked.stop, asked.min_tokens)
+                telling = self._question.telling or self._around.tokenizer
+                text = AnswerText(Detokenizer(telling), asked.stop, asked.min_tokens)
                 yield GenerationRequest(request_id, prompt.tokens, params, self._caller), text
 
     def _params(self, prompt: Prompted) -> SamplingParams:

@@ -21,8 +21,8 @@ from farspan.serve.folder import open_model_folder
 from farspan.serve.keys import ApiKey, find_key
 from farspan.serve.limits import Limits
 from farspan.serve.messages import Caller, WorkerInfo
-from farspan.serve.prompt import chat_prompt, completion_prompts
-from farspan.serve.reply import Prompted, Reply, Style, model_list
+from farspan.serve.questions import chat_question, completion_question
+from farspan.serve.reply import Reply, model_list
 from farspan.serve.router import Workers
 from farspan.serve.shape import ApiError
 from farspan.serve.stream import EventStream, collect, events
@@ -82,31 +82,13 @@ class Api:
     async def completions(self, request: Request) -> Response:
         key = self._authorize(request)
         asked, ignored = await self._body(request, CompletionRequest)
-        style = Style(
-            chat=False,
-            num_top=asked.num_top_logprobs,
-            token_ids=asked.return_token_ids,
-            prompt_only=asked.max_tokens == 0,
-        )
-        question = Question(
-            asked=asked,
-            read=lambda: completion_prompts(self._tokenizer, asked),
-            max_tokens=asked.max_tokens,
-            style=style,
-            grammar=asked.form(),
-        )
+        question = completion_question(self._tokenizer, asked)
         return await self._answer(request, key, question, ignored)
 
     async def chat(self, request: Request) -> Response:
         key = self._authorize(request)
         asked, ignored = await self._body(request, ChatRequest)
-        question = Question(
-            asked=asked,
-            read=lambda: [Prompted(tuple(chat_prompt(self._tokenizer, asked, asked.offered_tools)))],
-            max_tokens=asked.answer_tokens,
-            style=Style(chat=True, num_top=asked.num_top_logprobs, token_ids=asked.return_token_ids),
-            grammar=asked.form(),
-        )
+        question = chat_question(self._tokenizer, asked, self._config.tool_format)
         return await self._answer(request, key, question, ignored)
 
     def _authorize(self, request: Request) -> ApiKey:

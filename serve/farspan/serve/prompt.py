@@ -50,6 +50,7 @@ def chat_prompt(tokenizer: Any, asked: ChatFields, tools: list[Tool]) -> list[in
             code="no_chat_template",
             param="messages",
         )
+    words = _template_words(tokenizer, asked.chat_template_kwargs)
     try:
         text: str = tokenizer.apply_chat_template(
             [_as_template_message(message) for message in asked.messages],
@@ -57,7 +58,7 @@ def chat_prompt(tokenizer: Any, asked: ChatFields, tools: list[Tool]) -> list[in
             tokenize=False,
             add_generation_prompt=asked.add_generation_prompt,
             continue_final_message=asked.continue_final_message,
-            **_template_words(tokenizer, asked.chat_template_kwargs),
+            **words,
         )
     # Templates are jinja programs of the model's author: any error in one is about these messages.
     except Exception as problem:
