@@ -61,7 +61,11 @@ def _grammar(asked: ChatRequest, written: CallFormat) -> Grammar | None:
         return calls_grammar(written, forced, several=several and asked.tool_choice == "required")
     if form is None:
         return None
-    if form.kind not in ("json_schema", "json_object"):
-        message = f"structured_outputs: a {form.kind} leaves no place for calls of tools; set tool_choice=none"
+    # Bare calls are JSON too: what begins with a brace could be either, and no lexer goes back.
+    if written != "hermes" or form.kind not in ("json_schema", "json_object"):
+        message = (
+            f"structured_outputs: a {form.kind} leaves no place for calls of tools as this model writes them; "
+            "set tool_choice=none, or leave the form out"
+        )
         raise ApiError(400, message, code="invalid_value", param="structured_outputs")
     return calls_grammar(written, asked.tools, several=several, otherwise=form.source or _ANY_OBJECT)
