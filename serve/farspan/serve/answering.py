@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, aclosing, contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from farspan.serve.choices import merged
 from farspan.serve.faults import is_past, too_late
 from farspan.serve.limits import Meter
 from farspan.serve.messages import Caller, GenerationRequest, WorkerInfo
+from farspan.serve.metrics import Metrics
 from farspan.serve.params import sampling
 from farspan.serve.policy import choose_route
 from farspan.serve.reply import Counted, Prompted, Step, Style
@@ -52,6 +53,7 @@ class Surroundings:
     tokenizer: Any
     info: WorkerInfo
     colocate_below_tokens: int
+    metrics: Metrics
 
 
 class Answering:
@@ -70,7 +72,8 @@ class Answering:
             ApiError: refused, or too late.
             FarspanError: it cannot be answered.
         """
-        with self._meter.admitted(), self._in_time():
+        counting = self._around.metrics.request(self._trace, self.counted)
+        with counting, self._meter.admitted(), _told_as_late(self._caller.deadline_at_s):
             # In a thread: millions of characters take seconds, and other answers are on their way.
             prompts = await asyncio.to_thread(self._question.read)
             self._admit(prompts)
@@ -121,9 +124,6 @@ class Answering:
             return await anext(deltas, None)
         # Not one deadline around all: the steps of a generator may be asked for by different tasks.
         return await asyncio.wait_for(_awaited(deltas), max(0.0, deadline_at_s - time.time()))
-
-    def _in_time(self) -> AbstractContextManager[None]:
-        return _told_as_late(self._caller.deadline_at_s)
 
 
 class _Reading:

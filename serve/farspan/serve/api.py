@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 import time
 import uuid
+from contextlib import suppress
 from typing import Any, Protocol
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from farspan.config.schema import ServeConfig
 from farspan.errors import FarspanError
@@ -21,6 +24,8 @@ from farspan.serve.folder import open_model_folder
 from farspan.serve.keys import ApiKey, find_key
 from farspan.serve.limits import Limits
 from farspan.serve.messages import Caller, WorkerInfo
+from farspan.serve.metrics import Metrics
+from farspan.serve.prompt import detokenized, tokenized
 from farspan.serve.questions import chat_question, completion_question
 from farspan.serve.reply import Reply, model_list
 from farspan.serve.router import Workers
@@ -28,7 +33,7 @@ from farspan.serve.shape import ApiError
 from farspan.serve.stream import EventStream, collect, events
 from farspan.serve.text import TokenNames
 from farspan.serve.trace import TraceBook
-from farspan.serve.wire import ChatRequest, CompletionRequest, GenerationFields
+from farspan.serve.wire import ChatRequest, CompletionRequest, DetokenizeRequest, GenerationFields, TokenizeRequest
 
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _DEADLINE_HEADER = "x-farspan-deadline-s"
@@ -47,7 +52,7 @@ class Api:
         self._config, self._model, self._keys, self._workers = config, model_name, keys, workers
         self._tokenizer: Any = load_tokenizer(open_model_folder(config.model))
         self._names = TokenNames(self._tokenizer)
-        self._limits = Limits(keys)
+        self._limits, self._metrics = Limits(keys), Metrics()
         self._traces = TraceBook()
         self._info: WorkerInfo | None = None
         self._created = int(time.time())
@@ -90,6 +95,31 @@ class Api:
         asked, ignored = await self._body(request, ChatRequest)
         question = chat_question(self._tokenizer, asked, self._config.tool_format)
         return await self._answer(request, key, question, ignored)
+
+    async def tokenize(self, request: Request) -> Response:
+        self._authorize(request)
+        asked, ignored = await self._body(request, TokenizeRequest)
+        self._check_model(asked.model or self._model)
+        tokens = await asyncio.to_thread(tokenized, self._tokenizer, asked)
+        longest = (await self._smallest()).max_context_tokens
+        told: dict[str, Any] = {"count": len(tokens), "max_model_len": longest, "tokens": tokens}
+        if asked.return_token_strs:
+            told["token_strs"] = [self._names.name_of(token) for token in tokens]
+        return JSONResponse(told, headers=ignored_header(ignored))
+
+    async def detokenize(self, request: Request) -> Response:
+        self._authorize(request)
+        asked, ignored = await self._body(request, DetokenizeRequest)
+        self._check_model(asked.model or self._model)
+        text = await asyncio.to_thread(detokenized, self._tokenizer, asked.tokens)
+        return JSONResponse({"prompt": text}, headers=ignored_header(ignored))
+
+    async def metrics(self, request: Request) -> Response:
+        self._authorize(request)
+        with suppress(FarspanError):
+            # Without workers the other numbers are still worth reading.
+            return Response(self._metrics.render(await self._workers.info()), media_type=CONTENT_TYPE_LATEST)
+        return Response(self._metrics.render([]), media_type=CONTENT_TYPE_LATEST)
 
     def _authorize(self, request: Request) -> ApiKey:
         key = find_key(request.headers.get("authorization"), self._keys)
@@ -144,6 +174,7 @@ class Api:
             tokenizer=self._tokenizer,
             info=await self._smallest(),
             colocate_below_tokens=self._config.transfer.colocate_below_tokens,
+            metrics=self._metrics,
         )
         given = http.headers.get("x-request-id") or ""
         public_id = given if _PLAIN_ID.fullmatch(given) else uuid.uuid4().hex

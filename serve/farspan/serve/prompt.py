@@ -9,7 +9,7 @@ from typing import Any
 from farspan.engine.detokenize import Detokenizer
 from farspan.serve.reply import Prompted
 from farspan.serve.shape import ApiError
-from farspan.serve.wire import ChatFields, ChatMessage, CompletionRequest, Prompt, Tool
+from farspan.serve.wire import ChatFields, ChatMessage, CompletionRequest, Prompt, TokenizeRequest, Tool
 
 _LONGEST_REASON = 300
 
@@ -29,6 +29,23 @@ def completion_prompts(tokenizer: Any, asked: CompletionRequest) -> list[Prompte
         tokens = tuple(prompt_tokens(tokenizer, prompt, add_special_tokens=asked.add_special_tokens))
         made.append(_echoed(tokenizer, tokens) if asked.echo else Prompted(tokens))
     return made
+
+
+def tokenized(tokenizer: Any, asked: TokenizeRequest) -> list[int]:
+    """The tokens that a completion or a chat of the same words would begin with."""
+    if asked.prompt is None:
+        return chat_prompt(tokenizer, asked, asked.tools)
+    return prompt_tokens(tokenizer, asked.prompt, add_special_tokens=asked.add_special_tokens)
+
+
+def detokenized(tokenizer: Any, tokens: list[int]) -> str:
+    """The text of tokens, special ones included. Raises ApiError for what is no token."""
+    outside = next((token for token in tokens if not 0 <= token < len(tokenizer)), None)
+    if outside is not None:
+        message = f"tokens: must lie in the vocabulary 0..{len(tokenizer) - 1}, got {outside}"
+        raise ApiError(400, message, code="invalid_value", param="tokens")
+    text: str = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
 
 
 def _echoed(tokenizer: Any, tokens: tuple[int, ...]) -> Prompted:

@@ -64,13 +64,17 @@ class Counted:
     def answer_tokens(self) -> int:
         return sum(self.answers.values())
 
+    @property
+    def cached_tokens(self) -> int:
+        """Of the first answer: further ones of a prompt find what that one computed."""
+        return self.cached.get(0, 0)
+
     def report(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.answer_tokens,
             "total_tokens": self.prompt_tokens + self.answer_tokens,
-            # Of the first answer: further ones of a prompt find what that one computed.
-            "prompt_tokens_details": {"cached_tokens": self.cached.get(0, 0)},
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 

@@ -15,6 +15,7 @@ from farspan.errors import FarspanError
 from farspan.serve.api import Api
 from farspan.serve.choices import ClientGoneError
 from farspan.serve.faults import as_api_error, internal_error
+from farspan.serve.openapi import describe
 from farspan.serve.shape import ApiError
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ def build_http() -> FastAPI:
 
 def route(here: Callable[[], Api]) -> FastAPI:
     """The routes, in front of the `Api` that `here` finds."""
-    http = FastAPI(title="farspan", docs_url=None, redoc_url=None)
+    http = FastAPI(title="farspan", docs_url=None, redoc_url=None, openapi_url=None)
+    described = describe()
     http.add_middleware(LastResort)
     http.add_exception_handler(ApiError, _api_error)
     http.add_exception_handler(FarspanError, _farspan_error)
@@ -42,6 +44,10 @@ def route(here: Callable[[], Api]) -> FastAPI:
     @http.get("/health")
     async def health() -> Response:
         return await here().health()
+
+    @http.get("/openapi.json")
+    async def openapi() -> Response:
+        return JSONResponse(described)
 
     @http.get("/ready")
     async def ready() -> Response:
@@ -58,6 +64,18 @@ def route(here: Callable[[], Api]) -> FastAPI:
     @http.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         return await here().chat(request)
+
+    @http.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        return await here().tokenize(request)
+
+    @http.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        return await here().detokenize(request)
+
+    @http.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        return await here().metrics(request)
 
     @http.get("/v1/requests/{request_id}/trace")
     async def trace(request: Request, request_id: str) -> Response:

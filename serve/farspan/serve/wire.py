@@ -259,6 +259,27 @@ class ChatRequest(ChatFields, GenerationFields):
         return self.top_logprobs if self.logprobs else None
 
 
+class TokenizeRequest(ChatFields):
+    """A prompt, or a conversation."""
+
+    model: str | None = None
+    messages: list[ChatMessage] = Field(default_factory=list)
+    prompt: str | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.prompt is None) == (not self.messages):
+            raise ValueError("prompt: give exactly one of prompt and messages")
+        return self
+
+
+class DetokenizeRequest(Shape):
+    model: str | None = None
+    tokens: list[int]
+
+
 def as_prompts(value: Any) -> list[Prompt]:
     """One prompt or many, as a list. Raises ValueError for anything else."""
     if isinstance(value, str) or _is_tokens(value):

@@ -103,7 +103,7 @@ class Served:
         return httpx.AsyncClient(
             transport=httpx.ASGITransport(self.app),
             base_url="http://test",
-            headers={"authorization": f"Bearer {key}"},
+            headers={b"authorization": f"Bearer {key}".encode("latin-1")},
             timeout=60,
         )
 
