@@ -80,7 +80,7 @@ def server(ray_cluster, folder, tmp_path_factory) -> Iterator[Server]:
         api_key_file=str(key_file),
         max_body_bytes=BODY_LIMIT,
         engine=EngineConfig(dtype="float64", kv_bytes=64 * 1024 * 1024, max_batch_tokens=512),
-        transfer=TransferConfig(deadline_s=10, lease_s=20),
+        transfer=TransferConfig(deadline_s=10, lease_s=50),
         start_timeout_s=120,
     )
     with run_app(config) as running:
@@ -279,6 +279,58 @@ def test_a_decode_worker_killed_in_the_middle_of_an_answer_is_not_noticed_by_the
     assert len(trace.arrivals_s) == len(expected_tokens)
     wait_until(lambda: server.infos()["decode"].pid != killed)
     wait_until(lambda: all(idle(info) for info in server.infos().values()))
+
+
+def test_choices_and_their_logprobs_go_on_over_http_when_their_decode_worker_is_killed(server):
+    def ask(kill: int | None) -> dict[int, list]:
+        """(text, log-probability) of every token told, choice by choice."""
+        told: dict[int, list] = {0: [], 1: [], 2: []}
+        stream = server.client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": TEXT[:300]}],
+            n=3,
+            seed=7,
+            max_tokens=150,
+            logprobs=True,
+            top_logprobs=2,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        for number, chunk in enumerate(stream):
+            choice = chunk.choices[0]
+            told[choice.index] += [(one.token, one.logprob) for one in choice.logprobs.content]
+            if number == 5 and kill is not None:
+                os.kill(kill, signal.SIGKILL)
+            answer_id = chunk.id
+        traces.append(server.trace(answer_id))
+        return told
+
+    traces: list[dict] = []
+    killed = server.infos()["decode"].pid
+    cut = ask(killed)
+    wait_until(lambda: server.infos()["decode"].pid != killed)
+    whole = ask(None)
+    assert [trace["recovered"] for trace in traces] == [True, False]
+    assert all(len(tokens) == 150 for tokens in whole.values())
+    assert len({tuple(token for token, _ in tokens) for tokens in whole.values()}) == 3
+    for index, tokens in whole.items():
+        assert [token for token, _ in cut[index]] == [token for token, _ in tokens]
+        # Computed in other chunks, in float64.
+        assert [logprob for _, logprob in cut[index]] == pytest.approx([value for _, value in tokens], abs=1e-9)
+    wait_until(lambda: all(idle(info) for info in server.infos().values()))
+
+
+def test_a_key_finds_its_pages_again_and_another_does_not(server):
+    prompt = TEXT[5000:6500]
+
+    def cached(key: str) -> int:
+        client = openai.OpenAI(base_url=server.running.url, api_key=key, timeout=120, max_retries=0)
+        answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=2)
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    assert cached("sk-first") == 0
+    assert cached("sk-first") > 300
+    assert cached("sk-second") == 0
 
 
 def test_a_ticket_that_was_taken_back_is_not_noticed_by_the_client(server, plain):

@@ -140,7 +140,12 @@ class Api:
         limit = self._config.max_body_bytes
         too_large = ApiError(413, f"the body has more than {limit} bytes", code="body_too_large")
         length = request.headers.get("content-length") or "0"
-        if not length.isdecimal() or len(length) > 18 or int(length) > limit:
+        if not (length.isascii() and length.isdecimal()):
+            raise ApiError(
+                400, "content-length: must be a number of bytes", code="invalid_value", param="content-length"
+            )
+        # Longer numbers than any body's are not even read.
+        if len(length) > len(str(limit)) + 10 or int(length) > limit:
             raise too_large
         content = bytearray()
         async for piece in request.stream():
