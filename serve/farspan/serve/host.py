@@ -57,6 +57,8 @@ class EngineHost:
     def __init__(self, role: str, engine: Engine, transport: Transport, config: TransferConfig) -> None:
         self._role, self._engine, self._transport, self._config = role, engine, transport, config
         self._leases = LeaseTable(engine.pool, config.lease_s)
+        self._offered: dict[str, str] = {}
+        """The request of each open ticket."""
         self._puller = Puller(engine.pool, transport, config.deadline_s)
         self._commands = Mailbox()
         self._clients: dict[str, _Client] = {}
@@ -100,7 +102,7 @@ class EngineHost:
 
     async def release(self, ticket_id: str) -> bool:
         """Give the pages of a ticket back."""
-        return await self._call(lambda: self._leases.release(ticket_id))
+        return await self._call(lambda: self._release(ticket_id))
 
     async def cancel(self, request_id: str) -> None:
         """Forget a request, whatever state it is in."""
@@ -179,7 +181,8 @@ class EngineHost:
     def _turn(self) -> None:
         for command in self._commands.take(self._patience()):
             command.act()
-        self._leases.expire(time.time())
+        for ticket_id in self._leases.expire(time.time()):
+            self._offered.pop(ticket_id, None)
         self._start_pulls()
         for arrival in self._puller.poll(time.monotonic()):
             self._after_pull(arrival)
@@ -284,6 +287,7 @@ class EngineHost:
             self._engine.pool.free(pages)
         else:
             ticket = self._leases.offer(event.request_id, pages, num_tokens, self._transport.address(), time.time())
+            self._offered[ticket.ticket_id] = event.request_id
         seconds = time.monotonic() - client.started_s
         logprobs, before = event.logprobs, event.prompt_logprobs
         return Prefilled(event.token, event.finish, ticket, seconds, logprobs, before, event.num_found)
@@ -298,6 +302,13 @@ class EngineHost:
             self._wanting_pages.remove(client)
         self._puller.abandon(request_id)
         self._engine.cancel(request_id)
+        # Whoever left while the ticket was on its way never saw it, and cannot give it back.
+        for ticket_id in [ticket for ticket, owner in self._offered.items() if owner == request_id]:
+            self._release(ticket_id)
+
+    def _release(self, ticket_id: str) -> bool:
+        self._offered.pop(ticket_id, None)
+        return self._leases.release(ticket_id)
 
     def _describe(self) -> WorkerInfo:
         pool = self._engine.pool
