@@ -20,6 +20,7 @@ from farspan.models.checkpoint import load_tokenizer
 from farspan.serve.answering import Answering, Question, Surroundings
 from farspan.serve.body import Body, ignored_header, read_body
 from farspan.serve.choices import unless_gone
+from farspan.serve.conversation import ChatRequest, TokenizeRequest
 from farspan.serve.folder import open_model_folder
 from farspan.serve.keys import ApiKey, find_key
 from farspan.serve.limits import Limits
@@ -33,9 +34,10 @@ from farspan.serve.shape import ApiError
 from farspan.serve.stream import EventStream, collect, events
 from farspan.serve.text import TokenNames
 from farspan.serve.trace import TraceBook
-from farspan.serve.wire import ChatRequest, CompletionRequest, DetokenizeRequest, GenerationFields, TokenizeRequest
+from farspan.serve.wire import CompletionRequest, DetokenizeRequest, GenerationFields
 
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_LARGE_BODY = 65_536
 _DEADLINE_HEADER = "x-farspan-deadline-s"
 
 
@@ -152,7 +154,10 @@ class Api:
             content += piece
             if len(content) > limit:
                 raise too_large
-        return read_body(content, shape)
+        if len(content) < _LARGE_BODY:
+            return read_body(content, shape)
+        # In a thread: other answers are on their way.
+        return await asyncio.to_thread(read_body, content, shape)
 
     async def _smallest(self) -> WorkerInfo:
         """What both kinds of worker can hold."""

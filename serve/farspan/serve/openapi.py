@@ -6,8 +6,9 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
+from farspan.serve.conversation import ChatRequest, TokenizeRequest
 from farspan.serve.shape import Shape
-from farspan.serve.wire import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from farspan.serve.wire import CompletionRequest, DetokenizeRequest
 
 _POSTS: dict[str, tuple[type[Shape], str, bool]] = {
     "/v1/chat/completions": (ChatRequest, "Answer a conversation", True),

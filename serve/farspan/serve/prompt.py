@@ -7,9 +7,10 @@ import json
 from typing import Any
 
 from farspan.engine.detokenize import Detokenizer
+from farspan.serve.conversation import ChatFields, ChatMessage, TokenizeRequest, Tool
 from farspan.serve.reply import Prompted
 from farspan.serve.shape import ApiError
-from farspan.serve.wire import ChatFields, ChatMessage, CompletionRequest, Prompt, TokenizeRequest, Tool
+from farspan.serve.wire import CompletionRequest, Prompt
 
 _LONGEST_REASON = 300
 

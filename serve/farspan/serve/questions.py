@@ -6,11 +6,12 @@ from typing import Any
 
 from farspan.engine.request import Grammar
 from farspan.serve.answering import Question
+from farspan.serve.conversation import ChatRequest
 from farspan.serve.prompt import chat_prompt, completion_prompts
 from farspan.serve.reply import Prompted, Style
 from farspan.serve.shape import ApiError
 from farspan.serve.tools import CallFormat, call_format, calls_grammar, reader_of, showing_tags
-from farspan.serve.wire import ChatRequest, CompletionRequest
+from farspan.serve.wire import CompletionRequest
 
 _ANY_OBJECT = '{"type": "object"}'
 

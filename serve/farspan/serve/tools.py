@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from farspan.engine.request import Grammar
 from farspan.serve.calls import Reader
+from farspan.serve.conversation import Tool
 from farspan.serve.forms import COMPACT
 from farspan.serve.json_calls import HERMES_BEGIN, HERMES_END, BareReader, TaggedReader
 from farspan.serve.shape import ApiError
-from farspan.serve.wire import Tool
 
 CallFormat = Literal["hermes", "llama3"]
 FORMATS: tuple[CallFormat, ...] = ("hermes", "llama3")

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from farspan.serve.body import read_body
+from farspan.serve.conversation import ChatRequest
 from farspan.serve.reply import model_list
 from farspan.serve.shape import ApiError
-from farspan.serve.wire import ChatRequest, CompletionRequest
+from farspan.serve.wire import CompletionRequest
 
 GOOD = {"model": "m", "prompt": "x"}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}

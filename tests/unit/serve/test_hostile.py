@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from farspan.serve.body import _NEUTRAL
-from farspan.serve.wire import ChatRequest, CompletionRequest
+from farspan.serve.conversation import ChatRequest
+from farspan.serve.wire import CompletionRequest
 
 URLS = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
 TEXT = {"model": "tiny", "prompt": "x", "max_tokens": 1}

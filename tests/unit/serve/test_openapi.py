@@ -11,8 +11,9 @@ import pytest
 
 from farspan.serve import body as body_module
 from farspan.serve.body import read_body
+from farspan.serve.conversation import ChatRequest, TokenizeRequest
 from farspan.serve.shape import ApiError
-from farspan.serve.wire import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from farspan.serve.wire import CompletionRequest, DetokenizeRequest
 
 SHAPES = {
     "/v1/chat/completions": ChatRequest,
