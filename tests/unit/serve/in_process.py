@@ -41,12 +41,15 @@ class LocalWorkers:
         self.die_after: int | None = None
         self.deaths = 0
         self.asked: list[Any] = []
+        self.prefilled: list[Any] = []
         for host in self.hosts:
             host.start()
 
     async def prefill(self, request):
         self.asked.append(request)
-        return await self.hosts[0].prefill(request)
+        prefilled = await self.hosts[0].prefill(request)
+        self.prefilled.append(prefilled)
+        return prefilled
 
     async def resume(self, request, answered, ticket):
         self.asked.append(request)

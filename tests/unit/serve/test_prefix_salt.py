@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 from tests.unit.serve.in_process import Served
 from tests.unit.serve.tiny_folder import TEXT
@@ -59,10 +61,17 @@ def test_a_cache_salt_divides_what_one_key_finds(fresh):
 
 
 @pytest.mark.parametrize("fresh", [{}], indirect=True)
-def test_what_travels_to_workers_names_a_caller_and_holds_no_key(fresh):
-    cached(fresh, "sk-one", cache_salt="secret words")
+def test_what_travels_or_is_logged_names_a_caller_and_holds_no_key(fresh, caplog):
+    with caplog.at_level(logging.DEBUG):
+        cached(fresh, "sk-one", cache_salt="secret words")
+        assert fresh.post("/v1/completions", {"model": "tiny"}, "sk-one").status_code == 400
+        assert fresh.post("/v1/completions", {"model": "tiny"}, "sk-stranger").status_code == 401
     assert len(fresh.workers.asked) == 2
-    for request in fresh.workers.asked:
-        told = repr(request)
-        assert request.caller != ANYBODY
-        assert not any(word in told for word in ("sk-one", "secret words", fresh.api._keys[0].digest))
+    assert all(request.caller != ANYBODY for request in fresh.workers.asked)
+    (prefilled,) = fresh.workers.prefilled
+    assert prefilled.ticket is not None
+    told = [*map(repr, fresh.workers.asked), repr(prefilled), caplog.text, fresh.get("/metrics").text]
+    for secret in ("sk-one", "sk-stranger", "secret words", fresh.api._keys[0].digest):
+        assert not any(secret in text for text in told)
+    # Nor does a ticket say whose pages it is for: that stays with the request.
+    assert fresh.workers.asked[0].caller.salt not in repr(prefilled)
