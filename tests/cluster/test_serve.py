@@ -19,7 +19,7 @@ from ray import serve
 from tests.unit.serve.tiny_folder import TEXT, write_tiny_model
 
 from farspan.config.schema import EngineConfig, ServeConfig, TransferConfig
-from farspan.engine.detokenize import Detokenizer, StopStrings
+from farspan.engine.detokenize import Detokenizer
 from farspan.engine.request import SamplingParams
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
 from farspan.serve.app import Running, run_app
@@ -27,6 +27,7 @@ from farspan.serve.chat import answer
 from farspan.serve.messages import GenerationRequest, Tokens
 from farspan.serve.policy import Route
 from farspan.serve.router import Router
+from farspan.serve.text import AnswerText
 from farspan.serve.trace import RequestTrace
 
 MAX_TOKENS = 24
@@ -79,7 +80,7 @@ def server(ray_cluster, folder, tmp_path_factory) -> Iterator[Server]:
         api_key_file=str(key_file),
         max_body_bytes=BODY_LIMIT,
         engine=EngineConfig(dtype="float64", kv_bytes=64 * 1024 * 1024, max_batch_tokens=512),
-        transfer=TransferConfig(deadline_s=10, lease_s=20),
+        transfer=TransferConfig(deadline_s=10, lease_s=50),
         start_timeout_s=120,
     )
     with run_app(config) as running:
@@ -200,7 +201,7 @@ def test_requests_that_cannot_be_served_are_refused_in_openais_shape(server):
     assert post({**good, "model": "other"})[0] == 404
     assert post(b"{not json")[0] == 400
     assert post(b"\xff\xfe")[0] == 400
-    for field, value in [("temperature", 9), ("top_p", 0), ("max_tokens", 0), ("n", 2), ("prompt", {"a": 1})]:
+    for field, value in [("temperature", 9), ("top_p", 0), ("max_tokens", 0), ("n", 1000), ("prompt", {"a": 1})]:
         status, message = post({**good, field: value})
         assert (status, field in message) == (400, True), message
     assert post({**good, "prompt": []}) == (400, "the prompt is empty; give at least one token")
@@ -280,6 +281,58 @@ def test_a_decode_worker_killed_in_the_middle_of_an_answer_is_not_noticed_by_the
     wait_until(lambda: all(idle(info) for info in server.infos().values()))
 
 
+def test_choices_and_their_logprobs_go_on_over_http_when_their_decode_worker_is_killed(server):
+    def ask(kill: int | None) -> dict[int, list]:
+        """(text, log-probability) of every token told, choice by choice."""
+        told: dict[int, list] = {0: [], 1: [], 2: []}
+        stream = server.client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": TEXT[:300]}],
+            n=3,
+            seed=7,
+            max_tokens=150,
+            logprobs=True,
+            top_logprobs=2,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        for number, chunk in enumerate(stream):
+            choice = chunk.choices[0]
+            told[choice.index] += [(one.token, one.logprob) for one in choice.logprobs.content]
+            if number == 5 and kill is not None:
+                os.kill(kill, signal.SIGKILL)
+            answer_id = chunk.id
+        traces.append(server.trace(answer_id))
+        return told
+
+    traces: list[dict] = []
+    killed = server.infos()["decode"].pid
+    cut = ask(killed)
+    wait_until(lambda: server.infos()["decode"].pid != killed)
+    whole = ask(None)
+    assert [trace["recovered"] for trace in traces] == [True, False]
+    assert all(len(tokens) == 150 for tokens in whole.values())
+    assert len({tuple(token for token, _ in tokens) for tokens in whole.values()}) == 3
+    for index, tokens in whole.items():
+        assert [token for token, _ in cut[index]] == [token for token, _ in tokens]
+        # Computed in other chunks, in float64.
+        assert [logprob for _, logprob in cut[index]] == pytest.approx([value for _, value in tokens], abs=1e-9)
+    wait_until(lambda: all(idle(info) for info in server.infos().values()))
+
+
+def test_a_key_finds_its_pages_again_and_another_does_not(server):
+    prompt = TEXT[5000:6500]
+
+    def cached(key: str) -> int:
+        client = openai.OpenAI(base_url=server.running.url, api_key=key, timeout=120, max_retries=0)
+        answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=2)
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    assert cached("sk-first") == 0
+    assert cached("sk-first") > 300
+    assert cached("sk-second") == 0
+
+
 def test_a_ticket_that_was_taken_back_is_not_noticed_by_the_client(server, plain):
     _, expected, prompt_ids = plain(TEXT[2000:2700])
 
@@ -315,11 +368,11 @@ def drive(server: Server, prompt_ids: list[int], router: type[Router]) -> tuple[
         handles = [serve.get_deployment_handle(name, app_name="farspan") for name in ("prefill", "decode")]
         trace = RequestTrace("mischief", len(prompt_ids))
         request = GenerationRequest("mischief", tuple(prompt_ids), SamplingParams(max_tokens=MAX_TOKENS))
-        detokenizer = Detokenizer(load_tokenizer(server.folder))
-        deltas = answer(request, Route(True, "test"), router(*handles), detokenizer, StopStrings([]), trace)
-        text = "".join([delta.text async for delta in deltas])
+        text = AnswerText(Detokenizer(load_tokenizer(server.folder)))
+        deltas = answer(request, Route(True, "test"), router(*handles), text, trace)
+        told = "".join([delta.text async for delta in deltas])
         await asyncio.sleep(0)
-        return text, trace
+        return told, trace
 
     return asyncio.run(run())
 

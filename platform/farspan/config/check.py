@@ -24,6 +24,7 @@ from farspan.errors import ConfigError
 
 TRAIN_DTYPES = ("auto", "bfloat16", "float32", "float64")
 SERVE_DTYPES = ("bfloat16", "float32", "float64")
+TOOL_FORMATS = ("auto", "hermes", "llama3")
 STRATEGIES = ("auto", "ulysses", "ring", "tokenring", "hybrid", "allgather")
 LAYOUTS = ("auto", "contiguous", "zigzag", "document_zigzag")
 OPTIMIZERS = ("adamw", "adamw8bit")
@@ -343,6 +344,7 @@ def check_serve(config: ServeConfig) -> None:
     _above("transfer.lease_s", config.transfer.lease_s, config.transfer.deadline_s)
     _at_least("transfer.colocate_below_tokens", config.transfer.colocate_below_tokens, 0)
     _at_least("max_body_bytes", config.max_body_bytes, 1)
+    _one_of("tool_format", config.tool_format, TOOL_FORMATS)
     _above("prefill.cpus", config.prefill.cpus, 0)
     _above("decode.cpus", config.decode.cpus, 0)
     _above("start_timeout_s", config.start_timeout_s, 0)

@@ -97,7 +97,8 @@ def _take(result: Advanced, choice: Choice, depth: int, ends: Ends) -> bool:
     except RequestError as problem:
         result.problem = problem.reason
         return False
-    result.events.append(TokenEvent(sequence.request_id, choice.token, finish, choice.logprobs, prompt_logprobs))
+    found = sequence.num_found
+    result.events.append(TokenEvent(sequence.request_id, choice.token, finish, choice.logprobs, prompt_logprobs, found))
     return finish is None and depth < len(sequence.draft) and sequence.draft[depth] == choice.token
 
 

@@ -138,6 +138,8 @@ class TokenEvent:
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     """With the first token, where they were asked for."""
+    num_found: int = 0
+    """Tokens of the prompt that an earlier request had computed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,9 @@ from farspan.errors import ClusterError
 from farspan.models.checkpoint import open_config
 from farspan.serve.api import Api
 from farspan.serve.folder import open_model_folder
-from farspan.serve.keys import key_hashes
+from farspan.serve.keys import ApiKey, read_keys
 from farspan.serve.port import refuse_taken_port
+from farspan.serve.router import Router
 from farspan.serve.routes import build_http
 from farspan.serve.worker import DecodeWorker, PrefillWorker
 
@@ -60,13 +61,22 @@ def check_app(config: ServeConfig) -> Path:
     return folder
 
 
-def build_app(config: ServeConfig, hashes: tuple[str, ...]) -> Any:
+class Ingress(Api):
+    """The `Api` over the handles of the deployments."""
+
+    def __init__(
+        self, config: ServeConfig, model_name: str, keys: tuple[ApiKey, ...], prefill: Any, decode: Any
+    ) -> None:
+        super().__init__(config, model_name, keys, Router(prefill, decode))
+
+
+def build_app(config: ServeConfig, keys: tuple[ApiKey, ...]) -> Any:
     """The Serve application: ingress over prefill and decode workers."""
     workers = [
         serve.deployment(PrefillWorker).options(name="prefill", **_options(config.prefill, config)).bind(config),
         serve.deployment(DecodeWorker).options(name="decode", **_options(config.decode, config)).bind(config),
     ]
-    ingress = serve.deployment(serve.ingress(build_http)(Api)).options(
+    ingress = serve.deployment(serve.ingress(build_http)(Ingress)).options(
         name="api",
         num_replicas=1,
         max_ongoing_requests=1000,
@@ -74,7 +84,7 @@ def build_app(config: ServeConfig, hashes: tuple[str, ...]) -> Any:
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=5,
     )
-    return ingress.bind(config, model_name(config), hashes, *workers)
+    return ingress.bind(config, model_name(config), keys, *workers)
 
 
 def _options(role: RoleConfig, config: ServeConfig) -> dict[str, Any]:
@@ -99,10 +109,10 @@ def run_app(config: ServeConfig) -> Iterator[Running]:
         ClusterError: the application did not become ready within start_timeout_s.
     """
     check_app(config)
-    hashes, key_file = key_hashes(config)
+    keys, key_file = read_keys(config)
     deadline_s = time.monotonic() + config.start_timeout_s
     try:
-        _deploy(config, hashes, deadline_s)
+        _deploy(config, keys, deadline_s)
         url = f"http://{_in_url(config.host)}:{config.port}"
         _wait_ready(url, deadline_s, config.start_timeout_s)
         yield Running(f"{url}/v1", model_name(config), str(key_file))
@@ -115,7 +125,7 @@ def num_cpus(config: ServeConfig) -> float:
     return config.prefill.replicas * config.prefill.cpus + config.decode.replicas * config.decode.cpus
 
 
-def _deploy(config: ServeConfig, hashes: tuple[str, ...], deadline_s: float) -> None:
+def _deploy(config: ServeConfig, keys: tuple[ApiKey, ...], deadline_s: float) -> None:
     # serve.run has no deadline of its own.
     pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="deploy")
     try:
@@ -125,7 +135,7 @@ def _deploy(config: ServeConfig, hashes: tuple[str, ...], deadline_s: float) -> 
                 host=config.host, port=config.port, request_timeout_s=config.request_timeout_s, keep_alive_timeout_s=75
             ),
         )
-        deployed = pool.submit(serve.run, build_app(config, hashes), name=APP_NAME, route_prefix="/")
+        deployed = pool.submit(serve.run, build_app(config, keys), name=APP_NAME, route_prefix="/")
         deployed.result(timeout=max(1.0, deadline_s - time.monotonic()))
     except concurrent.futures.TimeoutError:
         raise ClusterError(

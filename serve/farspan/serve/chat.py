@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
 
-from farspan.engine.detokenize import Detokenizer, StopStrings
+from farspan.engine.request import TokenLogprobs
 from farspan.errors import ClusterError, FarspanError, RequestError
 from farspan.kv.ticket import KvTicket
-from farspan.serve.messages import Failed, GenerationRequest, Pulled, Tokens
+from farspan.serve.messages import Failed, GenerationRequest, Prefilled, Pulled, Tokens
 from farspan.serve.policy import Route
 from farspan.serve.router import Workers
+from farspan.serve.text import AnswerText
 from farspan.serve.trace import RequestTrace
-from farspan.serve.wire import ApiError, ChatMessage
 
 # One transfer may fail, and one worker may die, without the client noticing.
 _ATTEMPTS = 3
@@ -28,14 +27,22 @@ class Delta:
     finish: str | None
     num_tokens: int
     """Tokens of the answer so far."""
+    tokens: tuple[int, ...] = ()
+    """Those that came with this piece; their text may come later."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    offsets: tuple[int, ...] = ()
+    """Where the text of each token begins in the answer."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    num_cached: int = 0
+    index: int = 0
+    """Which answer of the request it belongs to."""
 
 
 async def answer(
     request: GenerationRequest,
     route: Route,
     workers: Workers,
-    detokenizer: Detokenizer,
-    stops: StopStrings,
+    text: AnswerText,
     trace: RequestTrace,
 ) -> AsyncGenerator[Delta]:
     """One answer, in the order it happens.
@@ -49,26 +56,29 @@ async def answer(
     try:
         async with aclosing(answer_tokens(request, route, workers, trace)) as batches:
             async for batch in batches:
-                num_tokens += len(batch.tokens)
-                trace.token(len(batch.tokens))
-                text, finish = _text_of(batch, detokenizer, stops)
-                finished, trace.finish = batch.finish is not None, finish
-                yield Delta(text, finish, num_tokens)
-                if finish is not None:
+                words = text.push(batch)
+                count = len(words.offsets)
+                num_tokens += count
+                trace.token(count)
+                if num_tokens == count:
+                    trace.cached_tokens = batch.num_cached
+                finished, trace.finish = batch.finish is not None, words.finish
+                yield Delta(
+                    words.text,
+                    words.finish,
+                    num_tokens,
+                    batch.tokens[:count],
+                    batch.logprobs[:count],
+                    words.offsets,
+                    batch.prompt_logprobs,
+                    batch.num_cached,
+                )
+                if words.finish is not None:
                     return
     finally:
         if not finished:
             # A stop string, or a client that went away: the workers must not go on.
             workers.cancel(request.request_id)
-
-
-def _text_of(batch: Tokens, detokenizer: Detokenizer, stops: StopStrings) -> tuple[str, str | None]:
-    """(text, finish) of the next tokens: a stop string ends the answer before the tokens do."""
-    text = stops.push(detokenizer.push(batch.tokens))
-    if batch.finish is not None:
-        text += stops.push(detokenizer.finish())
-        text += stops.finish()
-    return text, "stop" if stops.stopped else batch.finish
 
 
 async def answer_tokens(
@@ -84,7 +94,7 @@ async def answer_tokens(
         if isinstance(prefilled, Failed):
             _recover(trace, prefilled.error)
         else:
-            first = Tokens((prefilled.token,), prefilled.finish)
+            first = _first_token(prefilled)
             ticket, trace.prefill_s = prefilled.ticket, prefilled.seconds
     try:
         if first is not None:
@@ -119,6 +129,11 @@ async def answer_tokens(
             workers.release(ticket.ticket_id)
 
 
+def _first_token(prefilled: Prefilled) -> Tokens:
+    logprobs = () if prefilled.logprobs is None else (prefilled.logprobs,)
+    return Tokens((prefilled.token,), prefilled.finish, logprobs, prefilled.prompt_logprobs, prefilled.num_cached)
+
+
 def _recover(trace: RequestTrace, error: FarspanError) -> None:
     """Remember a failure that another attempt can mend; a request nobody could answer fails here."""
     if isinstance(error, RequestError):
@@ -130,22 +145,3 @@ def _recover(trace: RequestTrace, error: FarspanError) -> None:
 def _note(trace: RequestTrace, pulled: Pulled) -> None:
     trace.transport, trace.transfer_s = pulled.transport, pulled.seconds
     trace.kv_pages, trace.kv_bytes = pulled.num_pages, pulled.num_bytes
-
-
-def chat_prompt(tokenizer: Any, messages: list[ChatMessage]) -> list[int]:
-    """The tokens of a conversation, by the model's own chat template. Raises ApiError when it has none."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise ApiError(
-            400,
-            "messages: this model has no chat template; use /v1/completions",
-            code="no_chat_template",
-            param="messages",
-        )
-    words = [{"role": message.role, "content": message.text} for message in messages]
-    try:
-        text: str = tokenizer.apply_chat_template(words, tokenize=False, add_generation_prompt=True)
-    # Templates are jinja programs of the model's author: any error in one is about these messages.
-    except Exception as problem:
-        raise ApiError(400, f"messages: the chat template refuses them: {problem}", param="messages") from None
-    tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return tokens

@@ -19,12 +19,14 @@ from typing import TypeVar
 from farspan.config.schema import TransferConfig
 from farspan.engine.engine import Engine
 from farspan.engine.request import FailedEvent, TokenEvent
+from farspan.engine.terms import Terms
 from farspan.errors import EngineError, FarspanError, TransferError
+from farspan.kv.prefix import PrefixScope
 from farspan.kv.puller import Arrival, Puller
 from farspan.kv.ticket import KvTicket, LeaseTable
 from farspan.kv.transports.base import Transport
 from farspan.serve.mailbox import Command, Inbox, Mailbox, tell
-from farspan.serve.messages import Failed, GenerationRequest, Prefilled, Pulled, StreamItem, Tokens, WorkerInfo
+from farspan.serve.messages import Caller, Failed, GenerationRequest, Prefilled, Pulled, StreamItem, Tokens, WorkerInfo
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -55,6 +57,8 @@ class EngineHost:
     def __init__(self, role: str, engine: Engine, transport: Transport, config: TransferConfig) -> None:
         self._role, self._engine, self._transport, self._config = role, engine, transport, config
         self._leases = LeaseTable(engine.pool, config.lease_s)
+        self._offered: dict[str, str] = {}
+        """The request of each open ticket."""
         self._puller = Puller(engine.pool, transport, config.deadline_s)
         self._commands = Mailbox()
         self._clients: dict[str, _Client] = {}
@@ -98,7 +102,7 @@ class EngineHost:
 
     async def release(self, ticket_id: str) -> bool:
         """Give the pages of a ticket back."""
-        return await self._call(lambda: self._leases.release(ticket_id))
+        return await self._call(lambda: self._release(ticket_id))
 
     async def cancel(self, request_id: str) -> None:
         """Forget a request, whatever state it is in."""
@@ -177,7 +181,8 @@ class EngineHost:
     def _turn(self) -> None:
         for command in self._commands.take(self._patience()):
             command.act()
-        self._leases.expire(time.time())
+        for ticket_id in self._leases.expire(time.time()):
+            self._offered.pop(ticket_id, None)
         self._start_pulls()
         for arrival in self._puller.poll(time.monotonic()):
             self._after_pull(arrival)
@@ -213,6 +218,7 @@ class EngineHost:
                 request.params,
                 answered=client.answered,
                 prefill_only=client.prefill_only,
+                terms=_terms(request.caller),
             )
         except FarspanError as problem:
             self._fail(client, problem)
@@ -246,7 +252,14 @@ class EngineHost:
             return
         request, ticket = client.request, arrival.ticket
         try:
-            self._engine.adopt(request.request_id, request.prompt, request.params, client.answered, list(arrival.pages))
+            self._engine.adopt(
+                request.request_id,
+                request.prompt,
+                request.params,
+                client.answered,
+                list(arrival.pages),
+                terms=_terms(request.caller),
+            )
         except FarspanError as problem:
             self._engine.pool.free(arrival.pages)
             self._fail(client, problem)
@@ -264,7 +277,8 @@ class EngineHost:
         else:
             if event.finish:
                 self._clients.pop(event.request_id)
-            client.push(Tokens((event.token,), event.finish))
+            logprobs = () if event.logprobs is None else (event.logprobs,)
+            client.push(Tokens((event.token,), event.finish, logprobs, event.prompt_logprobs, event.num_found))
 
     def _prefilled(self, client: _Client, event: TokenEvent) -> Prefilled:
         pages, num_tokens = self._engine.take(event.request_id)
@@ -273,7 +287,10 @@ class EngineHost:
             self._engine.pool.free(pages)
         else:
             ticket = self._leases.offer(event.request_id, pages, num_tokens, self._transport.address(), time.time())
-        return Prefilled(event.token, event.finish, ticket, time.monotonic() - client.started_s)
+            self._offered[ticket.ticket_id] = event.request_id
+        seconds = time.monotonic() - client.started_s
+        logprobs, before = event.logprobs, event.prompt_logprobs
+        return Prefilled(event.token, event.finish, ticket, seconds, logprobs, before, event.num_found)
 
     def _fail(self, client: _Client, error: FarspanError) -> None:
         self._clients.pop(client.request.request_id, None)
@@ -285,6 +302,13 @@ class EngineHost:
             self._wanting_pages.remove(client)
         self._puller.abandon(request_id)
         self._engine.cancel(request_id)
+        # Whoever left while the ticket was on its way never saw it, and cannot give it back.
+        for ticket_id in [ticket for ticket, owner in self._offered.items() if owner == request_id]:
+            self._release(ticket_id)
+
+    def _release(self, ticket_id: str) -> bool:
+        self._offered.pop(ticket_id, None)
+        return self._leases.release(ticket_id)
 
     def _describe(self) -> WorkerInfo:
         pool = self._engine.pool
@@ -301,3 +325,13 @@ class EngineHost:
             num_requests=len(self._clients),
             open_leases=self._leases.num_open,
         )
+
+
+def _terms(caller: Caller) -> Terms:
+    left_s = None if caller.deadline_at_s is None else caller.deadline_at_s - time.time()
+    return Terms(
+        tenant=caller.tenant,
+        priority=caller.priority,
+        deadline_s=None if left_s is None else time.monotonic() + left_s,
+        scope=PrefixScope(salt=caller.salt),
+    )

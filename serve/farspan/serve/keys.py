@@ -1,4 +1,7 @@
-"""API keys: read or made on the machine that deploys; replicas only ever hold their hashes."""
+"""API keys: read or made on the machine that deploys; replicas only ever hold their hashes.
+
+A line of the file is a key, and after it what it may use: `sk-... requests_per_minute=60 concurrent=4`.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,43 @@ import os
 import secrets
 import stat
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+from farspan.config.load import nearest
 from farspan.config.schema import ServeConfig
 from farspan.errors import ConfigError
 
 _WAY_OUT = "write a key into a file of mode 600 and name it with api_key_file=..."
 
 
-def key_hashes(config: ServeConfig, folder: Path | None = None) -> tuple[tuple[str, ...], Path]:
-    """(sha256 of every key, the file they stand in).
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What one key may use; none: as much as there is."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    """Of prompts and answers."""
+    concurrent: int | None = None
+    """Requests at the same time."""
+    priority: int = 0
+    """The most urgent `priority` its requests may ask for: lower is answered first."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """One key as replicas know it."""
+
+    digest: str
+    allowance: Allowance = Allowance()
+
+    def derived(self, purpose: str) -> str:
+        """A name for one purpose from which nobody finds the key, nor its name for another."""
+        return hmac.new(bytes.fromhex(self.digest), purpose.encode(), hashlib.sha256).hexdigest()
+
+
+def read_keys(config: ServeConfig, folder: Path | None = None) -> tuple[tuple[ApiKey, ...], Path]:
+    """(every key, the file they stand in).
 
     Makes one key when the config names no file: in `folder`, or else in the cache of the user's home.
 
@@ -35,18 +65,18 @@ def key_hashes(config: ServeConfig, folder: Path | None = None) -> tuple[tuple[s
         path = _make_key(folder or _home_folder())
     else:
         path = Path(config.api_key_file)
-    keys = _read_keys(path)
-    return tuple(_hash(key) for key in keys), path
+    return tuple(parse_key(line, number) for number, line in _read_lines(path)), path
 
 
-def is_allowed(header: str | None, hashes: Sequence[str]) -> bool:
-    """Whether an Authorization header carries one of the keys. Takes the same time for every wrong key."""
-    scheme, _, key = (header or "").partition(" ")
+def find_key(header: str | None, keys: Sequence[ApiKey]) -> ApiKey | None:
+    """The key an Authorization header carries. Takes the same time for every wrong one."""
+    scheme, _, given = (header or "").partition(" ")
     if scheme.lower() != "bearer":
-        return False
-    given = _hash(key.strip())
-    matches = [hmac.compare_digest(given, known) for known in hashes]
-    return any(matches)
+        return None
+    # Headers are bytes: what is no text is no key.
+    digest = _hash(given.strip())
+    matches = [key for key in keys if hmac.compare_digest(digest, key.digest)]
+    return matches[0] if matches else None
 
 
 def is_loopback(host: str) -> bool:
@@ -58,7 +88,27 @@ def is_loopback(host: str) -> bool:
 
 
 def _hash(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def parse_key(line: str, number: int) -> ApiKey:
+    """One line. Says which line and field is wrong, never what the key is."""
+    key, *words = line.split()
+    known = [field.name for field in fields(Allowance)]
+    given: dict[str, int] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in known:
+            rule = f"must hold {', '.join(known)} after the key of line {number}"
+            # The word itself may be half of a key.
+            raise ConfigError("api_key_file", rule, f"a word of {len(word)} letters", nearest(name, known))
+        if not value.lstrip("-").isdecimal() or (name != "priority" and int(value) < 1):
+            rule = f"must give {name} in line {number} as a whole number of at least 1"
+            raise ConfigError(
+                "api_key_file", rule, "something else", f"use {name}=1 or more, or leave it out for no limit"
+            )
+        given[name] = int(value)
+    return ApiKey(_hash(key), Allowance(**given))
 
 
 def _home_folder() -> Path:
@@ -83,7 +133,8 @@ def _make_key(folder: Path) -> Path:
     return path
 
 
-def _read_keys(path: Path) -> list[str]:
+def _read_lines(path: Path) -> list[tuple[int, str]]:
+    """(number, line) of every key."""
     try:
         is_file, mode, text = path.is_file(), 0, ""
         if is_file:
@@ -96,7 +147,7 @@ def _read_keys(path: Path) -> list[str]:
         raise ConfigError("api_key_file", "must be a file with one key per line", str(path), "write one key into it")
     if mode & 0o077:
         raise ConfigError("api_key_file", "must be mode 600", f"{mode:o}", f"run chmod 600 {path}")
-    keys = [line.strip() for line in text.splitlines() if line.strip()]
-    if not keys:
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    if not lines:
         raise ConfigError("api_key_file", "must hold at least one key", str(path), "write one key into it")
-    return keys
+    return lines

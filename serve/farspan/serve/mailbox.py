@@ -75,7 +75,7 @@ class Inbox:
         while isinstance(item, Tokens) and self._items and isinstance(self._items[0], Tokens):
             following = self._items.popleft()
             assert isinstance(following, Tokens)
-            item = Tokens(item.tokens + following.tokens, following.finish)
+            item = item.followed_by(following)
         if not self._items:
             self._filled.clear()
         return item

@@ -4,9 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from farspan.engine.request import SamplingParams
+from farspan.engine.request import SamplingParams, TokenLogprobs
 from farspan.errors import FarspanError
 from farspan.kv.ticket import KvTicket
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """On whose behalf a request is answered; the workers learn nothing else of a key."""
+
+    tenant: str = ""
+    salt: str = ""
+    """Requests of different salts share no pages. A keyed hash: nobody finds the API key from it."""
+    priority: int = 0
+    """Higher goes first."""
+    deadline_at_s: float | None = None
+    """Wall clock, as in tickets: workers on other machines have other monotonic clocks."""
+
+
+ANYBODY = Caller()
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +32,7 @@ class GenerationRequest:
     request_id: str
     prompt: tuple[int, ...]
     params: SamplingParams
+    caller: Caller = ANYBODY
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +43,10 @@ class Prefilled:
     finish: str | None
     ticket: KvTicket | None
     seconds: float
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    num_cached: int = 0
+    """Tokens of the prompt that were there already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +65,22 @@ class Tokens:
 
     tokens: tuple[int, ...]
     finish: str | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each token where they were asked for."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    """With the first token, where they were asked for: one for each prompt token after the first."""
+    num_cached: int = 0
+    """With the first token: tokens of the prompt that were there already."""
+
+    def followed_by(self, later: Tokens) -> Tokens:
+        """Both as one item."""
+        return Tokens(
+            self.tokens + later.tokens,
+            later.finish,
+            self.logprobs + later.logprobs,
+            self.prompt_logprobs,
+            self.num_cached,
+        )
 
 
 @dataclass(frozen=True, slots=True)

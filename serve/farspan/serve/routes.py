@@ -12,8 +12,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from farspan.errors import FarspanError
-from farspan.serve.api import Api, as_api_error, internal_error
-from farspan.serve.wire import ApiError
+from farspan.serve.api import Api
+from farspan.serve.choices import ClientGoneError
+from farspan.serve.faults import as_api_error, internal_error
+from farspan.serve.openapi import describe
+from farspan.serve.shape import ApiError
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +33,21 @@ def build_http() -> FastAPI:
 
 def route(here: Callable[[], Api]) -> FastAPI:
     """The routes, in front of the `Api` that `here` finds."""
-    http = FastAPI(title="farspan", docs_url=None, redoc_url=None)
+    http = FastAPI(title="farspan", docs_url=None, redoc_url=None, openapi_url=None)
+    described = describe()
     http.add_middleware(LastResort)
     http.add_exception_handler(ApiError, _api_error)
     http.add_exception_handler(FarspanError, _farspan_error)
     http.add_exception_handler(HTTPException, _http_error)
+    http.add_exception_handler(ClientGoneError, _nobody_there)
 
     @http.get("/health")
     async def health() -> Response:
         return await here().health()
+
+    @http.get("/openapi.json")
+    async def openapi() -> Response:
+        return JSONResponse(described)
 
     @http.get("/ready")
     async def ready() -> Response:
@@ -55,6 +64,18 @@ def route(here: Callable[[], Api]) -> FastAPI:
     @http.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         return await here().chat(request)
+
+    @http.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        return await here().tokenize(request)
+
+    @http.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        return await here().detokenize(request)
+
+    @http.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        return await here().metrics(request)
 
     @http.get("/v1/requests/{request_id}/trace")
     async def trace(request: Request, request_id: str) -> Response:
@@ -88,7 +109,7 @@ class LastResort:
 
 
 def _answer(error: ApiError) -> Response:
-    return JSONResponse(error.body(), status_code=error.status)
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
 
 
 async def _api_error(_: Request, problem: Exception) -> Response:
@@ -99,6 +120,11 @@ async def _api_error(_: Request, problem: Exception) -> Response:
 async def _farspan_error(_: Request, problem: Exception) -> Response:
     assert isinstance(problem, FarspanError)
     return _answer(as_api_error(problem))
+
+
+async def _nobody_there(_: Request, problem: Exception) -> Response:
+    # nginx's number for it: only logs see it.
+    return Response(status_code=499)
 
 
 async def _http_error(request: Request, problem: Exception) -> Response:

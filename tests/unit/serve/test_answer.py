@@ -6,13 +6,13 @@ import asyncio
 
 import pytest
 
-from farspan.engine.detokenize import StopStrings
 from farspan.engine.request import SamplingParams
 from farspan.errors import ClusterError, RequestError, TransferError
 from farspan.kv.ticket import KvTicket, SourceAddress
 from farspan.serve.chat import answer
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, Pulled, Tokens
 from farspan.serve.policy import Route, choose_route
+from farspan.serve.text import AnswerText
 from farspan.serve.trace import RequestTrace, TraceBook
 
 ANSWER = tuple(range(100, 112))
@@ -69,7 +69,7 @@ def tell(workers, *, split=True, stops=(), take=None):
     request = GenerationRequest("r", (1, 2, 3), SamplingParams(max_tokens=len(ANSWER)))
 
     async def run():
-        deltas = answer(request, Route(split, "test"), workers, Words(), StopStrings(list(stops)), trace)
+        deltas = answer(request, Route(split, "test"), workers, AnswerText(Words(), stops), trace)
         text, finish = "", None
         try:
             async for delta in deltas:

@@ -8,7 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from farspan.serve.body import read_body
-from farspan.serve.wire import ApiError, ChatRequest, CompletionRequest, model_list
+from farspan.serve.conversation import ChatRequest
+from farspan.serve.reply import model_list
+from farspan.serve.shape import ApiError
+from farspan.serve.wire import CompletionRequest
 
 GOOD = {"model": "m", "prompt": "x"}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
@@ -25,19 +28,12 @@ def refused(content: bytes, shape=CompletionRequest) -> ApiError:
 
 
 UNSERVED = [
-    ("best_of", 3),
     ("suffix", "end"),
-    ("echo", True),
-    ("logprobs", 0),
-    ("logprobs", 5),
-    ("logprobs", True),
-    ("top_logprobs", 2),
-    ("tools", [{"type": "function"}]),
-    ("tool_choice", "required"),
+    ("prompt_logprobs", 1),
     ("functions", [{"name": "f"}]),
-    ("n", 2),
-    ("n", True),
-    ("reasoning_effort", "high"),
+    ("audio", {"voice": "any"}),
+    ("modalities", ["text", "audio"]),
+    ("use_beam_search", True),
 ]
 
 
@@ -57,19 +53,19 @@ def test_neutral_values_unknown_fields_and_nulls_ask_for_the_default(good, shape
         "frequency_penalty": 0,
         "logit_bias": {},
         "response_format": {"type": "text"},
-        "best_of": 1,
+        "modalities": ["text"],
         "suffix": "",
-        "echo": False,
         "logprobs": False,
-        "tools": [],
+        "functions": [],
         "n": 1,
         "nobody_knows_this": [1],
     }
     names = [*shape.model_fields, *neutral]
     nulls = {name: None for name in names if name not in good}
-    plain = read_body(json.dumps(good).encode(), shape)
-    assert read_body(json.dumps({**good, **neutral}).encode(), shape) == plain
-    assert read_body(json.dumps({**good, **nulls}).encode(), shape) == plain
+    plain, ignored = read_body(json.dumps(good).encode(), shape)
+    assert ignored == ()
+    assert read_body(json.dumps({**good, **neutral}).encode(), shape) == (plain, ("nobody_knows_this",))
+    assert read_body(json.dumps({**good, **nulls}).encode(), shape) == (plain, ())
     assert plain.temperature == 1.0
     assert plain.stop == []
 
@@ -92,8 +88,8 @@ def test_a_field_that_is_needed_may_not_be_null():
 def test_half_a_character_is_refused_and_a_whole_one_is_taken(good, shape, field, value):
     error = refused(json.dumps({**good, field: value}).encode(), shape)
     assert (error.param, "surrogate" in error.message) == (field, True)
-    whole = read_body(json.dumps({**GOOD, "prompt": "\U0001f600"}).encode(), CompletionRequest)
-    assert whole.prompt == "\U0001f600"
+    whole, _ = read_body(json.dumps({**GOOD, "prompt": "\U0001f600"}).encode(), CompletionRequest)
+    assert whole.prompt == ["\U0001f600"]
 
 
 def test_a_name_that_is_half_a_character_and_bytes_that_are_no_text_are_refused():
@@ -101,6 +97,10 @@ def test_a_name_that_is_half_a_character_and_bytes_that_are_no_text_are_refused(
     assert refused(b'{"model": "m", "prompt": "\xed\xa0\x80"}').code == "invalid_json"
     assert refused(b"{not json").code == "invalid_json"
     assert refused(b"[" * 100_000).code == "invalid_json"
+    assert refused(b'{"model": "m", "prompt": "x", "temperature": NaN}').code == "invalid_json"
+    assert refused(b'{"model": "m", "prompt": "x", "seed": ' + b"9" * 10_000 + b"}").code == "invalid_json"
+    deep = b'{"model": "m", "prompt": "x", "metadata": ' + b"[" * 200 + b"]" * 200 + b"}"
+    assert refused(deep).param == "metadata"
     assert refused(b"[1]").param == "body"
 
 
@@ -125,12 +125,34 @@ def test_a_name_that_is_half_a_character_and_bytes_that_are_no_text_are_refused(
         ("top_p", 0),
         ("max_tokens", 0),
         ("prompt", {"a": 1}),
-        ("prompt", ["a", "b"]),
+        ("prompt", ["a", 1]),
+        ("prompt", ["a"] * 129),
+        ("n", 0),
+        ("n", 129),
+        ("n", True),
+        ("n", "2"),
+        ("n", 1.5),
+        ("best_of", 3),
+        ("echo", 1),
+        ("logprobs", True),
+        ("logprobs", 21),
+        ("logprobs", -1),
+        ("stream", "yes"),
+        ("temperature", "hot"),
+        ("seed", 2**63),
+        ("top_k", -2),
+        ("priority", 1.5),
+        ("deadline_s", 0),
+        ("cache_salt", ""),
+        ("stream_options", [1]),
+        ("guided_choice", []),
+        ("guided_regex", 7),
     ],
 )
 def test_what_is_out_of_bounds_is_refused_by_name(field, value):
     error = refused(json.dumps({**GOOD, field: value}).encode())
-    assert str(error.param).startswith(field)
+    assert str(error.param).startswith((field, "n", "structured_outputs")), error.message
+    assert field.removeprefix("guided_") in error.message
     assert len(error.message) < 400
 
 
@@ -155,9 +177,9 @@ def test_penalties_bias_and_the_form_of_the_answer_are_taken_by_their_openai_nam
         "logit_bias": {"50": -100, "7": 2.5},
         "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}},
     }
-    read = read_body(json.dumps({**good, **asked}).encode(), shape)
+    read, _ = read_body(json.dumps({**good, **asked}).encode(), shape)
     assert (read.presence_penalty, read.frequency_penalty, read.logit_bias) == (0.5, -1.0, {50: -100.0, 7: 2.5})
-    assert read.response_format.grammar.kind == "json_schema"
-    assert json.loads(read.response_format.grammar.source) == schema
-    any_object = read_body(json.dumps({**good, "response_format": {"type": "json_object"}}).encode(), shape)
-    assert any_object.response_format.grammar.kind == "json_object"
+    assert read.form().kind == "json_schema"
+    assert json.loads(read.form().source) == schema
+    any_object, _ = read_body(json.dumps({**good, "response_format": {"type": "json_object"}}).encode(), shape)
+    assert any_object.form().kind == "json_object"

@@ -104,6 +104,21 @@ def test_a_reader_that_leaves_frees_everything_at_once(hosts):
     asyncio.run(run())
 
 
+def test_a_caller_that_leaves_while_its_ticket_is_on_its_way_leaves_no_lease_behind(hosts):
+    (prompt,) = prompts(40)
+
+    async def run() -> None:
+        prefilled = await hosts.prefill.prefill(request("gone", prompt))
+        other = await hosts.prefill.prefill(request("stays", prompt))
+        await hosts.prefill.cancel("gone")
+        assert (await hosts.prefill.info()).open_leases == 1
+        assert not await hosts.prefill.release(prefilled.ticket.ticket_id)
+        assert await hosts.prefill.release(other.ticket.ticket_id)
+        await hosts.settled(idle)
+
+    asyncio.run(run())
+
+
 def test_a_lease_nobody_claims_is_taken_back():
     hosts = Hosts(lease_s=0.3)
     (prompt,) = prompts(40)

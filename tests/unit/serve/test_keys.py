@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import stat
 from pathlib import Path
 
@@ -9,28 +11,68 @@ import pytest
 
 from farspan.config.schema import ServeConfig
 from farspan.errors import ConfigError
-from farspan.serve.keys import is_allowed, is_loopback, key_hashes
+from farspan.serve.keys import Allowance, find_key, is_loopback, parse_key, read_keys
 
 
 def test_only_bearers_of_a_key_are_let_in(tmp_path):
     file = tmp_path / "keys"
     file.touch(mode=0o600)
     file.write_text("sk-one\n\n  sk-two  \n")
-    hashes, path = key_hashes(ServeConfig(model="m", host="0.0.0.0", api_key_file=str(file)), tmp_path)
+    keys, path = read_keys(ServeConfig(model="m", host="0.0.0.0", api_key_file=str(file)), tmp_path)
     assert path == file
-    assert is_allowed("Bearer sk-one", hashes)
-    assert is_allowed("bearer sk-two", hashes)
-    for header in (None, "", "Bearer", "Bearer ", "Basic sk-one", "Bearer sk-three", "sk-one", f"Bearer {hashes[0]}"):
-        assert not is_allowed(header, hashes)
-    assert not any("sk-" in digest for digest in hashes)
+    assert find_key("Bearer sk-one", keys)
+    assert find_key("bearer sk-two", keys)
+    for header in (
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        "Basic sk-one",
+        "Bearer sk-three",
+        "sk-one",
+        f"Bearer {keys[0].digest}",
+    ):
+        assert not find_key(header, keys)
+    assert "sk-" not in repr(keys)
+
+
+def test_a_line_says_what_its_key_may_use_and_old_files_say_nothing(tmp_path):
+    file = tmp_path / "keys"
+    file.touch(mode=0o600)
+    file.write_text("sk-one\nsk-two requests_per_minute=60  tokens_per_minute=9000 concurrent=4 priority=-5\n")
+    keys, _ = read_keys(ServeConfig(model="m", api_key_file=str(file)), tmp_path)
+    assert find_key("Bearer sk-one", keys).allowance == Allowance()
+    assert find_key("Bearer sk-two", keys).allowance == Allowance(60, 9000, 4, -5)
+
+
+@pytest.mark.parametrize(
+    "words", ["request_per_minute=6", "concurrent=0", "concurrent=four", "concurrent", "sk-other=="]
+)
+def test_a_line_that_says_something_else_is_refused_without_a_word_of_the_key(tmp_path, words):
+    file = tmp_path / "keys"
+    file.touch(mode=0o600)
+    file.write_text(f"sk-fine\nsk-secret {words}\n")
+    with pytest.raises(ConfigError, match=r"api_key_file: .*line 2") as refused:
+        read_keys(ServeConfig(model="m", api_key_file=str(file)), tmp_path)
+    assert "sk-" not in str(refused.value)
+
+
+def test_names_derived_from_a_key_differ_by_key_and_purpose_and_do_not_show_it():
+    one, two = parse_key("sk-one", 1), parse_key("sk-two", 2)
+    names = {key.derived(purpose) for key in (one, two) for purpose in ("tenant", "prefix ")}
+    assert len(names) == 4
+    assert not names & {one.digest, two.digest}
+    # Known only to who has the key: not its bare hash, which would be the name for every purpose.
+    wanted = hmac.new(hashlib.sha256(b"sk-one").digest(), b"tenant", hashlib.sha256).hexdigest()
+    assert one.derived("tenant") == wanted
 
 
 def test_a_made_key_stands_in_a_private_file_and_is_made_once(tmp_path):
-    first, path = key_hashes(ServeConfig(model="m"), tmp_path / "state")
-    second, again = key_hashes(ServeConfig(model="m"), tmp_path / "state")
+    first, path = read_keys(ServeConfig(model="m"), tmp_path / "state")
+    second, again = read_keys(ServeConfig(model="m"), tmp_path / "state")
     assert (first, path) == (second, again)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert is_allowed(f"Bearer {path.read_text().strip()}", first)
+    assert find_key(f"Bearer {path.read_text().strip()}", first)
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604])
@@ -39,7 +81,7 @@ def test_a_key_file_others_can_read_is_refused(tmp_path, mode):
     file.write_text("sk-secret\n")
     file.chmod(mode)
     with pytest.raises(ConfigError, match=r"mode 600.*chmod 600") as refused:
-        key_hashes(ServeConfig(model="m", api_key_file=str(file)), tmp_path)
+        read_keys(ServeConfig(model="m", api_key_file=str(file)), tmp_path)
     assert "sk-secret" not in str(refused.value)
 
 
@@ -48,7 +90,7 @@ def test_missing_and_empty_key_files_are_refused(tmp_path):
     empty.touch(mode=0o600)
     for path in (empty, tmp_path / "absent"):
         with pytest.raises(ConfigError, match="api_key_file"):
-            key_hashes(ServeConfig(model="m", api_key_file=str(path)), tmp_path)
+            read_keys(ServeConfig(model="m", api_key_file=str(path)), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -59,10 +101,10 @@ def test_a_host_other_machines_reach_needs_a_key_file(tmp_path, host, expected):
     assert is_loopback(host) == expected
     config = ServeConfig(model="m", host=host)
     if expected:
-        assert key_hashes(config, tmp_path)
+        assert read_keys(config, tmp_path)
     else:
         with pytest.raises(ConfigError, match="must be given"):
-            key_hashes(config, tmp_path)
+            read_keys(config, tmp_path)
 
 
 def test_a_home_that_cannot_be_written_is_refused_in_one_sentence_with_the_way_out(tmp_path, monkeypatch):
@@ -70,7 +112,7 @@ def test_a_home_that_cannot_be_written_is_refused_in_one_sentence_with_the_way_o
     home.touch()
     monkeypatch.setenv("HOME", str(home))
     with pytest.raises(ConfigError, match=r"api_key_file=\.\.\.") as refused:
-        key_hashes(ServeConfig(model="m"))
+        read_keys(ServeConfig(model="m"))
     assert len(str(refused.value).splitlines()) == 1
 
 
@@ -80,12 +122,12 @@ def test_a_user_without_a_home_is_refused_in_one_sentence_with_the_way_out(monke
 
     monkeypatch.setattr(Path, "home", homeless)
     with pytest.raises(ConfigError, match=r"without a home folder.*api_key_file=\.\.\."):
-        key_hashes(ServeConfig(model="m"))
+        read_keys(ServeConfig(model="m"))
 
 
 def test_the_home_is_the_one_of_the_moment(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "later"))
-    _, path = key_hashes(ServeConfig(model="m"))
+    _, path = read_keys(ServeConfig(model="m"))
     assert path.is_relative_to(tmp_path / "later")
 
 
@@ -94,4 +136,4 @@ def test_a_key_file_that_is_no_text_is_refused(tmp_path):
     file.touch(mode=0o600)
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="must be readable"):
-        key_hashes(ServeConfig(model="m", api_key_file=str(file)))
+        read_keys(ServeConfig(model="m", api_key_file=str(file)))

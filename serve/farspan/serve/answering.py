@@ -1,0 +1,162 @@
+"""One request on its way: admitted, read, asked of the workers once for each of its answers, counted."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from farspan.engine.detokenize import Detokenizer
+from farspan.engine.request import Grammar, SamplingParams, choices
+from farspan.errors import FarspanError, RequestError
+from farspan.serve.calls import PlainReader, Reader, Said
+from farspan.serve.chat import Delta, answer
+from farspan.serve.choices import merged
+from farspan.serve.faults import is_past, too_late
+from farspan.serve.limits import Meter
+from farspan.serve.messages import Caller, GenerationRequest, WorkerInfo
+from farspan.serve.metrics import Metrics
+from farspan.serve.params import sampling
+from farspan.serve.policy import choose_route
+from farspan.serve.reply import Counted, Prompted, Step, Style
+from farspan.serve.router import Workers
+from farspan.serve.text import AnswerText
+from farspan.serve.trace import RequestTrace
+from farspan.serve.wire import GenerationFields
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What a request comes down to, whichever endpoint it came by."""
+
+    asked: GenerationFields
+    read: Callable[[], list[Prompted]]
+    """Its prompts as tokens; slow for long ones."""
+    max_tokens: int | None
+    style: Style
+    grammar: Grammar | None
+    reader: Callable[[], Reader] = PlainReader
+    """Reads the text of one answer."""
+    telling: Any = None
+    """The tokenizer that turns its tokens into text, where it is not the model's own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What all requests share."""
+
+    workers: Workers
+    tokenizer: Any
+    info: WorkerInfo
+    colocate_below_tokens: int
+    metrics: Metrics
+
+
+class Answering:
+    """Tells the steps of all answers of one request, as they come. `counted` is right once the first step came."""
+
+    def __init__(
+        self, question: Question, around: Surroundings, caller: Caller, meter: Meter, trace: RequestTrace
+    ) -> None:
+        self._question, self._around, self._caller, self._meter = question, around, caller, meter
+        self._trace = trace
+        self.counted = Counted(0, question.style)
+
+    async def steps(self) -> AsyncGenerator[Step]:
+        """
+        Raises:
+            ApiError: refused, or too late.
+            FarspanError: it cannot be answered.
+        """
+        counting = self._around.metrics.request(self._trace, self.counted)
+        with counting, self._meter.admitted(), _told_as_late(self._caller.deadline_at_s):
+            # In a thread: millions of characters take seconds, and other answers are on their way.
+            prompts = await asyncio.to_thread(self._question.read)
+            self._admit(prompts)
+            told = [prompt for prompt in prompts for _ in range(self._question.asked.n)]
+            readings = [_Reading(prompted, self._question.reader()) for prompted in told]
+            answers = [self._answer(number, *branch) for number, branch in enumerate(self._branches(prompts))]
+            async with aclosing(merged(answers) if len(answers) > 1 else answers[0]) as deltas:
+                while (delta := await self._next(deltas)) is not None:
+                    before = self.counted.answer_tokens
+                    self.counted.count(delta)
+                    self._meter.charge(self.counted.answer_tokens - before)
+                    yield readings[delta.index].step(delta)
+
+    def _admit(self, prompts: Sequence[Prompted]) -> None:
+        info = self._around.info
+        for prompt in prompts:
+            # Before it travels: the engine's thread would look at every token first.
+            if len(prompt.tokens) >= info.max_context_tokens:
+                most = info.max_context_tokens - 1
+                raise RequestError("", f"the prompt has {len(prompt.tokens)} tokens, the model takes at most {most}")
+        self.counted.prompt_tokens = self._trace.prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
+        self._meter.charge(self.counted.prompt_tokens)
+
+    def _branches(self, prompts: Sequence[Prompted]) -> Iterator[tuple[GenerationRequest, AnswerText]]:
+        asked = self._question.asked
+        for prompt in prompts:
+            # The engine's id is ours alone: a client that repeats its own cannot reach another request.
+            for request_id, params in choices(uuid.uuid4().hex, replace(self._params(prompt), n=asked.n)):
+                telling = self._question.telling or self._around.tokenizer
+                text = AnswerText(Detokenizer(telling), asked.stop, asked.min_tokens)
+                yield GenerationRequest(request_id, prompt.tokens, params, self._caller), text
+
+    def _params(self, prompt: Prompted) -> SamplingParams:
+        info, question = self._around.info, self._question
+        room = min(info.max_context_tokens, info.kv_tokens) - len(prompt.tokens)
+        most = max(1, room) if question.max_tokens is None else max(1, question.max_tokens)
+        end = self._around.tokenizer.eos_token_id
+        # The tokenizer's own end of text, for models whose config does not name it.
+        return sampling(question.asked, most, () if end is None else (int(end),), question.grammar)
+
+    def _answer(self, number: int, request: GenerationRequest, text: AnswerText) -> AsyncGenerator[Delta]:
+        route = choose_route(len(request.prompt), self._around.colocate_below_tokens)
+        return answer(request, route, self._around.workers, text, self._trace.choice(number))
+
+    async def _next(self, deltas: AsyncGenerator[Delta]) -> Delta | None:
+        deadline_at_s = self._caller.deadline_at_s
+        if deadline_at_s is None:
+            return await anext(deltas, None)
+        # Not one deadline around all: the steps of a generator may be asked for by different tasks.
+        return await asyncio.wait_for(_awaited(deltas), max(0.0, deadline_at_s - time.time()))
+
+
+class _Reading:
+    """One answer while it is read."""
+
+    def __init__(self, prompted: Prompted, reader: Reader) -> None:
+        self._prompted, self._reader = prompted, reader
+        self._first, self._called = True, False
+
+    def step(self, delta: Delta) -> Step:
+        said = self._reader.push(delta.text)
+        if delta.finish is not None:
+            said = _joined(said, self._reader.finish())
+        first, self._first = self._first, False
+        self._called = self._called or bool(said.calls)
+        finish = "tool_calls" if self._called and delta.finish == "stop" else delta.finish
+        return Step(delta, said, self._prompted, first, finish)
+
+
+def _joined(said: Said, later: Said) -> Said:
+    return Said(said.text + later.text, said.calls + later.calls)
+
+
+async def _awaited(deltas: AsyncGenerator[Delta]) -> Delta | None:
+    return await anext(deltas, None)
+
+
+@contextmanager
+def _told_as_late(deadline_at_s: float | None) -> Iterator[None]:
+    """After a deadline, whatever ends a request is the deadline."""
+    try:
+        yield
+    except (TimeoutError, FarspanError):
+        if is_past(deadline_at_s):
+            raise too_late() from None
+        raise

@@ -1,0 +1,29 @@
+"""What went wrong, as clients may know it."""
+
+from __future__ import annotations
+
+import time
+
+from farspan.errors import FarspanError, RequestError
+from farspan.serve.shape import ApiError
+
+
+def as_api_error(problem: FarspanError) -> ApiError:
+    if isinstance(problem, RequestError):
+        return ApiError(400, problem.reason, code="invalid_request")
+    return internal_error()
+
+
+def internal_error() -> ApiError:
+    """What a client may know about what we got wrong."""
+    return ApiError(500, "the request could not be completed; try again", code="internal_error")
+
+
+def too_late() -> ApiError:
+    """The deadline a client set has passed."""
+    message = "the answer was not complete before its deadline; give it more time or ask for less"
+    return ApiError(504, message, code="deadline_exceeded", param="deadline_s")
+
+
+def is_past(deadline_at_s: float | None) -> bool:
+    return deadline_at_s is not None and time.time() >= deadline_at_s

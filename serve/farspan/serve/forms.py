@@ -1,0 +1,81 @@
+"""The form an answer is held to: JSON, a regular expression, one of some texts, a grammar; by every name it has."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from farspan.engine.request import Grammar
+from farspan.serve.shape import Shape
+
+# Read by the engine's thread, before anything of it can be refused.
+_LONGEST_SOURCE, _MOST_CHOICES = 200_000, 1000
+COMPACT = {"x-guidance": {"whitespace_flexible": False}}
+"""In a schema of a Lark grammar: no white space between the parts of the JSON, as in answers of one schema."""
+
+
+class JsonSchema(Shape):
+    # `schema` is a name pydantic uses itself.
+    wanted: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(Shape):
+    """Free text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema is needed with type json_schema, and with no other")
+        return self
+
+
+class StructuredOutputs(Shape):
+    """vLLM's way to ask for a form."""
+
+    # `json` is a name pydantic uses itself.
+    wanted: dict[str, Any] | str | None = Field(default=None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+    def forms(self) -> list[Grammar]:
+        found = [] if self.wanted is None else [Grammar("json_schema", _schema_text(self.wanted))]
+        found += [Grammar("json_object", "")] if self.json_object else []
+        found += [] if self.regex is None else [Grammar("regex", self.regex)]
+        found += [] if self.choice is None else [_one_of(self.choice)]
+        return found + ([] if self.grammar is None else [Grammar("lark", self.grammar)])
+
+
+def form_of(response_format: ResponseFormat, *structured: StructuredOutputs | None) -> Grammar | None:
+    """The one form that is asked for. Raises ValueError when there are two, or it is too long to be read."""
+    forms = [form for asked in structured if asked is not None for form in asked.forms()]
+    if response_format.json_schema is not None:
+        forms.append(Grammar("json_schema", json.dumps(response_format.json_schema.wanted)))
+    elif response_format.type == "json_object":
+        forms.append(Grammar("json_object", ""))
+    if len(forms) > 1:
+        raise ValueError(
+            f"structured_outputs: the answer can have one form only, got {' and '.join(form.kind for form in forms)}; "
+            "leave all but one out of response_format, structured_outputs and guided_*"
+        )
+    if forms and len(forms[0].source) > _LONGEST_SOURCE:
+        raise ValueError(
+            f"structured_outputs: a {forms[0].kind} may have {_LONGEST_SOURCE} characters, got {len(forms[0].source)}"
+        )
+    return forms[0] if forms else None
+
+
+def _schema_text(schema: dict[str, Any] | str) -> str:
+    return schema if isinstance(schema, str) else json.dumps(schema)
+
+
+def _one_of(texts: list[str]) -> Grammar:
+    if not 1 <= len(texts) <= _MOST_CHOICES or not all(texts):
+        raise ValueError(f"structured_outputs: choice must be 1 to {_MOST_CHOICES} texts, none of them empty")
+    return Grammar("lark", f"start: {' | '.join(json.dumps(text) for text in texts)}")

@@ -1,0 +1,79 @@
+"""What the ingress counts, for Prometheus."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from farspan.errors import RequestError
+from farspan.serve.messages import WorkerInfo
+from farspan.serve.reply import Counted
+from farspan.serve.shape import ApiError
+from farspan.serve.trace import RequestTrace
+
+_FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_WHOLE_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+
+
+class Metrics:
+    """Numbers of one ingress, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter("farspan_requests", "Requests that ended, by how.", ["outcome"], registry=registry)
+        self._running = Gauge("farspan_requests_running", "Requests being answered.", registry=registry)
+        self._tokens = Counter(
+            "farspan_request_tokens", "Tokens: of prompts, found of them, of answers.", ["kind"], registry=registry
+        )
+        self._recoveries = Counter(
+            "farspan_recoveries", "Failures of workers that no client noticed.", registry=registry
+        )
+        self._first = Histogram(
+            "farspan_time_to_first_token_seconds", "From arrival.", buckets=_FIRST_TOKEN_S, registry=registry
+        )
+        self._whole = Histogram("farspan_request_seconds", "From arrival.", buckets=_WHOLE_S, registry=registry)
+        self._pages = Gauge("farspan_kv_pages", "Of one worker of a role.", ["role", "state"], registry=registry)
+        self._open = Gauge("farspan_worker_requests", "In one worker of a role.", ["role"], registry=registry)
+
+    @contextmanager
+    def request(self, trace: RequestTrace, counted: Counted) -> Iterator[None]:
+        """Count one request, however it ends."""
+        self._running.inc()
+        outcome = "abandoned"
+        try:
+            yield
+            outcome = "answered"
+        except Exception as problem:
+            outcome = _outcome(problem)
+            raise
+        finally:
+            self._running.dec()
+            self._requests.labels(outcome).inc()
+            self._measure(trace, counted)
+
+    def render(self, infos: Sequence[WorkerInfo]) -> bytes:
+        """The text Prometheus reads."""
+        for info in infos:
+            states = {"all": info.num_pages, "free": info.num_free, "quarantined": info.num_quarantined}
+            for state, count in states.items():
+                self._pages.labels(info.role, state).set(count)
+            self._open.labels(info.role).set(info.num_requests)
+        return generate_latest(self._registry)
+
+    def _measure(self, trace: RequestTrace, counted: Counted) -> None:
+        kinds = {"prompt": counted.prompt_tokens, "answer": counted.answer_tokens, "cached": counted.cached_tokens}
+        for kind, count in kinds.items():
+            self._tokens.labels(kind).inc(count)
+        self._recoveries.inc(sum(len(one.recoveries) for one in (trace, *trace.others)))
+        if trace.arrivals_s:
+            self._first.observe(trace.arrivals_s[0])
+            self._whole.observe(time.monotonic() - trace.started_s)
+
+
+def _outcome(problem: Exception) -> str:
+    if isinstance(problem, ApiError):
+        return {429: "limited", 504: "late"}.get(problem.status, "refused")
+    return "refused" if isinstance(problem, RequestError) else "failed"

@@ -1,0 +1,267 @@
+"""Several answers and their log-probabilities over HTTP are the model's own, also when a worker dies on the way."""
+
+from __future__ import annotations
+
+import json
+
+import llguidance.hf
+import pytest
+import torch
+from tests.unit.serve.in_process import ENGINE
+from tests.unit.serve.tiny_folder import TEXT
+
+from farspan.config.schema import EngineConfig
+from farspan.engine.engine import Engine
+from farspan.engine.request import SamplingParams
+from farspan.models.checkpoint import load_causal_lm
+
+PROMPT, MAX_TOKENS = TEXT[300:420], 14
+# Attention over pages adds up in another order than transformers does; both in float64.
+TOLERANCE = 1e-9
+
+
+@pytest.fixture(scope="module")
+def teacher(oracle):
+    """log-probabilities of transformers for every next token of a text, given as tokens."""
+    model, _ = oracle
+
+    def logprobs(tokens: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            return model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+
+    return logprobs
+
+
+@pytest.fixture(scope="module")
+def token_bytes(oracle):
+    """By llguidance's reading of the tokenizer, which is not ours."""
+    reader = llguidance.hf.from_tokenizer(oracle[1])
+    return lambda token: bytes(reader.decode_bytes([int(token)]))
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_folder, oracle):
+    """Tokens the engine itself answers in one plain process, choice by choice."""
+    _, tokenizer = oracle
+    engine = Engine(load_causal_lm(tiny_folder, torch.float64), EngineConfig(**ENGINE), tokenizer=tokenizer)
+
+    def answers(n: int, seed: int) -> list[list[int]]:
+        params = SamplingParams(n=n, seed=seed, temperature=1.0, max_tokens=MAX_TOKENS)
+        found = [list(done.tokens) for done in engine.generate([tokenizer(PROMPT)["input_ids"]], params)]
+        assert len({tuple(tokens) for tokens in found}) == n, "choices that are all the same prove nothing"
+        return found
+
+    return answers
+
+
+@pytest.mark.parametrize("die_after", [None, 2, 5])
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_choice_has_its_own_tokens_and_transformers_logprobs_also_after_a_death(
+    served, oracle, teacher, token_bytes, stream, die_after
+):
+    _, tokenizer = oracle
+    served.workers.die_after = die_after
+
+    async def work(client):
+        asked = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "x"}],
+            "n": 3,
+            "seed": 11,
+            "temperature": 1.0,
+            "max_completion_tokens": MAX_TOKENS,
+            "logprobs": True,
+            "top_logprobs": 4,
+        }
+        if not stream:
+            answer = await client.chat.completions.create(**asked, extra_body={"return_token_ids": True})
+            return [
+                (c.message.content, c.logprobs.content, c.model_extra["token_ids"]) for c in answer.choices
+            ], answer.usage
+        parts = {i: ["", [], []] for i in range(3)}
+        usage = None
+        chunks = await client.chat.completions.create(
+            **asked, stream=True, stream_options={"include_usage": True}, extra_body={"return_token_ids": True}
+        )
+        async for chunk in chunks:
+            usage = chunk.usage or usage
+            for c in chunk.choices:
+                parts[c.index][0] += c.delta.content or ""
+                parts[c.index][1] += c.logprobs.content
+                parts[c.index][2] += c.model_extra["token_ids"]
+        return [tuple(parts[i]) for i in range(3)], usage
+
+    choices, usage = served.ask(work)
+    assert served.workers.deaths == (0 if die_after is None else 3)
+    prompt_ids = tokenizer("user: x\nassistant:", add_special_tokens=False)["input_ids"]
+    assert usage.prompt_tokens == len(prompt_ids)
+    assert usage.completion_tokens == sum(len(tokens) for _, _, tokens in choices)
+    assert len({tuple(tokens) for _, _, tokens in choices}) == 3
+    for text, logprobs, tokens in choices:
+        assert text == tokenizer.decode(tokens, skip_special_tokens=True)
+        assert len(logprobs) == len(tokens)
+        wanted = teacher([*prompt_ids, *tokens])
+        for place, (told, token) in enumerate(zip(logprobs, tokens, strict=True)):
+            row = wanted[len(prompt_ids) - 1 + place]
+            assert told.logprob == pytest.approx(row[token].item(), abs=TOLERANCE)
+            assert bytes(told.bytes) == token_bytes(token)
+            values, order = row.topk(4)
+            assert [top.logprob for top in told.top_logprobs] == pytest.approx(values.tolist(), abs=TOLERANCE)
+            assert [bytes(top.bytes) for top in told.top_logprobs] == [token_bytes(t) for t in order]
+
+
+@pytest.mark.parametrize("die_after", [None, 3])
+@pytest.mark.parametrize("stream", [False, True])
+def test_sampled_choices_of_a_completion_are_those_of_one_plain_engine(served, expected, oracle, stream, die_after):
+    _, tokenizer = oracle
+    served.workers.die_after = die_after
+
+    async def work(client):
+        asked = {"model": "tiny", "prompt": PROMPT, "n": 4, "seed": 5, "max_tokens": MAX_TOKENS}
+        if not stream:
+            return [c.text for c in (await client.completions.create(**asked)).choices]
+        texts = ["", "", "", ""]
+        async for chunk in await client.completions.create(**asked, stream=True):
+            texts[chunk.choices[0].index] += chunk.choices[0].text
+        return texts
+
+    wanted = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in expected(4, 5)]
+    assert served.ask(work) == wanted
+
+
+@pytest.mark.parametrize("max_tokens", [0, 6])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echoed_prompt_has_transformers_logprobs_and_offsets_that_cut_the_text_at_its_tokens(
+    served, oracle, teacher, stream, max_tokens
+):
+    _, tokenizer = oracle
+    prompt_ids = tokenizer(PROMPT)["input_ids"]
+
+    async def work(client):
+        asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": max_tokens, "echo": True, "logprobs": 2}
+        asked["temperature"] = 0
+        if not stream:
+            answer = await client.completions.create(**asked)
+            assert answer.usage.completion_tokens == max_tokens
+            return answer.choices[0].text, answer.choices[0].logprobs
+        text, told = "", None
+        async for chunk in await client.completions.create(**asked, stream=True):
+            text += chunk.choices[0].text
+            more = chunk.choices[0].logprobs
+            if told is None:
+                told = more
+            else:
+                for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+                    getattr(told, name).extend(getattr(more, name))
+        return text, told
+
+    text, told = served.ask(work)
+    assert text.startswith(PROMPT)
+    assert (text == PROMPT) == (max_tokens == 0)
+    assert len(told.tokens) == len(told.token_logprobs) == len(told.text_offset) == len(prompt_ids) + max_tokens
+    assert told.token_logprobs[0] is None
+    answered = tokenizer(text)["input_ids"]
+    if answered[: len(prompt_ids)] == prompt_ids and len(answered) == len(told.tokens):
+        pieces = [text[a:b] for a, b in zip(told.text_offset, [*told.text_offset[1:], len(text)], strict=True)]
+        assert pieces == told.tokens
+    wanted = teacher(prompt_ids)
+    for place in range(1, len(prompt_ids)):
+        row = wanted[place - 1]
+        assert told.token_logprobs[place] == pytest.approx(row[prompt_ids[place]].item(), abs=TOLERANCE)
+        assert max(told.top_logprobs[place].values()) == pytest.approx(row.max().item(), abs=TOLERANCE)
+
+
+def test_prompts_of_one_request_are_answered_in_their_order_and_counted_once_each(served, oracle):
+    _, tokenizer = oracle
+    prompts = [TEXT[:60], TEXT[200:240], TEXT[500:590]]
+
+    async def work(client):
+        answer = await client.completions.create(model="tiny", prompt=prompts, n=2, max_tokens=5, temperature=0)
+        alone = [
+            (await client.completions.create(model="tiny", prompt=p, max_tokens=5, temperature=0)).choices[0].text
+            for p in prompts
+        ]
+        return answer, alone
+
+    answer, alone = served.ask(work)
+    assert [choice.text for choice in answer.choices] == [text for text in alone for _ in range(2)]
+    assert [choice.index for choice in answer.choices] == list(range(6))
+    assert answer.usage.prompt_tokens == sum(len(tokenizer(p)["input_ids"]) for p in prompts)
+    assert answer.usage.completion_tokens == 6 * 5
+
+
+def test_a_stop_string_ends_each_choice_before_it_and_nothing_more_is_computed(served, oracle):
+    async def work(client):
+        asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 30, "temperature": 0}
+        on = {"ignore_eos": True}
+        whole = (await client.completions.create(**asked, extra_body=on)).choices[0].text
+        stop = whole[8:10]
+        cut = await client.completions.create(**asked, stop=[stop, "never there"], extra_body=on)
+        late = await client.completions.create(**asked, stop=stop, extra_body={**on, "min_tokens": 29})
+        return whole, stop, cut, late
+
+    whole, stop, cut, late = served.ask(work)
+    assert cut.choices[0].text == whole[: whole.index(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+    assert cut.usage.completion_tokens < 30
+    # Not looked for among the first tokens.
+    assert len(late.choices[0].text) > len(cut.choices[0].text)
+    assert whole.startswith(late.choices[0].text)
+
+
+def test_fields_of_other_servers_reach_the_engine_by_their_names(served):
+    body = {
+        "model": "tiny",
+        "prompt": "x",
+        "max_tokens": 2,
+        "top_k": 7,
+        "min_p": 0.05,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "logit_bias": {"5": 3, "6": -2.5},
+        "min_tokens": 1,
+        "stop": "zzz",
+        "stop_token_ids": [3],
+        "seed": -9,
+        "ignore_eos": True,
+        "top_p": 0.9,
+        "temperature": 0.7,
+    }
+    answer = served.post("/v1/completions", body)
+    assert answer.status_code == 200, answer.text
+    params = served.workers.asked[0].params
+    assert (params.top_k, params.min_p, params.repetition_penalty, params.min_tokens) == (7, 0.05, 1.2, 1)
+    assert (params.presence_penalty, params.frequency_penalty, params.seed) == (0.5, -0.5, -9)
+    assert dict(params.logit_bias) == {5: 3.0, 6: -2.5}
+    assert (params.stop, params.stop_token_ids, params.ignore_eos) == (("zzz",), frozenset({3}), True)
+    assert (params.top_p, params.temperature, params.max_tokens) == (0.9, 0.7, 2)
+    assert "x-farspan-ignored" not in answer.headers
+    assert served.post("/v1/completions", {**body, "top_k": -1}).status_code == 200
+
+
+def test_names_nobody_knows_and_hints_are_passed_over_and_told_in_a_header(served):
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "x"}],
+        "max_tokens": 1,
+        "reasoning_effort": "high",
+        "store": True,
+        "user": "somebody",
+        "nobody knows\r\nset-cookie: a=b": 1,
+        "nobody_knows": {"a": [1]},
+        "metadata": None,
+    }
+    answer = served.post("/v1/chat/completions", body)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-farspan-ignored"] == "reasoning_effort, store, user, nobody_knows"
+    assert "set-cookie" not in answer.headers
+    streamed = served.post("/v1/chat/completions", {**body, "stream": True})
+    assert streamed.headers["x-farspan-ignored"] == answer.headers["x-farspan-ignored"]
+    assert streamed.text.endswith("data: [DONE]\n\n")
+
+
+def test_an_impossible_token_is_told_in_json_that_every_client_reads(served):
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 1, "logprobs": 3, "logit_bias": {"5": -100}}
+    answer = served.post("/v1/completions", body)
+    json.loads(answer.text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))

@@ -1,0 +1,93 @@
+"""The same endpoint behind a real socket: clients that hang up, and OpenAI's own synchronous client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import openai
+import pytest
+import uvicorn
+from tests.unit.serve.in_process import Served, idle
+
+LONG = {"model": "tiny", "prompt": "x" * 200, "max_tokens": 7000, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def port(shared) -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(uvicorn.Config(shared.app, log_level="warning", timeout_graceful_shutdown=5))
+        thread = threading.Thread(target=asyncio.run, args=(server.serve(sockets=[listening]),))
+        thread.start()
+        try:
+            yield listening.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join(timeout=30)
+            assert not thread.is_alive()
+
+
+def request_bytes(body: dict) -> bytes:
+    content = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sk-one\r\nContent-Length: {len(content)}"
+    return f"{head}\r\nContent-Type: application/json\r\n\r\n".encode() + content
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_connection_that_is_closed_frees_everything_within_a_second(served: Served, port, stream, n):
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        client.sendall(request_bytes({**LONG, "stream": stream, "n": n}))
+        if stream:
+            assert client.recv(20).startswith(b"HTTP/1.1 200")
+        else:
+            wait_until(lambda: busy(served))
+    began = time.monotonic()
+    wait_until(lambda: not busy(served))
+    assert time.monotonic() - began < 1.0
+
+
+def test_a_client_that_reads_nothing_holds_nobody_else_back(served: Served, port):
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.sendall(request_bytes({**LONG, "stream": True, "logprobs": 20}))
+        wait_until(lambda: busy(served))
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="sk-two", max_retries=0, timeout=60)
+        with client:
+            told = client.completions.create(model="tiny", prompt="y", max_tokens=20, extra_body={"ignore_eos": True})
+        assert told.usage.completion_tokens == 20
+    wait_until(lambda: not busy(served))
+
+
+def test_openais_synchronous_client_streams_and_reads_errors(port):
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="sk-one", max_retries=0, timeout=60) as client:
+        asked = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 8, "temperature": 0}
+        whole = client.chat.completions.create(**asked)
+        parts = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+        told = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+        assert told == whole.choices[0].message.content
+        assert parts[-1].usage.completion_tokens == whole.usage.completion_tokens
+        assert parts[-1].choices == []
+        with pytest.raises(openai.BadRequestError, match="temperature"):
+            client.chat.completions.create(**{**asked, "temperature": 9})
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(**{**asked, "model": "other"})
+    stranger = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="sk-no", max_retries=0)
+    with stranger, pytest.raises(openai.AuthenticationError):
+        stranger.models.list()
+
+
+def busy(served: Served) -> bool:
+    infos = asyncio.run(served.workers.info())
+    return not all(idle(info) for info in infos)
+
+
+def wait_until(condition, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.01)

@@ -1,0 +1,152 @@
+"""An answer is told to its end, or ends in a way that no client takes for an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+
+import pytest
+
+from farspan.serve.calls import Said
+from farspan.serve.chat import Delta
+from farspan.serve.choices import ClientGoneError, merged, unless_gone
+from farspan.serve.reply import Counted, Prompted, Reply, Step, Style
+from farspan.serve.stream import events
+from farspan.serve.wire import CompletionRequest
+
+ASKED = CompletionRequest(model="m", prompt="x")
+
+
+def test_a_stream_that_breaks_ends_with_an_error_event_and_without_done():
+    def step(text: str, first: bool) -> Step:
+        return Step(Delta(text, None, 1), Said(text), Prompted((1,)), first, None)
+
+    async def steps():
+        yield step("rest", False)
+        raise ZeroDivisionError("sk-secret")
+
+    async def run() -> list[str]:
+        style = Style(chat=True)
+        told = events(step("a", True), steps(), Reply("r", "m", style, None), Counted(3, style), ASKED)
+        return [event async for event in told]
+
+    found = asyncio.run(run())
+    codes = [json.loads(event.removeprefix("data: ")).get("error", {}).get("code") for event in found]
+    assert codes == [None, None, "internal_error"]
+    assert not any("sk-secret" in event for event in found)
+
+
+async def endless(log: list[str]):
+    try:
+        for number in range(1_000_000):
+            yield Delta(str(number), None, number)
+            await asyncio.sleep(0)
+    finally:
+        log.append("closed")
+
+
+def test_side_by_side_each_answer_keeps_its_order_and_the_first_failure_closes_the_others():
+    log: list[str] = []
+
+    async def failing():
+        for number in range(5):
+            yield Delta(str(number), None, number)
+            await asyncio.sleep(0)
+        raise ValueError("broken")
+
+    async def run() -> list[Delta]:
+        found: list[Delta] = []
+
+        async def read() -> None:
+            async for delta in merged([endless(log), failing(), endless(log)]):
+                found.append(delta)
+
+        with pytest.raises(ValueError, match="broken"):
+            await read()
+        return found
+
+    found = asyncio.run(run())
+    assert log == ["closed", "closed"]
+    assert [delta.text for delta in found if delta.index == 1] == list("01234")
+    others = [int(delta.text) for delta in found if delta.index == 0]
+    assert others == list(range(len(others)))
+
+
+def test_a_reader_that_stops_reading_holds_every_answer_back_and_closes_it_when_it_leaves():
+    log: list[str] = []
+
+    async def run() -> None:
+        stream = merged([endless(log), endless(log)])
+        last = 0
+        async for delta in stream:
+            await asyncio.sleep(0.001)
+            last = max(last, int(delta.text))
+            if last > 20:
+                break
+        await stream.aclose()
+        assert last < 40
+        assert log == ["closed", "closed"]
+
+    asyncio.run(run())
+
+
+def test_work_ends_when_its_client_leaves_and_its_value_comes_when_the_client_stays():
+    async def run() -> None:
+        gone, ended = asyncio.Event(), []
+
+        async def receive():
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def work():
+            try:
+                gone.set()
+                await asyncio.Event().wait()
+            finally:
+                ended.append(True)
+
+        with pytest.raises(ClientGoneError):
+            await unless_gone(receive, work())
+        assert ended == [True]
+        gone.clear()
+        assert await unless_gone(receive, asyncio.sleep(0, "value")) == "value"
+
+    asyncio.run(run())
+
+
+def test_a_long_prompt_is_tokenized_while_others_are_served(served):
+    released = threading.Event()
+    tokenizer = served.api._tokenizer
+
+    class Slow:
+        eos_token_id = tokenizer.eos_token_id
+
+        def __call__(self, text, **more):
+            # Ends only when somebody else was answered meanwhile.
+            assert released.wait(timeout=30)
+            return tokenizer(text, **more)
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+    async def work(client):
+        body = {"model": "tiny", "prompt": "slow", "max_tokens": 1}
+        slow = asyncio.ensure_future(client.completions.create(**body))
+        quick = await client.completions.create(**{**body, "prompt": [5, 6]})
+        released.set()
+        return quick, await slow
+
+    served.api._tokenizer = Slow()
+    try:
+        quick, slow = served.ask(work)
+    finally:
+        served.api._tokenizer = tokenizer
+    assert (quick.usage.prompt_tokens, slow.usage.completion_tokens) == (2, 1)
+
+
+def test_a_prompt_longer_than_the_model_takes_is_refused_before_it_travels(served):
+    answer = served.post("/v1/completions", {"model": "tiny", "prompt": [1] * 8192})
+    assert answer.status_code == 400
+    assert "has 8192 tokens, the model takes at most 8191" in answer.json()["error"]["message"]
+    assert served.workers.asked == []

@@ -1,0 +1,254 @@
+"""Answers have the form that was asked for, and calls of tools arrive as OpenAI's client knows them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import jsonschema
+import pytest
+from tests.unit.serve.in_process import Served
+
+from farspan.engine.grammar import GrammarCompiler
+from farspan.serve.messages import Tokens
+
+HERMES = (
+    "{% if tools %}Tools: {% for t in tools %}{{ t | tojson }} {% endfor %}as <tool_call>\n{% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+LLAMA3 = HERMES.replace("<tool_call>\n", "ipython parameters\n").replace("<tool_call>", "").replace("</tool_call>", "")
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Köln"]}, "days": {"$ref": "#/$defs/days"}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+    "$defs": {"days": {"type": "integer", "minimum": 1, "maximum": 7}},
+}
+WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "It.", "parameters": PARAMETERS}}
+STOP = {"type": "function", "function": {"name": "stop"}}
+TEMPLATES = {"hermes": HERMES, "llama3": LLAMA3}
+MESSAGES = [{"role": "user", "content": "How is the weather?"}]
+
+
+@pytest.fixture(scope="module", params=["hermes", "llama3"])
+def equipped(request, tiny_folder, tmp_path_factory):
+    """(an endpoint whose model knows tools, how it writes calls)."""
+    folder = tmp_path_factory.mktemp("tools") / "tiny"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATES[request.param])
+    made = Served(folder)
+    yield made, request.param
+    made.stop()
+
+
+class Scripted:
+    """Workers whose model says what a test says."""
+
+    def __init__(self, served: Served, text: str) -> None:
+        self.served, self.asked = served, []
+        self.tokens = served.api._tokenizer(text)["input_ids"]
+
+    async def prefill(self, request):
+        raise AssertionError("short prompts are computed where they are decoded")
+
+    async def resume(self, request, answered, ticket):
+        self.asked.append(request)
+        for place, token in enumerate(self.tokens):
+            yield Tokens((token,), "stop" if place == len(self.tokens) - 1 else None)
+
+    def release(self, ticket_id): ...
+
+    def cancel(self, request_id): ...
+
+
+def ask(served: Served, *, stream: bool, says: str | None = None, **fields):
+    """(message as a dict, finish reason) of a chat, by the official client."""
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 120, "temperature": 1.0, "seed": 3, **fields}
+
+    async def work(client):
+        if not stream:
+            choice = (await client.chat.completions.create(**body)).choices[0]
+            return choice.message.model_dump(exclude_none=True), choice.finish_reason
+        content, calls, finish = "", {}, None
+        async for chunk in await client.chat.completions.create(**body, stream=True):
+            choice = chunk.choices[0]
+            content, finish = content + (choice.delta.content or ""), choice.finish_reason or finish
+            for delta in choice.delta.tool_calls or []:
+                if delta.id is not None:
+                    assert delta.index not in calls
+                    calls[delta.index] = {"id": delta.id, "type": delta.type}
+                    calls[delta.index]["function"] = {"name": delta.function.name, "arguments": ""}
+                calls[delta.index]["function"]["arguments"] += delta.function.arguments
+        message = {"role": "assistant", **({"content": content} if content or not calls else {})}
+        return ({**message, "tool_calls": [calls[i] for i in sorted(calls)]} if calls else message), finish
+
+    if says is None:
+        return served.ask(work)
+    workers, colocate = served.api._workers, served.config.transfer.colocate_below_tokens
+    served.api._workers, served.config.transfer.colocate_below_tokens = Scripted(served, says), 8192
+    try:
+        return served.ask(work)
+    finally:
+        served.scripted = served.api._workers
+        served.api._workers, served.config.transfer.colocate_below_tokens = workers, colocate
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_required_call_is_one_of_an_offered_tool_with_arguments_of_its_schema(equipped, stream):
+    served, _ = equipped
+    message, finish = ask(served, stream=stream, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False)
+    (call,) = message["tool_calls"]
+    assert "content" not in message
+    assert (call["function"]["name"], finish) == ("get_weather", "tool_calls")
+    jsonschema.validate(json.loads(call["function"]["arguments"]), PARAMETERS)
+    assert re.fullmatch("call_[0-9a-f]{24}", call["id"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_named_tool_is_called_once_and_no_other(equipped, stream):
+    served, _ = equipped
+    for name in ("stop", "get_weather"):
+        choice = {"type": "function", "function": {"name": name}}
+        message, finish = ask(served, stream=stream, tools=[WEATHER, STOP], tool_choice=choice)
+        assert [call["function"]["name"] for call in message["tool_calls"]] == [name]
+        assert isinstance(json.loads(message["tool_calls"][0]["function"]["arguments"]), dict)
+        assert finish == "tool_calls"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_the_model_decides_on_is_told_as_a_call_and_words_as_words(equipped, stream):
+    served, written = equipped
+    inside = {"hermes": "arguments", "llama3": "parameters"}[written]
+    call = f'{{"name": "get_weather", "{inside}": {{"city": "Köln", "days": 3}}}}'
+    says = f"Let me look.\n<tool_call>\n{call}\n</tool_call>" if written == "hermes" else call
+    message, finish = ask(served, stream=stream, says=says, tools=[WEATHER])
+    assert message.get("content") == ("Let me look." if written == "hermes" else None)
+    assert message["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": '{"city": "Köln", "days": 3}'}
+    assert finish == "tool_calls"
+    assert served.scripted.asked[0].params.grammar is None
+    message, finish = ask(served, stream=stream, says="It rains <tool_c", tools=[WEATHER])
+    assert (message, finish) == ({"role": "assistant", "content": "It rains <tool_c"}, "stop")
+    # Without tools nothing is looked for.
+    message, finish = ask(served, stream=stream, says=says)
+    assert (message, finish) == ({"role": "assistant", "content": says}, "stop")
+
+
+def test_the_template_is_given_tools_calls_and_their_results(equipped):
+    served, written = equipped
+    called = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Köln"}'}}
+    messages = [
+        *MESSAGES,
+        {"role": "assistant", "content": None, "tool_calls": [called]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "rain"},
+    ]
+    ask(served, stream=False, says="x", messages=messages, tools=[WEATHER])
+    prompt = served.api._tokenizer.decode(served.scripted.asked[0].prompt)
+    assert '"description": "It."' in prompt
+    assert '"arguments": {"city": "K\\u00f6ln"}' in prompt or '"arguments": {"city": "Köln"}' in prompt
+    assert ("<tool_call>" in prompt) == (written == "hermes")
+    assert prompt.endswith("tool: rainassistant:")
+    ask(served, stream=False, says="x", tools=[WEATHER], tool_choice="none")
+    assert "get_weather" not in served.api._tokenizer.decode(served.scripted.asked[0].prompt)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_form_and_tools_together_allow_either_and_nothing_else_or_are_refused(equipped, stream):
+    served, written = equipped
+    if written == "llama3":
+        fields = {"tools": [STOP], "response_format": {"type": "json_object"}}
+        refused = served.post("/v1/chat/completions", {"model": "tiny", "messages": MESSAGES, **fields})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "structured_outputs")
+        return
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    message, finish = ask(served, stream=stream, tools=[STOP], response_format=form, parallel_tool_calls=False)
+    if finish == "tool_calls":
+        assert [call["function"]["name"] for call in message["tool_calls"]] == ["stop"]
+    else:
+        jsonschema.validate(json.loads(message["content"]), schema)
+    tokenizer = served.api._tokenizer
+    compiler = GrammarCompiler(tokenizer, len(tokenizer), frozenset([tokenizer.eos_token_id]))
+    call = '<tool_call>\n{"name": "stop", "arguments": {}}\n</tool_call>'
+    texts = {
+        call: True,
+        '{"a":true}': True,
+        "words": False,
+        '{"a":1}': False,
+    }
+    for text, fine in texts.items():
+        matcher = compiler.start("r", served.workers.asked[-1].params.grammar)
+        tokens = tokenizer(text)["input_ids"]
+        assert (matcher.fits(tokens) == len(tokens)) == fine, text
+
+
+FORMS = [
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": PARAMETERS}}},
+    {"extra_body": {"structured_outputs": {"json": PARAMETERS}}},
+    {"extra_body": {"guided_json": json.dumps(PARAMETERS)}},
+    {"extra_body": {"structured_outputs": {"regex": "[a-c]{3}-[0-9]{2}"}}},
+    {"extra_body": {"guided_regex": "[a-c]{3}-[0-9]{2}"}},
+    {"extra_body": {"structured_outputs": {"choice": ["yes.", "no \"really\" \\ no"]}}},
+    {"extra_body": {"guided_choice": ["yes.", "no \"really\" \\ no"]}},
+    {"extra_body": {"structured_outputs": {"grammar": 'start: "a" ("-" DIGIT)+ "!"\nDIGIT: /[0-9]/'}}},
+    {"extra_body": {"guided_grammar": 'start: "a" ("-" DIGIT)+ "!"\nDIGIT: /[0-9]/'}},
+]  # fmt: skip
+
+
+def fits(asked: dict, text: str) -> bool:
+    told = json.dumps(asked)
+    if "regex" in told:
+        return re.fullmatch("[a-c]{3}-[0-9]{2}", text) is not None
+    if "choice" in told:
+        return text in ("yes.", 'no "really" \\ no')
+    if "grammar" in told:
+        return re.fullmatch("a(-[0-9])+!", text) is not None
+    jsonschema.validate(json.loads(text), PARAMETERS)
+    return True
+
+
+@pytest.mark.parametrize("asked", FORMS)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("die_after", [None, 3])
+def test_an_answer_has_the_form_by_every_name_it_is_asked_by_also_after_a_death(served, asked, stream, die_after):
+    served.workers.die_after = die_after
+    message, finish = ask(served, stream=stream, **asked)
+    assert fits(asked, message["content"]), message
+    assert finish == "stop"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [WEATHER, WEATHER]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tools.0.function.name"),
+        ({"tools": [WEATHER], "tool_choice": "required", "guided_regex": "a"}, "tool_choice"),
+        ({"tools": [WEATHER], "guided_regex": "a"}, "structured_outputs"),
+        ({"guided_regex": "a", "guided_json": {}}, "structured_outputs"),
+        ({"guided_regex": "(unclosed"}, None),
+        ({"guided_grammar": "start: nothing_like_it"}, None),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "what"}}}}, None),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+    ],
+)
+def test_what_cannot_be_forced_or_combined_is_refused_by_name(equipped, fields, param):
+    served, _ = equipped
+    answer = served.post("/v1/chat/completions", {"model": "tiny", "messages": MESSAGES, **fields})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert len(error["message"]) < 700
+
+
+def test_a_template_without_tools_refuses_them(served):
+    answer = served.post("/v1/chat/completions", {"model": "tiny", "messages": MESSAGES, "tools": [WEATHER]})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
