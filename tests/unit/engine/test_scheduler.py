@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from farspan.engine.fairness import Claim, Service, fair_order
 from farspan.engine.scheduler import Chunk, Costs, Limits, Preemption, Row, schedule
 
@@ -137,3 +139,28 @@ def test_a_tenant_that_was_away_has_no_claim_to_the_time_it_missed():
     service.charge("b", 10, decode=True)
     service.arrive("a", {"b"})
     assert service.given == {"a": 1020, "b": 1020}
+
+
+def test_a_prompt_that_gives_pages_back_is_admitted_by_the_most_it_holds_at_a_time():
+    long = Row("long", num_tokens=400, num_computed=0, num_pages=0)
+    assert schedule([], [long], 12, LIMITS).chunks == ()
+    windowed = replace(long, most_pages=10)
+    assert [chunk.request_id for chunk in schedule([], [windowed], 12, LIMITS).chunks] == ["long"]
+    assert schedule([], [windowed], 9, LIMITS).chunks == ()
+
+
+def test_pages_for_a_state_that_leaves_are_kept_free_and_given_with_the_last_token():
+    leaving = Row("leaving", num_tokens=8, num_computed=4, num_pages=1, num_state=3, leaves=True)
+    other = Row("other", num_tokens=4, num_computed=0, num_pages=0)
+    decision = schedule([leaving], [other], 5, LIMITS)
+    assert [(chunk.request_id, chunk.num_pages) for chunk in decision.chunks] == [("leaving", 5)]
+    decision = schedule([replace(leaving, leaves=False)], [other], 5, LIMITS)
+    assert [(chunk.request_id, chunk.num_pages) for chunk in decision.chunks] == [("leaving", 2), ("other", 1)]
+
+
+def test_a_place_of_a_table_has_a_page_of_every_group():
+    row = Row("r", num_tokens=9, num_computed=0, num_pages=0)
+    limits = replace(LIMITS, num_groups=3)
+    assert schedule([], [row], 8, limits).chunks == ()
+    (chunk,) = schedule([], [row], 9, limits).chunks
+    assert chunk.num_pages == 9
