@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 from typing import Any
 
 from farspan.cluster.check_launcher import launcher_problems
@@ -23,8 +25,9 @@ def _ray_problems(config: dict[str, Any]) -> list[str]:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     try:
-        prepared = copy.deepcopy(config)
-        validate_config(prepare_config(prepared))
+        # It prints a warning for every mount that is a file; ours are meant to be.
+        with contextlib.redirect_stdout(io.StringIO()):
+            validate_config(prepare_config(copy.deepcopy(config)))
     except SystemExit:
         # Ray's way to end its own command.
         return ["ray refuses it: a local cluster names head_ip and worker_ips, and no node types"]

@@ -13,7 +13,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from farspan.cli import cluster as cluster_verbs
 from farspan.cli import data as data_verbs
+from farspan.cli import infra as infra_verbs
 from farspan.cli import jobs as jobs_verbs
 from farspan.errors import CheckpointError, ConfigError, FarspanError, ModelError, NotFoundError, PlanError
 
@@ -28,6 +30,8 @@ app = typer.Typer(
 )
 app.add_typer(data_verbs.app, name="data")
 app.add_typer(jobs_verbs.app, name="jobs")
+app.add_typer(cluster_verbs.app, name="cluster")
+app.add_typer(infra_verbs.app, name="infra")
 
 Config = Annotated[str, typer.Argument(help="YAML config file.", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=c overrides of the config.", metavar="[KEY=VALUE]...")]
