@@ -1,5 +1,6 @@
 """Certificates made here are taken by a real TLS handshake, and by nothing weaker."""
 
+import contextlib
 import socket
 import ssl
 import stat
@@ -73,10 +74,8 @@ def test_a_stranger_is_refused(made: Path, tmp_path: Path) -> None:
         handshake(server, context(made, ssl.Purpose.SERVER_AUTH, with_certificate=False))
     with pytest.raises(ssl.SSLCertVerificationError):
         handshake(server, context(made, ssl.Purpose.SERVER_AUTH), "10.0.0.2")
-    try:
+    with contextlib.suppress(ConnectionError):
         assert b"hello" not in handshake(server, None)
-    except ConnectionError:
-        pass
 
 
 def test_a_second_call_keeps_the_authority_and_replaces_the_nodes_key(made: Path) -> None:

@@ -127,12 +127,12 @@ def test_a_taken_port_on_this_machine_is_refused(ready: Path, monkeypatch: pytes
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         monkeypatch.setattr(preflight, "GCS_PORT", taken.getsockname()[1])
-        with pytest.raises(ConfigError, match="local.head: must have port"):
+        with pytest.raises(ConfigError, match=r"local\.head: must have port"):
             check_ready(spec("local.head=127.0.0.1"), "local", ready, ready / "state")
 
 
 def test_a_project_on_google_cloud_must_be_named(ready: Path) -> None:
-    with pytest.raises(ConfigError, match="gcp.project: must be your project"):
+    with pytest.raises(ConfigError, match=r"gcp\.project: must be your project"):
         check_ready(spec(), "gcp", ready, ready / "state")
 
 
