@@ -21,7 +21,7 @@ import pytest
 
 _DEADLINE_S = 30.0
 _NEEDS = ("ip", "unshare", "nsenter", "tc", "mount")
-# Inside a host: nothing of the machine's names (read from /tmp, so before it is hidden), /tmp and shared memory of its own; then it waits to be killed.
+# Names first: they lie in /tmp, which each host then has of its own, as shared memory; then it waits to be killed.
 _SETUP = """
 set -e
 hostname {name}

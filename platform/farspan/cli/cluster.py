@@ -35,11 +35,10 @@ def load_spec(spec: str | None, overrides: list[str] | None) -> ClusterSpec:
     from farspan.config.cluster_rules import check_cluster
     from farspan.config.load import load_config
 
-    given = list(overrides or [])
-    if spec is not None and "=" in spec:
-        # Without a file the first KEY=VALUE stands in its place.
-        spec, given = None, [spec, *given]
-    loaded = load_config(ClusterSpec, spec or shipped_config("cluster.yaml"), given)
+    # Without a file the first KEY=VALUE stands in its place.
+    first = [spec] if spec is not None and "=" in spec else []
+    file = shipped_config("cluster.yaml") if spec is None or first else spec
+    loaded = load_config(ClusterSpec, file, [*first, *(overrides or [])])
     check_cluster(loaded)
     return loaded
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -97,14 +99,16 @@ def nodes_of(config: dict[str, Any]) -> list[Node]:
     from ray.autoscaler._private.util import prepare_config
     from ray.autoscaler.tags import TAG_RAY_NODE_KIND, TAG_RAY_NODE_STATUS, TAG_RAY_USER_NODE_TYPE
 
+    found = []
     try:
-        prepared = prepare_config(config)
-        provider = _get_node_provider(prepared["provider"], prepared["cluster_name"])
-        found = []
-        for node in provider.non_terminated_nodes({}):
-            tags = provider.node_tags(node)
-            kind = tags.get(TAG_RAY_USER_NODE_TYPE) or tags.get(TAG_RAY_NODE_KIND, "")
-            found.append(Node(node, kind, provider.internal_ip(node), tags.get(TAG_RAY_NODE_STATUS, "")))
+        # Ray tells its own story on standard output, where ours may be JSON.
+        with contextlib.redirect_stdout(io.StringIO()):
+            prepared = prepare_config(config)
+            provider = _get_node_provider(prepared["provider"], prepared["cluster_name"])
+            for node in provider.non_terminated_nodes({}):
+                tags = provider.node_tags(node)
+                kind = tags.get(TAG_RAY_USER_NODE_TYPE) or tags.get(TAG_RAY_NODE_KIND, "")
+                found.append(Node(node, kind, provider.internal_ip(node), tags.get(TAG_RAY_NODE_STATUS, "")))
     except ImportError as problem:
         raise ClusterError(f"this provider needs the package {problem.name}; pip install {problem.name}") from None
     except Exception as problem:

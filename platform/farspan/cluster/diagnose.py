@@ -24,7 +24,10 @@ _CAUSES = (
         "the credentials may not do this; infra/README.md lists the rights a cluster needs",
     ),
     (r"InvalidAMIID", "the region has no such image; set aws.image"),
-    (r"InvalidSubnetID|InvalidSubnet", "the region has no such subnet; set aws.subnet"),
+    (
+        r"InvalidSubnetID|InvalidSubnet|Not all subnet IDs found|No usable subnets",
+        "the region has no such subnet; set aws.subnet",
+    ),
     (
         r"InvalidGroup\.NotFound|InvalidGroupId|InvalidSecurityGroup",
         "the region has no such security group; set aws.security_group",

@@ -14,9 +14,9 @@ _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 
 def check_cluster(spec: ClusterSpec) -> None:
     """Refuse a spec that no cloud could make legal; one ConfigError for the first rule that is broken."""
-    for field, value in (("name", spec.name), ("kubernetes.namespace", spec.kubernetes.namespace)):
-        if not _NAME.fullmatch(value):
-            raise ConfigError(field, "must be 1 to 40 of a-z, 0-9 and -, from a letter on", value, "use farspan")
+    for field, name in (("name", spec.name), ("kubernetes.namespace", spec.kubernetes.namespace)):
+        if not _NAME.fullmatch(name):
+            raise ConfigError(field, "must be 1 to 40 of a-z, 0-9 and -, from a letter on", name, "use farspan")
     if not spec.up_timeout_s > 0:
         raise ConfigError("up_timeout_s", "must be above 0", spec.up_timeout_s, "use up_timeout_s=1800")
     for role in ROLES:
