@@ -47,8 +47,11 @@ class SoftwareConfig:
     ray: str = MISSING
     """Must be the version of the machine that talks to the cluster."""
     torch: str = MISSING
+    """For GPUs; the build without CUDA counts as the same version."""
     transformers: str = MISSING
+    """Whose models farspan runs."""
     nixl: str = MISSING
+    """What moves KV pages between nodes."""
     boto3: str = MISSING
     """On the head on AWS, whose autoscaler talks to EC2."""
     google_api: str = MISSING
@@ -88,7 +91,9 @@ class GcpConfig:
     project: str = "your-project"
     """Project id."""
     region: str = "us-central1"
+    """Where the cluster runs."""
     zone: str = "us-central1-a"
+    """One zone."""
     image: str = "projects/your-project/global/images/farspan-node"
     """Ubuntu 24.04 with an NVIDIA driver."""
     subnet: str = "farspan"
@@ -96,7 +101,9 @@ class GcpConfig:
     service_account: str = "farspan-node"
     """Account of the nodes, in the project."""
     ssh_user: str = "ubuntu"
+    """User whose public key is in the project's metadata."""
     ssh_private_key: str = "~/.ssh/farspan.pem"
+    """Private half of it, on this machine."""
 
 
 @dataclass(kw_only=True)
@@ -108,7 +115,9 @@ class LocalConfig:
     workers: list[str] = field(default_factory=list)
     """Addresses of the other machines."""
     ssh_user: str = "ubuntu"
+    """User on all of them, who may use sudo."""
     ssh_private_key: str = "~/.ssh/farspan.pem"
+    """Private key for it, on this machine."""
 
 
 @dataclass(kw_only=True)
@@ -116,6 +125,7 @@ class KubernetesConfig:
     """KubeRay 1.7. Secrets are named, never written."""
 
     namespace: str = "farspan"
+    """Where everything lives; it enforces the restricted pod security standard."""
     image: str = "registry.example.com/farspan:0.1.0"
     """Image of infra/docker, for GPUs; a tag or digest of your registry, never `latest`."""
     cpu_image: str = "registry.example.com/farspan:0.1.0-cpu"
