@@ -10,12 +10,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from tests.support.hosts import Host, hosts
 
+from farspan.cluster.certs import make_certificates, ray_variables
 from farspan.cluster.environment import AUTH, HABITS, WATCHES
 
 RAY = str(Path(sys.executable).parent / "ray")
@@ -23,6 +25,7 @@ _START_S = 120.0
 _LIMITS = ("--object-store-memory=80000000", "--memory=800000000", "--disable-usage-stats", "--block")
 # Issue: a partition is over in half a minute, where Ray's defaults take more than one and lose the tasks.
 _NOTICED_S = 30.0
+_PLAINTEXT_S = 40.0
 # Two tasks on the other host; both must end, though their host is cut off when the first has begun.
 _DRIVER = """
 import os, sys, time
@@ -58,6 +61,8 @@ class RayHosts:
 
     made: list[Host]
     folder: Path
+    switches: dict[str, str]
+    """Of Ray, beside those that every cluster of ours has."""
 
     @property
     def address(self) -> str:
@@ -66,7 +71,7 @@ class RayHosts:
     def environment(self, **changed: str) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         token = {"RAY_AUTH_TOKEN_PATH": str(self.folder / "token"), "HOME": str(self.folder)}
-        return {**kept, **AUTH, **WATCHES, **HABITS, **token, **changed}
+        return {**kept, **AUTH, **WATCHES, **HABITS, **token, **self.switches, **changed}
 
     def start(self, host: int, *words: str, log: str) -> subprocess.Popen[bytes]:
         """`ray start` on a host, until it says that it runs."""
@@ -93,20 +98,30 @@ def wait_for(file: Path, word: str, process: subprocess.Popen[bytes], patience_s
     return text
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[RayHosts]:
+@contextmanager
+def ray_on_hosts(*, tls: bool) -> Iterator[RayHosts]:
     # Not under /tmp, of which every host has its own.
     folder = Path(tempfile.mkdtemp(prefix="farspan-ray-hosts-", dir="/var/tmp"))
     try:
         (folder / "token").write_text("a" * 64, encoding="ascii")
         (folder / "token").chmod(0o600)
         with hosts(2) as made:
-            found = RayHosts(made, folder)
+            switches = {}
+            if tls:
+                make_certificates(folder / "tls", [host.address for host in made], 1)
+                switches = ray_variables(folder / "tls")
+            found = RayHosts(made, folder, switches)
             found.start(0, "--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false", log="head.log")
             found.worker("worker.log")
             yield found
     finally:
         shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayHosts]:
+    with ray_on_hosts(tls=False) as found:
+        yield found
 
 
 def test_a_driver_on_one_host_runs_a_task_on_the_other(cluster: RayHosts) -> None:
@@ -147,3 +162,17 @@ def test_a_cut_host_is_noticed_in_time_and_its_task_runs_again(cluster: RayHosts
     cluster.worker("again.log")
     assert "ran again on host1" in wait_for(log, "ran again on", driver)
     assert driver.wait(_START_S) == 0
+
+
+def test_with_our_certificates_hosts_trust_each_other_and_a_plaintext_driver_gets_nowhere() -> None:
+    with ray_on_hosts(tls=True) as secure:
+        driver = secure.driver(log="secure.log")
+        assert "ran on host1" in wait_for(secure.folder / "secure.log", "ran on", driver)
+        assert driver.wait(_START_S) == 0
+        # It has the token, and still nobody understands it. Ray tries for longer than we watch.
+        plain = secure.driver(log="plain.log", RAY_USE_TLS="0")
+        with suppress(subprocess.TimeoutExpired):
+            assert plain.wait(_PLAINTEXT_S) != 0
+        assert "ran on" not in (secure.folder / "plain.log").read_text(encoding="utf-8")
+        plain.kill()
+        plain.wait(_START_S)

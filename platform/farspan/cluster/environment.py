@@ -6,7 +6,7 @@ from farspan.config.cluster import SoftwareConfig
 
 AUTH = {"RAY_AUTH_MODE": "token"}
 # With Ray's defaults a silent network partition is noticed after more than a minute, and its tasks are not retried.
-# A node is given up after four checks that each waited four seconds: about 20 s, measured between namespaces.
+# A node is given up after four checks that each waited four seconds: 22 s, measured between namespaces.
 WATCHES = {
     "RAY_grpc_client_keepalive_time_ms": "10000",
     "RAY_grpc_client_keepalive_timeout_ms": "10000",
