@@ -127,6 +127,13 @@ def test_a_cluster_that_cannot_come_up_ends_in_time_says_why_and_goes_down(
     assert watch.launchers > 0
     assert not any(b"launcher.yaml" in line for line in command_lines()), "the launcher goes on"
 
+    # The token is in no command line, and in no file this machine kept of the cluster.
+    assert watch.seen == set()
+    kept = [file for file in (home / ".cache").rglob("*") if file.is_file()]
+    assert {file.name for file in kept} >= {"launcher.yaml", "launcher.log"}
+    assert [file for file in kept if CANARY.encode() in file.read_bytes()] == []
+    assert CANARY not in captured.out + captured.err
+
     assert len(running(ec2)) == 1
     assert run(["cluster", "status", SPEC, "--json"]) == 0
     (node,) = json.loads(capsys.readouterr().out)["nodes"]
@@ -138,13 +145,6 @@ def test_a_cluster_that_cannot_come_up_ends_in_time_says_why_and_goes_down(
     assert running(ec2) == []
     assert run(["cluster", "down", SPEC, "--yes"]) == 0
     assert capsys.readouterr().out == "no machine of farspan runs\n"
-
-    # The token is in no command line, and in no file this machine kept of the cluster.
-    assert watch.seen == set()
-    kept = [file for file in (home / ".cache").rglob("*") if file.is_file()]
-    assert {file.name for file in kept} >= {"launcher.yaml", "launcher.log"}
-    assert [file for file in kept if CANARY.encode() in file.read_bytes()] == []
-    assert CANARY not in captured.out + captured.err
 
 
 def test_ids_that_the_cloud_does_not_know_are_one_sentence(

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -116,7 +116,7 @@ def status(spec: Spec = None, overrides: Overrides = None, on: On = "aws", as_js
     from farspan.cli.launch import nodes_of
 
     loaded, provider = load_spec(spec, overrides), _provider(on)
-    nodes = nodes_of(_known(loaded, provider).config())
+    nodes = nodes_of(_known(loaded, provider))
     if as_json:
         typer.echo(json.dumps({"name": loaded.name, "nodes": [asdict(node) for node in nodes]}, indent=1))
         return
@@ -135,12 +135,14 @@ def down(
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Give up after.")] = _DOWN_TIMEOUT_S,
 ) -> None:
     """End every machine of a cluster; where none is left, it says so and is done."""
+    import yaml
+
     from farspan.cli.launch import nodes_of, run_launcher
     from farspan.errors import ClusterError
 
     loaded, provider = load_spec(spec, overrides), _provider(on)
-    launched = _known(loaded, provider)
-    there = nodes_of(launched.config())
+    launched, config = _launched(loaded.name, provider), _known(loaded, provider)
+    there = nodes_of(config)
     if not there:
         typer.echo(f"no machine of {loaded.name} runs")
         return
@@ -148,11 +150,14 @@ def down(
         if not sys.stdin.isatty():
             raise ConfigError("--yes", "must be given where nobody can answer", False, "add --yes")
         typer.confirm(f"End {len(there)} machines of {loaded.name}?", abort=True)
+    launched.keep(yaml.safe_dump(config, sort_keys=False))
     run_launcher(launched, "down", timeout, lambda line: None)
     # Machines that were there already stay: only Ray on them ends.
-    left = [] if provider == "local" else nodes_of(launched.config())
+    left = [] if provider == "local" else nodes_of(config)
     if left:
         raise ClusterError(f"{len(left)} machines of {loaded.name} still run: {left[0].id}; run it again")
+    # The next one is what its spec then says.
+    launched.file.unlink()
     typer.echo(f"down: {loaded.name}, {len(there)} machines")
 
 
@@ -186,14 +191,16 @@ def _launched(name: str, provider: str) -> Launched:
     return Launched(Path.home() / ".cache" / "farspan" / "clusters" / f"{name}-{provider}")
 
 
-def _known(spec: ClusterSpec, provider: str) -> Launched:
-    """The cluster as it was started; where this machine did not start it, as the spec describes it."""
+def _known(spec: ClusterSpec, provider: str) -> dict[str, Any]:
+    """The launcher file of a cluster as it was started; where this machine did not start it, as the spec says."""
+    import yaml
+
     from farspan.cluster.launcher import render_launcher
 
     launched = _launched(spec.name, provider)
-    if not launched.file.is_file():
-        launched.keep(render_launcher(spec, provider))
-    return launched
+    if launched.file.is_file():
+        return launched.config()
+    return dict(yaml.safe_load(render_launcher(spec, provider)))
 
 
 def _read(file: str) -> str:

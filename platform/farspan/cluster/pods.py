@@ -116,8 +116,9 @@ def _pod(container: Manifest, nodes: NodesConfig, extra: list[Manifest], *, acco
         "securityContext": POD_SECURITY,
         "containers": [container],
         "volumes": [
-            {"name": "tmp", "emptyDir": {"sizeLimit": f"{nodes.disk_gib // 2}Gi"}},
-            {"name": "home", "emptyDir": {"sizeLimit": "10Gi"}},
+            {"name": "tmp", "emptyDir": {"sizeLimit": f"{nodes.disk_gib // 4}Gi"}},
+            # Models that come from S3 are kept under the home folder.
+            {"name": "home", "emptyDir": {"sizeLimit": f"{nodes.disk_gib // 2}Gi"}},
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{shared_gib}Gi"}},
             *extra,
         ],
