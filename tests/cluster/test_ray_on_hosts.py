@@ -53,6 +53,25 @@ if len(sys.argv) > 2:
     print("noticed after", time.monotonic() - begin, flush=True)
     print("ran again on", ray.get(task, timeout=120), flush=True)
 """
+# An actor that outlives its driver; the last word is its count, then the process it lives in.
+_COUNTER = """
+import os, sys
+import ray
+
+ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR", namespace="test")
+
+@ray.remote(num_cpus=1)
+class Counter:
+    def __init__(self):
+        self.count = 0
+
+    def add(self):
+        self.count += 1
+        return self.count, os.getpid()
+
+counter = Counter.options(name="counter", lifetime="detached", get_if_exists=True).remote()
+print("counted", *ray.get(counter.add.remote(), timeout=60), flush=True)
+"""
 
 
 @dataclass
@@ -84,6 +103,17 @@ class RayHosts:
     def worker(self, log: str) -> subprocess.Popen[bytes]:
         return self.start(1, f"--address={self.address}", "--num-cpus=1", log=log)
 
+    def head(self, log: str) -> subprocess.Popen[bytes]:
+        return self.start(0, "--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false", log=log)
+
+    def count(self, log: str) -> list[str]:
+        """Let the lasting actor count once, from its own host; gives its count and its process."""
+        command = (sys.executable, "-c", _COUNTER, self.address)
+        driver = self.made[1].start(*command, log=self.folder / log, env=self.environment())
+        text = wait_for(self.folder / log, "counted", driver)
+        assert driver.wait(_START_S) == 0
+        return text.partition("counted ")[2].split()[:2]
+
     def driver(self, *words: str, log: str, **changed: str) -> subprocess.Popen[bytes]:
         command = (sys.executable, "-c", _DRIVER, self.address, *words)
         return self.made[0].start(*command, log=self.folder / log, env=self.environment(**changed))
@@ -99,7 +129,7 @@ def wait_for(file: Path, word: str, process: subprocess.Popen[bytes], patience_s
 
 
 @contextmanager
-def ray_on_hosts(*, tls: bool) -> Iterator[RayHosts]:
+def ray_on_hosts(*, tls: bool = False, lasting: bool = False) -> Iterator[RayHosts]:
     # Not under /tmp, of which every host has its own.
     folder = Path(tempfile.mkdtemp(prefix="farspan-ray-hosts-", dir="/var/tmp"))
     try:
@@ -110,8 +140,10 @@ def ray_on_hosts(*, tls: bool) -> Iterator[RayHosts]:
             if tls:
                 make_certificates(folder / "tls", [host.address for host in made], 1)
                 switches = ray_variables(folder / "tls")
+            if lasting:
+                switches = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(folder / "gcs")}
             found = RayHosts(made, folder, switches)
-            found.start(0, "--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false", log="head.log")
+            found.head("head.log")
             found.worker("worker.log")
             yield found
     finally:
@@ -120,7 +152,7 @@ def ray_on_hosts(*, tls: bool) -> Iterator[RayHosts]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayHosts]:
-    with ray_on_hosts(tls=False) as found:
+    with ray_on_hosts() as found:
         yield found
 
 
@@ -176,3 +208,14 @@ def test_with_our_certificates_hosts_trust_each_other_and_a_plaintext_driver_get
         assert "ran on" not in (secure.folder / "plain.log").read_text(encoding="utf-8")
         plain.kill()
         plain.wait(_START_S)
+
+
+def test_a_head_that_crashes_comes_back_with_its_state_on_disk_and_an_actor_never_notices() -> None:
+    with ray_on_hosts(lasting=True) as found:
+        assert found.count("first.log")[0] == "1"
+        before = found.count("second.log")
+        found.made[0].crash()
+        found.head("reborn.log")
+        after = found.count("third.log")
+        # The same process went on counting: it was not started again.
+        assert (before, after) == (["2", before[1]], ["3", before[1]])

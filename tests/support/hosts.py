@@ -91,6 +91,10 @@ class Host:
                 [*words, "qdisc", "del", "dev", device, "root"], capture_output=True, timeout=_DEADLINE_S, check=False
             )
 
+    def crash(self) -> None:
+        """Everything that was started inside ends at once; the host stays, as after a reboot."""
+        self.run("sh", "-c", "kill -9 -1")
+
     def kill(self) -> None:
         """The power goes: everything inside ends at once."""
         if self.first.poll() is None:
