@@ -39,7 +39,7 @@ check: setup
 
 test: setup
 	@echo "==> tests of one process"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/layout tests/unit tests/kernels
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/layout tests/unit tests/kernels tests/infra
 	@echo "==> tests of several processes"
 	@$(BIN)/python -m pytest tests/distributed tests/cluster tests/end_to_end
 

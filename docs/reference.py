@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from farspan.config import schema
+from farspan.config import cluster, schema
 from farspan.telemetry import kinds
 from farspan.telemetry.names import METRICS
 
@@ -21,7 +21,8 @@ QUOTES = "'\""
 DOCS = Path(__file__).resolve().parent
 TARGET = DOCS / "reference"
 # One file a user writes each.
-FILES = {"RunConfig": "farspan train", "CorpusConfig": "farspan data build", "ServeConfig": "farspan serve"}
+FILES = {"RunConfig": "farspan train", "CorpusConfig": "farspan data build", "ServeConfig": "farspan serve",
+         "ClusterSpec": "farspan cluster"}  # fmt: skip
 
 
 def on_pre_build(config: object) -> None:
@@ -47,9 +48,10 @@ def write_reference() -> list[Path]:
 
 def config_page() -> str:
     """Every key a user can set."""
-    classes = {node.name: node for node in _tree(schema).body if isinstance(node, ast.ClassDef)}
+    trees = (_tree(schema), _tree(cluster))
+    classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
     parts = [
-        "# Configuration\n\nRead from `farspan/config/schema.py`. A config file holds only what differs from these "
+        "# Configuration\n\nRead from `farspan/config`. A config file holds only what differs from these "
         "defaults; `key=value` on the command line wins over the file. `required` has no default that could be right.\n"
     ]
     for name, verb in FILES.items():

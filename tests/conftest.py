@@ -23,7 +23,7 @@ hypothesis.settings.load_profile("fixed")
 
 RAY_RUNS = pytest.StashKey[bool]()
 # The shared Ray starts with the first test that needs it and then stays: what must be shown without one comes before.
-_ORDER = ("layout", "unit", "kernels", "distributed", "cluster", "end_to_end")
+_ORDER = ("layout", "unit", "kernels", "infra", "distributed", "cluster", "end_to_end")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,6 +15,7 @@ import typer
 import yaml
 
 from farspan.config import schema
+from farspan.config.cluster import ClusterSpec
 from farspan.config.load import load_config
 from farspan.errors import ConfigError, FarspanError
 from farspan.telemetry import kinds
@@ -107,7 +108,7 @@ def test_a_yaml_example_has_only_known_keys(page: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_a_key_or_an_event_named_in_the_docs_exists(page: Path) -> None:
-    known = {*_keys(schema.RunConfig), *_keys(schema.ServeConfig), *_keys(schema.CorpusConfig)}
+    known = {*_keys(schema.RunConfig), *_keys(schema.ServeConfig), *_keys(schema.CorpusConfig), *_keys(ClusterSpec)}
     sections = "|".join(sorted({key.split(".")[0] for key in known if "." in key}))
     named = re.findall(rf"`((?:{sections})\.[a-z_]+)(?:=[^`]*)?`", page.read_text(encoding="utf-8"))
     assert {key for key in named if key not in known and not key.endswith((".py", ".md", ".json"))} == set()
@@ -170,7 +171,7 @@ def test_the_site_builds_strictly_and_asks_no_other_site_for_anything(site: Path
 
 def test_the_reference_shows_every_key_every_event_and_every_decision(site: Path) -> None:
     config = (site / "reference" / "config" / "index.html").read_text(encoding="utf-8")
-    for key in _keys(schema.RunConfig) | _keys(schema.ServeConfig) | _keys(schema.CorpusConfig):
+    for key in _keys(schema.RunConfig) | _keys(schema.ServeConfig) | _keys(schema.CorpusConfig) | _keys(ClusterSpec):
         assert f"<code>{key}</code>" in config, key
     metrics = (site / "reference" / "metrics" / "index.html").read_text(encoding="utf-8")
     for kind, cls in kinds.KINDS.items():

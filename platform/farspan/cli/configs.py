@@ -9,9 +9,10 @@ from farspan.errors import NotFoundError
 
 
 def shipped_config(name: str) -> str:
-    """Path of a config under jobs/configs or serve/configs, relative to the working folder where that is shorter."""
+    """Path of a config of jobs/configs, serve/configs or infra, relative to the working folder if it lies there."""
     here = Path(__file__).resolve()
-    roots = [here.parents[3] / "jobs" / "configs", here.parents[3] / "serve" / "configs", here.parent / "shipped"]
+    roots = [here.parents[3] / "jobs" / "configs", here.parents[3] / "serve" / "configs", here.parents[3] / "infra"]
+    roots.append(here.parent / "shipped")
     for root in roots:
         if (root / name).is_file():
             path = root / name

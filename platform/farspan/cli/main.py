@@ -13,7 +13,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from farspan.cli import cluster as cluster_verbs
 from farspan.cli import data as data_verbs
+from farspan.cli import infra as infra_verbs
 from farspan.cli import jobs as jobs_verbs
 from farspan.errors import CheckpointError, ConfigError, FarspanError, ModelError, NotFoundError, PlanError
 
@@ -28,6 +30,8 @@ app = typer.Typer(
 )
 app.add_typer(data_verbs.app, name="data")
 app.add_typer(jobs_verbs.app, name="jobs")
+app.add_typer(cluster_verbs.app, name="cluster")
+app.add_typer(infra_verbs.app, name="infra")
 
 Config = Annotated[str, typer.Argument(help="YAML config file.", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=c overrides of the config.", metavar="[KEY=VALUE]...")]
@@ -259,13 +263,25 @@ def bench(
 @app.command()
 def doctor(
     model: Annotated[
-        str, typer.Argument(help="YAML run config, model folder, or model_type of transformers.", metavar="MODEL")
-    ],
+        str | None,
+        typer.Argument(help="YAML run config, model folder, or model_type of transformers.", metavar="MODEL"),
+    ] = None,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the certificate.")] = False,
     certificate: Annotated[str | None, typer.Option(help="File the certificate is written to.")] = None,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Instead: whether this machine can be a node.")] = False,
+    node: Annotated[
+        list[str] | None, typer.Option(metavar="HOST[:PORT]", help="--cluster: a place it must reach; repeatable.")
+    ] = None,
 ) -> None:
-    """Prove a layout for a model: the same logits, loss and gradients as one plain process."""
+    """Prove a layout for a model (the same logits, loss and gradients as one plain process), or check this machine."""
+    if cluster:
+        from farspan.cli.cluster_doctor import run_cluster_doctor
+
+        run_cluster_doctor(node or [], as_json=as_json)
+        return
+    if model is None:
+        raise ConfigError("MODEL", "must be given, or --cluster", None, "try farspan doctor qwen3")
     from farspan.cli.doctor import run_doctor
 
     run_doctor(model, overrides or [], as_json=as_json, certificate=certificate)

@@ -34,8 +34,13 @@ def load_config(schema: type[Schema], path: str | None, overrides: list[str]) ->
         NotFoundError: the file does not exist.
         ConfigError: an unknown key, a wrong type, a missing value, broken YAML.
     """
+    return config_of(schema, _read_yaml(path), _read_overrides(overrides))
+
+
+def config_of(schema: type[Schema], *layers: dict[str, Any]) -> Schema:
+    """Defaults of `schema`, then each layer; raises ConfigError as `load_config` does."""
     merged = OmegaConf.structured(schema)
-    for layer in (_read_yaml(path), _read_overrides(overrides)):
+    for layer in layers:
         _refuse_unknown_keys(layer, schema, prefix="")
         merged = _merge(merged, layer)
     _refuse_missing(merged, prefix="")

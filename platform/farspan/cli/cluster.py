@@ -1,0 +1,230 @@
+"""`farspan cluster`: from a spec to machines and back."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from farspan.errors import ConfigError, NotFoundError
+
+if TYPE_CHECKING:
+    from farspan.cli.launch import Launched
+    from farspan.cluster.cost import ClusterPlan
+    from farspan.config.cluster import ClusterSpec
+
+app = typer.Typer(help="Clusters for Ray's launcher: what they cost, up, down.", no_args_is_help=True)
+
+Spec = Annotated[str | None, typer.Argument(help="Spec [infra/cluster.yaml], or KEY=VALUE.", metavar="[SPEC]")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=c settings of it.", metavar="[KEY=VALUE]...")]
+On = Annotated[str, typer.Option("--on", help="aws, gcp or local.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_DOWN_TIMEOUT_S = 900.0
+
+
+def load_spec(spec: str | None, overrides: list[str] | None) -> ClusterSpec:
+    """A checked spec; without a file the one of the project, or the one that ships with farspan."""
+    from farspan.cli.configs import shipped_config
+    from farspan.config.cluster import ClusterSpec
+    from farspan.config.cluster_rules import check_cluster
+    from farspan.config.load import load_config
+
+    # Without a file the first KEY=VALUE stands in its place.
+    first = [spec] if spec is not None and "=" in spec else []
+    file = shipped_config("cluster.yaml") if spec is None or first else spec
+    loaded = load_config(ClusterSpec, file, [*first, *(overrides or [])])
+    check_cluster(loaded)
+    return loaded
+
+
+@app.command()
+def plan(spec: Spec = None, overrides: Overrides = None, on: On = "aws", as_json: Json = False) -> None:
+    """Show the machines of a cluster and what an hour of them costs; asks no cloud."""
+    from farspan.cluster.cost import plan_cluster
+
+    found = plan_cluster(load_spec(spec, overrides), _provider(on))
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=1))
+        return
+    _show(found)
+
+
+@app.command()
+def validate(
+    spec: Spec = None,
+    overrides: Overrides = None,
+    on: On = "aws",
+    file: Annotated[str | None, typer.Option(help="A launcher file instead of the one the spec renders.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Hold a launcher file against Ray's schema, the cloud's and our rules, offline; exit code 2: it has problems."""
+    import yaml
+
+    from farspan.cli.launcher import problems
+    from farspan.cluster.launcher import render_launcher
+
+    loaded = load_spec(spec, overrides)
+    text = _read(file) if file is not None else render_launcher(loaded, _provider(on))
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as problem:
+        raise ConfigError(file or on, "must be YAML", " ".join(str(problem).split()), "fix the syntax") from None
+    if not isinstance(config, dict):
+        raise ConfigError(file or on, "must hold `key: value` lines", type(config).__name__, "start with cluster_name")
+    report({file or f"the {on} file": problems(config, loaded.software)}, as_json=as_json)
+
+
+@app.command()
+def up(
+    spec: Spec = None,
+    overrides: Overrides = None,
+    on: On = "aws",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Give up after [up_timeout_s].")] = None,
+) -> None:
+    """Show the plan, ask, and start the cluster within a time limit; run again, it goes on where it is."""
+    from farspan.cli.launch import run_launcher
+    from farspan.cluster.cost import plan_cluster
+    from farspan.cluster.launcher import render_launcher
+    from farspan.cluster.preflight import check_ready
+
+    loaded, provider = load_spec(spec, overrides), _provider(on)
+    launched = _launched(loaded.name, provider)
+    check_ready(loaded, provider, Path.cwd(), launched.folder)
+    _show(plan_cluster(loaded, provider))
+    if not yes:
+        if not sys.stdin.isatty():
+            raise ConfigError("--yes", "must be given where nobody can answer", False, "add --yes")
+        typer.confirm("Start it?", abort=True)
+    launched.keep(render_launcher(loaded, provider))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print("what was started goes on costing if this fails: `farspan cluster down` ends it", markup=False)
+    with console.status("ray up", spinner="line") as status:
+        run_launcher(launched, "up", timeout or loaded.up_timeout_s, lambda line: status.update(line[:100]))
+    console.print(f"up: {loaded.name}; its dashboard: ray dashboard {launched.file}", markup=False)
+
+
+@app.command()
+def status(spec: Spec = None, overrides: Overrides = None, on: On = "aws", as_json: Json = False) -> None:
+    """List the machines of a cluster, asked of its provider."""
+    from farspan.cli.launch import nodes_of
+
+    loaded, provider = load_spec(spec, overrides), _provider(on)
+    nodes = nodes_of(_known(loaded, provider))
+    if as_json:
+        typer.echo(json.dumps({"name": loaded.name, "nodes": [asdict(node) for node in nodes]}, indent=1))
+        return
+    table = Table("node", "type", "address", "status", box=None)
+    for node in nodes:
+        table.add_row(node.id, node.node_type, node.address or "", node.status)
+    Console(highlight=False, soft_wrap=True).print(table if nodes else f"no machine of {loaded.name} runs")
+
+
+@app.command()
+def down(
+    spec: Spec = None,
+    overrides: Overrides = None,
+    on: On = "aws",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Give up after.")] = _DOWN_TIMEOUT_S,
+) -> None:
+    """End every machine of a cluster; where none is left, it says so and is done."""
+    import yaml
+
+    from farspan.cli.launch import nodes_of, run_launcher
+    from farspan.errors import ClusterError
+
+    loaded, provider = load_spec(spec, overrides), _provider(on)
+    launched, config = _launched(loaded.name, provider), _known(loaded, provider)
+    there = nodes_of(config)
+    if not there:
+        typer.echo(f"no machine of {loaded.name} runs")
+        return
+    if not yes:
+        if not sys.stdin.isatty():
+            raise ConfigError("--yes", "must be given where nobody can answer", False, "add --yes")
+        typer.confirm(f"End {len(there)} machines of {loaded.name}?", abort=True)
+    launched.keep(yaml.safe_dump(config, sort_keys=False))
+    run_launcher(launched, "down", timeout, lambda line: None)
+    # Machines that were there already stay: only Ray on them ends.
+    left = [] if provider == "local" else nodes_of(config)
+    if left:
+        raise ClusterError(f"{len(left)} machines of {loaded.name} still run: {left[0].id}; run it again")
+    # The next one is what its spec then says.
+    launched.file.unlink()
+    typer.echo(f"down: {loaded.name}, {len(there)} machines")
+
+
+def report(found: dict[str, list[str]], *, as_json: bool) -> None:
+    """Print the problems of each file; ends with exit code 2 where there is one."""
+    wrong = sum(len(problems) for problems in found.values())
+    if as_json:
+        typer.echo(json.dumps({"ok": wrong == 0, "problems": found}, indent=1))
+    else:
+        for name, problems in found.items():
+            for problem in problems:
+                typer.echo(f"{name}: {problem}")
+            if not problems:
+                typer.echo(f"{name}: ok")
+    if wrong:
+        raise typer.Exit(2)
+
+
+def _provider(on: str) -> str:
+    from farspan.cluster.launcher import PROVIDERS
+    from farspan.config.load import nearest
+
+    if on not in PROVIDERS:
+        raise ConfigError("--on", f"must be one of {', '.join(PROVIDERS)}", on, nearest(on, list(PROVIDERS)))
+    return on
+
+
+def _launched(name: str, provider: str) -> Launched:
+    from farspan.cli.launch import Launched
+
+    return Launched(Path.home() / ".cache" / "farspan" / "clusters" / f"{name}-{provider}")
+
+
+def _known(spec: ClusterSpec, provider: str) -> dict[str, Any]:
+    """The launcher file of a cluster as it was started; where this machine did not start it, as the spec says."""
+    import yaml
+
+    from farspan.cluster.launcher import render_launcher
+
+    launched = _launched(spec.name, provider)
+    if launched.file.is_file():
+        return launched.config()
+    return dict(yaml.safe_load(render_launcher(spec, provider)))
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise NotFoundError(file, "no such launcher file that can be read") from None
+
+
+def _show(found: ClusterPlan) -> None:
+    title = f"{found.name} on {found.provider}, {found.place}"
+    table = Table("node type", "machine", "GPUs", "nodes", f"{found.currency}/h each", "idle", title=title, box=None)
+    for node in found.nodes:
+        nodes = str(node.max_nodes) if node.min_nodes == node.max_nodes else f"{node.min_nodes}..{node.max_nodes}"
+        price = "not known" if node.price is None else f"{node.price:.2f}" + (" (spot: less)" if node.spot else "")
+        idle = "stays" if node.idle_minutes is None else f"{node.idle_minutes} min"
+        table.add_row(node.node_type, node.machine, str(node.gpus or ""), nodes, price, idle)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    if found.least is None or found.most is None:
+        console.print("its cost is not known: set price_per_hour of each kind of node", markup=False)
+    elif found.most > 0:
+        console.print(
+            f"an hour costs {found.least:.2f} {found.currency} when idle, at most {found.most:.2f}; disks, traffic and "
+            "taxes come on top",
+            markup=False,
+        )

@@ -1,0 +1,137 @@
+"""`ray up` and `ray down` with an end: a time limit, a log, and what went wrong in one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from farspan.cluster.diagnose import diagnose
+from farspan.errors import ClusterError, StorageError
+
+_POLL_S = 0.2
+_GRACE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A machine of a cluster that runs, or is about to."""
+
+    id: str
+    node_type: str
+    address: str | None
+    status: str
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What this machine keeps of a cluster it started: `folder` is ours alone."""
+
+    folder: Path
+
+    @property
+    def file(self) -> Path:
+        """The launcher file it was started from."""
+        return self.folder / "launcher.yaml"
+
+    @property
+    def log(self) -> Path:
+        """What the launcher said last."""
+        return self.folder / "launcher.log"
+
+    def keep(self, text: str) -> None:
+        """Write the launcher file; raises StorageError."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.file.write_text(text, encoding="utf-8")
+        except OSError as problem:
+            raise StorageError(str(self.file), f"could not be written: {problem.strerror}; free space") from None
+
+    def config(self) -> dict[str, Any]:
+        """The launcher file, read."""
+        config = yaml.safe_load(self.file.read_text(encoding="utf-8"))
+        assert isinstance(config, dict)
+        return config
+
+
+def run_launcher(launched: Launched, verb: str, timeout_s: float, say: Callable[[str], None]) -> None:
+    """`ray up` or `ray down` on a launcher file.
+
+    Raises ClusterError when it fails or takes longer than `timeout_s`; then every process it started is ended.
+    """
+    command = [sys.executable, "-m", "ray.scripts.scripts", verb, "--yes", str(launched.file)]
+    if verb == "up":
+        # Ray's cache remembers ids of an earlier cluster of that name.
+        command.insert(-1, "--no-config-cache")
+    ends = time.monotonic() + timeout_s
+    with launched.log.open("wb") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            while process.poll() is None and time.monotonic() < ends:
+                say(_last_line(launched.log))
+                time.sleep(_POLL_S)
+            late = process.poll() is None
+        finally:
+            _end(process)
+    output = launched.log.read_text(encoding="utf-8", errors="replace")
+    if late:
+        raise ClusterError(f"ray {verb} did not end within {timeout_s:g} s: {diagnose(output)} (log: {launched.log})")
+    if process.returncode != 0:
+        raise ClusterError(f"ray {verb} failed: {diagnose(output)} (log: {launched.log})")
+
+
+def nodes_of(config: dict[str, Any]) -> list[Node]:
+    """The machines of a launcher file that are there, asked of its provider. Raises ClusterError."""
+    from ray.autoscaler._private.providers import _get_node_provider
+    from ray.autoscaler._private.util import prepare_config
+    from ray.autoscaler.tags import TAG_RAY_NODE_KIND, TAG_RAY_NODE_STATUS, TAG_RAY_USER_NODE_TYPE
+
+    found = []
+    try:
+        # Ray tells its own story on standard output, where ours may be JSON.
+        with contextlib.redirect_stdout(io.StringIO()):
+            prepared = prepare_config(config)
+            provider = _get_node_provider(prepared["provider"], prepared["cluster_name"])
+            for node in provider.non_terminated_nodes({}):
+                tags = provider.node_tags(node)
+                kind = tags.get(TAG_RAY_USER_NODE_TYPE) or tags.get(TAG_RAY_NODE_KIND, "")
+                found.append(Node(node, kind, provider.internal_ip(node), tags.get(TAG_RAY_NODE_STATUS, "")))
+    except ImportError as problem:
+        raise ClusterError(f"this provider needs the package {problem.name}; pip install {problem.name}") from None
+    except Exception as problem:
+        raise ClusterError(
+            f"the provider does not answer: {diagnose(f'{type(problem).__name__}: {problem}')}"
+        ) from None
+    return found
+
+
+def _last_line(log: Path) -> str:
+    with suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 2000))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+        return lines[-1].strip() if lines else ""
+    return ""
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the launcher and the SSH sessions it holds."""
+    for way, patience_s in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, _GRACE_S)):
+        if process.poll() is not None:
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, way)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(patience_s)

@@ -1,0 +1,155 @@
+"""Certificates for TLS both ways between Ray's processes: one authority, one certificate for each node."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from farspan.errors import ConfigError, StorageError
+
+_CA_DAYS = 3650
+_EARLIER = datetime.timedelta(minutes=5)
+_ALWAYS = ("127.0.0.1", "localhost")
+
+
+def make_certificates(folder: Path, hosts: list[str], days: int) -> list[Path]:
+    """Write ca.crt and ca.key once, and node.crt and node.key for `hosts` each time; gives the paths written.
+
+    Ray connects by address: `hosts` must hold every address a node is reached by. 127.0.0.1 is always among them.
+
+    Raises:
+        ConfigError: no host, or days out of range.
+        StorageError: the folder cannot be written, or holds half an authority.
+    """
+    if not hosts:
+        raise ConfigError("--host", "must be given at least once", None, "add --host ADDRESS for each node")
+    if not 1 <= days <= _CA_DAYS:
+        raise ConfigError("--days", f"must lie in 1..{_CA_DAYS}", days, "use --days 365")
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        authority, key, written = _authority(folder)
+        node_key = ec.generate_private_key(ec.SECP256R1())
+        node = _node_certificate(authority, key, node_key, [*dict.fromkeys([*hosts, *_ALWAYS])], days)
+        written += [_write(folder / "node.crt", _pem(node)), _write(folder / "node.key", _pem_key(node_key))]
+    except OSError as problem:
+        raise StorageError(str(folder), f"certificates could not be written: {problem.strerror or problem}") from None
+    return written
+
+
+def ray_variables(folder: Path) -> dict[str, str]:
+    """Ray's own switches that turn TLS on, for every node and driver."""
+    return {
+        "RAY_USE_TLS": "1",
+        "RAY_TLS_SERVER_CERT": str(folder / "node.crt"),
+        "RAY_TLS_SERVER_KEY": str(folder / "node.key"),
+        "RAY_TLS_CA_CERT": str(folder / "ca.crt"),
+    }
+
+
+def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey, list[Path]]:
+    """The authority of this folder: a second call signs with the first one's key, so that old nodes stay trusted."""
+    certificate_file, key_file = folder / "ca.crt", folder / "ca.key"
+    if certificate_file.exists() != key_file.exists():
+        raise StorageError(
+            str(folder), "holds half an authority; remove ca.crt and ca.key, or bring the other one back"
+        )
+    if key_file.exists():
+        try:
+            certificate = x509.load_pem_x509_certificate(certificate_file.read_bytes())
+            loaded = serialization.load_pem_private_key(key_file.read_bytes(), password=None)
+        except ValueError:
+            raise StorageError(str(folder), "ca.crt or ca.key is not PEM; remove both to start over") from None
+        if not isinstance(loaded, ec.EllipticCurvePrivateKey):
+            raise StorageError(str(folder), "ca.key is of another kind than ours; use another folder")
+        return certificate, loaded, []
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "farspan cluster authority")])
+    certificate = (
+        _builder(name, name, key.public_key(), _CA_DAYS)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs_certificates=True), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    return certificate, key, [_write(certificate_file, _pem(certificate)), _write(key_file, _pem_key(key))]
+
+
+def _node_certificate(
+    authority: x509.Certificate,
+    key: ec.EllipticCurvePrivateKey,
+    node_key: ec.EllipticCurvePrivateKey,
+    hosts: list[str],
+    days: int,
+) -> x509.Certificate:
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "farspan node")])
+    both_ways = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
+    return (
+        _builder(name, authority.subject, node_key.public_key(), days)
+        .add_extension(x509.SubjectAlternativeName([_alternative(host) for host in hosts]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(signs_certificates=False), critical=True)
+        .add_extension(both_ways, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+) -> x509.CertificateBuilder:
+    # A clock that is a little late must not refuse it.
+    start = datetime.datetime.now(datetime.UTC) - _EARLIER
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start)
+        .not_valid_after(start + datetime.timedelta(days=days))
+    )
+
+
+def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _alternative(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _pem_key(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _write(file: Path, content: bytes) -> Path:
+    # A fresh file each time, with its final mode: a key is never readable by others, not even for a moment.
+    file.unlink(missing_ok=True)
+    handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "wb") as target:
+        target.write(content)
+    return file

@@ -1,0 +1,165 @@
+"""Everything wrong with a file for Ray's cluster launcher that Ray itself does not look for. No Ray, no network.
+
+Ray checks the top of the file; it lets misspelt provider and node keys pass, and fills what is missing from defaults
+that open ports, widen roles and install nightly builds. Each problem is one sentence.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import botocore.session
+import botocore.validate
+
+from farspan.cluster.environment import AUTH, HABITS, WATCHES, requirements, wheel
+from farspan.cluster.secrets import holds_secret
+from farspan.config.cluster import SoftwareConfig
+from farspan.config.load import nearest
+
+Config = dict[str, Any]
+
+PROVIDER_KEYS = {
+    "aws": ("type", "region", "availability_zone", "use_internal_ips", "cache_stopped_nodes"),
+    "gcp": ("type", "region", "availability_zone", "project_id", "use_internal_ips", "cache_stopped_nodes"),
+    "local": ("type", "head_ip", "worker_ips"),
+}
+# Left out, each of these is filled from Ray's defaults.
+_EXPLICIT_KEYS = (
+    "cluster_name", "max_workers", "upscaling_speed", "idle_timeout_minutes", "provider", "auth", "file_mounts",
+    "cluster_synced_files", "file_mounts_sync_continuously", "rsync_exclude", "rsync_filter", "initialization_commands",
+    "setup_commands", "head_setup_commands", "worker_setup_commands", "head_start_ray_commands",
+    "worker_start_ray_commands",
+)  # fmt: skip
+_NODE_TYPE_KEYS = ("head_node_type", "available_node_types")
+_NODE_KEYS = {
+    "aws": (
+        "InstanceType", "ImageId", "KeyName", "IamInstanceProfile", "SubnetIds", "SecurityGroupIds", "MetadataOptions",
+        "BlockDeviceMappings",
+    ),
+    "gcp": ("machineType", "networkInterfaces", "serviceAccounts", "disks"),
+}  # fmt: skip
+_GCP_NODE_KEYS = (*_NODE_KEYS["gcp"], "scheduling", "guestAccelerators", "labels", "tags", "metadata")
+_ROLES = ("head", "cpu", "gpu-train", "prefill", "decode")
+_START = ". /etc/profile.d/farspan.sh; test -s ~/.ray/auth_token &&"
+_MOST_IDLE_MINUTES = 60
+
+
+def launcher_problems(config: Config, software: SoftwareConfig) -> list[str]:
+    """One sentence for each thing that is wrong; `software` says which versions the file must install."""
+    provider = config.get("provider")
+    kind = provider.get("type") if isinstance(provider, dict) else None
+    if not isinstance(provider, dict) or kind not in PROVIDER_KEYS:
+        return [f"provider.type must be one of {', '.join(PROVIDER_KEYS)}, got {kind!r}"]
+    wanted = _EXPLICIT_KEYS if kind == "local" else (*_EXPLICIT_KEYS, *_NODE_TYPE_KEYS)
+    if missing := [key for key in wanted if key not in config]:
+        return [f"{key} is left to Ray's defaults" for key in missing]
+    return [
+        *_provider_problems(provider, PROVIDER_KEYS[kind]),
+        *([] if kind == "local" else _node_problems(config["available_node_types"], kind)),
+        *_limit_problems(config, kind),
+        *_pin_problems(config, software, kind),
+        *_auth_problems(config),
+        *(["a secret stands in the file"] if holds_secret(config) else []),
+    ]
+
+
+def _provider_problems(provider: Config, known: tuple[str, ...]) -> Iterator[str]:
+    for key in sorted(set(provider) - set(known)):
+        yield f"provider.{key} is not a key we know: {nearest(str(key), list(known))}"
+    for key in sorted(set(known) - set(provider)):
+        yield f"provider.{key} is left to Ray's defaults"
+
+
+def _node_problems(node_types: Config, kind: str) -> Iterator[str]:
+    yield from (f"node type {name} is missing" for name in _ROLES if name not in node_types)
+    for name, node_type in node_types.items():
+        node = dict(node_type.get("node_config", {}))
+        yield from (f"{name}: {key} is left to Ray's defaults" for key in _NODE_KEYS[kind] if key not in node)
+        if "CPU" not in node_type.get("resources", {}):
+            yield f"{name}: its CPUs are left to a look-up"
+        if kind == "aws":
+            yield from (f"{name}: {problem}" for problem in _ec2_problems(node))
+        else:
+            yield from (f"{name}: {problem}" for problem in _gce_problems(node))
+
+
+@functools.cache
+def _run_instances() -> Any:
+    """EC2's own description of the request that starts an instance; megabytes of JSON, read once."""
+    return botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+
+
+def _ec2_problems(node: Config) -> Iterator[str]:
+    shape = _run_instances()
+    # SubnetIds is Ray's own key: it picks one of them.
+    request = {key: value for key, value in node.items() if key != "SubnetIds"} | {"MinCount": 1, "MaxCount": 1}
+    # botocore lets unknown keys pass at the top of a request unless they are looked for.
+    for key in sorted(set(request) - set(shape.members)):
+        yield f"EC2 has no {key}: {nearest(key, [*shape.members])}"
+    report = botocore.validate.ParamValidator().validate(request, shape)
+    if report.has_errors():
+        yield f"EC2 refuses it: {report.generate_report()}"
+    for volume in node.get("BlockDeviceMappings", []):
+        if volume.get("Ebs", {}).get("Encrypted") is not True:
+            yield "a disk is not encrypted"
+    options = node.get("MetadataOptions")
+    if not isinstance(options, dict) or options.get("HttpTokens") != "required":
+        yield "the instance metadata can be read without a session token"
+
+
+def _gce_problems(node: Config) -> Iterator[str]:
+    for key in sorted(set(node) - set(_GCP_NODE_KEYS)):
+        yield f"Compute Engine's {key} is not a key we know: {nearest(key, list(_GCP_NODE_KEYS))}"
+    for interface in node.get("networkInterfaces", []):
+        if "accessConfigs" in interface:
+            yield "it gets a public address (accessConfigs)"
+
+
+def _limit_problems(config: Config, kind: str) -> Iterator[str]:
+    if not 0 < config["idle_timeout_minutes"] <= _MOST_IDLE_MINUTES:
+        yield f"idle_timeout_minutes must lie in 1..{_MOST_IDLE_MINUTES}"
+    if kind == "local":
+        return
+    workers = {name: t for name, t in config["available_node_types"].items() if name != config["head_node_type"]}
+    yield from (f"{name}: max_workers is missing" for name, t in workers.items() if "max_workers" not in t)
+    if sum(t.get("max_workers", 0) for t in workers.values()) != config["max_workers"]:
+        yield "max_workers is not the sum of the node types"
+    if config["provider"].get("cache_stopped_nodes", True):
+        yield "idle nodes are stopped and go on costing their disks"
+    for name, node_type in workers.items():
+        if not 0 < node_type.get("idle_timeout_s", 0) <= 60 * _MOST_IDLE_MINUTES:
+            yield f"{name}: idle_timeout_s must lie in 1..{60 * _MOST_IDLE_MINUTES}"
+
+
+def _pin_problems(config: Config, software: SoftwareConfig, kind: str) -> Iterator[str]:
+    commands = [c for key in ("setup_commands", "head_setup_commands", "worker_setup_commands") for c in config[key]]
+    installs = " ".join(c for c in commands if "pip install" in c)
+    cloud = {"aws": [f"boto3=={software.boto3}"], "gcp": [f"google-api-python-client=={software.google_api}"]}
+    wanted = [*requirements(software), *cloud.get(kind, [])]
+    found = re.findall(r"'([^']+)'", installs)
+    yield from (f"{requirement} is not pinned" for requirement in wanted if requirement not in found)
+    yield from (f"{requirement} is not in the spec" for requirement in found if requirement not in wanted)
+    if wheel(software) not in installs or f"dist/{wheel(software)}" not in config["file_mounts"].values():
+        yield f"{wheel(software)} is not sent and installed"
+    if any(re.search(r"https?://|\bwget\b|\bcurl\b", command) for command in commands):
+        yield "a setup command downloads from a bare address"
+
+
+def _auth_problems(config: Config) -> Iterator[str]:
+    if config["file_mounts"].get("~/.ray/auth_token") != "~/.ray/auth_token":
+        yield "the token is not sent to the nodes"
+    written = next((c for c in config["setup_commands"] if "/etc/profile.d/farspan.sh" in c), "")
+    exports = dict(re.findall(r"(RAY_\w+)=([^\s\"]+)", written))
+    for name, value in {**AUTH, "RAY_AUTH_TOKEN_PATH": "$HOME/.ray/auth_token", **HABITS}.items():
+        if exports.get(name) != value:
+            yield f"{name}={value} is not set"
+    yield from (f"{name} is not set" for name in WATCHES if name not in exports)
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        starts = [command for command in config[key] if "ray start" in command]
+        if len(starts) != 1 or not starts[0].startswith(_START):
+            yield f"{key}: Ray must start once, with the environment, and not without a token"
+    if "--dashboard-host=127.0.0.1" not in " ".join(config["head_start_ray_commands"]):
+        yield "the dashboard and the jobs API listen beyond loopback"

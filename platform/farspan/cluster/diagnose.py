@@ -1,0 +1,82 @@
+"""What a launcher's output comes down to: one sentence with the way out."""
+
+from __future__ import annotations
+
+import re
+
+# In the order of how sure each of them names the cause; the first that matches is told.
+_CAUSES = (
+    (
+        r"NoCredentialsError|Unable to locate credentials",
+        "no AWS credentials were found; run aws configure, or aws sso login",
+    ),
+    (r"ExpiredToken|RequestExpired|Token has expired", "the AWS credentials have expired; log in again"),
+    (
+        r"AuthFailure|InvalidClientTokenId|SignatureDoesNotMatch|UnrecognizedClient",
+        "AWS does not know these credentials; check the profile",
+    ),
+    (
+        r"DefaultCredentialsError|Could not automatically determine credentials",
+        "no Google credentials were found; run gcloud auth application-default login",
+    ),
+    (
+        r"UnauthorizedOperation|AccessDenied|accessDenied",
+        "the credentials may not do this; infra/README.md lists the rights a cluster needs",
+    ),
+    (r"InvalidAMIID", "the region has no such image; set aws.image"),
+    (
+        r"InvalidSubnetID|InvalidSubnet|Not all subnet IDs found|No usable subnets",
+        "the region has no such subnet; set aws.subnet",
+    ),
+    (
+        r"InvalidGroup\.NotFound|InvalidGroupId|InvalidSecurityGroup",
+        "the region has no such security group; set aws.security_group",
+    ),
+    (r"InvalidKeyPair", "the region has no such key pair; set aws.key_name"),
+    (
+        r"[Ii]nvalid IAM Instance Profile|InvalidIamInstanceProfile",
+        "there is no such instance profile; set aws.account and aws.instance_profile",
+    ),
+    (
+        r"InsufficientInstanceCapacity|ZONE_RESOURCE_POOL_EXHAUSTED",
+        "the zone has no such machine free; try another zone or machine",
+    ),
+    (
+        r"VcpuLimitExceeded|InstanceLimitExceeded|QUOTA_EXCEEDED",
+        "your quota does not allow so many machines; raise it or lower max_nodes",
+    ),
+    (
+        r"EndpointConnectionError|Could not connect to the endpoint|Could not resolve host",
+        "the cloud's API cannot be reached; check region and network",
+    ),
+    (r"No space left on device", "a disk is full; free space, or raise disk_gib"),
+    (
+        r"[Aa]ddress already in use|port \d+ is (already )?in use|is already in use by",
+        "a port that Ray needs is taken on the head; stop what listens there",
+    ),
+    (
+        r"AuthenticationError|[Ii]nvalid auth(entication)? token|Unauthenticated",
+        "the token was refused; every machine needs the same ~/.ray/auth_token",
+    ),
+    (
+        r"Could not find a version|No matching distribution",
+        "a node found no such package; does the subnet reach the package index?",
+    ),
+    (
+        r"Permission denied \(publickey|bad permissions|UNPROTECTED PRIVATE KEY",
+        "the head refuses the SSH key; check ssh_user and ssh_private_key, which needs mode 600",
+    ),
+    (
+        r"SSH still not available|ssh: connect to host|Connection timed out|No route to host|Connection refused",
+        "the head does not answer SSH; is its subnet reachable from here, and port 22 open?",
+    ),
+)
+
+
+def diagnose(output: str) -> str:
+    """The cause a launcher's output points to, or its last line."""
+    for pattern, sentence in _CAUSES:
+        if re.search(pattern, output):
+            return sentence
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"

@@ -1,0 +1,34 @@
+"""Ray's own switches that every node of every cluster gets, and what a node installs."""
+
+from __future__ import annotations
+
+from farspan.config.cluster import SoftwareConfig
+
+AUTH = {"RAY_AUTH_MODE": "token"}
+# With Ray's defaults a silent network partition is noticed after more than a minute, and its tasks are not retried.
+# A node is given up after four checks that each waited four seconds: 22 s, measured between namespaces.
+WATCHES = {
+    "RAY_grpc_client_keepalive_time_ms": "10000",
+    "RAY_grpc_client_keepalive_timeout_ms": "10000",
+    "RAY_health_check_initial_delay_ms": "5000",
+    "RAY_health_check_period_ms": "2000",
+    "RAY_health_check_timeout_ms": "4000",
+    "RAY_health_check_failure_threshold": "4",
+}
+# No upload of the working folder under `uv run`, no usage report to the network.
+HABITS = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def requirements(software: SoftwareConfig) -> tuple[str, ...]:
+    """What pip installs beside the wheel, pinned."""
+    return (
+        f"ray[serve,train]=={software.ray}",
+        f"torch=={software.torch}",
+        f"transformers=={software.transformers}",
+        f"nixl=={software.nixl}",
+    )
+
+
+def wheel(software: SoftwareConfig) -> str:
+    """File name of farspan's wheel."""
+    return f"farspan-{software.farspan}-py3-none-any.whl"

@@ -1,0 +1,147 @@
+"""The three custom resources of KubeRay 1.7: a cluster to work on, a training job, a service."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from farspan.cluster.pods import (
+    CONTAINER_SECURITY,
+    SERVE_PORT,
+    Manifest,
+    head_group,
+    resources,
+    submitter,
+    worker_group,
+)
+from farspan.config.cluster import ClusterSpec
+
+API = "ray.io/v1"
+KEYS_FILE = "/etc/farspan/api-keys/api_keys"
+_ENTRYPOINT = "python -m farspan.cli.main train {config} --join"
+_CLEAN_UP_S = 600
+_JOB_START_S = 3600
+
+
+def cluster(spec: ClusterSpec) -> Manifest:
+    """CPU workers without a label to look for: it starts on any cluster, also a small one."""
+    image = spec.kubernetes.cpu_image
+    groups = [worker_group(spec, "cpu", image, [], pinned=False)]
+    return _resource("RayCluster", spec.name, _cluster_spec(spec, head_group(spec, image, []), groups))
+
+
+def training(spec: ClusterSpec) -> Manifest:
+    """One cluster per job: it ends with the job, and nobody else's code runs in it."""
+    image = spec.kubernetes.image
+    volume = {"name": "train", "configMap": {"name": "farspan-train"}}
+    head, group = head_group(spec, image, [volume]), worker_group(spec, "train", image, [volume])
+    # The whole job or nothing: the driver waits for the group, so that it starts at its full size.
+    group |= {"replicas": spec.train.max_nodes, "minReplicas": spec.train.max_nodes}
+    body = {
+        "entrypoint": _ENTRYPOINT.format(config=spec.kubernetes.train_config),
+        "submissionMode": "K8sJobMode",
+        "shutdownAfterJobFinishes": True,
+        "ttlSecondsAfterFinished": _CLEAN_UP_S,
+        "preRunningDeadlineSeconds": _JOB_START_S,
+        # Resumable: a second attempt goes on from the newest checkpoint.
+        "backoffLimit": 2,
+        "submitterPodTemplate": submitter(spec, image),
+        "rayClusterSpec": _cluster_spec(spec, head, [group]),
+    }
+    return _resource("RayJob", f"{spec.name}-train", body)
+
+
+def service(spec: ClusterSpec) -> Manifest:
+    """Prefill and decode workers in groups of their own, which scale apart."""
+    image = spec.kubernetes.image
+    volume = {"name": "api-keys", "secret": {"secretName": spec.kubernetes.api_key_secret, "defaultMode": 0o440}}
+    groups = [worker_group(spec, role, image, [volume]) for role in ("prefill", "decode")]
+    body = {
+        "serveConfigV2": yaml.safe_dump(serve_config(spec), sort_keys=False),
+        "upgradeStrategy": {"type": "NewCluster"},
+        "rayClusterDeletionDelaySeconds": 60,
+        "excludeHeadPodFromServeSvc": False,
+        "rayClusterConfig": _cluster_spec(spec, head_group(spec, image, [volume]), groups),
+    }
+    return _resource("RayService", f"{spec.name}-serve", body)
+
+
+def serve_config(spec: ClusterSpec) -> Manifest:
+    """Serve's own config: the application, and which worker group each deployment runs on."""
+    deployments = [
+        {
+            "name": role,
+            "num_replicas": 1,
+            "ray_actor_options": {"num_cpus": 4, "num_gpus": 1, "resources": {f"farspan-{role}": 1}},
+        }
+        for role in ("prefill", "decode")
+    ]
+    arguments: dict[str, Any] = {
+        "model": spec.kubernetes.model,
+        "host": "0.0.0.0",
+        "port": SERVE_PORT,
+        "api_key_file": KEYS_FILE,
+        "prefill": {"cpus": 4.0, "gpus": 1.0},
+        "decode": {"cpus": 4.0, "gpus": 1.0},
+        "engine": {"dtype": "bfloat16", "kv_bytes": 40 * 2**30},
+    }
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "0.0.0.0", "port": SERVE_PORT},
+        "applications": [
+            {
+                "name": "farspan",
+                "route_prefix": "/",
+                "import_path": "farspan.cli.service:build",
+                "args": arguments,
+                "deployments": deployments,
+            }
+        ],
+    }
+
+
+def training_config(spec: ClusterSpec) -> Manifest:
+    """The run config the job reads; yours replaces it."""
+    run = {
+        "name": f"{spec.name}-train",
+        "output": "s3://your-bucket/runs/farspan-train",
+        "model": {"source": spec.kubernetes.model},
+        "data": {"corpus": "s3://your-bucket/corpus", "sequence_tokens": 131072},
+        "parallel": {
+            "workers": spec.train.gpus * spec.train.max_nodes,
+            "sp": max(1, spec.train.gpus),
+            "strategy": "auto",
+        },
+        "train": {"checkpoint_every": 50, "checkpoint_async": True},
+        "resources": {"gpus_per_worker": 1.0, "cpus_per_worker": 8.0},
+    }
+    text = yaml.safe_dump(run, sort_keys=False)
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "farspan-train"},
+        "data": {"run.yaml": text},
+    }
+
+
+def _cluster_spec(spec: ClusterSpec, head: Manifest, groups: list[Manifest]) -> Manifest:
+    return {
+        "rayVersion": spec.software.ray,
+        "authOptions": {"mode": "token", "secretName": spec.kubernetes.token_secret},
+        "enableInTreeAutoscaling": True,
+        "autoscalerOptions": {
+            "version": "v2",
+            "upscalingMode": "Default",
+            "idleTimeoutSeconds": 600,
+            "resources": resources(1, 2),
+            "securityContext": CONTAINER_SECURITY,
+            "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}, {"name": "home", "mountPath": "/home/farspan"}],
+        },
+        "headGroupSpec": head,
+        "workerGroupSpecs": groups,
+    }
+
+
+def _resource(kind: str, name: str, body: Manifest) -> Manifest:
+    return {"apiVersion": API, "kind": kind, "metadata": {"name": name}, "spec": body}

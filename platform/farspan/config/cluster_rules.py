@@ -1,0 +1,70 @@
+"""Rules between the fields of a ClusterSpec: what can be refused before anything is rendered or started."""
+
+from __future__ import annotations
+
+import re
+
+from farspan.config.cluster import ClusterSpec, NodesConfig
+from farspan.errors import ConfigError
+
+ROLES = ("head", "cpu", "train", "prefill", "decode")
+_VERSION = re.compile(r"\d+(\.\d+)*([abrc.post]*\d+)?")
+_NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
+
+
+def check_cluster(spec: ClusterSpec) -> None:
+    """Refuse a spec that no cloud could make legal; one ConfigError for the first rule that is broken."""
+    for field, name in (("name", spec.name), ("kubernetes.namespace", spec.kubernetes.namespace)):
+        if not _NAME.fullmatch(name):
+            raise ConfigError(field, "must be 1 to 40 of a-z, 0-9 and -, from a letter on", name, "use farspan")
+    if not spec.up_timeout_s > 0:
+        raise ConfigError("up_timeout_s", "must be above 0", spec.up_timeout_s, "use up_timeout_s=1800")
+    for role in ROLES:
+        _check_nodes(role, getattr(spec, role))
+    if spec.head.cpus != 0 or spec.head.gpus != 0:
+        value = spec.head.cpus or spec.head.gpus
+        raise ConfigError("head", "must offer no CPU and no GPU: a task there could end the cluster", value, "use 0")
+    _check_software(spec)
+    _check_places(spec)
+
+
+def _check_nodes(role: str, nodes: NodesConfig) -> None:
+    for field, least in (("cpus", 0), ("gpus", 0), ("memory_gib", 1), ("disk_gib", 50), ("min_nodes", 0)):
+        if getattr(nodes, field) < least:
+            value = getattr(nodes, field)
+            raise ConfigError(f"{role}.{field}", f"must be at least {least}", value, f"use {role}.{field}={least}")
+    if nodes.max_nodes < max(1, nodes.min_nodes):
+        legal = max(1, nodes.min_nodes)
+        raise ConfigError(f"{role}.max_nodes", "must not be less than 1 or min_nodes", nodes.max_nodes, f"use {legal}")
+    if not 1 <= nodes.idle_minutes <= 60:
+        raise ConfigError(
+            f"{role}.idle_minutes",
+            "must lie in 1..60: an idle node is deleted",
+            nodes.idle_minutes,
+            f"use {role}.idle_minutes=10",
+        )
+    if not nodes.price_per_hour >= 0:
+        raise ConfigError(f"{role}.price_per_hour", "must be at least 0", nodes.price_per_hour, "use 0 for unknown")
+    if nodes.spot and role == "head":
+        raise ConfigError("head.spot", "must be false: the cluster ends with its head", True, "use head.spot=false")
+
+
+def _check_software(spec: ClusterSpec) -> None:
+    for name, version in vars(spec.software).items():
+        if not _VERSION.fullmatch(version):
+            raise ConfigError(f"software.{name}", "must be one exact version", version, "write it as 2.60.0")
+
+
+def _check_places(spec: ClusterSpec) -> None:
+    for cloud, zone, region in (("aws", spec.aws.zone, spec.aws.region), ("gcp", spec.gcp.zone, spec.gcp.region)):
+        if not zone.startswith(region):
+            way_out = f"use {cloud}.zone={region}{'a' if cloud == 'aws' else '-a'}"
+            raise ConfigError(f"{cloud}.zone", f"must be a zone of {cloud}.region={region}", zone, way_out)
+    if len(set(spec.local.workers)) < len(spec.local.workers) or spec.local.head in spec.local.workers:
+        raise ConfigError(
+            "local.workers", "must name each machine once, without the head", spec.local.workers, "fix it"
+        )
+    for field in ("image", "cpu_image"):
+        image = getattr(spec.kubernetes, field)
+        if "@sha256:" not in image and (":" not in image.rpartition("/")[2] or image.endswith(":latest")):
+            raise ConfigError(f"kubernetes.{field}", "must name a fixed tag or digest", image, "write NAME:0.1.0")

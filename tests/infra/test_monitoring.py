@@ -1,0 +1,71 @@
+"""Alerts and dashboards speak of numbers that a training job exports, and of nothing else."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from farspan.telemetry.names import METRICS
+
+FOLDER = Path(__file__).resolve().parents[2] / "infra" / "monitoring"
+DASHBOARDS = sorted((FOLDER / "dashboards").glob("*.json"))
+# Ray puts its name before every metric of an application. What requests are measured by is not exported.
+EXPORTED = {f"ray_{m.name}" for m in METRICS if not m.source.startswith("request_served.")}
+
+
+def names(text: str) -> set[str]:
+    return set(re.findall(r"\bray_\w+", text))
+
+
+def rules() -> list[dict[str, Any]]:
+    groups = yaml.safe_load((FOLDER / "alerts.yaml").read_text(encoding="utf-8"))["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+@pytest.mark.parametrize("file", DASHBOARDS, ids=lambda file: file.name)
+def test_a_dashboard_shows_only_numbers_that_exist(file: Path) -> None:
+    dashboard = json.loads(file.read_text(encoding="utf-8"))
+    targets = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert len(targets) >= 9
+    assert all(names(expression) for expression in targets)
+    assert names(file.read_text(encoding="utf-8")) - EXPORTED == set()
+
+
+def test_dashboards_have_names_of_their_own_and_places_that_do_not_overlap() -> None:
+    loaded = [json.loads(file.read_text(encoding="utf-8")) for file in DASHBOARDS]
+    assert len({dashboard["uid"] for dashboard in loaded}) == len(loaded) == 2
+    for dashboard in loaded:
+        places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]]
+        assert len(set(places)) == len(places)
+
+
+def test_every_alert_speaks_of_numbers_that_exist_and_says_what_to_do() -> None:
+    for rule in rules():
+        assert names(rule["expr"]), rule["alert"]
+        assert names(rule["expr"]) - EXPORTED == set(), rule["alert"]
+        assert set(rule["annotations"]) == {"summary", "action"}, rule["alert"]
+        assert rule["labels"]["severity"] in ("page", "warn"), rule["alert"]
+
+
+def test_every_alert_is_tried_out_both_ways() -> None:
+    tried = yaml.safe_load((FOLDER / "alerts_test.yaml").read_text(encoding="utf-8"))["tests"]
+    cases = [case for test in tried for case in test["alert_rule_test"]]
+    alerts = {rule["alert"] for rule in rules()}
+    assert {case["alertname"] for case in cases if case.get("exp_alerts")} == alerts
+    assert {case["alertname"] for case in cases if not case.get("exp_alerts")} == alerts
+
+
+def test_the_alerts_fire_when_they_should() -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (package prometheus): the alerts are not tried out")
+    for command in (["check", "rules", "alerts.yaml"], ["test", "rules", "alerts_test.yaml"]):
+        answer = subprocess.run(
+            [promtool, *command], cwd=FOLDER, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert answer.returncode == 0, answer.stdout + answer.stderr

@@ -1,0 +1,143 @@
+"""The verbs around clusters: what they print, what they refuse, and that nothing secret leaves them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.support.corpus import REPOSITORY
+
+from farspan.cli.main import run
+from farspan.cli.service import build
+from farspan.errors import ConfigError
+
+SPEC = str(REPOSITORY / "infra" / "cluster.yaml")
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
+    assert run(list(arguments)) == code
+    captured = capsys.readouterr()
+    return captured.out if code == 0 else captured.out + captured.err
+
+
+def test_the_plan_shows_every_node_type_and_the_cost_of_an_hour(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, "cluster", "plan", SPEC)
+    assert all(name in text for name in ("head", "cpu", "gpu-train", "prefill", "decode"))
+    assert "an hour costs 0.40 USD when idle" in text
+    found = json.loads(said(capsys, "cluster", "plan", SPEC, "head.price_per_hour=2", "--json"))
+    assert (found["least"], found["place"], len(found["nodes"])) == (2.0, "us-east-1a", 5)
+    assert "its cost is not known" in said(capsys, "cluster", "plan", SPEC, "--on", "gcp")
+
+
+def test_a_launcher_file_with_a_typo_in_its_provider_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = yaml.safe_load((REPOSITORY / "ray_cluster.yaml").read_text(encoding="utf-8"))
+    config["provider"]["cache_stoped_nodes"] = config["provider"].pop("cache_stopped_nodes")
+    file = tmp_path / "typo.yaml"
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    text = said(capsys, "cluster", "validate", SPEC, "--file", str(file), code=2)
+    assert "provider.cache_stoped_nodes is not a key we know: did you mean 'cache_stopped_nodes'?" in text
+    assert run(["cluster", "validate", SPEC, "--file", str(file), "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is False
+    assert len(found["problems"][str(file)]) == 3
+
+
+@pytest.mark.parametrize("on", ["aws", "gcp", "local"])
+def test_what_the_spec_renders_is_valid(on: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(capsys, "cluster", "validate", SPEC, "--on", on) == f"the {on} file: ok\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (
+            ["cluster", "plan", SPEC, "--on", "asw"],
+            "--on: must be one of aws, gcp, local, got 'asw'; did you mean 'aws'?",
+        ),
+        (["cluster", "plan", SPEC, "aws.regoin=x"], "aws.regoin: is not a known key"),
+        (["cluster", "plan", "none.yaml"], "no such config file"),
+        (["cluster", "validate", SPEC, "--file", "none.yaml"], "no such launcher file"),
+        (["cluster", "up", SPEC, "--yes"], "aws.account: must be yours"),
+        (["infra", "render", SPEC, "--root", "none"], "no such folder to render into"),
+        (["infra", "validate", "none"], "run farspan infra render"),
+        (["infra", "validate", "--crds", "none.yaml"], "no such file of CRDs"),
+        (["infra", "certs", "tls"], "--host: must be given at least once"),
+    ],
+)
+def test_a_wrong_input_is_one_sentence(
+    arguments: list[str],
+    wanted: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = said(capsys, *arguments, code=2).strip()
+    assert wanted in text
+    assert len(text.splitlines()) == 1
+
+
+def test_rendering_writes_what_differs_and_checking_writes_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    first = json.loads(said(capsys, "infra", "render", SPEC, "--root", str(tmp_path), "--json"))
+    assert first["written"] != []
+    assert sorted(first["written"]) == first["files"]
+    assert said(capsys, "infra", "render", SPEC, "--root", str(tmp_path), "--check").endswith(" 0 differ\n")
+    before = (tmp_path / "ray_cluster.yaml").read_bytes()
+    text = said(capsys, "infra", "render", SPEC, "name=other", "--root", str(tmp_path), "--check", code=1)
+    assert "differs: ray_cluster.yaml" in text
+    assert (tmp_path / "ray_cluster.yaml").read_bytes() == before
+
+
+def test_a_manifest_that_breaks_a_rule_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    said(capsys, "infra", "render", SPEC, "--root", str(tmp_path))
+    tree = tmp_path / "infra" / "k8s"
+    assert run(["infra", "validate", str(tree)]) == 0
+    file = tree / "base" / "cluster" / "raycluster.yaml"
+    file.write_text(file.read_text().replace("mode: token", "mode: disabled"), encoding="utf-8")
+    capsys.readouterr()
+    assert "RayCluster farspan: authOptions must be mode token" in said(capsys, "infra", "validate", str(tree), code=2)
+
+
+def test_certificates_are_written_and_their_variables_printed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = said(capsys, "infra", "certs", str(tmp_path / "tls"), "--host", "10.0.0.1")
+    assert f"export RAY_TLS_CA_CERT={tmp_path}/tls/ca.crt" in text
+    assert (tmp_path / "tls" / "node.key").read_text() not in text
+
+
+def test_the_spec_renders_without_torch_and_without_ray() -> None:
+    script = (
+        "import sys; from farspan.cli.main import run; code = run(['infra', 'render', '--check']); "
+        "sys.exit(code or (3 if {'torch', 'ray'} & set(sys.modules) else 0))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
+def test_the_served_application_wants_keys_and_known_arguments(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="api_key_file: must be given in Serve's config"):
+        build({"model": str(tmp_path)})
+    with pytest.raises(ConfigError, match="did you mean 'prefill'"):
+        build({"model": str(tmp_path), "prefil": {}})
+    with pytest.raises(ConfigError, match="api_key_file: must be a readable file"):
+        build({"model": str(tmp_path), "api_key_file": str(tmp_path / "none")})
+
+
+def test_the_served_application_takes_keys_from_a_mounted_secret(tmp_path: Path) -> None:
+    keys = tmp_path / "api_keys"
+    keys.write_text("canary-key-of-a-user\n", encoding="utf-8")
+    keys.chmod(0o440)
+    application = build({"model": str(tmp_path), "host": "0.0.0.0", "api_key_file": str(keys)})
+    assert type(application).__name__ == "Application"
+    assert "canary-key-of-a-user" not in repr(application._bound_deployment.init_args)

@@ -1,0 +1,148 @@
+"""What a cluster costs before it exists, what must be there, and what a launcher's output comes down to."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from farspan.cluster import preflight
+from farspan.cluster.cost import plan_cluster
+from farspan.cluster.diagnose import diagnose
+from farspan.cluster.environment import wheel
+from farspan.cluster.preflight import check_ready, check_space
+from farspan.config.cluster import ClusterSpec
+from farspan.config.load import load_config
+from farspan.errors import ConfigError, FarspanError, NotFoundError, StorageError
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+FILLED = ["aws.account=123456789012", "aws.image=ami-1", "aws.subnet=subnet-1", "aws.security_group=sg-1"]
+
+
+def spec(*overrides: str) -> ClusterSpec:
+    return load_config(ClusterSpec, str(REPOSITORY / "infra" / "cluster.yaml"), list(overrides))
+
+
+def test_the_cost_is_the_sum_of_its_nodes() -> None:
+    priced = spec("head.price_per_hour=1", "cpu.price_per_hour=2", "cpu.max_nodes=3", "cpu.min_nodes=1",
+                  "train.price_per_hour=50", "prefill.price_per_hour=5", "decode.price_per_hour=7",
+                  "decode.max_nodes=2")  # fmt: skip
+    plan = plan_cluster(priced, "aws")
+    assert (plan.least, plan.most) == (1 + 2, 1 + 3 * 2 + 50 + 4 * 5 + 2 * 7)
+    assert {node.node_type: node.idle_minutes for node in plan.nodes}["decode"] == 15
+
+
+def test_a_sum_that_is_not_whole_is_not_shown() -> None:
+    plan = plan_cluster(spec("train.price_per_hour=0"), "aws")
+    assert plan.least is not None
+    assert plan.most is None
+    assert plan_cluster(spec(), "gcp").least is None
+    assert plan_cluster(spec(), "local").most == 0.0
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("botocore.exceptions.NoCredentialsError: Unable to locate credentials", "no AWS credentials were found"),
+        ("ClientError: (ExpiredToken) when calling", "have expired"),
+        ("An error occurred (AuthFailure) when calling", "does not know these credentials"),
+        ("(UnauthorizedOperation) You are not authorized", "may not do this"),
+        ("(InvalidAMIID.NotFound) The image id '[ami-1]' does not exist", "set aws.image"),
+        ("(InvalidSubnetID.NotFound)", "set aws.subnet"),
+        ("(InvalidKeyPair.NotFound) The key pair 'x'", "set aws.key_name"),
+        ("(InsufficientInstanceCapacity) We currently do not", "no such machine free"),
+        ("(VcpuLimitExceeded) You have requested", "quota"),
+        ("EndpointConnectionError: Could not connect", "API cannot be reached"),
+        ("ubuntu@10.0.0.4: Permission denied (publickey).", "refuses the SSH key"),
+        ("    SSH still not available (SSH command failed.), retrying", "does not answer SSH"),
+        ("ERROR: No matching distribution found for ray==9", "does the subnet reach the package index"),
+        ("OSError: [Errno 28] No space left on device", "a disk is full"),
+        ("something new\n  and its last line\n", "and its last line"),
+        ("", "it said nothing"),
+    ],
+)
+def test_a_launchers_output_comes_down_to_one_sentence(output: str, said: str) -> None:
+    assert said in diagnose(output)
+    assert "\n" not in diagnose(output)
+
+
+@pytest.fixture
+def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with key and token, a project with wheel and lock, and AWS credentials."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for file in (".ssh/farspan.pem", ".ray/auth_token", "requirements.lock", f"dist/{wheel(spec().software)}"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("x", encoding="utf-8")
+        (tmp_path / file).chmod(0o600)
+    return tmp_path
+
+
+def test_what_is_ready_is_let_through(ready: Path) -> None:
+    check_ready(spec(*FILLED), "aws", ready, ready / "state")
+    check_ready(spec(), "local", ready, ready / "state")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (lambda home, env: env.delenv("AWS_ACCESS_KEY_ID"), "AWS credentials: must be there"),
+        (lambda home, env: (home / ".ssh/farspan.pem").unlink(), "aws.ssh_private_key: must be a file"),
+        (lambda home, env: (home / ".ssh/farspan.pem").chmod(0o644), "run chmod 600"),
+        (lambda home, env: (home / ".ray/auth_token").unlink(), "run ray get-auth-token --generate"),
+        (lambda home, env: (home / ".ray/auth_token").write_text(""), "must not be empty"),
+        (lambda home, env: (home / "requirements.lock").unlink(), "run it from the project's root"),
+        (lambda home, env: (home / "dist" / wheel(spec().software)).unlink(), "pip wheel"),
+    ],
+)
+def test_what_is_missing_is_one_sentence(
+    break_it: object, said: str, ready: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert callable(break_it)
+    break_it(ready, monkeypatch)
+    with pytest.raises(FarspanError) as refusal:
+        check_ready(spec(*FILLED), "aws", ready, ready / "state")
+    assert said in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_region_that_is_not_one_is_answered_with_the_nearest(ready: Path) -> None:
+    with pytest.raises(ConfigError, match=r"aws.region: must be a region of EC2, got 'us-eats-1'; did you mean 'us-"):
+        check_ready(spec(*FILLED, "aws.region=us-eats-1", "aws.zone=us-eats-1a"), "aws", ready, ready / "state")
+
+
+@pytest.mark.parametrize("field", ["account", "image", "subnet", "security_group"])
+def test_ids_of_zeros_are_refused_before_the_cloud_is_asked(field: str, ready: Path) -> None:
+    rest = [setting for setting in FILLED if not setting.startswith(f"aws.{field}=")]
+    with pytest.raises(ConfigError, match=f"aws.{field}: must be yours"):
+        check_ready(spec(*rest), "aws", ready, ready / "state")
+
+
+def test_a_taken_port_on_this_machine_is_refused(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setattr(preflight, "GCS_PORT", taken.getsockname()[1])
+        with pytest.raises(ConfigError, match=r"local\.head: must have port"):
+            check_ready(spec("local.head=127.0.0.1"), "local", ready, ready / "state")
+
+
+def test_a_project_on_google_cloud_must_be_named(ready: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gcp\.project: must be your project"):
+        check_ready(spec(), "gcp", ready, ready / "state")
+
+
+def test_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "_LEAST_FREE_BYTES", 1 << 60)
+    with pytest.raises(StorageError, match="MiB are free"):
+        check_space(tmp_path / "not" / "yet")
+
+
+def test_a_missing_wheel_is_not_found(ready: Path) -> None:
+    (ready / "dist" / wheel(spec().software)).unlink()
+    with pytest.raises(NotFoundError):
+        check_ready(spec(), "local", ready, ready / "state")

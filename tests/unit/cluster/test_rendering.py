@@ -1,0 +1,127 @@
+"""One spec, many files: what is committed is what it renders, and nothing secret gets in."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.support.disk import small_disk
+
+from farspan.cluster.rayclusters import serve_config, training_config
+from farspan.cluster.secrets import holds_secret
+from farspan.cluster.tree import render_tree, stale_files, write_tree
+from farspan.config.check import check_run, check_serve
+from farspan.config.cluster import ClusterSpec
+from farspan.config.cluster_rules import check_cluster
+from farspan.config.load import config_of, load_config, parse_config
+from farspan.config.schema import RunConfig, ServeConfig
+from farspan.errors import ConfigError, NotFoundError, StorageError
+
+__all__ = ["small_disk"]
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+SPEC = str(REPOSITORY / "infra" / "cluster.yaml")
+
+
+def spec(*overrides: str) -> ClusterSpec:
+    loaded = load_config(ClusterSpec, SPEC, list(overrides))
+    check_cluster(loaded)
+    return loaded
+
+
+def test_the_committed_files_are_what_the_committed_spec_renders() -> None:
+    assert stale_files(FILES, REPOSITORY) == []
+
+
+def test_a_changed_a_missing_and_a_stray_file_are_noticed(tmp_path: Path) -> None:
+    files = FILES
+    assert len(write_tree(files, tmp_path)) == len(files)
+    assert write_tree(files, tmp_path) == []
+    (tmp_path / "ray_cluster.yaml").write_text("changed", encoding="utf-8")
+    (tmp_path / "infra/clusters/gcp.yaml").unlink()
+    (tmp_path / "infra/k8s/base/common/stray.yaml").write_text("a: 1", encoding="utf-8")
+    wrong = ["infra/clusters/gcp.yaml", "infra/k8s/base/common/stray.yaml", "ray_cluster.yaml"]
+    assert stale_files(files, tmp_path) == wrong
+
+
+FILES = render_tree(spec())
+
+
+@pytest.mark.parametrize("path", sorted(FILES))
+def test_a_rendered_file_is_yaml_without_a_secret_and_without_the_newest_of_anything(path: str) -> None:
+    text = FILES[path]
+    documents = list(yaml.safe_load_all(text))
+    assert all(isinstance(document, dict) for document in documents)
+    assert not holds_secret(documents)
+    assert re.search(r":latest\b|nightly/|@main\b", text) is None
+    # A path of a patch cannot be broken.
+    assert [line for line in text.splitlines() if len(line) > 120 and " path: /" not in line] == []
+
+
+def test_a_canary_in_the_places_of_secrets_never_reaches_a_rendered_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canary = "canary-4f1d9c"
+    home = tmp_path / "home"
+    (home / ".ray").mkdir(parents=True)
+    (home / ".ray" / "auth_token").write_text(canary, encoding="utf-8")
+    monkeypatch.setenv("HOME", str(home))
+    for name in ("RAY_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
+        monkeypatch.setenv(name, canary)
+    assert [path for path, text in render_tree(spec()).items() if canary in text] == []
+
+
+def test_settings_reach_the_files() -> None:
+    files = render_tree(spec("name=mine", "decode.max_nodes=7", "decode.spot=true", "aws.image=ami-12345678"))
+    launcher = yaml.safe_load(files["ray_cluster.yaml"])
+    decode = launcher["available_node_types"]["decode"]
+    assert (launcher["cluster_name"], launcher["max_workers"], decode["max_workers"]) == ("mine", 16, 7)
+    assert decode["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
+    assert "InstanceMarketOptions" not in launcher["available_node_types"]["prefill"]["node_config"]
+    assert decode["node_config"]["ImageId"] == "ami-12345678"
+    service = yaml.safe_load(files["infra/k8s/base/serve/rayservice.yaml"])
+    groups = {g["groupName"]: g["maxReplicas"] for g in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]}
+    assert groups == {"prefill": 4, "decode": 7}
+
+
+def test_the_job_and_the_service_read_configs_that_farspan_takes() -> None:
+    run = parse_config(RunConfig, training_config(spec())["data"]["run.yaml"])
+    check_run(run)
+    assert run.parallel.workers == 8
+    (application,) = serve_config(spec())["applications"]
+    check_serve(config_of(ServeConfig, application["args"]))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("prefil.max_nodes=2", "prefil: is not a known key, got {'max_nodes': 2}; did you mean 'prefill'?"),
+        ("aws.regoin=us-east-1", "aws.regoin: is not a known key, got 'us-east-1'; did you mean 'region'?"),
+        ("name=Far_Span", "name: must be 1 to 40 of a-z"),
+        ("head.cpus=8", "head: must offer no CPU and no GPU"),
+        ("head.spot=true", "head.spot: must be false"),
+        ("cpu.max_nodes=0", "cpu.max_nodes: must not be less than 1"),
+        ("cpu.min_nodes=9", "cpu.max_nodes: must not be less than 1 or min_nodes"),
+        ("train.idle_minutes=0", "train.idle_minutes: must lie in 1..60"),
+        ("train.price_per_hour=-1", "train.price_per_hour: must be at least 0"),
+        ("software.ray='>=2.60'", "software.ray: must be one exact version"),
+        ("aws.region=eu-west-1", "aws.zone: must be a zone of aws.region=eu-west-1, got 'us-east-1a'; use aws.zone="),
+        ("local.workers=[192.0.2.10]", "local.workers: must name each machine once"),
+        ("kubernetes.image=registry/farspan:latest", "kubernetes.image: must name a fixed tag"),
+        ("kubernetes.image=registry:5000/farspan", "kubernetes.image: must name a fixed tag"),
+        ("up_timeout_s=0", "up_timeout_s: must be above 0"),
+    ],
+)
+def test_a_wrong_spec_is_refused_in_one_sentence(override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        spec(override)
+    assert said in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_full_disk_and_a_missing_folder_are_one_sentence(small_disk: Path) -> None:
+    (small_disk / "filler").write_bytes(b"x" * (124 << 10))
+    with pytest.raises(StorageError, match="No space left on device; free space"):
+        write_tree(render_tree(spec()), small_disk)
+    with pytest.raises(NotFoundError, match="no such folder"):
+        write_tree({}, small_disk / "gone")
