@@ -1,7 +1,7 @@
 // y = x w^T + b with bf16 inputs and output on a CPU that has no bf16 arithmetic. Contract: contract.py.
 //
-// Weights are read once as they lie, 16 bits each, and widened in registers; sums are fp32. Few rows are bound by the
-// memory that holds the weights; many rows by multiplications: four outputs by two rows share what is loaded. An output
+// Weights are read as they lie, 16 bits each, and widened on the way; sums are fp32. One row is bound by the memory that
+// holds the weights, many rows by multiplications: four outputs by three rows share what is loaded. An output
 // is summed in one order however many rows there are: it does not depend on the rows beside it. No Python and no torch
 // in here: numbers and addresses come in, and nothing is allocated.
 
@@ -20,9 +20,12 @@ constexpr int64_t kLanes = 16;
 #else
 constexpr int64_t kLanes = 8;
 #endif
-// Outputs that a thread computes together, and rows whose widened values stay in its cache with them.
+// Outputs that a thread computes together for one row.
 constexpr int64_t kOuts = 8;
-constexpr int64_t kCacheFloats = 49152;
+// Many rows: a tile of outputs by rows, whose sums stay in registers; inputs at once, so that the widened weights of a
+// tile stay in the first cache; rows at once, so that their inputs stay in the second.
+constexpr int64_t kTileOuts = 4, kTileRows = 3, kBlock = 2048, kRows = 60;
+constexpr int64_t kTile = kTileOuts * kTileRows;
 
 typedef float lanes __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t words __attribute__((vector_size(kLanes * 4)));
@@ -57,12 +60,31 @@ INLINE uint16_t narrow(float x) {
   return x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-INLINE float total(lanes x) {
-  float half[kLanes];
-  std::memcpy(half, &x, sizeof x);
-  for (int64_t width = kLanes / 2; width > 0; width /= 2)
-    for (int64_t i = 0; i < width; i++) half[i] += half[i + width];
-  return half[0];
+typedef float eight __attribute__((vector_size(32)));
+
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t places __attribute__((vector_size(32)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (places){__VA_ARGS__})
+#endif
+
+INLINE eight folded(lanes x) {
+  eight parts[kLanes / 8];
+  std::memcpy(parts, &x, sizeof x);
+  for (int64_t i = 1; i < kLanes / 8; i++) parts[0] += parts[i];
+  return parts[0];
+}
+
+// Four sums of all lanes: neighbours are added in two rounds, then the halves.
+INLINE void totals(const lanes* x, float* to) {
+  eight a = folded(x[0]), b = folded(x[1]), c = folded(x[2]), d = folded(x[3]);
+  eight p = SHUFFLE(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + SHUFFLE(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+  eight q = SHUFFLE(c, d, 0, 8, 2, 10, 4, 12, 6, 14) + SHUFFLE(c, d, 1, 9, 3, 11, 5, 13, 7, 15);
+  eight r = SHUFFLE(p, q, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(p, q, 2, 3, 10, 11, 6, 7, 14, 15);
+  float half[8];
+  std::memcpy(half, &r, sizeof r);
+  for (int64_t i = 0; i < 4; i++) to[i] = half[i] + half[i + 4];
 }
 
 INLINE int64_t padded(int64_t ins) { return (ins + kLanes - 1) / kLanes * kLanes; }
@@ -119,44 +141,58 @@ void one_row(const Linear& c, int64_t first, const float* x, int64_t row) {
       sums[j] += xs * load(rest);
     }
   }
-  for (int64_t j = 0; j < kOuts && first + j < c.outs; j++) put(c, row, first + j, total(sums[j]));
+  float found[kOuts];
+  totals(sums, found);
+  totals(sums + 4, found + 4);
+  for (int64_t j = 0; j < kOuts && first + j < c.outs; j++) put(c, row, first + j, found[j]);
 }
 
-// Four outputs by two rows: six loads for eight multiplications of a whole vector.
-INLINE void four_by_two(const float* const* w, const float* x0, const float* x1, int64_t width, float* sums) {
-  lanes a[4] = {}, b[4] = {};
-  for (int64_t i = 0; i < width; i += kLanes) {
-    lanes xs = load(x0 + i), ys = load(x1 + i);
+// Seven loads for twelve multiplications of a whole vector.
+INLINE void add_tile(const float* w, const float* const* x, int64_t size, lanes* sums) {
+  lanes a[kTile];
+  std::memcpy(a, sums, sizeof a);
+  for (int64_t i = 0; i < size; i += kLanes) {
+    lanes x0 = load(x[0] + i), x1 = load(x[1] + i), x2 = load(x[2] + i);
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < 4; j++) {
-      lanes ws = load(w[j] + i);
-      a[j] += xs * ws;
-      b[j] += ys * ws;
+    for (int64_t j = 0; j < kTileOuts; j++) {
+      lanes ws = load(w + j * kBlock + i);
+      a[j] += x0 * ws;
+      a[kTileOuts + j] += x1 * ws;
+      a[2 * kTileOuts + j] += x2 * ws;
     }
   }
-  for (int64_t j = 0; j < 4; j++) {
-    sums[j] = total(a[j]);
-    sums[4 + j] = total(b[j]);
-  }
+  std::memcpy(sums, a, sizeof a);
 }
 
-void many_rows(const Linear& c, int64_t first, const float* x, int64_t begin, int64_t end, float* wide) {
+// Rows begin..end of four outputs. Each sum goes through the inputs in order, as that of one row does.
+void many_rows(const Linear& c, int64_t first, const float* x, int64_t begin, int64_t end, float* mine) {
   int64_t width = padded(c.ins);
-  for (int64_t j = 0; j < kOuts; j++) {
-    int64_t out = first + j < c.outs ? first + j : c.outs - 1;
-    widen_row(c.weights + out * c.weight_row, c.ins, wide + j * width);
-  }
-  for (int64_t row = begin; row < end; row += 2) {
-    const float* x0 = x + row * width;
-    const float* x1 = row + 1 < end ? x0 + width : x0;
-    for (int64_t j = 0; j < kOuts && first + j < c.outs; j += 4) {
-      const float* w[4] = {wide + j * width, wide + (j + 1) * width, wide + (j + 2) * width, wide + (j + 3) * width};
-      float sums[8];
-      four_by_two(w, x0, x1, width, sums);
-      for (int64_t i = 0; i < 4 && first + j + i < c.outs; i++) {
-        put(c, row, first + j + i, sums[i]);
-        if (row + 1 < end) put(c, row + 1, first + j + i, sums[4 + i]);
+  float* wide = mine;
+  lanes* sums = reinterpret_cast<lanes*>(mine + kTileOuts * kBlock);
+  int64_t tiles = (end - begin + kTileRows - 1) / kTileRows;
+  std::memset(sums, 0, tiles * kTile * sizeof(lanes));
+  for (int64_t from = 0; from < width; from += kBlock) {
+    int64_t size = from + kBlock < width ? kBlock : width - from;
+    int64_t given = from + size < c.ins ? size : c.ins - from;
+    for (int64_t j = 0; j < kTileOuts; j++) {
+      int64_t out = first + j < c.outs ? first + j : c.outs - 1;
+      widen_row(c.weights + out * c.weight_row + from, given, wide + j * kBlock);
+    }
+    for (int64_t tile = 0; tile < tiles; tile++) {
+      const float* rows[kTileRows];
+      for (int64_t i = 0; i < kTileRows; i++) {
+        int64_t row = begin + tile * kTileRows + i;
+        rows[i] = x + (row < end ? row : end - 1) * width + from;
       }
+      add_tile(wide, rows, size, sums + tile * kTile);
+    }
+  }
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    for (int64_t i = 0; i < kTileRows; i++) {
+      float found[kTileOuts];
+      totals(sums + tile * kTile + i * kTileOuts, found);
+      int64_t row = begin + tile * kTileRows + i;
+      for (int64_t j = 0; j < kTileOuts && row < end && first + j < c.outs; j++) put(c, row, first + j, found[j]);
     }
   }
 }
@@ -165,25 +201,27 @@ void many_rows(const Linear& c, int64_t first, const float* x, int64_t begin, in
 
 extern "C" {
 
-// Floats that `scratch` must have room for.
+// Floats of one thread: widened weights, and the sums of all tiles of its rows.
+constexpr int64_t kOwn = kTileOuts * kBlock + (kRows / kTileRows) * kTile * kLanes;
+
+// Floats that `scratch` must have room for, which begins at a multiple of 64 bytes.
 int64_t farspan_linear_floats(int64_t rows, int64_t ins, int64_t threads) {
-  return (rows + threads * kOuts) * padded(ins);
+  return (rows * padded(ins) + 15) / 16 * 16 + threads * kOwn;
 }
 
 void farspan_linear(const Linear* given) {
   const Linear c = *given;
-  int64_t width = padded(c.ins), groups = (c.outs + kOuts - 1) / kOuts;
-  int64_t step = kCacheFloats / width / 2 * 2;
-  if (step < 2) step = 2;
-  float* wide = c.scratch + c.rows * width;
+  int64_t width = padded(c.ins), each = c.rows == 1 ? kOuts : kTileOuts;
+  int64_t groups = (c.outs + each - 1) / each;
+  float* own = c.scratch + (c.rows * width + 15) / 16 * 16;
   // A share that is held up by another process leaves the later ones to the other threads.
   int64_t share = groups / (c.threads * 8) + 1;
 #pragma omp parallel num_threads(c.threads)
   {
 #ifdef _OPENMP
-    float* mine = wide + omp_get_thread_num() * kOuts * width;
+    float* mine = own + omp_get_thread_num() * kOwn;
 #else
-    float* mine = wide;
+    float* mine = own;
 #endif
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < c.rows; row++) widen_row(c.x + row * c.x_row, c.ins, c.scratch + row * width);
@@ -191,10 +229,10 @@ void farspan_linear(const Linear* given) {
 #pragma omp for schedule(dynamic, share) nowait
       for (int64_t group = 0; group < groups; group++) one_row(c, group * kOuts, c.scratch, 0);
     } else {
-      for (int64_t begin = 0; begin < c.rows; begin += step) {
-        int64_t end = begin + step < c.rows ? begin + step : c.rows;
+      for (int64_t begin = 0; begin < c.rows; begin += kRows) {
+        int64_t end = begin + kRows < c.rows ? begin + kRows : c.rows;
 #pragma omp for schedule(dynamic, share) nowait
-        for (int64_t group = 0; group < groups; group++) many_rows(c, group * kOuts, c.scratch, begin, end, mine);
+        for (int64_t group = 0; group < groups; group++) many_rows(c, group * kTileOuts, c.scratch, begin, end, mine);
       }
     }
   }
