@@ -320,8 +320,8 @@ class EngineConfig:
     prefix_cache: bool = True
     """Find the KV of prompts that begin like earlier ones. A model with a state per sequence finds nothing."""
     offload_bytes: int = 0
-    """Host memory for the KV of preempted sequences; 0, as a model with a state per sequence needs: it is computed
-    again."""
+    """Host memory for the KV and the states of preempted sequences; 0, as a model that runs alone needs: they are
+    computed again."""
     max_context_tokens: int | None = None
     """Longest prompt plus answer; none: what the model's config says."""
     draft_tokens: int = 0

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -152,7 +152,8 @@ def contender(name: str, folder: Path, bench: EngineBench, log: Path) -> Iterato
         yield found
     finally:
         assert process.stdin is not None
-        process.stdin.close()
+        with suppress(BrokenPipeError):
+            process.stdin.close()
         try:
             process.wait(_END_S)
         except subprocess.TimeoutExpired:
@@ -191,12 +192,14 @@ class _Running:
         return None
 
     def __exit__(self, *problem: object) -> None:
-        for name in list(self._stacks):
-            self.drop(name)
+        with ExitStack() as everybody:
+            for name in list(self._stacks):
+                everybody.callback(self.drop, name)
 
     def put(self, name: str, opened: AbstractContextManager[Contender]) -> None:
-        self._stacks[name] = stack = ExitStack()
+        stack = ExitStack()
         self._contenders[name] = stack.enter_context(opened)
+        self._stacks[name] = stack
 
     def get(self, name: str) -> Contender:
         return self._contenders[name]
@@ -234,7 +237,7 @@ class _Comparison:
         rows = self._rows(START, 1, starts, wrong)
         for work in self._bench.works:
             rows += self._rows(work.name, work.count * work.new_tokens, seconds[work], wrong)
-        return [*rows, *self._bound_rows(seconds)]
+        return rows if FARSPAN in wrong else [*rows, *self._bound_rows(seconds)]
 
     def _open(self, name: str) -> None:
         logger.info("starting %s", name)
@@ -290,7 +293,8 @@ class _Comparison:
     def _rows(
         self, work: str, new_tokens: int, seconds: dict[str, list[float]], wrong: dict[str, str]
     ) -> list[dict[str, Any]]:
-        ours = seconds[FARSPAN]
+        # A wrong answer has no speed, neither alone nor beside another.
+        ours = [] if FARSPAN in wrong else seconds[FARSPAN]
         rows: list[dict[str, Any]] = []
         for name, times in seconds.items():
             row: dict[str, Any] = {"work": work, "contender": name, "weights": self._num_weights}

@@ -105,6 +105,11 @@ class Engine:
         return bool(self._running or self._waiting)
 
     @property
+    def room_tokens(self) -> int:
+        """The longest prompt and answer that the pages are enough for."""
+        return self.pool.layout.room_tokens(self.pool.num_pages, self._limits.max_batch_tokens, self.max_context_tokens)
+
+    @property
     def stalled(self) -> bool:
         """The last step could do nothing: pages that are held outside must come back first."""
         return self._stalled
@@ -192,7 +197,7 @@ class Engine:
         Raises RequestError when a request that is here would not fit any more.
         """
         sequences = (*self._running, *self._waiting)
-        longest = max((self._most_pages(s.num_prompt, s.params, s.prefill_only) for s in sequences), default=1)
+        longest = max((self._most_of(s) for s in sequences), default=1)
         return self._holdings.pin(name, tokens, scope, self.pool.num_pages - longest)
 
     def unpin_prefix(self, name: str) -> None:
@@ -334,12 +339,16 @@ class Engine:
         if len(prompt) + 1 > self.max_context_tokens:
             most = self.max_context_tokens - 1
             raise RequestError(request_id, f"the prompt has {len(prompt)} tokens, the model takes at most {most}")
-        needed = self._most_pages(len(prompt), params, prefill_only)
+        needed = self._most_pages(len(prompt), params)
+        if prefill_only:
+            # A state that leaves is in pages too.
+            needed = max(needed, self._holdings.most_pages(len(tokens), leaves=True))
         num_pages = self.pool.num_pages - self._holdings.num_pinned
         if needed > num_pages:
-            longest, room = (self.pool.layout.num_tokens(pages) for pages in (needed, num_pages))
+            longest = self._longest(len(prompt), params)
             raise RequestError(
-                request_id, f"prompt and answer need {longest} tokens of KV, engine.kv_bytes holds {room}"
+                request_id,
+                f"prompt and answer need {longest} tokens of KV in {needed} pages, engine.kv_bytes holds {num_pages}",
             )
         if params.prompt_logprobs is not None and not answered:
             # Every token of the prompt is computed here: its logits are wanted.
@@ -370,12 +379,19 @@ class Engine:
                 "another worker; compute prompt and answer in one (transfer.colocate_below_tokens)",
             )
 
-    def _most_pages(self, num_prompt: int, params: SamplingParams, leaves: bool) -> int:
-        """The most pages a request can hold at a time: the last token chosen is never computed."""
-        longest = min(num_prompt + params.max_tokens, self.max_context_tokens) - 1
-        most = self._holdings.most_pages(longest, leaves=False)
-        # A state that leaves is in pages too.
-        return max(most, self._holdings.most_pages(num_prompt, leaves=True)) if leaves else most
+    def _longest(self, num_prompt: int, params: SamplingParams) -> int:
+        """The most tokens a request can hold: the last token chosen is never computed."""
+        return min(num_prompt + params.max_tokens, self.max_context_tokens) - 1
+
+    def _most_pages(self, num_prompt: int, params: SamplingParams) -> int:
+        """The most pages a request that stays here can hold at a time."""
+        return self._holdings.most_pages(self._longest(num_prompt, params), leaves=False)
+
+    def _most_of(self, sequence: SequenceState) -> int:
+        most = self._most_pages(sequence.num_prompt, sequence.params)
+        if not sequence.prefill_only:
+            return most
+        return max(most, self._holdings.most_pages(len(sequence.tokens), leaves=True))
 
     def _preempt(self, sequence: SequenceState, *, offload: bool) -> None:
         self._holdings.preempt(sequence, offload=offload)

@@ -22,6 +22,8 @@ from farspan.models.rules import LayerRule
 
 # From how many shared pages and rows on reading them once is faster than two calls are slower.
 _LEAST_SHARED_PAGES, _LEAST_SHARING_ROWS = 8, 4
+# Rows times shared pages of one call: its scores are in memory at once.
+_MOST_SHARED_ENTRIES = 1 << 18
 # Where decode gathers the pages of a group of rows side by side, one layer at a time: at most this much, or one row.
 _GATHER_BYTES = 64 * 1024 * 1024
 
@@ -61,9 +63,11 @@ class Runner:
         self._calls = [replace(call, group=layout.group_of(call.store)) for call in survey.calls]
         self._tables = {(call.rule, call.group) for call in self._calls}
         self._gathers = {(call.rule, call.group) for call in self._calls if gathers(call.pages)}
-        # Sequences with one beginning share the pages of layers that see everything.
-        whole = (group for rule, group in self._tables - self._gathers if rule.window is None and rule.chunk is None)
-        self._sharing = next(whole, None)
+        # Sequences with one beginning share the pages of layers that see everything. On a CPU a soft cap would take the
+        # call for the beginning, which has many queries, to the slow reference.
+        whole = {(r, group) for r, group in self._tables - self._gathers if r.window is None and r.chunk is None}
+        self._shares = set() if survey.capped and pool.device.type == "cpu" else whole
+        self._sharing = next((group for _, group in self._shares), None)
         self._shell = None if states is None else PackedCache(model.config, None)
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
@@ -136,7 +140,7 @@ class Runner:
         seen = [seen_pages(row.piece.past, rule, size) for row in rows]
         if (rule, group) in self._gathers:
             together = [(part, 0) for part in group_rows([len(pages) for pages in seen], self._gather_pages)]
-        elif rule.window is None and rule.chunk is None:
+        elif (rule, group) in self._shares:
             full = [row.table_NG[: row.piece.past // size, group].tolist() for row in rows]
             together = sharing_rows(full)
         else:
@@ -149,11 +153,13 @@ class Runner:
         """`shared`: pages that the rows of a part have in common, which lead the tables of none of them."""
         size, device = self._pool.layout.page_tokens, self._pool.device
         own = [range(seen[row].start + shared, seen[row].stop) for row in part]
-        tables = np.zeros((len(own), max(map(len, own))), np.int32)
+        tables = np.zeros((len(own), max(map(len, own))), np.int64)
         for place, (row, pages) in enumerate(zip(part, own, strict=True)):
             tables[place, : len(pages)] = rows[row].table_NG[pages.start : pages.stop, group]
         lengths = [rows[row].piece.past + 1 - pages.start * size for row, pages in zip(part, own, strict=True)]
-        tables_BN = torch.from_numpy(tables).to(device)
+        # A page that is gone must not become another's by losing its upper bits.
+        assert tables.max() < self._pool.num_pages, "a row sees a page that was given back"
+        tables_BN = torch.from_numpy(tables.astype(np.int32)).to(device)
         lengths_B = torch.tensor(lengths, dtype=torch.int32, device=device)
         if not shared:
             return DecodeRows(part.start, tables_BN, lengths_B)
@@ -186,7 +192,8 @@ def sharing_rows(full_pages: Sequence[Sequence[int]]) -> list[tuple[range, int]]
         end, shared = start + 1, len(full_pages[start])
         while end < len(full_pages):
             common = _common(full_pages[start], full_pages[end], shared)
-            if common < max(_LEAST_SHARED_PAGES, shared // 2):
+            too_many = (end + 1 - start) * common > _MOST_SHARED_ENTRIES
+            if common < max(_LEAST_SHARED_PAGES, shared // 2) or too_many:
                 break
             end, shared = end + 1, common
         if end - start >= _LEAST_SHARING_ROWS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -127,10 +128,6 @@ class KvLayout:
         """Length of a table that names `num_tokens` tokens, gone pages included."""
         return self.num_places(num_tokens) * self.num_groups
 
-    def num_tokens(self, num_pages: int) -> int:
-        """Tokens of one sequence that so many pages hold while none is gone."""
-        return num_pages // self.num_groups * self.page_tokens
-
     def first_places(self, num_tokens: int) -> list[int]:
         """For each group, the first place that the token after `num_tokens` tokens, or a later one, reads.
 
@@ -161,6 +158,10 @@ class KvLayout:
             seen = places if span is None else self.num_places(span - 1 + step_tokens) + 1
             most += min(places, seen)
         return most
+
+    def room_tokens(self, num_pages: int, step_tokens: int, most: int) -> int:
+        """The longest sequence, of at most `most` tokens, that so many pages are enough for."""
+        return bisect_right(range(1, most + 1), num_pages, key=lambda n: self.most_pages(n, step_tokens))
 
     @property
     def num_state_pages(self) -> int:

@@ -181,7 +181,11 @@ class PrefixCache:
         self.unpin(name)
         found = self._longest(chain, tokens, len(tokens))
         done = len(found) * chain.page_tokens
-        pages = [page for page in self._table(found) if page != GONE]
+        held = {page for page in self._table(found) if page != GONE}
+        # Whoever asks for just these tokens computes the last one, and goes on one place earlier.
+        alive = {p for entry in found if entry for p, here in zip(entry.pages, self._alive(entry), strict=True) if here}
+        held |= alive.intersection(self._table(found[:-1]))
+        pages = list(held)
         self._pool.retain(pages)
         self._pins[name] = pages
         return done

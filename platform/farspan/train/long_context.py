@@ -65,7 +65,7 @@ class Measured:
 
 
 def bench_long_context(
-    budget_mib: int = 128, shape: Shape | None = None, most_tokens: int = 32768
+    budget_mib: int = 256, shape: Shape | None = None, most_tokens: int = 32768
 ) -> list[dict[str, Any]]:
     """Rows: the longest sequence of each contender, then farspan's speed beside each peer's at the peer's longest.
 

@@ -318,7 +318,7 @@ class EngineHost:
             layout=pool.layout.fingerprint(),
             vocab_size=self._engine.vocab_size,
             max_context_tokens=self._engine.max_context_tokens,
-            kv_tokens=pool.layout.num_tokens(pool.num_pages),
+            kv_tokens=self._engine.room_tokens,
             num_pages=pool.num_pages,
             num_free=pool.num_free,
             num_quarantined=pool.num_quarantined,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from farspan.engine import bench
 from farspan.engine.bench import EngineBench, Work, bench_engine, how_far_below
 from farspan.engine.bench_contenders import FARSPAN, GENERATE, VLLM
 from farspan.errors import ClusterError, ConfigError
@@ -81,6 +82,14 @@ def test_a_contender_that_makes_tokens_up_gets_no_time(tmp_path: Path) -> None:
     assert found
     assert all("deviations below the best" in row["wrong"] and "seconds" not in row for row in found)
     assert not [row for row in rows if row.get("contender") == FARSPAN and "wrong" in row]
+
+
+def test_no_speed_is_told_beside_wrong_answers_of_farspan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    below = iter([3.0] * 4 + [0.0] * 4)
+    monkeypatch.setattr(bench, "how_far_below", lambda model, prompt, answer: next(below))
+    rows = bench_engine(small(works=WORKS[2:], vllm_python=stand_in(tmp_path, "pass")))
+    assert all("wrong" in row for row in rows if row.get("contender") == FARSPAN)
+    assert not [row for row in rows if "speed of farspan / peer" in row or "part of the bound" in row]
 
 
 def test_a_contender_that_dies_is_named_with_its_last_words(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from tests.unit.engine.tiny import engine_config, prompts, tiny_model
@@ -10,6 +12,7 @@ from torch import nn
 from farspan.engine import faster
 from farspan.engine.engine import Engine
 from farspan.engine.request import SamplingParams
+from farspan.kernels.linear.native import load_native
 from farspan.kernels.linear.reference import bind_linear_reference
 from farspan.kernels.rms_norm.reference import bind_rms_norm_reference
 
@@ -54,7 +57,39 @@ def test_a_normalization_of_another_kind_keeps_its_own_forward(references) -> No
     assert faster._own_norm(module, weight, bind_rms_norm_reference) is None
 
 
+def test_rows_of_another_type_no_rows_and_exchanged_weights_go_to_the_module_itself(references) -> None:
+    model = tiny_model().bfloat16()
+    norm, linear = model.model.norm, model.lm_head
+    plain = tiny_model().bfloat16()
+    faster.speed_up(model)
+    x = torch.randn(3, norm.weight.shape[0])
+    with torch.inference_mode():
+        # As the last normalization of a Mamba gets them, whose residual is fp32.
+        assert torch.equal(norm(x), plain.model.norm(x))
+        assert linear(x[:0].bfloat16()).shape == (0, linear.out_features)
+        for module, own in ((norm, plain.model.norm), (linear, plain.lm_head)):
+            own.weight.data = module.weight.data = torch.randn_like(own.weight)
+            assert torch.equal(module(x.bfloat16()), own(x.bfloat16()))
+
+
+def test_a_normalization_that_rounds_elsewhere_keeps_its_own_forward() -> None:
+    class LateRMSNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.randn(64).bfloat16()), 1e-6
+
+        def forward(self, x):
+            wide = x.float()
+            return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight.float()).to(x.dtype)
+
+    module = LateRMSNorm()
+    assert faster._own_norm(module, module.weight.detach(), bind_rms_norm_reference) is None
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
 def test_answers_in_bf16_by_the_kernels_are_as_near_to_fp32_as_those_of_torch(monkeypatch) -> None:
+    # Also where the processor has bf16 arithmetic.
+    monkeypatch.setattr(faster, "choose_linear", lambda device, dtype: load_native())
     rows = prompts(30, 18, 7)
     params = SamplingParams(max_tokens=1, logprobs=0, prompt_logprobs=0)
     wide = tiny_model().float()

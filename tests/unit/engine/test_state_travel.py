@@ -249,7 +249,7 @@ def test_two_full_workers_answer_right_whoever_must_wait_give_way_or_is_cancelle
 def test_a_prompt_whose_state_would_find_no_pages_is_refused_before_it_is_computed():
     engine = small("qwen3_next", 40)
     room = (40 - engine.pool.layout.num_state_pages) * 4
-    with pytest.raises(RequestError, match=r"engine\.kv_bytes holds 160"):
+    with pytest.raises(RequestError, match=r"in 41 pages, engine\.kv_bytes holds 40"):
         engine.add("r", row(room + 1), SamplingParams(max_tokens=1), prefill_only=True)
     engine.add("r", row(room), SamplingParams(max_tokens=1), prefill_only=True)
     events = []

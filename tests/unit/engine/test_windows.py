@@ -186,7 +186,7 @@ def test_a_window_needs_only_the_last_pages_of_a_prefix_and_without_them_nothing
     for others in (0, 24, 90, 91):
         if others == 91:
             assert engine.pin_prefix("kept", prompt) == 60
-            assert engine.pool.num_held == 2, "of 60 tokens, the 5 that the next one sees"
+            assert engine.pool.num_held == 3, "of 60 tokens, the 5 that the next one sees, and the last of them sees"
         if others:
             engine.generate([row(others, seed=others)], SamplingParams(max_tokens=1))
         before = tokens
@@ -195,6 +195,11 @@ def test_a_window_needs_only_the_last_pages_of_a_prefix_and_without_them_nothing
         computed.append(tokens - before - 4)
         engine.check_integrity()
     assert computed == [61, 1, 61, 1]
+    # Who asks for just what is pinned computes its last page again, and finds the rest.
+    engine.generate([row(90, seed=92)], SamplingParams(max_tokens=1))
+    before = tokens
+    engine.generate([prompt[:60]], SamplingParams(max_tokens=1))
+    assert tokens - before <= 4
 
 
 @pytest.mark.parametrize("architecture", WINDOWED)

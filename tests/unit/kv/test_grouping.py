@@ -105,3 +105,8 @@ def test_however_a_prompt_is_cut_it_never_holds_more_pages_at_a_time_than_was_sa
             most = max(most, layout.num_pages(done + new) - layout.num_gone(done))
             done += new
         assert most <= layout.most_pages(total, step) <= layout.num_pages(total)
+        held = layout.most_pages(total, step)
+        room = layout.room_tokens(held, step, 10_000)
+        assert total <= room
+        assert layout.most_pages(room, step) <= held
+        assert room == 10_000 or layout.most_pages(room + 1, step) > held

@@ -61,7 +61,6 @@ def _bind(library: ctypes.CDLL, w_NK: Tensor, b_N: Tensor | None) -> Linear:
         case = _Case.from_buffer_copy(bound)
         case.x, case.y, case.scratch = x_TK.data_ptr(), y_TN.data_ptr(), scratch.data_ptr()
         case.rows, case.x_row, case.threads = rows, x_TK.stride(0), threads
-        assert case.weights == w_NK.data_ptr(), "weights that were bound stay where they are"
         run(ctypes.addressof(case))
         return y_TN
 

@@ -1,6 +1,7 @@
 """Root-mean-square normalization of rows: the contract every backend keeps.
 
-Shapes: T rows, K values of a row. With n_TK = x_TK / sqrt(mean over K of x^2 + eps), computed in at least fp32:
+Shapes: T rows, K values of a row; x, w and y have one type. With n_TK = x_TK / sqrt(mean over K of x^2 + eps),
+computed in at least fp32:
 
     SCALED    y_TK = w_K * n_TK, n rounded to the type of x before it is multiplied (Llama)
     ONE_MORE  y_TK = (1 + w_K) * n_TK, rounded to the type of x at the end (Gemma)

@@ -9,6 +9,8 @@
 namespace {
 
 constexpr int64_t kLanes = 8;
+// So many rows one thread is faster with alone.
+constexpr int64_t kAlone = 32;
 typedef float lanes __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t words __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t halves __attribute__((vector_size(kLanes * 2)));
@@ -56,13 +58,34 @@ INLINE void store(bf16* to, lanes x) {
   std::memcpy(to, &narrow, sizeof narrow);
 }
 
+}  // namespace
+
+extern "C" {
+
+// Field for field the Structure in native.py.
+struct Norm {
+  const void *x, *w;
+  void* y;
+  int64_t rows, size, x_row, half, one_more, threads;
+  float eps;
+};
+}
+
+namespace {
+
 template <typename T>
-void normalize(const T* x, const T* w, T* y, int64_t rows, int64_t size, int64_t x_row, float eps, bool one_more) {
+void normalize(const Norm& c, const T* all_x, const T* w, T* all_y) {
+  const int64_t rows = c.rows, size = c.size, x_row = c.x_row, threads = c.threads;
+  const float eps = c.eps;
+  const bool one_more = c.one_more;
   int64_t whole = size / kLanes * kLanes, rest = size - whole;
   // The last vector of a row that is not full is computed from copies filled up with zeros.
   T last_x[kLanes] = {}, last_w[kLanes] = {}, last_y[kLanes];
   std::memcpy(last_w, w + whole, rest * sizeof(T));
-  for (int64_t row = 0; row < rows; row++, x += x_row, y += size) {
+#pragma omp parallel for if (rows > kAlone) num_threads(threads) firstprivate(last_x, last_y)
+  for (int64_t row = 0; row < rows; row++) {
+    const T* x = all_x + row * x_row;
+    T* y = all_y + row * size;
     std::memcpy(last_x, x + whole, rest * sizeof(T));
     lanes sums = load(last_x) * load(last_x), more = {};
     int64_t i = 0;
@@ -90,21 +113,11 @@ void normalize(const T* x, const T* w, T* y, int64_t rows, int64_t size, int64_t
 
 extern "C" {
 
-// Field for field the Structure in native.py.
-struct Norm {
-  const void *x, *w;
-  void* y;
-  int64_t rows, size, x_row, half, one_more;
-  float eps;
-};
-
 void farspan_rms_norm(const Norm* given) {
   const Norm& c = *given;
   if (c.half)
-    normalize(static_cast<const bf16*>(c.x), static_cast<const bf16*>(c.w), static_cast<bf16*>(c.y), c.rows, c.size,
-              c.x_row, c.eps, c.one_more);
+    normalize(c, static_cast<const bf16*>(c.x), static_cast<const bf16*>(c.w), static_cast<bf16*>(c.y));
   else
-    normalize(static_cast<const float*>(c.x), static_cast<const float*>(c.w), static_cast<float*>(c.y), c.rows, c.size,
-              c.x_row, c.eps, c.one_more);
+    normalize(c, static_cast<const float*>(c.x), static_cast<const float*>(c.w), static_cast<float*>(c.y));
 }
 }
