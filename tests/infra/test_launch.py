@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -22,8 +23,9 @@ boto3 = pytest.importorskip("boto3", reason="boto3 is not installed: Ray's launc
 REPOSITORY = Path(__file__).resolve().parents[2]
 SPEC = str(REPOSITORY / "infra" / "cluster.yaml")
 CANARY = "canary-of-a-token-5b1e"
-# `ray up` starts in about 20 s on a busy machine; then it would wait for SSH for ever.
-_UP_S = 60
+# `ray up` starts in about 20 s on a busy machine; then it would wait for SSH for ever. Twice that and more is room.
+_UP_S = 120
+_END_S = 120
 _REGION = "us-east-1"
 
 
@@ -77,9 +79,9 @@ def running(ec2: Any) -> list[str]:
 class _Watch(threading.Thread):
     """Reads every command line of this machine until it is told to stop; keeps those in which a word stood."""
 
-    def __init__(self, word: str) -> None:
+    def __init__(self, word: str, home: Path) -> None:
         super().__init__(daemon=True)
-        self._word, self._stop_it = word.encode(), threading.Event()
+        self._word, self._home, self._stop_it = word.encode(), home, threading.Event()
         self.seen: set[bytes] = set()
         self.launchers = 0
 
@@ -87,7 +89,7 @@ class _Watch(threading.Thread):
         while not self._stop_it.wait(0.05):
             lines = command_lines()
             self.seen |= {line for line in lines if self._word in line}
-            self.launchers = max(self.launchers, sum(b"launcher.yaml" in line for line in lines))
+            self.launchers = max(self.launchers, len(launchers(self._home, lines)))
 
     def stop(self) -> None:
         self._stop_it.set()
@@ -104,28 +106,37 @@ def command_lines() -> list[bytes]:
     return lines
 
 
+def launchers(home: Path, lines: list[bytes]) -> list[bytes]:
+    """Those that drive a launcher file of this home: others may start clusters on this machine too."""
+    return [line for line in lines if str(home).encode() in line and b"launcher.yaml" in line]
+
+
 @pytest.fixture
-def watch() -> Iterator[_Watch]:
-    watching = _Watch(CANARY)
+def watch(home: Path) -> Iterator[_Watch]:
+    watching = _Watch(CANARY, home)
     watching.start()
     yield watching
     watching.stop()
 
 
+@pytest.mark.soak
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="ssh is not installed: Ray's launcher cannot ask the head")
 def test_a_cluster_that_cannot_come_up_ends_in_time_says_why_and_goes_down(
     home: Path, ec2: Any, settings: list[str], watch: _Watch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert running(ec2) == []
     begin = time.monotonic()
     assert run(["cluster", "up", SPEC, *settings, "--yes", "--timeout", str(_UP_S)]) == 1
-    assert time.monotonic() - begin < _UP_S + 40
+    assert time.monotonic() - begin < _UP_S + _END_S
     captured = capsys.readouterr()
     (error,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    assert f"ray up did not end within {_UP_S} s: the head does not answer SSH" in error
+    # Where this machine's own SSH server listens on every address, it answers in the head's place, and refuses.
+    causes = ("does not answer SSH", "refuses the SSH key")
+    assert any(f"ray up did not end within {_UP_S} s: the head {cause}" in error for cause in causes), error
     assert "an hour costs" in captured.out
     watch.stop()
     assert watch.launchers > 0
-    assert not any(b"launcher.yaml" in line for line in command_lines()), "the launcher goes on"
+    assert launchers(home, command_lines()) == [], "the launcher goes on"
 
     # The token is in no command line, and in no file this machine kept of the cluster.
     assert watch.seen == set()
@@ -140,6 +151,11 @@ def test_a_cluster_that_cannot_come_up_ends_in_time_says_why_and_goes_down(
     assert (node["node_type"], node["id"]) == ("head", running(ec2)[0])
     assert node["address"].startswith("127.77.0.")
 
+    # Another region has no such machine: its file would forget this one.
+    there = ["aws.region=us-west-2", "aws.zone=us-west-2a"]
+    assert run(["cluster", "up", SPEC, *settings, *there, "--yes"]) == 1
+    assert "its machines would be forgotten: run farspan cluster down first" in capsys.readouterr().err
+
     assert run(["cluster", "down", SPEC, "--yes"]) == 0
     assert capsys.readouterr().out == "down: farspan, 1 machines\n"
     assert running(ec2) == []
@@ -151,7 +167,7 @@ def test_ids_that_the_cloud_does_not_know_are_one_sentence(
     settings: list[str], ec2: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = [s for s in settings if not s.startswith("aws.subnet=")] + ["aws.subnet=subnet-1234567890abcdef0"]
-    assert run(["cluster", "up", SPEC, *wrong, "name=other", "--yes", "--timeout", "120"]) == 1
+    assert run(["cluster", "up", SPEC, *wrong, "name=other", "--yes", "--timeout", "300"]) == 1
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "set aws.subnet" in error
     assert running(ec2) == []

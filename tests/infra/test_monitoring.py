@@ -1,4 +1,4 @@
-"""Alerts and dashboards speak of numbers that a training job exports, and of nothing else."""
+"""Alerts and dashboards speak of numbers that a training job exports through Ray, and of nothing else."""
 
 import json
 import re
@@ -14,7 +14,8 @@ from farspan.telemetry.names import METRICS
 
 FOLDER = Path(__file__).resolve().parents[2] / "infra" / "monitoring"
 DASHBOARDS = sorted((FOLDER / "dashboards").glob("*.json"))
-# Ray puts its name before every metric of an application. What requests are measured by is not exported.
+# Ray puts its name before every metric of an application. What requests are measured by stands on the endpoint's own
+# /metrics, behind a key: the PodMonitor does not read it, so no alert and no dashboard may speak of it.
 EXPORTED = {f"ray_{m.name}" for m in METRICS if not m.source.startswith("request_served.")}
 
 

@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 
-MODULE = Path(__file__).resolve().parents[2] / "infra" / "terraform" / "aws"
-# Where a machine without the registry may keep providers.
+REPOSITORY = Path(__file__).resolve().parents[2]
+MODULE = REPOSITORY / "infra" / "terraform" / "aws"
+# Where a machine without the registry may keep providers: this checkout's cache, and Terraform's own places.
 _MIRRORS = (
-    Path("/opt/tf-plugins"),
-    Path("/usr/share/terraform/plugins"),
-    Path("/usr/local/share/terraform/plugins"),
+    REPOSITORY / ".cache" / "terraform",
     Path("~/.terraform.d/plugins").expanduser(),
+    Path("/usr/local/share/terraform/plugins"),
+    Path("/usr/share/terraform/plugins"),
 )
-_PROVIDER = "registry.terraform.io/hashicorp/aws/5.100.0"
+_PROVIDER = "registry.terraform.io/hashicorp/aws"
+# As a folder, or packed as `terraform providers mirror` leaves it.
+_VERSIONS = ("5.100.0/*", "terraform-provider-aws_5.100.0_*.zip")
 _DEADLINE_S = 300.0
 
 
@@ -29,14 +32,21 @@ def terraform(folder: Path, *arguments: str) -> str:
     return answer.stdout
 
 
+def holds_provider(mirror: Path) -> bool:
+    return any(found for version in _VERSIONS for found in (mirror / _PROVIDER).glob(version))
+
+
 @pytest.fixture(scope="module")
 def module(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the module with its provider, or a loud skip."""
     if shutil.which("terraform") is None:
         pytest.skip("terraform is not installed: the cloud base is not validated")
-    mirror = next((mirror for mirror in _MIRRORS if (mirror / _PROVIDER).is_dir()), None)
+    mirror = next((mirror for mirror in _MIRRORS if holds_provider(mirror)), None)
     if mirror is None:
-        pytest.skip("terraform has no offline copy of the AWS provider 5.100.0: the cloud base is not validated")
+        pytest.skip(
+            "the AWS provider 5.100.0 is neither in .cache/terraform nor in Terraform's own folders (infra/README.md): "
+            "the cloud base is not validated"
+        )
     folder = tmp_path_factory.mktemp("terraform") / "aws"
     shutil.copytree(MODULE, folder)
     terraform(folder, "init", "-input=false", "-backend=false", f"-plugin-dir={mirror}")
@@ -48,11 +58,13 @@ def test_the_module_is_formatted_and_valid(module: Path) -> None:
     assert "The configuration is valid" in terraform(module, "validate", "-no-color")
 
 
+@pytest.mark.soak
 def test_the_modules_own_tests_pass(module: Path) -> None:
     said = terraform(module, "test", "-no-color")
     assert "Success! 8 passed, 0 failed." in said
 
 
+@pytest.mark.soak
 def test_a_module_whose_bucket_lost_its_versions_fails_its_tests(module: Path, tmp_path: Path) -> None:
     broken = tmp_path / "aws"
     shutil.copytree(module, broken, symlinks=True)

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+_REPOSITORY = Path(__file__).resolve().parents[2]
 _DEADLINE_S = 30.0
 _NEEDS = ("ip", "unshare", "nsenter", "tc", "mount")
 # Names first: they lie in /tmp, which each host then has of its own, as shared memory; then it waits to be killed.
@@ -174,19 +176,47 @@ def _write_names(folder: Path, names: dict[str, str]) -> None:
     (folder / "nsswitch.conf").write_text("hosts: files\npasswd: files\ngroup: files\n", encoding="ascii")
 
 
+def hidden_by_tmp(*paths: str | Path) -> str | None:
+    """The first of these paths that no host could see, since each mounts a fresh /tmp."""
+    tmp = Path("/tmp").resolve()
+    return next((str(path) for path in paths if Path(path).resolve().is_relative_to(tmp)), None)
+
+
 def _require() -> None:
     missing = [name for name in _NEEDS if shutil.which(name) is None]
     if missing:
         pytest.skip(f"hosts out of namespaces need {', '.join(missing)}")
-    probe = f"fp{uuid.uuid4().hex[:6]}"
-    answer = subprocess.run(
-        ["ip", "netns", "add", probe], capture_output=True, text=True, timeout=_DEADLINE_S, check=False
-    )
-    if answer.returncode != 0:
-        pytest.skip(f"network namespaces are not allowed here: {answer.stderr.strip()}")
-    _do("ip", "netns", "del", probe)
+    if (refused := _refused(f"fp{uuid.uuid4().hex[:6]}")) is not None:
+        pytest.skip(f"hosts out of namespaces are not allowed here: {refused}")
+    hidden = hidden_by_tmp(sys.prefix, sys.base_prefix, _REPOSITORY)
+    if hidden is not None:
+        pytest.skip(f"hosts have a /tmp of their own and would not see {hidden}: move it out of /tmp")
+
+
+def _refused(probe: str) -> str | None:
+    """Make one of each thing hosts are made of, and take it away; what this machine said where it refused."""
+    link, bridge = f"{probe}l", f"{probe}b"
+    try:
+        for words in (
+            f"ip netns add {probe}",
+            f"ip link add {bridge} type bridge",
+            f"ip link add {link} type veth peer name eth0 netns {probe}",
+            f"ip link set {link} master {bridge} up",
+            f"tc qdisc add dev {link} root tbf rate 1mbit burst 64kb latency 100ms",
+        ):
+            if (problem := _problem(*words.split())) is not None:
+                return problem
+        return None
+    finally:
+        for words in (f"ip link del {link}", f"ip link del {bridge}", f"ip netns del {probe}"):
+            _problem(*words.split())
+
+
+def _problem(*words: str) -> str | None:
+    answer = subprocess.run(words, capture_output=True, text=True, timeout=_DEADLINE_S, check=False)
+    return None if answer.returncode == 0 else f"{' '.join(words)}: {answer.stderr.strip()}"
 
 
 def _do(*words: str) -> None:
-    answer = subprocess.run(words, capture_output=True, text=True, timeout=_DEADLINE_S, check=False)
-    assert answer.returncode == 0, f"{' '.join(words)}: {answer.stderr.strip()}"
+    problem = _problem(*words)
+    assert problem is None, problem

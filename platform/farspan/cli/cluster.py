@@ -89,7 +89,7 @@ def up(
     timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Give up after [up_timeout_s].")] = None,
 ) -> None:
     """Show the plan, ask, and start the cluster within a time limit; run again, it goes on where it is."""
-    from farspan.cli.launch import run_launcher
+    from farspan.cli.launch import refuse_to_forget, run_launcher
     from farspan.cluster.cost import plan_cluster
     from farspan.cluster.launcher import render_launcher
     from farspan.cluster.preflight import check_ready
@@ -97,12 +97,11 @@ def up(
     loaded, provider = load_spec(spec, overrides), _provider(on)
     launched = _launched(loaded.name, provider)
     check_ready(loaded, provider, Path.cwd(), launched.folder)
+    text = render_launcher(loaded, provider)
+    refuse_to_forget(launched, text)
     _show(plan_cluster(loaded, provider))
-    if not yes:
-        if not sys.stdin.isatty():
-            raise ConfigError("--yes", "must be given where nobody can answer", False, "add --yes")
-        typer.confirm("Start it?", abort=True)
-    launched.keep(render_launcher(loaded, provider))
+    _ask(yes, "Start it?")
+    launched.keep(text)
     console = Console(highlight=False, soft_wrap=True)
     console.print("what was started goes on costing if this fails: `farspan cluster down` ends it", markup=False)
     with console.status("ray up", spinner="line") as status:
@@ -123,7 +122,12 @@ def status(spec: Spec = None, overrides: Overrides = None, on: On = "aws", as_js
     table = Table("node", "type", "address", "status", box=None)
     for node in nodes:
         table.add_row(node.id, node.node_type, node.address or "", node.status)
-    Console(highlight=False, soft_wrap=True).print(table if nodes else f"no machine of {loaded.name} runs")
+    nothing = f"no machine of {loaded.name} runs"
+    if provider == "local":
+        nothing = (
+            f"Ray's record on this machine names no machine of {loaded.name}; farspan cluster down ends any that run"
+        )
+    Console(highlight=False, soft_wrap=True).print(table if nodes else nothing)
 
 
 @app.command()
@@ -134,31 +138,40 @@ def down(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Give up after.")] = _DOWN_TIMEOUT_S,
 ) -> None:
-    """End every machine of a cluster; where none is left, it says so and is done."""
+    """End every machine of a cluster; where none is left, it says so. With --on local Ray is stopped on each."""
+    from farspan.cli.launch import nodes_of
+    from farspan.cli.machines import stop_cluster
+
+    loaded, provider = load_spec(spec, overrides), _provider(on)
+    launched, config = _launched(loaded.name, provider), _known(loaded, provider)
+    if provider == "local":
+        # Ray's record of machines that stay is a file in /tmp: where it is lost they may still run.
+        _ask(yes, f"Stop Ray on every machine of {loaded.name}?")
+        count = stop_cluster(launched, config, timeout)
+        typer.echo(f"down: {loaded.name}, Ray is stopped on {count} machines, which stay")
+        return
+    there = nodes_of(config)
+    if not there:
+        typer.echo(f"no machine of {loaded.name} runs")
+        return
+    _ask(yes, f"End {len(there)} machines of {loaded.name}?")
+    _down_cloud(loaded.name, launched, config, timeout)
+    typer.echo(f"down: {loaded.name}, {len(there)} machines")
+
+
+def _down_cloud(name: str, launched: Launched, config: dict[str, Any], timeout_s: float) -> None:
     import yaml
 
     from farspan.cli.launch import nodes_of, run_launcher
     from farspan.errors import ClusterError
 
-    loaded, provider = load_spec(spec, overrides), _provider(on)
-    launched, config = _launched(loaded.name, provider), _known(loaded, provider)
-    there = nodes_of(config)
-    if not there:
-        typer.echo(f"no machine of {loaded.name} runs")
-        return
-    if not yes:
-        if not sys.stdin.isatty():
-            raise ConfigError("--yes", "must be given where nobody can answer", False, "add --yes")
-        typer.confirm(f"End {len(there)} machines of {loaded.name}?", abort=True)
     launched.keep(yaml.safe_dump(config, sort_keys=False))
-    run_launcher(launched, "down", timeout, lambda line: None)
-    # Machines that were there already stay: only Ray on them ends.
-    left = [] if provider == "local" else nodes_of(config)
+    run_launcher(launched, "down", timeout_s, lambda line: None)
+    left = nodes_of(config)
     if left:
-        raise ClusterError(f"{len(left)} machines of {loaded.name} still run: {left[0].id}; run it again")
+        raise ClusterError(f"{len(left)} machines of {name} still run: {left[0].id}; run it again")
     # The next one is what its spec then says.
     launched.file.unlink()
-    typer.echo(f"down: {loaded.name}, {len(there)} machines")
 
 
 def report(found: dict[str, list[str]], *, as_json: bool) -> None:
@@ -174,6 +187,14 @@ def report(found: dict[str, list[str]], *, as_json: bool) -> None:
                 typer.echo(f"{name}: ok")
     if wrong:
         raise typer.Exit(2)
+
+
+def _ask(yes: bool, question: str) -> None:
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise ConfigError("--yes", "must be given where nobody can answer", False, "add --yes")
+    typer.confirm(question, abort=True)
 
 
 def _provider(on: str) -> str:

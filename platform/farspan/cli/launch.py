@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,27 +95,62 @@ def run_launcher(launched: Launched, verb: str, timeout_s: float, say: Callable[
 
 def nodes_of(config: dict[str, Any]) -> list[Node]:
     """The machines of a launcher file that are there, asked of its provider. Raises ClusterError."""
-    from ray.autoscaler._private.providers import _get_node_provider
-    from ray.autoscaler._private.util import prepare_config
     from ray.autoscaler.tags import TAG_RAY_NODE_KIND, TAG_RAY_NODE_STATUS, TAG_RAY_USER_NODE_TYPE
 
     found = []
+    with _provider_of(config) as provider:
+        for node in provider.non_terminated_nodes({}):
+            tags = provider.node_tags(node)
+            kind = tags.get(TAG_RAY_USER_NODE_TYPE) or tags.get(TAG_RAY_NODE_KIND, "")
+            found.append(Node(node, kind, provider.internal_ip(node), tags.get(TAG_RAY_NODE_STATUS, "")))
+    return found
+
+
+def forget_nodes(config: dict[str, Any]) -> None:
+    """Let Ray's record of machines that stay say that they are down. Raises ClusterError."""
+    with _provider_of(config) as provider:
+        provider.terminate_nodes(provider.non_terminated_nodes({}))
+
+
+@contextlib.contextmanager
+def _provider_of(config: dict[str, Any]) -> Iterator[Any]:
+    from ray.autoscaler._private.providers import _get_node_provider
+    from ray.autoscaler._private.util import prepare_config
+
     try:
         # Ray tells its own story on standard output, where ours may be JSON.
         with contextlib.redirect_stdout(io.StringIO()):
             prepared = prepare_config(config)
-            provider = _get_node_provider(prepared["provider"], prepared["cluster_name"])
-            for node in provider.non_terminated_nodes({}):
-                tags = provider.node_tags(node)
-                kind = tags.get(TAG_RAY_USER_NODE_TYPE) or tags.get(TAG_RAY_NODE_KIND, "")
-                found.append(Node(node, kind, provider.internal_ip(node), tags.get(TAG_RAY_NODE_STATUS, "")))
+            yield _get_node_provider(prepared["provider"], prepared["cluster_name"])
     except ImportError as problem:
         raise ClusterError(f"this provider needs the package {problem.name}; pip install {problem.name}") from None
     except Exception as problem:
         raise ClusterError(
             f"the provider does not answer: {diagnose(f'{type(problem).__name__}: {problem}')}"
         ) from None
-    return found
+
+
+def refuse_to_forget(launched: Launched, text: str) -> None:
+    """Raise ClusterError where writing `text` over the record of a cluster would lose machines that run."""
+    if not launched.file.is_file():
+        return
+    old, new = launched.config(), yaml.safe_load(text)["provider"]
+    known = old["provider"]
+    # Of machines that stay, nobody but the record knows whether Ray runs on them.
+    if _would_forget(known, new) and (known["type"] == "local" or nodes_of(old)):
+        changed = sorted(key for key in known.keys() | new.keys() if known.get(key) != new.get(key))
+        raise ClusterError(
+            f"{old['cluster_name']} runs with another {', '.join(changed)}, and its machines would be forgotten: "
+            "run farspan cluster down first, or choose another name"
+        )
+
+
+def _would_forget(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether machines of one provider section could not be found any more by another."""
+    if old["type"] != "local":
+        return old != new
+    # A worker more forgets nobody.
+    return old["head_ip"] != new["head_ip"] or not set(old["worker_ips"]) <= set(new["worker_ips"])
 
 
 def _last_line(log: Path) -> str:

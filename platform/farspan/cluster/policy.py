@@ -183,6 +183,8 @@ def _service_problems(spec: Manifest) -> Iterator[str]:
     if not isinstance(serve, dict) or not serve.get("applications"):
         yield "serveConfigV2 names no application"
         return
+    if serve.get("proxy_location", "EveryNode") != "EveryNode":
+        yield "serveConfigV2: proxy_location must be EveryNode: KubeRay asks each worker pod for its proxy's health"
     groups = {name for g in spec.get("rayClusterConfig", {}).get("workerGroupSpecs", []) for name in g["resources"]}
     for application in serve["applications"]:
         yield from (f"serveConfigV2: {problem}" for problem in _application_problems(application, groups))

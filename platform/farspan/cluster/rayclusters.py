@@ -16,11 +16,15 @@ from farspan.cluster.pods import (
     worker_group,
 )
 from farspan.config.cluster import ClusterSpec
+from farspan.config.load import config_of
+from farspan.config.schema import ServeConfig
 
 API = "ray.io/v1"
 KEYS_FILE = "/etc/farspan/api-keys/api_keys"
 _ENTRYPOINT = "python -m farspan.cli.main train {config} --join"
 _CLEAN_UP_S = 600
+# As `farspan serve` sets it: longer than the idle time of a load balancer, which is 60 s on AWS.
+_KEEP_ALIVE_S = 75
 _JOB_START_S = 3600
 
 
@@ -87,8 +91,14 @@ def serve_config(spec: ClusterSpec) -> Manifest:
         "engine": {"dtype": "bfloat16", "kv_bytes": 40 * 2**30},
     }
     return {
-        "proxy_location": "HeadOnly",
-        "http_options": {"host": "0.0.0.0", "port": SERVE_PORT},
+        # KubeRay asks every worker pod of a service for its proxy's health: without one no worker ever gets ready.
+        "proxy_location": "EveryNode",
+        "http_options": {
+            "host": "0.0.0.0",
+            "port": SERVE_PORT,
+            "request_timeout_s": config_of(ServeConfig, arguments).request_timeout_s,
+            "keep_alive_timeout_s": _KEEP_ALIVE_S,
+        },
         "applications": [
             {
                 "name": "farspan",

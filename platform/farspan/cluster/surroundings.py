@@ -7,6 +7,10 @@ from farspan.config.cluster import ClusterSpec
 
 _RAY = {"matchLabels": {"ray.io/is-ray-node": "yes"}}
 _HEAD = {"matchLabels": {"ray.io/node-type": "head"}}
+# KubeRay labels the pod of its cleanup job so; without Redis it holds up the deletion of the cluster.
+_HEAD_OR_CLEANUP = {
+    "matchExpressions": [{"key": "ray.io/node-type", "operator": "In", "values": ["head", "redis-cleanup"]}]
+}
 _SUBMITTER = {"matchLabels": {"farspan-role": "submitter"}}
 # Instance metadata: a pod that reaches it takes the node's role.
 _METADATA = "169.254.169.254/32"
@@ -114,10 +118,10 @@ def queues(spec: ClusterSpec) -> list[Manifest]:
 
 
 def redis_policy(spec: ClusterSpec) -> Manifest:
-    """The head reaches Redis."""
+    """The head reaches Redis, and so does the job that clears it when a cluster is deleted."""
     port = int(spec.kubernetes.redis_address.rpartition(":")[2])
     egress = [{"to": [{"namespaceSelector": {}}, {"ipBlock": {"cidr": "10.0.0.0/8"}}], "ports": [_tcp(port)]}]
-    return _policy("head-to-redis", _HEAD, {"policyTypes": ["Egress"], "egress": egress})
+    return _policy("head-to-redis", _HEAD_OR_CLEANUP, {"policyTypes": ["Egress"], "egress": egress})
 
 
 def _dns() -> Manifest:

@@ -11,11 +11,17 @@ import pytest
 import yaml
 from tests.support.corpus import REPOSITORY
 
+from farspan.cli import launch
+from farspan.cli.cluster import load_spec
+from farspan.cli.launch import Launched, Node, refuse_to_forget
 from farspan.cli.main import run
 from farspan.cli.service import build
-from farspan.errors import ConfigError
+from farspan.cluster.environment import wheel
+from farspan.cluster.launcher import render_launcher
+from farspan.errors import ClusterError, ConfigError
 
 SPEC = str(REPOSITORY / "infra" / "cluster.yaml")
+WHEEL = wheel(load_spec(SPEC, None).software)
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
@@ -81,6 +87,110 @@ def test_a_wrong_input_is_one_sentence(
     text = said(capsys, *arguments, code=2).strip()
     assert wanted in text
     assert len(text.splitlines()) == 1
+
+
+@pytest.fixture
+def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project and a home from which a cluster of machines can be started; gives where its record lies.
+
+    `ssh` writes down where it is sent and answers, except from a machine called dead or slow.
+    """
+    for file in (".ssh/farspan.pem", ".ray/auth_token", "requirements.lock", f"dist/{WHEEL}"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("secret", encoding="utf-8")
+        (tmp_path / file).chmod(0o600)
+    ssh = tmp_path / "bin" / "ssh"
+    ssh.parent.mkdir()
+    ssh.write_text(
+        f'#!/bin/sh\necho "$*" >> {tmp_path}/sent\ncase "$*" in\n'
+        "*@dead*) echo Connection refused >&2; exit 255;;\n*@slow*) exec sleep 60;;\nesac\n"
+    )
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{ssh.parent}:/bin:/usr/bin")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "ray"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / ".cache" / "farspan" / "clusters" / "farspan-local" / "launcher.yaml"
+
+
+def remember(record: Path, *settings: str) -> str:
+    """Leave the record of a cluster that was started with these settings."""
+    record.parent.mkdir(parents=True)
+    text = render_launcher(load_spec(SPEC, list(settings)), "local")
+    record.write_text(text, encoding="utf-8")
+    return text
+
+
+def sent(record: Path) -> list[str]:
+    """The machines `ssh` went to, in order."""
+    file = record.parents[4] / "sent"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    assert all("; ray stop; }" in line for line in lines)
+    return [line.partition("ubuntu@")[2].split()[0] for line in lines]
+
+
+@pytest.mark.parametrize("changed", ["local.head=192.0.2.99", "local.workers=[192.0.2.11]"])
+def test_a_cluster_that_runs_is_not_forgotten_for_another_of_its_name(
+    changed: str, local: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = remember(local)
+    told = said(capsys, "cluster", "up", SPEC, changed, "--on", "local", "--yes", "--timeout", "1", code=1)
+    (error,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert "its machines would be forgotten: run farspan cluster down first" in error
+    assert local.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize(("old", "new"), [([], []), (["local.workers=[192.0.2.11]"], [])], ids=["same", "worker more"])
+def test_what_forgets_no_machine_may_be_written(old: list[str], new: list[str], local: Path) -> None:
+    remember(local, *old)
+    refuse_to_forget(Launched(local.parent), render_launcher(load_spec(SPEC, new), "local"))
+
+
+def test_another_region_is_refused_while_machines_run_and_taken_when_they_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = Launched(tmp_path)
+    launched.keep(render_launcher(load_spec(SPEC, None), "aws"))
+    other = render_launcher(load_spec(SPEC, ["aws.region=eu-west-1", "aws.zone=eu-west-1a"]), "aws")
+    there = [Node("i-1", "head", "10.0.0.4", "up-to-date")]
+    # The provider is asked by the record, not by the new file.
+    monkeypatch.setattr(launch, "nodes_of", lambda config: there if config["provider"]["region"] == "us-east-1" else [])
+    with pytest.raises(ClusterError, match=r"another availability_zone, region, .* run farspan cluster down first"):
+        refuse_to_forget(launched, other)
+    there.clear()
+    refuse_to_forget(launched, other)
+
+
+def test_down_stops_ray_on_every_machine_that_stays_the_head_first_and_forgets_the_cluster(
+    local: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remember(local)
+    assert said(capsys, "cluster", "down", SPEC, "--on", "local", "--yes") == (
+        "down: farspan, Ray is stopped on 3 machines, which stay\n"
+    )
+    first, *others = sent(local)
+    assert (first, sorted(others)) == ("192.0.2.10", ["192.0.2.11", "192.0.2.12"])
+    assert not local.exists()
+
+
+def test_without_any_record_down_still_goes_to_the_machines_of_the_spec(
+    local: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "Ray's record on this machine names no machine" in said(capsys, "cluster", "status", SPEC, "--on", "local")
+    assert "Ray is stopped on 3 machines" in said(capsys, "cluster", "down", SPEC, "--on", "local", "--yes")
+    assert len(sent(local)) == 3
+
+
+def test_a_machine_that_does_not_answer_is_named_in_time_and_the_cluster_is_remembered(
+    local: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remember(local, "local.workers=[dead,192.0.2.11,slow]")
+    told = said(capsys, "cluster", "down", SPEC, "--on", "local", "--yes", "--timeout", "2", code=1)
+    (error,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert "Ray may still run on 2 of 4 machines of farspan" in error
+    assert "dead Connection refused; slow did not answer within 2 s; run it again, or delete" in error
+    assert len(sent(local)) == 4
+    assert local.exists()
 
 
 def test_rendering_writes_what_differs_and_checking_writes_nothing(

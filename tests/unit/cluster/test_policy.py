@@ -134,6 +134,7 @@ QUEUED = {"kueue.x-k8s.io/queue-name": "farspan"}
         (put(lambda m: of(m, "RayJob")["metadata"], "labels", QUEUED), "must not scale by itself"),
         (put(lambda m: of(m, "RayJob")["metadata"], "name", "n" * 48), "longer than 47"),
         (serve_text("num_replicas", "num_replcas"), "num_replcas is not a key of a deployment"),
+        (serve_text("EveryNode", "HeadOnly"), "proxy_location must be EveryNode"),
         (serve_text("kv_bytes", "kv_bites"), "did you mean 'kv_bytes'?"),
         (serve_text("    api_key_file: /etc/farspan/api-keys/api_keys\n", ""), "without api_key_file"),
         (serve_text("farspan-decode", "farspan-decoder"), "no worker group offers farspan-decoder"),

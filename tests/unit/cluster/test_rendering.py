@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
 from tests.support.disk import small_disk
 
 from farspan.cluster.rayclusters import serve_config, training_config
@@ -90,6 +91,23 @@ def test_the_job_and_the_service_read_configs_that_farspan_takes() -> None:
     assert run.parallel.workers == 8
     (application,) = serve_config(spec())["applications"]
     check_serve(config_of(ServeConfig, application["args"]))
+
+
+def test_the_service_answers_where_kuberay_probes_it_and_keeps_the_timeouts_of_its_config() -> None:
+    config = serve_config(spec())
+    read = ServeDeploySchema.model_validate(config)
+    # Its readiness probe of every worker pod asks the proxy of that pod.
+    assert read.proxy_location.value == "EveryNode"
+    wanted = config_of(ServeConfig, config["applications"][0]["args"]).request_timeout_s
+    assert (read.http_options.request_timeout_s, read.http_options.keep_alive_timeout_s) == (wanted, 75)
+    assert set(config["http_options"]) <= set(HTTPOptionsSchema.model_fields)
+
+
+def test_the_head_and_the_job_that_clears_redis_reach_it_and_workers_do_not() -> None:
+    policy = yaml.safe_load(FILES["infra/k8s/components/gcs-ft-redis/network.yaml"])
+    (wanted,) = policy["spec"]["podSelector"]["matchExpressions"]
+    assert (wanted["key"], wanted["operator"]) == ("ray.io/node-type", "In")
+    assert wanted["values"] == ["head", "redis-cleanup"]
 
 
 @pytest.mark.parametrize(
