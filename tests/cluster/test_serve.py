@@ -349,7 +349,7 @@ def test_a_ticket_that_was_taken_back_is_not_noticed_by_the_client(server, plain
         async def overwrite(self):
             """Prompts that have nothing in common, until every page of the pool has been given to one of them."""
             info, length = await self._prefill.info.remote(), 500
-            for number in range(-(-info.kv_tokens // length)):
+            for number in range(-(-info.num_pages // (length // EngineConfig().page_tokens))):
                 tokens = tuple((number + 1) * (at + 3) % info.vocab_size for at in range(length))
                 other = GenerationRequest(f"other-{number}", tokens, SamplingParams(max_tokens=2, ignore_eos=True))
                 prefilled = await self._prefill.prefill.remote(other)
