@@ -252,3 +252,21 @@ def test_what_cannot_be_forced_or_combined_is_refused_by_name(equipped, fields, 
 def test_a_template_without_tools_refuses_them(served):
     answer = served.post("/v1/chat/completions", {"model": "tiny", "messages": MESSAGES, "tools": [WEATHER]})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
+
+
+NO_SCHEMAS = ["{", "true", "[1]", '"text"', "NaN", "", "[" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000]
+
+
+@pytest.mark.parametrize("text", NO_SCHEMAS)
+@pytest.mark.parametrize("offered", [True, False])
+def test_a_schema_that_is_no_object_is_refused_by_the_name_it_was_given_by(equipped, text, offered):
+    served, _ = equipped
+    tools = {"tools": [STOP]} if offered else {}
+    for fields, param in (
+        ({"guided_json": text}, "guided_json"),
+        ({"structured_outputs": {"json": text}}, "structured_outputs.json"),
+    ):
+        answer = served.post("/v1/chat/completions", {"model": "tiny", "messages": MESSAGES, **tools, **fields})
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"] == param
+        assert len(answer.json()["error"]["message"]) < 300
