@@ -73,7 +73,8 @@ class Answering:
             FarspanError: it cannot be answered.
         """
         counting = self._around.metrics.request(self._trace, self.counted)
-        with counting, self._meter.admitted(), _told_as_late(self._caller.deadline_at_s):
+        admitted = self._meter.admitted(self._question.asked.num_answers)
+        with counting, admitted, _told_as_late(self._caller.deadline_at_s):
             # In a thread: millions of characters take seconds, and other answers are on their way.
             prompts = await asyncio.to_thread(self._question.read)
             self._admit(prompts)

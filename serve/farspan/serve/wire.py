@@ -105,6 +105,11 @@ class GenerationFields(Shape):
         return form_of(self.response_format, self.structured_outputs, older)
 
     @property
+    def num_answers(self) -> int:
+        """Over all prompts."""
+        return self.n
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -147,6 +152,10 @@ class CompletionRequest(GenerationFields):
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens: must be at least 1 without echo, got 0")
         return self
+
+    @property
+    def num_answers(self) -> int:
+        return len(self.prompt) * self.n
 
     @property
     def num_top_logprobs(self) -> int | None:
