@@ -10,7 +10,9 @@ from typing import TypeVar
 
 from starlette.types import Receive
 
+from farspan.errors import ClusterError
 from farspan.serve.chat import Delta
+from farspan.serve.faults import being_cancelled
 
 Value = TypeVar("Value")
 
@@ -47,6 +49,11 @@ async def _forward(
         async with aclosing(deltas):
             async for delta in deltas:
                 await ready.put(replace(delta, index=index))
+    except asyncio.CancelledError:
+        if being_cancelled():
+            raise
+        # Without a word the reader would wait for ever.
+        await ready.put(ClusterError("an answer was given up"))
     except Exception as problem:
         await ready.put(problem)
     else:
