@@ -41,10 +41,10 @@ def test_a_stream_that_breaks_ends_with_an_error_event_and_without_done():
     assert not any("sk-secret" in event for event in found)
 
 
-async def endless(log: list[str]):
+async def endless(log: list[str], index: int = 0):
     try:
         for number in range(1_000_000):
-            yield Delta(str(number), None, number)
+            yield Delta(str(number), None, number, index=index)
             await asyncio.sleep(0)
     finally:
         log.append("closed")
@@ -55,7 +55,7 @@ def test_side_by_side_each_answer_keeps_its_order_and_the_first_failure_closes_t
 
     async def failing():
         for number in range(5):
-            yield Delta(str(number), None, number)
+            yield Delta(str(number), None, number, index=1)
             await asyncio.sleep(0)
         raise ValueError("broken")
 
@@ -63,7 +63,7 @@ def test_side_by_side_each_answer_keeps_its_order_and_the_first_failure_closes_t
         found: list[Delta] = []
 
         async def read() -> None:
-            async for delta in merged([endless(log), failing(), endless(log)]):
+            async for delta in merged([endless(log), failing(), endless(log, 2)]):
                 found.append(delta)
 
         with pytest.raises(ValueError, match="broken"):
