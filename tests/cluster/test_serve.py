@@ -245,7 +245,7 @@ def test_a_prefill_worker_killed_before_the_pull_is_not_noticed_by_the_client(se
     assert text == expected
     assert trace.recovered, trace
     assert "KV transfer failed" in trace.recoveries[0]
-    assert len(trace.arrivals_s) == len(expected_tokens)
+    assert trace.arrivals.count == len(expected_tokens)
     # While no prefill worker is there, the decode worker does it all: nobody waits for the replacement.
     again = server.client.completions.create(model="tiny", prompt=TEXT[1000:1900], max_tokens=MAX_TOKENS, temperature=0)
     assert again.choices[0].text == expected
@@ -276,7 +276,7 @@ def test_a_decode_worker_killed_in_the_middle_of_an_answer_is_not_noticed_by_the
     assert "decode worker was lost" in trace.recoveries[0]
     # The second attempt went on after tokens that the killed worker had given.
     assert 1 < given[1] < len(expected_tokens)
-    assert len(trace.arrivals_s) == len(expected_tokens)
+    assert trace.arrivals.count == len(expected_tokens)
     wait_until(lambda: server.infos()["decode"].pid != killed)
     wait_until(lambda: all(idle(info) for info in server.infos().values()))
 

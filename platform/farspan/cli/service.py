@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from farspan.config.check import check_serve
 from farspan.config.load import config_of
 from farspan.config.schema import ServeConfig
 from farspan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from farspan.serve.keys import ApiKey
 
 
 def build(args: dict[str, Any]) -> Any:
@@ -20,11 +23,11 @@ def build(args: dict[str, Any]) -> Any:
         raise ConfigError("api_key_file", "must be given in Serve's config", None, "mount a secret and name its file")
     from farspan.serve.app import build_app
 
-    return build_app(config, _hashes(config))
+    return build_app(config, _keys(config))
 
 
-def _hashes(config: ServeConfig) -> tuple[str, ...]:
-    from farspan.serve.keys import key_hashes
+def _keys(config: ServeConfig) -> tuple[ApiKey, ...]:
+    from farspan.serve.keys import read_keys
 
     assert config.api_key_file is not None
     mounted = Path(config.api_key_file)
@@ -38,4 +41,4 @@ def _hashes(config: ServeConfig) -> tuple[str, ...]:
     with tempfile.NamedTemporaryFile("w", encoding="utf-8") as private:
         private.write(text)
         private.flush()
-        return key_hashes(config_of(ServeConfig, {"model": config.model, "api_key_file": private.name}))[0]
+        return read_keys(config_of(ServeConfig, {"model": config.model, "api_key_file": private.name}))[0]

@@ -73,19 +73,18 @@ class Answering:
             FarspanError: it cannot be answered.
         """
         counting = self._around.metrics.request(self._trace, self.counted)
-        with counting, self._meter.admitted(), _told_as_late(self._caller.deadline_at_s):
+        admitted = self._meter.admitted(self._question.asked.num_answers)
+        with counting, admitted, _told_as_late(self._caller.deadline_at_s):
             # In a thread: millions of characters take seconds, and other answers are on their way.
             prompts = await asyncio.to_thread(self._question.read)
             self._admit(prompts)
-            told = [prompt for prompt in prompts for _ in range(self._question.asked.n)]
-            readings = [_Reading(prompted, self._question.reader()) for prompted in told]
             answers = [self._answer(number, *branch) for number, branch in enumerate(self._branches(prompts))]
-            async with aclosing(merged(answers) if len(answers) > 1 else answers[0]) as deltas:
-                while (delta := await self._next(deltas)) is not None:
+            async with aclosing(merged(answers) if len(answers) > 1 else answers[0]) as steps:
+                while (step := await self._next(steps)) is not None:
                     before = self.counted.answer_tokens
-                    self.counted.count(delta)
+                    self.counted.count(step.delta)
                     self._meter.charge(self.counted.answer_tokens - before)
-                    yield readings[delta.index].step(delta)
+                    yield step
 
     def _admit(self, prompts: Sequence[Prompted]) -> None:
         info = self._around.info
@@ -97,14 +96,14 @@ class Answering:
         self.counted.prompt_tokens = self._trace.prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
         self._meter.charge(self.counted.prompt_tokens)
 
-    def _branches(self, prompts: Sequence[Prompted]) -> Iterator[tuple[GenerationRequest, AnswerText]]:
+    def _branches(self, prompts: Sequence[Prompted]) -> Iterator[tuple[Prompted, GenerationRequest, AnswerText]]:
         asked = self._question.asked
         for prompt in prompts:
             # The engine's id is ours alone: a client that repeats its own cannot reach another request.
             for request_id, params in choices(uuid.uuid4().hex, replace(self._params(prompt), n=asked.n)):
                 telling = self._question.telling or self._around.tokenizer
                 text = AnswerText(Detokenizer(telling), asked.stop, asked.min_tokens)
-                yield GenerationRequest(request_id, prompt.tokens, params, self._caller), text
+                yield prompt, GenerationRequest(request_id, prompt.tokens, params, self._caller), text
 
     def _params(self, prompt: Prompted) -> SamplingParams:
         info, question = self._around.info, self._question
@@ -114,16 +113,35 @@ class Answering:
         # The tokenizer's own end of text, for models whose config does not name it.
         return sampling(question.asked, most, () if end is None else (int(end),), question.grammar)
 
-    def _answer(self, number: int, request: GenerationRequest, text: AnswerText) -> AsyncGenerator[Delta]:
+    def _answer(
+        self, number: int, prompted: Prompted, request: GenerationRequest, text: AnswerText
+    ) -> AsyncGenerator[Step]:
         route = choose_route(len(request.prompt), self._around.colocate_below_tokens)
-        return answer(request, route, self._around.workers, text, self._trace.choice(number))
+        # Numbered now: which of them is asked for first is chance.
+        trace = self._trace.choice(number)
+        deltas = answer(request, route, self._around.workers, text, trace)
+        return _read(number, deltas, _Reading(prompted, self._question.reader()), trace)
 
-    async def _next(self, deltas: AsyncGenerator[Delta]) -> Delta | None:
+    async def _next(self, steps: AsyncGenerator[Step]) -> Step | None:
         deadline_at_s = self._caller.deadline_at_s
         if deadline_at_s is None:
-            return await anext(deltas, None)
+            return await anext(steps, None)
         # Not one deadline around all: the steps of a generator may be asked for by different tasks.
-        return await asyncio.wait_for(_awaited(deltas), max(0.0, deadline_at_s - time.time()))
+        return await asyncio.wait_for(_awaited(steps), max(0.0, deadline_at_s - time.time()))
+
+
+async def _read(
+    number: int, deltas: AsyncGenerator[Delta], reading: _Reading, trace: RequestTrace
+) -> AsyncGenerator[Step]:
+    """One answer, to its end or to where nothing more of it is told: then the workers stop too."""
+    async with aclosing(deltas):
+        async for delta in deltas:
+            step = reading.step(replace(delta, index=number))
+            if step.finish is not None:
+                trace.finish = trace.finish or "stop"
+            yield step
+            if step.finish is not None:
+                return
 
 
 class _Reading:
@@ -139,7 +157,8 @@ class _Reading:
             said = _joined(said, self._reader.finish())
         first, self._first = self._first, False
         self._called = self._called or bool(said.calls)
-        finish = "tool_calls" if self._called and delta.finish == "stop" else delta.finish
+        over = self._reader.over
+        finish = "tool_calls" if over or (self._called and delta.finish == "stop") else delta.finish
         return Step(delta, said, self._prompted, first, finish)
 
 
@@ -147,8 +166,8 @@ def _joined(said: Said, later: Said) -> Said:
     return Said(said.text + later.text, said.calls + later.calls)
 
 
-async def _awaited(deltas: AsyncGenerator[Delta]) -> Delta | None:
-    return await anext(deltas, None)
+async def _awaited(steps: AsyncGenerator[Step]) -> Step | None:
+    return await anext(steps, None)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from farspan.serve.messages import Caller, WorkerInfo
 from farspan.serve.metrics import Metrics
 from farspan.serve.prompt import detokenized, tokenized
 from farspan.serve.questions import chat_question, completion_question
+from farspan.serve.readiness import Readiness
 from farspan.serve.reply import Reply, model_list
 from farspan.serve.router import Workers
 from farspan.serve.shape import ApiError
@@ -55,7 +56,7 @@ class Api:
         self._tokenizer: Any = load_tokenizer(open_model_folder(config.model))
         self._names = TokenNames(self._tokenizer)
         self._limits, self._metrics = Limits(keys), Metrics()
-        self._traces = TraceBook()
+        self._traces, self._readiness = TraceBook(), Readiness(workers.info)
         self._info: WorkerInfo | None = None
         self._created = int(time.time())
 
@@ -64,14 +65,8 @@ class Api:
 
     async def ready(self) -> Response:
         """200 once a worker of each role answers."""
-        try:
-            infos = await self._workers.info()
-        except FarspanError as problem:
-            return JSONResponse({"status": "waiting", "reason": str(problem)}, status_code=503)
-        if len({info.layout for info in infos}) != 1:
-            reason = "prefill and decode workers have different models or KV layouts"
-            return JSONResponse({"status": "mismatched", "reason": reason}, status_code=503)
-        return JSONResponse({"status": "ready", "roles": [info.role for info in infos]})
+        status, told = await self._readiness.told()
+        return JSONResponse(told, status_code=status)
 
     async def models(self, request: Request) -> Response:
         self._authorize(request)
@@ -99,10 +94,11 @@ class Api:
         return await self._answer(request, key, question, ignored)
 
     async def tokenize(self, request: Request) -> Response:
-        self._authorize(request)
+        key = self._authorize(request)
         asked, ignored = await self._body(request, TokenizeRequest)
         self._check_model(asked.model or self._model)
-        tokens = await asyncio.to_thread(tokenized, self._tokenizer, asked)
+        with self._limits.of(key).admitted():
+            tokens = await asyncio.to_thread(tokenized, self._tokenizer, asked)
         longest = (await self._smallest()).max_context_tokens
         told: dict[str, Any] = {"count": len(tokens), "max_model_len": longest, "tokens": tokens}
         if asked.return_token_strs:
@@ -110,10 +106,11 @@ class Api:
         return JSONResponse(told, headers=ignored_header(ignored))
 
     async def detokenize(self, request: Request) -> Response:
-        self._authorize(request)
+        key = self._authorize(request)
         asked, ignored = await self._body(request, DetokenizeRequest)
         self._check_model(asked.model or self._model)
-        text = await asyncio.to_thread(detokenized, self._tokenizer, asked.tokens)
+        with self._limits.of(key).admitted():
+            text = await asyncio.to_thread(detokenized, self._tokenizer, asked.tokens)
         return JSONResponse({"prompt": text}, headers=ignored_header(ignored))
 
     async def metrics(self, request: Request) -> Response:

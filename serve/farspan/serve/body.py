@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MOST_NAMED = 20
 # Schemas of tools are the deepest thing anybody sends; more is an attack on whoever walks through it.
-_DEEPEST = 100
+DEEPEST = 100
 
 # What each of these fields may say where it is not served: the value that changes nothing. null is always one.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -74,9 +75,9 @@ def _read_json(content: bytes | bytearray) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_value", param="body")
     for name, value in fields.items():
-        if _is_deeper(value, _DEEPEST):
+        if is_deeper(value, DEEPEST):
             shown = name if _PLAIN_NAME.fullmatch(name) else "body"
-            message = f"{shown}: must not be nested deeper than {_DEEPEST} levels"
+            message = f"{shown}: must not be nested deeper than {DEEPEST} levels"
             raise ApiError(400, message, code="invalid_value", param=shown)
     # A lone surrogate is no character: no tokenizer takes it, no answer can repeat it. Only an escape brings one.
     broken = _broken_field(fields) if _ESCAPED_SURROGATE.search(text) else None
@@ -94,7 +95,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _is_deeper(value: Any, most: int) -> bool:
+def is_deeper(value: Any, most: int) -> bool:
     """Whether lists and objects lie more than `most` deep, found without recursion."""
     level = [value]
     for _ in range(most):
@@ -139,6 +140,7 @@ def _is_broken(value: Any) -> bool:
 
 def _explain_invalid(problem: ValidationError) -> ApiError:
     """The first thing that is wrong with a request, in one sentence."""
+    # Few are noted: every list is refused at its first wrong item.
     first = problem.errors(include_url=False, include_context=False)[0]
     field = ".".join(str(part) for part in first["loc"])[:200]
     message = " ".join(first["msg"].removeprefix("Value error, ").split())[:300]
@@ -150,4 +152,6 @@ def _explain_invalid(problem: ValidationError) -> ApiError:
 
 
 def _shown(value: Any) -> str:
-    return repr(str(value)[:80])
+    # A value may have millions of parts: no more of it is written than is told.
+    written = value[:80] if isinstance(value, str) else reprlib.repr(value)[:80]
+    return repr(written)

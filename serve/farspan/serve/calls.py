@@ -34,6 +34,11 @@ class Said:
 class Reader(Protocol):
     """Takes the text of one answer piece by piece."""
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing that comes can be told any more: the answer may end here."""
+        ...
+
     def push(self, text: str) -> Said: ...
 
     def finish(self) -> Said: ...
@@ -41,6 +46,8 @@ class Reader(Protocol):
 
 class PlainReader:
     """All text is words."""
+
+    over = False
 
     def push(self, text: str) -> Said:
         return Said(text)

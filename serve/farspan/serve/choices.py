@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import TypeVar
 
 from starlette.types import Receive
 
-from farspan.serve.chat import Delta
+from farspan.errors import ClusterError
+from farspan.serve.faults import being_cancelled
 
 Value = TypeVar("Value")
 
@@ -19,11 +19,11 @@ class ClientGoneError(Exception):
     """Nobody reads the answer any more."""
 
 
-async def merged(answers: Sequence[AsyncGenerator[Delta]]) -> AsyncGenerator[Delta]:
-    """The deltas of all answers as they come, each with the number of its answer. The first failure ends them all."""
+async def merged(answers: Sequence[AsyncGenerator[Value]]) -> AsyncGenerator[Value]:
+    """The pieces of all answers as they come. The first failure ends them all."""
     # As many as there are answers: a slow client holds back everybody, nobody is held back by a neighbour.
-    ready: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue(maxsize=len(answers))
-    tasks = [asyncio.create_task(_forward(index, deltas, ready)) for index, deltas in enumerate(answers)]
+    ready: asyncio.Queue[Value | BaseException | None] = asyncio.Queue(maxsize=len(answers))
+    tasks = [asyncio.create_task(_forward(pieces, ready)) for pieces in answers]
     try:
         num_open = len(tasks)
         while num_open:
@@ -40,13 +40,16 @@ async def merged(answers: Sequence[AsyncGenerator[Delta]]) -> AsyncGenerator[Del
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _forward(
-    index: int, deltas: AsyncGenerator[Delta], ready: asyncio.Queue[Delta | BaseException | None]
-) -> None:
+async def _forward(pieces: AsyncGenerator[Value], ready: asyncio.Queue[Value | BaseException | None]) -> None:
     try:
-        async with aclosing(deltas):
-            async for delta in deltas:
-                await ready.put(replace(delta, index=index))
+        async with aclosing(pieces):
+            async for piece in pieces:
+                await ready.put(piece)
+    except asyncio.CancelledError:
+        if being_cancelled():
+            raise
+        # Without a word the reader would wait for ever.
+        await ready.put(ClusterError("an answer was given up"))
     except Exception as problem:
         await ready.put(problem)
     else:

@@ -6,8 +6,11 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from farspan.serve.shape import Shape
+from farspan.serve.shape import Items, Shape
 from farspan.serve.wire import MOST_CHOICES, MOST_LOGPROBS, GenerationFields
+
+# The longest conversations of agents have thousands.
+_MOST_MESSAGES = 16_384
 
 
 class FunctionCall(Shape):
@@ -23,9 +26,9 @@ class ToolCall(Shape):
 
 class ChatMessage(Shape):
     role: str
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Items[dict[str, Any]] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
 
     @property
@@ -59,8 +62,8 @@ class NamedTool(Shape):
 class ChatFields(Shape):
     """What a conversation is, before anything is answered."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
-    tools: list[Tool] = Field(default_factory=list, max_length=MOST_CHOICES)
+    messages: Items[ChatMessage] = Field(min_length=1, max_length=_MOST_MESSAGES)
+    tools: Items[Tool] = Field(default_factory=list, max_length=MOST_CHOICES)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -130,7 +133,7 @@ class TokenizeRequest(ChatFields):
     """A prompt, or a conversation."""
 
     model: str | None = None
-    messages: list[ChatMessage] = Field(default_factory=list)
+    messages: Items[ChatMessage] = Field(default_factory=list, max_length=_MOST_MESSAGES)
     prompt: str | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from farspan.errors import FarspanError, RequestError
@@ -23,6 +24,12 @@ def too_late() -> ApiError:
     """The deadline a client set has passed."""
     message = "the answer was not complete before its deadline; give it more time or ask for less"
     return ApiError(504, message, code="deadline_exceeded", param="deadline_s")
+
+
+def being_cancelled() -> bool:
+    """Whether a CancelledError is meant for the task that caught it: a call given up elsewhere raises one too."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
 
 
 def is_past(deadline_at_s: float | None) -> bool:

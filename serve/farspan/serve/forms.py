@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from farspan.engine.request import Grammar
-from farspan.serve.shape import Shape
+from farspan.serve.body import DEEPEST, is_deeper
+from farspan.serve.shape import Items, Shape
 
 # Read by the engine's thread, before anything of it can be refused.
-_LONGEST_SOURCE, _MOST_CHOICES = 200_000, 1000
+_LONGEST_SOURCE, MOST_TEXTS = 200_000, 1000
 COMPACT = {"x-guidance": {"whitespace_flexible": False}}
 """In a schema of a Lark grammar: no white space between the parts of the JSON, as in answers of one schema."""
+
+
+def _is_schema(given: dict[str, Any] | str) -> dict[str, Any] | str:
+    """Text is read here, once: whoever takes a schema may count on an object."""
+    if isinstance(given, dict):
+        return given
+    if len(given) > _LONGEST_SOURCE:
+        raise ValueError(f"must be a JSON schema of at most {_LONGEST_SOURCE} characters")
+    try:
+        found = json.loads(given)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or is_deeper(found, DEEPEST):
+        raise ValueError(f"must be a JSON schema, an object or its text, not deeper than {DEEPEST} levels")
+    return found
+
+
+JsonForm = Annotated[dict[str, Any] | str, AfterValidator(_is_schema)]
 
 
 class JsonSchema(Shape):
@@ -38,10 +57,10 @@ class StructuredOutputs(Shape):
     """vLLM's way to ask for a form."""
 
     # `json` is a name pydantic uses itself.
-    wanted: dict[str, Any] | str | None = Field(default=None, alias="json")
+    wanted: JsonForm | None = Field(default=None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Items[str] | None = Field(default=None, max_length=MOST_TEXTS)
     grammar: str | None = None
 
     def forms(self) -> list[Grammar]:
@@ -76,6 +95,6 @@ def _schema_text(schema: dict[str, Any] | str) -> str:
 
 
 def _one_of(texts: list[str]) -> Grammar:
-    if not 1 <= len(texts) <= _MOST_CHOICES or not all(texts):
-        raise ValueError(f"structured_outputs: choice must be 1 to {_MOST_CHOICES} texts, none of them empty")
+    if not 1 <= len(texts) <= MOST_TEXTS or not all(texts):
+        raise ValueError(f"structured_outputs: choice must be 1 to {MOST_TEXTS} texts, none of them empty")
     return Grammar("lark", f"start: {' | '.join(json.dumps(text) for text in texts)}")

@@ -24,10 +24,11 @@ _LONGEST_HEAD = 1000
 
 
 class TaggedReader:
-    """Words, and calls between tags."""
+    """Words, and calls between tags. `several`: or else it is over with the first whole call."""
 
-    def __init__(self, names: frozenset[str]) -> None:
-        self._names = names
+    def __init__(self, names: frozenset[str], *, several: bool = True) -> None:
+        self._names, self._several = names, several
+        self.over = False
         self._held = ""
         self._call: _Call | None = None
         self._num_calls = 0
@@ -36,11 +37,13 @@ class TaggedReader:
         """What is certain by now. White space beside calls is left out, so that before one it has to wait."""
         self._held += text
         said: list[Said] = []
-        while (step := self._read()) is not None:
+        while not self.over and (step := self._read()) is not None:
             said.append(step)
         return _joined(said)
 
     def finish(self) -> Said:
+        if self.over:
+            return Said()
         rest, self._held = self._held, ""
         if self._call is not None:
             told, cut = self._call.cut()
@@ -70,20 +73,27 @@ class TaggedReader:
         if told is None:
             return Said(HERMES_BEGIN + cut + HERMES_END)
         self._num_calls += 1
+        self.over = not self._several
         return Said(calls=calls + told.calls)
 
 
 class BareReader:
-    """An answer that begins with a brace is calls, one after the other with semicolons between; any other is words."""
+    """An answer that begins with a brace is calls, one after the other with semicolons between; any other is words.
 
-    def __init__(self, names: frozenset[str]) -> None:
-        self._names = names
+    `several`: or else it is over with the first whole call.
+    """
+
+    def __init__(self, names: frozenset[str], *, several: bool = True) -> None:
+        self._names, self._several = names, several
+        self.over = False
         self._begun = ""
         self._call: _Call | None = None
         self._num_calls = 0
         self._words = False
 
     def push(self, text: str) -> Said:
+        if self.over:
+            return Said()
         if self._words:
             return Said(text)
         if self._call is None:
@@ -99,7 +109,7 @@ class BareReader:
         if not self._call.over:
             return Said(calls=calls)
         rest = self._call.rest
-        self._call, self._num_calls = None, self._num_calls + 1
+        self._call, self._num_calls, self.over = None, self._num_calls + 1, not self._several
         return _joined([Said(calls=calls), self.push(rest)])
 
     def finish(self) -> Said:

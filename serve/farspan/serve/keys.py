@@ -30,7 +30,7 @@ class Allowance:
     tokens_per_minute: int | None = None
     """Of prompts and answers."""
     concurrent: int | None = None
-    """Requests at the same time."""
+    """Answers at the same time: a request counts as many as it has prompts times n."""
     priority: int = 0
     """The most urgent `priority` its requests may ask for: lower is answered first."""
 

@@ -1,4 +1,4 @@
-"""How much each key may use: requests and tokens a minute, requests at the same time."""
+"""How much each key may use: requests and tokens a minute, answers at the same time."""
 
 from __future__ import annotations
 
@@ -45,11 +45,12 @@ class Meter:
         self._buckets = {what: Bucket(most, now_s) for what, most in per_minute.items() if most is not None}
 
     @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """A request for as long as it is answered. Raises ApiError 429, which says when to come again."""
-        if self._most_open is not None and self._num_open >= self._most_open:
-            message = f"{self._num_open} requests of this key are being answered, at most {self._most_open} may be"
-            raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=_OPEN_RETRY_S)
+    def admitted(self, num_answers: int = 1) -> Iterator[None]:
+        """A request for as long as it is answered.
+
+        Raises ApiError: 429, which says when to come again; 400 for more answers than ever go in.
+        """
+        self._refuse_many(num_answers)
         now_s = self._clock()
         for what, bucket in self._buckets.items():
             if (wait_s := bucket.wait_s(now_s)) > 0:
@@ -58,16 +59,27 @@ class Meter:
                 raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=after_s)
         if (requests := self._buckets.get("requests")) is not None:
             requests.take(1, now_s)
-        self._num_open += 1
+        self._num_open += num_answers
         try:
             yield
         finally:
-            self._num_open -= 1
+            self._num_open -= num_answers
 
     def charge(self, num_tokens: int) -> None:
         """Tokens of a prompt when it is read, of an answer when they come."""
         if (tokens := self._buckets.get("tokens")) is not None:
             tokens.take(num_tokens, self._clock())
+
+    def _refuse_many(self, num_answers: int) -> None:
+        most = self._most_open
+        if most is None or self._num_open + num_answers <= most:
+            return
+        if num_answers > most:
+            # Waiting would not help.
+            message = f"n: prompts times n must be at most {most} with this key, got {num_answers}; ask for fewer"
+            raise ApiError(400, message, code="invalid_value", param="n")
+        message = f"{self._num_open} answers of this key are on their way, at most {most} may be"
+        raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=_OPEN_RETRY_S)
 
 
 class Limits:

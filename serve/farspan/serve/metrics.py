@@ -68,8 +68,8 @@ class Metrics:
         for kind, count in kinds.items():
             self._tokens.labels(kind).inc(count)
         self._recoveries.inc(sum(len(one.recoveries) for one in (trace, *trace.others)))
-        if trace.arrivals_s:
-            self._first.observe(trace.arrivals_s[0])
+        if trace.arrivals.first_s is not None:
+            self._first.observe(trace.arrivals.first_s)
             self._whole.observe(time.monotonic() - trace.started_s)
 
 

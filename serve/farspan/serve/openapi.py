@@ -92,7 +92,7 @@ def _post(shape: type[Shape], summary: str, generates: bool) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
     if generates:
         content["text/event-stream"] = {"schema": {"type": "string"}}
-    codes = _ERRORS if generates else {code: _ERRORS[code] for code in ("400", "401", "404", "413", "500")}
+    codes = _ERRORS if generates else {code: _ERRORS[code] for code in ("400", "401", "404", "413", "429", "500")}
     described = {
         "summary": summary,
         "requestBody": {"required": True, "content": {"application/json": body}},

@@ -50,7 +50,7 @@ def chat_question(tokenizer: Any, asked: ChatRequest, tool_format: str) -> Quest
         max_tokens=most,
         style=style,
         grammar=_grammar(asked, written),
-        reader=lambda: reader_of(written, tools),
+        reader=lambda: reader_of(written, tools, several=asked.parallel_tool_calls),
         telling=showing_tags(tokenizer),
     )
 

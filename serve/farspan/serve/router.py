@@ -13,6 +13,7 @@ from ray.serve.exceptions import RayServeException
 
 from farspan.errors import ClusterError
 from farspan.kv.ticket import KvTicket
+from farspan.serve.faults import being_cancelled
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, StreamItem, WorkerInfo
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,10 @@ class Router:
             return Failed(ClusterError(f"no prefill worker was free within {_ASSIGN_TIMEOUT_S:g} s"))
         except (RayError, RayServeException) as problem:
             return Failed(ClusterError(f"the prefill worker was lost: {type(problem).__name__}"))
+        except asyncio.CancelledError:
+            if being_cancelled():
+                raise
+            return Failed(ClusterError("the call of the prefill worker was given up"))
         return answer
 
     async def resume(
@@ -72,6 +77,11 @@ class Router:
         except (RayError, RayServeException) as problem:
             over = True
             yield Failed(ClusterError(f"the decode worker was lost: {type(problem).__name__}"))
+        except asyncio.CancelledError:
+            if being_cancelled():
+                raise
+            over = True
+            yield Failed(ClusterError("the call of the decode worker was given up"))
         finally:
             if not over:
                 stream.cancel()
@@ -99,7 +109,12 @@ class Router:
 
 
 async def _awaited(response: Any) -> WorkerInfo:
-    info: WorkerInfo = await response
+    try:
+        info: WorkerInfo = await response
+    except asyncio.CancelledError:
+        if being_cancelled():
+            raise
+        raise ClusterError("a call of a worker was given up") from None
     return info
 
 

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, FailFast
+
+Item = TypeVar("Item")
+
+
+class _AtFirst(FailFast):
+    """pydantic's own cannot stand in a union: it has no hash."""
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+
+# Otherwise every wrong item is noted, and a body has room for millions of them.
+Items = Annotated[list[Item], _AtFirst()]
+"""A list that is refused at its first wrong item."""
 
 
 class Shape(BaseModel):

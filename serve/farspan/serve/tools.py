@@ -34,10 +34,10 @@ def call_format(tokenizer: Any, configured: str) -> CallFormat:
     return "llama3" if bare else "hermes"
 
 
-def reader_of(written: CallFormat, tools: Sequence[Tool]) -> Reader:
-    """Reads one answer that may call these tools."""
+def reader_of(written: CallFormat, tools: Sequence[Tool], *, several: bool) -> Reader:
+    """Reads one answer that may call these tools, more than once where `several` says so."""
     names = frozenset(tool.function.name for tool in tools)
-    return TaggedReader(names) if written == "hermes" else BareReader(names)
+    return TaggedReader(names, several=several) if written == "hermes" else BareReader(names, several=several)
 
 
 def calls_grammar(

@@ -2,13 +2,49 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
 _KEPT_REQUESTS = 1000
+# Further answers of one request count too: each has gaps of its own.
+_KEPT_ANSWERS = 4000
+# Times between tokens, by powers of this: a percentile is right to 5 %, however long the answer was.
+_STEP = 1.1
+_SHORTEST_GAP_S, _LONGEST_GAP_S = 1e-4, 1e4
+
+
+@dataclass(slots=True)
+class Arrivals:
+    """When tokens were there, in seconds since the start: as much room for a million of them as for a hundred."""
+
+    count: int = 0
+    first_s: float | None = None
+    last_s: float | None = None
+    gaps: Counter[int] = field(default_factory=Counter)
+    """How many gaps lay between two powers of the step; 0: shorter than can be told from none."""
+
+    def add(self, count: int, at_s: float) -> None:
+        """Tokens that came together."""
+        if count == 0:
+            return
+        if self.last_s is None:
+            self.first_s = at_s
+        else:
+            self.gaps[_bucket(at_s - self.last_s)] += 1
+        self.gaps[0] += count - 1
+        self.count, self.last_s = self.count + count, at_s
+
+    def percentile_s(self, percent: int) -> float | None:
+        """Of the gaps; none before there are two tokens."""
+        wanted, seen = self.gaps.total() * percent // 100, 0
+        for bucket in sorted(self.gaps):
+            seen += self.gaps[bucket]
+            if seen > wanted:
+                return _gap_s(bucket)
+        return None
 
 
 @dataclass(slots=True)
@@ -31,8 +67,7 @@ class RequestTrace:
     recoveries: list[str] = field(default_factory=list)
     """Why the answer had to go on in another way, in order."""
     finish: str | None = None
-    arrivals_s: list[float] = field(default_factory=list)
-    """When each token was there, since the start."""
+    arrivals: Arrivals = field(default_factory=Arrivals)
     others: list[RequestTrace] = field(default_factory=list)
     """Further answers to the same request."""
 
@@ -44,20 +79,19 @@ class RequestTrace:
         return self.others[-1]
 
     def token(self, count: int) -> None:
-        self.arrivals_s += [time.monotonic() - self.started_s] * count
+        self.arrivals.add(count, time.monotonic() - self.started_s)
 
     def report(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        arrivals = self.arrivals_s
-        gaps = sorted(b - a for a, b in itertools.pairwise(arrivals))
+        arrivals = self.arrivals
         names = ("request_id", "prompt_tokens", "cached_tokens", "route", "route_reason", "prefill_s", "transport")
         more = ("kv_pages", "kv_bytes", "transfer_s", "recovered", "recoveries", "finish")
         return {
             **{name: getattr(self, name) for name in (*names, *more)},
-            "output_tokens": len(arrivals),
-            "time_to_first_token_s": arrivals[0] if arrivals else None,
-            "total_s": arrivals[-1] if arrivals else None,
-            "inter_token_latency_s": {f"p{p}": _percentile(gaps, p) for p in (50, 90, 99)},
+            "output_tokens": arrivals.count,
+            "time_to_first_token_s": arrivals.first_s,
+            "total_s": arrivals.last_s,
+            "inter_token_latency_s": {f"p{p}": arrivals.percentile_s(p) for p in (50, 90, 99)},
             **({"other_choices": [other.report() for other in self.others]} if self.others else {}),
         }
 
@@ -72,7 +106,8 @@ class TraceBook:
         """Clients may choose ids: those of one tenant are not those of another."""
         trace = RequestTrace(request_id, prompt_tokens)
         self._traces[tenant, request_id] = trace
-        while len(self._traces) > _KEPT_REQUESTS:
+        # How many answers a request has is known after it was opened.
+        while len(self._traces) > 1 and (len(self._traces) > _KEPT_REQUESTS or self._num_answers() > _KEPT_ANSWERS):
             self._traces.popitem(last=False)
         return trace
 
@@ -81,6 +116,16 @@ class TraceBook:
         bare = request_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
         return self._traces.get((tenant, request_id)) or self._traces.get((tenant, bare))
 
+    def _num_answers(self) -> int:
+        return sum(1 + len(trace.others) for trace in self._traces.values())
 
-def _percentile(ordered: list[float], percent: int) -> float | None:
-    return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)] if ordered else None
+
+def _bucket(gap_s: float) -> int:
+    if gap_s < _SHORTEST_GAP_S:
+        return 0
+    return 1 + math.floor(math.log(min(gap_s, _LONGEST_GAP_S) / _SHORTEST_GAP_S, _STEP))
+
+
+def _gap_s(bucket: int) -> float:
+    """The middle of a bucket."""
+    return 0.0 if bucket == 0 else float(_SHORTEST_GAP_S * _STEP ** (bucket - 0.5))

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Self
 from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from farspan.engine.request import Grammar
-from farspan.serve.forms import ResponseFormat, StructuredOutputs, form_of
-from farspan.serve.shape import Shape
+from farspan.serve.forms import MOST_TEXTS, JsonForm, ResponseFormat, StructuredOutputs, form_of
+from farspan.serve.shape import Items, Shape
 
 # Every token of every answer is compared with these.
 _MOST_STOPS, _LONGEST_STOP, _MOST_STOP_TOKENS, _MOST_BIASES = 16, 1000, 1000, 1000
@@ -17,6 +17,8 @@ MOST_LOGPROBS = 20
 # Answers of one request, over all its prompts.
 MOST_CHOICES = 128
 _LONGEST_SALT = 256
+# More than any text of a body of the usual size has.
+_MOST_TOKENS = 2_097_152
 # Four weeks: no answer takes so long, and no clock overflows.
 _LONGEST_DEADLINE_S = 2_419_200.0
 
@@ -24,13 +26,13 @@ StopString = Annotated[str, Field(max_length=_LONGEST_STOP)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 # JSON has only strings as names.
 TokenName = Annotated[int, Field(strict=False)]
-Prompt = str | list[int]
+Prompt = str | Items[int]
 _PROMPTS = {
     "anyOf": [
         {"type": "string"},
         {"type": "array", "items": {"type": "integer"}},
-        {"type": "array", "items": {"type": "string"}},
-        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+        {"type": "array", "maxItems": MOST_CHOICES, "items": {"type": "string"}},
+        {"type": "array", "maxItems": MOST_CHOICES, "items": {"type": "array", "items": {"type": "integer"}}},
     ]
 }
 _STOPS = {
@@ -63,15 +65,15 @@ class GenerationFields(Shape):
     logit_bias: dict[TokenName, Bias] = Field(default_factory=dict, max_length=_MOST_BIASES)
     min_tokens: int = Field(default=0, ge=0)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: Annotated[list[StopString], WithJsonSchema(_STOPS)] = Field(default_factory=list, max_length=_MOST_STOPS)
-    stop_token_ids: list[int] = Field(default_factory=list, max_length=_MOST_STOP_TOKENS)
+    stop: Annotated[Items[StopString], WithJsonSchema(_STOPS)] = Field(default_factory=list, max_length=_MOST_STOPS)
+    stop_token_ids: Items[int] = Field(default_factory=list, max_length=_MOST_STOP_TOKENS)
     ignore_eos: bool = False
     return_token_ids: bool = False
     response_format: ResponseFormat = Field(default_factory=lambda: ResponseFormat(type="text"))
     structured_outputs: StructuredOutputs | None = None
-    guided_json: dict[str, Any] | str | None = None
+    guided_json: JsonForm | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Items[str] | None = Field(default=None, max_length=MOST_TEXTS)
     guided_grammar: str | None = None
     priority: int = Field(default=0, ge=-1000, le=1000, description="lower is answered first")
     deadline_s: float | None = Field(default=None, gt=0, le=_LONGEST_DEADLINE_S, description="seconds from now")
@@ -81,6 +83,14 @@ class GenerationFields(Shape):
     @classmethod
     def _as_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _few(cls, value: Any) -> Any:
+        # Before its values are looked at: each wrong one would be noted.
+        if isinstance(value, dict) and len(value) > _MOST_BIASES:
+            raise ValueError(f"must have at most {_MOST_BIASES} tokens, got {len(value)}")
+        return value
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -93,6 +103,11 @@ class GenerationFields(Shape):
             json=self.guided_json, regex=self.guided_regex, choice=self.guided_choice, grammar=self.guided_grammar
         )
         return form_of(self.response_format, self.structured_outputs, older)
+
+    @property
+    def num_answers(self) -> int:
+        """Over all prompts."""
+        return self.n
 
     @property
     def include_usage(self) -> bool:
@@ -109,7 +124,7 @@ class GenerationFields(Shape):
 
 
 class CompletionRequest(GenerationFields):
-    prompt: Annotated[list[Prompt], WithJsonSchema(_PROMPTS)]
+    prompt: Annotated[Items[Prompt], WithJsonSchema(_PROMPTS)]
     max_tokens: int = Field(default=16, ge=0)
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
@@ -139,19 +154,25 @@ class CompletionRequest(GenerationFields):
         return self
 
     @property
+    def num_answers(self) -> int:
+        return len(self.prompt) * self.n
+
+    @property
     def num_top_logprobs(self) -> int | None:
         return self.logprobs
 
 
 class DetokenizeRequest(Shape):
     model: str | None = None
-    tokens: list[int]
+    tokens: Items[int] = Field(max_length=_MOST_TOKENS)
 
 
 def as_prompts(value: Any) -> list[Prompt]:
     """One prompt or many, as a list. Raises ValueError for anything else."""
     if isinstance(value, str) or _is_tokens(value):
         return [value]
+    if isinstance(value, list) and len(value) > MOST_CHOICES and isinstance(value[0], str | list):
+        raise ValueError(f"must be at most {MOST_CHOICES} prompts, got {len(value)}")
     if isinstance(value, list) and (all(isinstance(p, str) for p in value) or all(_is_tokens(p) for p in value)):
         return value
     raise ValueError("must be text, a list of tokens, a list of texts, or a list of lists of tokens")

@@ -80,6 +80,25 @@ def test_bare_calls_are_the_same_wherever_the_text_is_cut(text, words, calls, cu
     assert (found, told) == (text if words is None else words, calls)
 
 
+@given(cuts=st.lists(st.integers(0, 250), max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_a_reader_of_one_call_is_over_with_it_wherever_the_text_is_cut(cuts):
+    bare = '{"name": "put", "parameters": {"a": 1}}'
+    for reader, text, words in (
+        (
+            TaggedReader(NAMES, several=False),
+            f"Hm.<tool_call>no</tool_call> {CALL}\n{CALL} and",
+            "Hm.<tool_call>no</tool_call>",
+        ),
+        (BareReader(NAMES, several=False), f"{bare}; {bare} and", ""),
+    ):
+        found, told, _ = read(reader, text, cuts)
+        assert (found, len(told), reader.over) == (words, 1, True)
+    for reader in (TaggedReader(NAMES, several=False), BareReader(NAMES, several=False)):
+        assert read(reader, "Only words <tool.", cuts)[:2] == ("Only words <tool.", [])
+        assert not reader.over
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     arguments=st.dictionaries(

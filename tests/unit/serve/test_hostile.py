@@ -24,7 +24,7 @@ def refused(answer, *statuses: int) -> dict:
     assert set(error) == {"message", "type", "param", "code"}
     assert 0 < len(error["message"]) < 800
     assert "\n" not in error["message"]
-    for leaked in ("Traceback", "pydantic", "/work", "site-packages", "sk-one", "<object", "0x7"):
+    for leaked in ("Traceback", "pydantic", "/serve/farspan", "site-packages", "sk-one", "<object", "0x7"):
         assert leaked not in answer.text
     return error
 

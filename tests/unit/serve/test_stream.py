@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 
+from farspan.errors import ClusterError
 from farspan.serve.calls import Said
 from farspan.serve.chat import Delta
 from farspan.serve.choices import ClientGoneError, merged, unless_gone
+from farspan.serve.messages import Failed
 from farspan.serve.reply import Counted, Prompted, Reply, Step, Style
+from farspan.serve.router import Router
 from farspan.serve.stream import events
 from farspan.serve.wire import CompletionRequest
 
@@ -37,10 +41,10 @@ def test_a_stream_that_breaks_ends_with_an_error_event_and_without_done():
     assert not any("sk-secret" in event for event in found)
 
 
-async def endless(log: list[str]):
+async def endless(log: list[str], index: int = 0):
     try:
         for number in range(1_000_000):
-            yield Delta(str(number), None, number)
+            yield Delta(str(number), None, number, index=index)
             await asyncio.sleep(0)
     finally:
         log.append("closed")
@@ -51,7 +55,7 @@ def test_side_by_side_each_answer_keeps_its_order_and_the_first_failure_closes_t
 
     async def failing():
         for number in range(5):
-            yield Delta(str(number), None, number)
+            yield Delta(str(number), None, number, index=1)
             await asyncio.sleep(0)
         raise ValueError("broken")
 
@@ -59,7 +63,7 @@ def test_side_by_side_each_answer_keeps_its_order_and_the_first_failure_closes_t
         found: list[Delta] = []
 
         async def read() -> None:
-            async for delta in merged([endless(log), failing(), endless(log)]):
+            async for delta in merged([endless(log), failing(), endless(log, 2)]):
                 found.append(delta)
 
         with pytest.raises(ValueError, match="broken"):
@@ -71,6 +75,70 @@ def test_side_by_side_each_answer_keeps_its_order_and_the_first_failure_closes_t
     assert [delta.text for delta in found if delta.index == 1] == list("01234")
     others = [int(delta.text) for delta in found if delta.index == 0]
     assert others == list(range(len(others)))
+
+
+def test_a_call_that_was_given_up_elsewhere_ends_all_answers_with_an_error():
+    log: list[str] = []
+
+    async def given_up():
+        yield Delta("a", None, 1)
+        raise asyncio.CancelledError
+
+    async def run() -> None:
+        async with asyncio.timeout(20):
+            with pytest.raises(ClusterError, match="given up"):
+                async for _ in merged([endless(log), given_up()]):
+                    pass
+
+    asyncio.run(run())
+    assert log == ["closed"]
+
+
+def test_a_workers_call_that_was_given_up_is_a_failure_and_our_own_end_is_not():
+    class Handle:
+        """A deployment's handle whose calls are given up, or never end."""
+
+        def __init__(self, gives_up: bool) -> None:
+            self.gives_up, self.cancelled = gives_up, 0
+            self.resume = self.info = SimpleNamespace(remote=self.call)
+
+        def options(self, **_: bool) -> Handle:
+            return self
+
+        def call(self, *_: object) -> Handle:
+            return self
+
+        def cancel(self) -> None:
+            self.cancelled += 1
+
+        async def wait(self) -> None:
+            if self.gives_up:
+                raise asyncio.CancelledError
+            await asyncio.Event().wait()
+
+        def __await__(self):
+            return self.wait().__await__()
+
+        async def __aiter__(self):
+            await self.wait()
+            yield None
+
+    async def run() -> None:
+        router = Router(Handle(True), Handle(True))
+        failed = [item async for item in router.resume(None, (), None)]
+        assert [type(item) for item in failed] == [Failed]
+        with pytest.raises(ClusterError, match="given up"):
+            await router.info()
+        endless_call = Handle(False)
+        router = Router(endless_call, endless_call)
+        reading = asyncio.ensure_future(anext(router.resume(None, (), None)))
+        await asyncio.sleep(0.01)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        assert endless_call.cancelled == 1
+
+    asyncio.run(run())
 
 
 def test_a_reader_that_stops_reading_holds_every_answer_back_and_closes_it_when_it_leaves():

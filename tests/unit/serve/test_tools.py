@@ -48,7 +48,7 @@ class Scripted:
     """Workers whose model says what a test says."""
 
     def __init__(self, served: Served, text: str) -> None:
-        self.served, self.asked = served, []
+        self.served, self.asked, self.cancelled, self.given = served, [], [], {}
         self.tokens = served.api._tokenizer(text)["input_ids"]
 
     async def prefill(self, request):
@@ -57,11 +57,13 @@ class Scripted:
     async def resume(self, request, answered, ticket):
         self.asked.append(request)
         for place, token in enumerate(self.tokens):
+            self.given[request.request_id] = place + 1
             yield Tokens((token,), "stop" if place == len(self.tokens) - 1 else None)
 
     def release(self, ticket_id): ...
 
-    def cancel(self, request_id): ...
+    def cancel(self, request_id):
+        self.cancelled.append(request_id)
 
 
 def ask(served: Served, *, stream: bool, says: str | None = None, **fields):
@@ -134,6 +136,28 @@ def test_a_call_the_model_decides_on_is_told_as_a_call_and_words_as_words(equipp
     # Without tools nothing is looked for.
     message, finish = ask(served, stream=stream, says=says)
     assert (message, finish) == ({"role": "assistant", "content": says}, "stop")
+
+
+@pytest.mark.parametrize(("stream", "n"), [(False, 1), (True, 1), (False, 3)])
+def test_without_parallel_calls_an_answer_ends_after_its_first_whole_call(equipped, stream, n):
+    served, written = equipped
+    inside = {"hermes": "arguments", "llama3": "parameters"}[written]
+    calls = [
+        f'{{"name": "{name}", "{inside}": {{"a": {place}}}}}' for place, name in enumerate(("stop", "get_weather"))
+    ]
+    tagged = [f"<tool_call>\n{call}\n</tool_call>" for call in calls]
+    says = "\n".join(["Well.", *tagged, "No more."]) if written == "hermes" else "; ".join(calls)
+    fields = {"tools": [WEATHER, STOP], "n": n}
+    message, finish = ask(served, stream=stream, says=says, parallel_tool_calls=False, **fields)
+    assert [call["function"] for call in message["tool_calls"]] == [{"name": "stop", "arguments": '{"a": 0}'}]
+    assert (message.get("content"), finish) == ("Well." if written == "hermes" else None, "tool_calls")
+    # The workers stop: what comes after the call is never computed.
+    assert len(served.scripted.cancelled) == n
+    assert all(given < len(served.scripted.tokens) for given in served.scripted.given.values())
+    if n == 1:
+        message, _ = ask(served, stream=stream, says=says, **fields)
+        assert [call["function"]["name"] for call in message["tool_calls"]] == ["stop", "get_weather"]
+        assert served.scripted.cancelled == []
 
 
 def test_the_template_is_given_tools_calls_and_their_results(equipped):
@@ -252,3 +276,21 @@ def test_what_cannot_be_forced_or_combined_is_refused_by_name(equipped, fields, 
 def test_a_template_without_tools_refuses_them(served):
     answer = served.post("/v1/chat/completions", {"model": "tiny", "messages": MESSAGES, "tools": [WEATHER]})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
+
+
+NO_SCHEMAS = ["{", "true", "[1]", '"text"', "NaN", "", "[" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000]
+
+
+@pytest.mark.parametrize("text", NO_SCHEMAS)
+@pytest.mark.parametrize("offered", [True, False])
+def test_a_schema_that_is_no_object_is_refused_by_the_name_it_was_given_by(equipped, text, offered):
+    served, _ = equipped
+    tools = {"tools": [STOP]} if offered else {}
+    for fields, param in (
+        ({"guided_json": text}, "guided_json"),
+        ({"structured_outputs": {"json": text}}, "structured_outputs.json"),
+    ):
+        answer = served.post("/v1/chat/completions", {"model": "tiny", "messages": MESSAGES, **tools, **fields})
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"] == param
+        assert len(answer.json()["error"]["message"]) < 300

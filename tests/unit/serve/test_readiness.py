@@ -1,0 +1,78 @@
+"""Whoever asks whether the endpoint is ready hears it, and the workers hear of few of them."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+from farspan.errors import ClusterError
+from farspan.serve.readiness import Readiness
+
+
+class Workers:
+    """Answer when a test lets them."""
+
+    def __init__(self) -> None:
+        self.num_asked, self.now_s = 0, 0.0
+        self.layouts: list[str] = ["a", "a"]
+        self.free = asyncio.Event()
+        self.free.set()
+
+    async def info(self) -> list[Any]:
+        self.num_asked += 1
+        await self.free.wait()
+        if not self.layouts:
+            raise ClusterError("a worker does not answer")
+        return [SimpleNamespace(role=f"role{n}", layout=layout) for n, layout in enumerate(self.layouts)]
+
+
+def test_all_who_ask_at_once_share_one_question_also_when_some_leave():
+    async def run() -> None:
+        workers = Workers()
+        workers.free.clear()
+        readiness = Readiness(workers.info, lambda: workers.now_s)
+        asking = [asyncio.ensure_future(readiness.told()) for _ in range(500)]
+        await asyncio.sleep(0)
+        for task in asking[:100]:
+            task.cancel()
+        await asyncio.sleep(0)
+        workers.free.set()
+        told = await asyncio.gather(*asking[100:])
+        assert told == [(200, {"status": "ready", "roles": ["role0", "role1"]})] * 400
+        assert workers.num_asked == 1
+
+    asyncio.run(run())
+
+
+def test_an_answer_is_kept_for_a_second_whatever_it_was():
+    async def run() -> None:
+        workers = Workers()
+        readiness = Readiness(workers.info, lambda: workers.now_s)
+        statuses = []
+        for now_s, layouts in ((0.0, []), (0.9, ["a"]), (1.1, ["a"]), (2.0, []), (2.2, ["a", "b"]), (9.0, ["b", "b"])):
+            workers.now_s, workers.layouts = now_s, layouts
+            statuses.append((await readiness.told())[0])
+        assert statuses == [503, 503, 200, 200, 503, 200]
+        assert workers.num_asked == 4
+
+    asyncio.run(run())
+
+
+def test_the_endpoint_asks_its_workers_once_for_many_questions(served, monkeypatch):
+    asked = []
+    info = served.workers.info
+
+    async def counted():
+        asked.append(1)
+        return await info()
+
+    monkeypatch.setattr(served.api._readiness, "_ask", counted)
+
+    async def run() -> list[int]:
+        async with served.http("none") as http:
+            answers = await asyncio.gather(*(http.get("/ready") for _ in range(50)))
+            return [answer.status_code for answer in answers]
+
+    assert asyncio.run(run()) == [200] * 50
+    assert len(asked) <= 2

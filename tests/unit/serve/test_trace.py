@@ -1,0 +1,67 @@
+"""What is remembered of a request is right, and stays small however long its answers are."""
+
+from __future__ import annotations
+
+import random
+import tracemalloc
+from itertools import pairwise
+
+import pytest
+
+from farspan.serve.trace import Arrivals, RequestTrace, TraceBook
+
+
+def test_the_trace_of_a_long_answer_takes_no_more_room_than_that_of_a_short_one():
+    trace = RequestTrace("r", 1)
+    for _ in range(500):
+        trace.token(1)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in range(50_000):
+            trace.token(3)
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 20_000
+    assert trace.report()["output_tokens"] == 150_500
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("scale_s", [0.002, 0.05, 3.0])
+def test_percentiles_of_the_gaps_are_those_of_all_of_them_to_a_twentieth(seed: int, scale_s: float):
+    chance = random.Random(seed)
+    arrivals, times, now_s = Arrivals(), [], 0.0
+    for _ in range(chance.randint(2, 3000)):
+        now_s += scale_s * chance.lognormvariate(0, 1)
+        count = chance.choice([1, 1, 1, 1, 2])
+        arrivals.add(count, now_s)
+        times += [now_s] * count
+    gaps = sorted(b - a for a, b in pairwise(times))
+    assert (arrivals.count, arrivals.first_s, arrivals.last_s) == (len(times), times[0], times[-1])
+    for percent in (50, 90, 99):
+        wanted = gaps[len(gaps) * percent // 100]
+        assert arrivals.percentile_s(percent) == pytest.approx(wanted, rel=0.05, abs=1e-4)
+    assert len(arrivals.gaps) < 200
+
+
+def test_one_token_has_a_time_and_no_gaps_and_tokens_that_come_together_have_none_between_them():
+    arrivals = Arrivals()
+    arrivals.add(0, 0.5)
+    assert (arrivals.count, arrivals.first_s, arrivals.percentile_s(50)) == (0, None, None)
+    arrivals.add(1, 0.5)
+    assert (arrivals.count, arrivals.first_s, arrivals.last_s, arrivals.percentile_s(99)) == (1, 0.5, 0.5, None)
+    together = Arrivals()
+    together.add(4, 2.0)
+    assert [together.percentile_s(percent) for percent in (50, 90, 99)] == [0.0, 0.0, 0.0]
+
+
+def test_requests_of_many_answers_are_forgotten_sooner():
+    book = TraceBook()
+    for number in range(40):
+        trace = book.open(f"r{number}", 1)
+        for choice in range(128):
+            trace.choice(choice)
+    kept = [number for number in range(40) if book.find(f"r{number}") is not None]
+    # 31 times 128 are less than 4000; how many the last one has is not known when it is opened.
+    assert kept == list(range(8, 40))
