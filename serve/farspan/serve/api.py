@@ -24,7 +24,7 @@ from farspan.serve.conversation import ChatRequest, TokenizeRequest
 from farspan.serve.folder import open_model_folder
 from farspan.serve.keys import ApiKey, find_key
 from farspan.serve.limits import Limits
-from farspan.serve.messages import Caller, WorkerInfo
+from farspan.serve.messages import NUM_ROLES, Caller, WorkerInfo
 from farspan.serve.metrics import Metrics
 from farspan.serve.prompt import detokenized, tokenized
 from farspan.serve.questions import chat_question, completion_question
@@ -45,7 +45,9 @@ _DEADLINE_HEADER = "x-farspan-deadline-s"
 class AllWorkers(Workers, Protocol):
     """`Workers` that also say how they are."""
 
-    async def info(self) -> list[WorkerInfo]: ...
+    async def info(self) -> list[WorkerInfo]:
+        """Those that answer. Raises ClusterError when none does."""
+        ...
 
 
 class Api:
@@ -157,11 +159,14 @@ class Api:
         return await asyncio.to_thread(read_body, content, shape)
 
     async def _smallest(self) -> WorkerInfo:
-        """What both kinds of worker can hold."""
-        if self._info is None:
-            infos = await self._workers.info()
-            self._info = min(infos, key=lambda info: (info.kv_tokens, info.max_context_tokens))
-        return self._info
+        """What both kinds of worker can hold; while one kind is away, what the other can."""
+        if self._info is not None:
+            return self._info
+        infos = await self._workers.info()
+        smallest = min(infos, key=lambda info: (info.kv_tokens, info.max_context_tokens))
+        if len({info.role for info in infos}) == NUM_ROLES:
+            self._info = smallest
+        return smallest
 
     def _caller(self, http: Request, key: ApiKey, asked: GenerationFields) -> Caller:
         deadline_s = _deadline_s(http, asked)

@@ -93,6 +93,10 @@ class Failed:
 StreamItem = Pulled | Tokens | Failed
 
 
+NUM_ROLES = 2
+"""Prefill and decode."""
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
     """What a worker says about itself."""
@@ -104,7 +108,7 @@ class WorkerInfo:
     vocab_size: int
     max_context_tokens: int
     kv_tokens: int
-    """Tokens the whole page pool holds."""
+    """The longest prompt and answer that its pages are enough for."""
     num_pages: int
     num_free: int
     num_quarantined: int

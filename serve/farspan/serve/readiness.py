@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from farspan.errors import FarspanError
-from farspan.serve.messages import WorkerInfo
+from farspan.serve.messages import NUM_ROLES, WorkerInfo
 
 _KEPT_S = 1.0
 
@@ -43,6 +43,8 @@ class Readiness:
             return 503, {"status": "waiting", "reason": str(problem)}
         finally:
             self._told_at_s = self._clock()
+        if len({info.role for info in infos}) < NUM_ROLES:
+            return 503, {"status": "waiting", "reason": f"only a worker for {infos[0].role} answers"}
         if len({info.layout for info in infos}) != 1:
             reason = "prefill and decode workers have different models or KV layouts"
             return 503, {"status": "mismatched", "reason": reason}

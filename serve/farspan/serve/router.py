@@ -94,18 +94,27 @@ class Router:
         self._send(self._decode, "cancel", request_id)
 
     async def info(self) -> list[WorkerInfo]:
-        """What one worker of each role says. Raises ClusterError when one does not answer in time."""
+        """What one worker of each role says that answers in time. Raises ClusterError when none does."""
         calls = [handle.info.remote() for handle in (self._prefill, self._decode)]
-        try:
-            return [await asyncio.wait_for(_awaited(call), _CONTROL_TIMEOUT_S) for call in calls]
-        except (TimeoutError, RayError, RayServeException) as problem:
-            raise ClusterError(f"a worker does not answer: {type(problem).__name__}") from None
+        told = await asyncio.gather(*(_told(call) for call in calls))
+        infos = [info for info in told if isinstance(info, WorkerInfo)]
+        if not infos:
+            raise ClusterError(f"no worker answers: {'; '.join(str(problem) for problem in told)}")
+        return infos
 
     def _send(self, handle: Any, method: str, argument: str) -> None:
         # To all replicas: which one holds the request or the ticket is their business, and repeating is harmless.
         errand = asyncio.ensure_future(_delivered(handle.broadcast(method, argument), method))
         self._errands.add(errand)
         errand.add_done_callback(self._errands.discard)
+
+
+async def _told(response: Any) -> WorkerInfo | str:
+    """What a worker says of itself, or why it says nothing."""
+    try:
+        return await asyncio.wait_for(_awaited(response), _CONTROL_TIMEOUT_S)
+    except (TimeoutError, RayError, RayServeException, ClusterError) as problem:
+        return str(problem) if isinstance(problem, ClusterError) else type(problem).__name__
 
 
 async def _awaited(response: Any) -> WorkerInfo:

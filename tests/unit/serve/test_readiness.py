@@ -50,7 +50,14 @@ def test_an_answer_is_kept_for_a_second_whatever_it_was():
         workers = Workers()
         readiness = Readiness(workers.info, lambda: workers.now_s)
         statuses = []
-        for now_s, layouts in ((0.0, []), (0.9, ["a"]), (1.1, ["a"]), (2.0, []), (2.2, ["a", "b"]), (9.0, ["b", "b"])):
+        for now_s, layouts in (
+            (0.0, []),
+            (0.9, ["a"]),
+            (1.1, ["a", "a"]),
+            (2.0, []),
+            (2.2, ["a", "b"]),
+            (9.0, ["b", "b"]),
+        ):
             workers.now_s, workers.layouts = now_s, layouts
             statuses.append((await readiness.told())[0])
         assert statuses == [503, 503, 200, 200, 503, 200]

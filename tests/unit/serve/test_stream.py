@@ -8,12 +8,13 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import RayError
 
 from farspan.errors import ClusterError
 from farspan.serve.calls import Said
 from farspan.serve.chat import Delta
 from farspan.serve.choices import ClientGoneError, merged, unless_gone
-from farspan.serve.messages import Failed
+from farspan.serve.messages import Failed, WorkerInfo
 from farspan.serve.reply import Counted, Prompted, Reply, Step, Style
 from farspan.serve.router import Router
 from farspan.serve.stream import events
@@ -137,6 +138,31 @@ def test_a_workers_call_that_was_given_up_is_a_failure_and_our_own_end_is_not():
         with pytest.raises(asyncio.CancelledError):
             await reading
         assert endless_call.cancelled == 1
+
+    asyncio.run(run())
+
+
+def test_while_one_kind_of_worker_is_away_the_other_is_told_of() -> None:
+    info = WorkerInfo("decode", 1, "layout", 97, 512, 400, 100, 100, 0, 0, 0)
+
+    class Handle:
+        def __init__(self, answer: WorkerInfo | Exception) -> None:
+            self.answer = answer
+            self.info = SimpleNamespace(remote=self.call)
+
+        def options(self, **_: bool) -> Handle:
+            return self
+
+        async def call(self) -> WorkerInfo:
+            if isinstance(self.answer, Exception):
+                raise self.answer
+            return self.answer
+
+    async def run() -> None:
+        dead = Handle(RayError("gone"))
+        assert await Router(dead, Handle(info)).info() == [info]
+        with pytest.raises(ClusterError, match="no worker answers: RayError; RayError"):
+            await Router(dead, dead).info()
 
     asyncio.run(run())
 
