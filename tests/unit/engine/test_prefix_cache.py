@@ -160,7 +160,7 @@ def test_the_page_unused_for_longest_is_given_away_first_and_a_pinned_one_never(
     assert computed(talks[1]) > 1
     engine.generate([list(range(30, 66))], SamplingParams(max_tokens=1))
     assert computed(talks[2]) == 1
-    with pytest.raises(RequestError, match=r"engine\.kv_bytes holds 40"):
+    with pytest.raises(RequestError, match=r"41 tokens of KV in 11 pages, engine\.kv_bytes holds 10"):
         engine.add("too long", list(range(41)), SamplingParams(max_tokens=1))
     engine.unpin_prefix("third")
     engine.generate([list(range(48))], SamplingParams(max_tokens=1))

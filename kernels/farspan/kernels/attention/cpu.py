@@ -17,7 +17,6 @@ from torch.nn.functional import pad
 from farspan.kernels.attention.contract import check_pair
 from farspan.kernels.attention.pieces import Kind, Piece, cut_band
 from farspan.kernels.attention.tiled import attend_tiled, attend_tiled_backward
-from farspan.kernels.processor import has_bf16_arithmetic
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -70,11 +69,7 @@ def attend_cpu_backward(
         )
     qk_dim, v_dim = q_THD.shape[2], v_SGC.shape[2]
     pieces = cut_band(q_THD.shape[0], k_SGD.shape[0], offset, window)
-    inputs = [dout_THC, out_THC, q_THD, k_SGD, v_SGC]
-    if q_THD.dtype == torch.bfloat16 and not has_bf16_arithmetic():
-        # The fused backward would be about seven times slower than in fp32.
-        inputs = [x.float() for x in inputs]
-    dout, out, q, k, v = _same_dim(*inputs)
+    dout, out, q, k, v = _same_dim(dout_THC, out_THC, q_THD, k_SGD, v_SGC)
     if len(pieces) == 1 and (pieces[0].num_queries, pieces[0].num_keys) == (q.shape[0], k.shape[0]):
         sums = [x[0] for x in _backward(dout, q, k, v, out, lse_TH, scale, pieces[0])]
     else:
