@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import selectors
+import signal
 import statistics
 import subprocess
 import sys
@@ -36,7 +37,7 @@ CONTENDERS = Path(__file__).with_name("bench_contenders.py")
 GOAL, GOAL_BANDWIDTH = 1.5, 0.7
 START = "start to first token"
 # A contender that answers nobody any more has this long to end by itself.
-_START_DEADLINE_S, _END_S = 600.0, 10.0
+_START_DEADLINE_S, _END_S = 600.0, 30.0
 # How far below the best logit, in standard deviations of a row, the token of a bf16 engine may be.
 _MOST_BELOW = 0.15
 _CHECKED = 4
@@ -81,6 +82,8 @@ class EngineBench:
         Work("prefill of 4096 tokens", 1, 4096, 1),
         Work("64 requests, 2048 tokens shared", 64, 32, 16, shared=2048),
     )
+    starts: int = 1
+    """How often the start of each is measured, after one that fills the file cache."""
     turns: int = 3
     threads: int = field(default_factory=torch.get_num_threads)
     kv_bytes: int = 2 << 30
@@ -92,41 +95,55 @@ class EngineBench:
     """Python of an environment that holds vLLM."""
 
 
+class LateError(ClusterError):
+    """A contender that may still answer, but not in time."""
+
+
 class Contender:
     """A running process and its pipes."""
 
     def __init__(self, name: str, process: subprocess.Popen[bytes], answers: int) -> None:
         self.name, self._process, self._answers = name, process, answers
         self._rest = b""
+        assert process.stdin is not None
+        self._questions = process.stdin.fileno()
+        os.set_blocking(self._questions, False)
 
     def ask(
         self, prompts: Sequence[Sequence[int]], new_tokens: int, deadline_s: float
     ) -> tuple[float, list[list[int]]]:
-        """(seconds, tokens of each answer). Raises ClusterError when it died, TimeoutError at the deadline."""
-        assert self._process.stdin is not None
-        question = json.dumps({"prompts": prompts, "new_tokens": new_tokens})
+        """(seconds, tokens of each answer). Raises ClusterError when it died, LateError at the deadline."""
+        left = json.dumps({"prompts": prompts, "new_tokens": new_tokens}).encode() + b"\n"
+        end = time.monotonic() + deadline_s
         try:
-            self._process.stdin.write(question.encode() + b"\n")
-            self._process.stdin.flush()
+            while left:
+                self._wait(self._questions, selectors.EVENT_WRITE, end)
+                left = left[os.write(self._questions, left) :]
         except BrokenPipeError:
-            raise ClusterError(f"{self.name} died with code {self._process.wait(_END_S)}") from None
-        found = self.hear(deadline_s)
+            raise self._dead() from None
+        found = self.hear(end - time.monotonic())
         return found["seconds"], found["tokens"]
 
     def hear(self, deadline_s: float) -> dict[str, Any]:
-        """Its next line."""
+        """Its next line. Raises as `ask` does."""
         end = time.monotonic() + deadline_s
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._answers, selectors.EVENT_READ)
-            while b"\n" not in self._rest:
-                if not selector.select(max(0.0, end - time.monotonic())):
-                    raise TimeoutError(f"{self.name} gave no answer in {deadline_s:.0f} s")
-                read = os.read(self._answers, 1 << 20)
-                if not read:
-                    raise ClusterError(f"{self.name} died with code {self._process.wait(_END_S)}")
-                self._rest += read
+        while b"\n" not in self._rest:
+            self._wait(self._answers, selectors.EVENT_READ, end)
+            read = os.read(self._answers, 1 << 20)
+            if not read:
+                raise self._dead()
+            self._rest += read
         line, _, self._rest = self._rest.partition(b"\n")
         return cast(dict[str, Any], json.loads(line))
+
+    def _wait(self, descriptor: int, event: int, end: float) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(descriptor, event)
+            if not selector.select(max(0.0, end - time.monotonic())):
+                raise LateError(f"{self.name} gave no answer in time")
+
+    def _dead(self) -> ClusterError:
+        return ClusterError(f"{self.name} died with code {self._process.wait(_END_S)}")
 
 
 @contextmanager
@@ -136,12 +153,22 @@ def contender(name: str, folder: Path, bench: EngineBench, log: Path) -> Iterato
     assert python is not None, "asked for only where there is one"
     ours, theirs = os.pipe()
     command = [python, str(CONTENDERS), name, str(folder), str(bench.threads), str(bench.kv_bytes), str(theirs)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(bench.threads)}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=output, stderr=output, pass_fds=(theirs,), env=environment
-        )
-    os.close(theirs)
+    try:
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                pass_fds=(theirs,),
+                env={**os.environ, **_environment(bench)},
+                start_new_session=True,
+            )
+    except OSError:
+        os.close(ours)
+        raise
+    finally:
+        os.close(theirs)
     try:
         found = Contender(name, process, ours)
         try:
@@ -151,15 +178,26 @@ def contender(name: str, folder: Path, bench: EngineBench, log: Path) -> Iterato
             raise ClusterError(f"{problem}: {' '.join(last)[:300]}") from None
         yield found
     finally:
-        assert process.stdin is not None
-        with suppress(BrokenPipeError):
-            process.stdin.close()
-        try:
-            process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(_END_S)
+        _end(process)
         os.close(ours)
+
+
+def _environment(bench: EngineBench) -> dict[str, str]:
+    """What libraries read before they are asked for anything."""
+    vllm = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": str(max(1, bench.kv_bytes >> 30))}
+    return {"OMP_NUM_THREADS": str(bench.threads), **vllm}
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Whoever has no question left ends by itself; then whatever is left of it, its own processes too."""
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):
+        process.stdin.close()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_END_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(_END_S)
 
 
 def bench_engine(bench: EngineBench | None = None) -> list[dict[str, Any]]:
@@ -228,13 +266,13 @@ class _Comparison:
         self._vocab_size = bench.settings["vocab_size"]
 
     def rows(self) -> list[dict[str, Any]]:
-        starts = {name: self._start(name) for name in self._names}
+        starts = {name: self._start(name) for name in self._names} if self._bench.starts else {}
         with self._running:
             for name in self._names:
                 self._open(name)
             wrong = self._wrong()
             seconds = {work: self._seconds(work) for work in self._bench.works}
-        rows = self._rows(START, 1, starts, wrong)
+        rows = self._rows(START, 1, starts, wrong) if starts else []
         for work in self._bench.works:
             rows += self._rows(work.name, work.count * work.new_tokens, seconds[work], wrong)
         return rows if FARSPAN in wrong else [*rows, *self._bound_rows(seconds)]
@@ -244,9 +282,9 @@ class _Comparison:
         self._running.put(name, contender(name, self._folder, self._bench, self._scratch / f"{name}.log"))
 
     def _start(self, name: str) -> list[float]:
-        """Seconds from nothing to the first token. The first time fills the file cache, and is not counted."""
+        """Seconds from nothing to the first token."""
         found = []
-        for turn in range(2):
+        for turn in range(1 + self._bench.starts):
             began = time.perf_counter()
             with contender(name, self._folder, self._bench, self._scratch / f"{name}.log") as it:
                 it.ask(Work("first", 1, 16, 1).prompts(self._vocab_size, turn), 1, self._bench.deadline_s)
@@ -278,7 +316,7 @@ class _Comparison:
                     continue
                 try:
                     found, answers = self._running.get(name).ask(prompts, work.new_tokens, self._bench.deadline_s)
-                except TimeoutError as problem:
+                except LateError as problem:
                     logger.info("%s: %s", work.name, problem)
                     late.add(name)
                     # What it still computes would slow the others down, and answer the next question.

@@ -80,17 +80,17 @@ def open_batched(folder: str, threads: int, kv_bytes: int) -> Answer:
 
     def answer(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         wanted = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        found = model.generate_batch(prompts, generation_config=wanted, continuous_batching_config=batching)
-        by_prompt = {tuple(output.prompt_ids): list(output.generated_tokens) for output in found.values()}
-        return [by_prompt[tuple(prompt)] for prompt in prompts]
+        # Its pages and threads stay from question to question, as ours do; answers come in the order of the prompts.
+        found = model.generate_batch(
+            prompts, generation_config=wanted, continuous_batching_config=batching, persistent_manager=True
+        )
+        return [list(output.generated_tokens) for output in found.values()]
 
     return answer
 
 
 def open_vllm(folder: str, threads: int, kv_bytes: int) -> Answer:
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, kv_bytes >> 30)))
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    # Threads and room for KV are in its environment: that is where its CPU build looks.
     from vllm import LLM, SamplingParams
 
     engine = LLM(model=folder, skip_tokenizer_init=True, dtype=_dtype(folder), max_num_batched_tokens=8192)

@@ -197,7 +197,9 @@ class Engine:
         Raises RequestError when a request that is here would not fit any more.
         """
         sequences = (*self._running, *self._waiting)
-        longest = max((self._most_of(s) for s in sequences), default=1)
+        longest = max(
+            (self._most_pages(s.num_prompt, len(s.tokens), s.params, s.prefill_only) for s in sequences), default=1
+        )
         return self._holdings.pin(name, tokens, scope, self.pool.num_pages - longest)
 
     def unpin_prefix(self, name: str) -> None:
@@ -339,10 +341,7 @@ class Engine:
         if len(prompt) + 1 > self.max_context_tokens:
             most = self.max_context_tokens - 1
             raise RequestError(request_id, f"the prompt has {len(prompt)} tokens, the model takes at most {most}")
-        needed = self._most_pages(len(prompt), params)
-        if prefill_only:
-            # A state that leaves is in pages too.
-            needed = max(needed, self._holdings.most_pages(len(tokens), leaves=True))
+        needed = self._most_pages(len(prompt), len(tokens), params, prefill_only)
         num_pages = self.pool.num_pages - self._holdings.num_pinned
         if needed > num_pages:
             longest = self._longest(len(prompt), params)
@@ -383,15 +382,11 @@ class Engine:
         """The most tokens a request can hold: the last token chosen is never computed."""
         return min(num_prompt + params.max_tokens, self.max_context_tokens) - 1
 
-    def _most_pages(self, num_prompt: int, params: SamplingParams) -> int:
-        """The most pages a request that stays here can hold at a time."""
-        return self._holdings.most_pages(self._longest(num_prompt, params), leaves=False)
-
-    def _most_of(self, sequence: SequenceState) -> int:
-        most = self._most_pages(sequence.num_prompt, sequence.params)
-        if not sequence.prefill_only:
-            return most
-        return max(most, self._holdings.most_pages(len(sequence.tokens), leaves=True))
+    def _most_pages(self, num_prompt: int, num_tokens: int, params: SamplingParams, leaves: bool) -> int:
+        """The most pages a request of `num_tokens` tokens can hold at a time."""
+        most = self._holdings.most_pages(self._longest(num_prompt, params), leaves=False)
+        # A state that leaves is in pages too.
+        return max(most, self._holdings.most_pages(num_tokens, leaves=True)) if leaves else most
 
     def _preempt(self, sequence: SequenceState, *, offload: bool) -> None:
         self._holdings.preempt(sequence, offload=offload)

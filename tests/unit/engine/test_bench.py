@@ -47,6 +47,7 @@ def small(**settings: object) -> EngineBench:
     given = {
         "settings": SETTINGS,
         "works": WORKS,
+        "starts": 0,
         "turns": 1,
         "threads": 1,
         "kv_bytes": 1 << 20,
@@ -67,7 +68,7 @@ def test_prompts_of_a_work_share_what_they_should_and_are_new_in_every_turn() ->
 
 
 def test_both_answer_alike_and_every_work_has_a_row_of_each() -> None:
-    rows = bench_engine(small(peers=(GENERATE,), dtype="float32"))
+    rows = bench_engine(small(peers=(GENERATE,), dtype="float32", starts=1))
     assert not [row["wrong"] for row in rows if "wrong" in row]
     timed = [(row["work"], row["contender"]) for row in rows if "seconds" in row]
     assert timed == [(w, c) for w in ("start to first token", "two", "shared", "alone") for c in (FARSPAN, GENERATE)]
@@ -90,6 +91,19 @@ def test_no_speed_is_told_beside_wrong_answers_of_farspan(tmp_path: Path, monkey
     rows = bench_engine(small(works=WORKS[2:], vllm_python=stand_in(tmp_path, "pass")))
     assert all("wrong" in row for row in rows if row.get("contender") == FARSPAN)
     assert not [row for row in rows if "speed of farspan / peer" in row or "part of the bound" in row]
+
+
+def test_a_contender_that_is_late_is_not_waited_for_and_leaves_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "how_far_below", lambda model, prompt, answer: 0.0)
+    # It answers what it is checked with, and starts a process of its own that would outlive it.
+    late = "os.spawnlp(os.P_NOWAIT, 'sleep', 'sleep', '987.25'); time.sleep(600 if question['new_tokens'] == 6 else 0)"
+    rows = bench_engine(small(works=WORKS[2:], vllm_python=stand_in(tmp_path, late), deadline_s=20.0))
+    assert [row["contender"] for row in rows if "not_measured" in row] == [VLLM]
+    assert [row["contender"] for row in rows if "seconds" in row] == [FARSPAN]
+    commands = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline") if file.exists()]
+    assert b"sleep\x00987.25\x00" not in commands
 
 
 def test_a_contender_that_dies_is_named_with_its_last_words(tmp_path: Path) -> None:
