@@ -21,10 +21,10 @@ from rich.table import Table
 
 from farspan.cli.cluster import load_spec
 from farspan.cluster.examine import FAIL, OK, Finding, Gpu, MachineFacts, Reach, examine_machine
+from farspan.cluster.preflight import GCS_PORT
 from farspan.errors import ConfigError
 
-PORTS = {6379: "its head", 8265: "the dashboard", 8076: "objects", 8000: "requests"}
-_GCS_PORT = 6379
+PORTS = {GCS_PORT: "its head", 8265: "the dashboard", 8076: "objects", 8000: "requests"}
 _REACH_S = 3.0
 _ASK_S = 20.0
 _LEAST_WIDTH = 130
@@ -114,7 +114,7 @@ def _reach(node: str) -> Reach:
     if not host or (port and not port.isdigit()):
         raise ConfigError("--node", "must be HOST or HOST:PORT", node, "use --node 10.0.0.4:6379")
     try:
-        with socket.create_connection((host, int(port or _GCS_PORT)), timeout=_REACH_S):
+        with socket.create_connection((host, int(port or GCS_PORT)), timeout=_REACH_S):
             return Reach(node, None)
     except OSError as problem:
         return Reach(node, problem.strerror or str(problem) or type(problem).__name__)

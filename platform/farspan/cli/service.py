@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,7 @@ def build(args: dict[str, Any]) -> Any:
 
 
 def _keys(config: ServeConfig) -> tuple[ApiKey, ...]:
-    from farspan.serve.keys import read_keys
+    from farspan.serve.keys import keys_of
 
     assert config.api_key_file is not None
     mounted = Path(config.api_key_file)
@@ -36,9 +35,6 @@ def _keys(config: ServeConfig) -> tuple[ApiKey, ...]:
     except (OSError, UnicodeDecodeError) as problem:
         rule = f"must be a readable file ({type(problem).__name__})"
         raise ConfigError("api_key_file", rule, str(mounted), "mount the secret that holds the keys") from None
-    # A mounted secret belongs to root and is readable by the pod's group, which the key room refuses; in the pod
-    # that group is this user alone.
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8") as private:
-        private.write(text)
-        private.flush()
-        return read_keys(config_of(ServeConfig, {"model": config.model, "api_key_file": private.name}))[0]
+    # Its mode is not looked at: a mounted secret belongs to root and is readable by the pod's group, which in the pod
+    # is this user alone.
+    return keys_of(text, str(mounted))

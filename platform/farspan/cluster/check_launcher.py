@@ -15,6 +15,7 @@ import botocore.session
 import botocore.validate
 
 from farspan.cluster.environment import AUTH, HABITS, WATCHES, requirements, wheel
+from farspan.cluster.launcher import NODE_TYPES
 from farspan.cluster.secrets import holds_secret
 from farspan.config.cluster import SoftwareConfig
 from farspan.config.load import nearest
@@ -42,7 +43,6 @@ _NODE_KEYS = {
     "gcp": ("machineType", "networkInterfaces", "serviceAccounts", "disks"),
 }  # fmt: skip
 _GCP_NODE_KEYS = (*_NODE_KEYS["gcp"], "scheduling", "guestAccelerators", "labels", "tags", "metadata")
-_ROLES = ("head", "cpu", "gpu-train", "prefill", "decode")
 _START = ". /etc/profile.d/farspan.sh; test -s ~/.ray/auth_token &&"
 _MOST_IDLE_MINUTES = 60
 
@@ -74,7 +74,7 @@ def _provider_problems(provider: Config, known: tuple[str, ...]) -> Iterator[str
 
 
 def _node_problems(node_types: Config, kind: str) -> Iterator[str]:
-    yield from (f"node type {name} is missing" for name in _ROLES if name not in node_types)
+    yield from (f"node type {name} is missing" for name in NODE_TYPES if name not in node_types)
     for name, node_type in node_types.items():
         node = dict(node_type.get("node_config", {}))
         yield from (f"{name}: {key} is left to Ray's defaults" for key in _NODE_KEYS[kind] if key not in node)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +11,8 @@ import yaml
 from farspan.cluster.pods import Manifest
 from farspan.cluster.rayclusters import API
 from farspan.cluster.secrets import holds_secret
-from farspan.config.check import check_serve
+from farspan.config.check import check_serve, is_loopback
+from farspan.config.cluster_rules import is_fixed
 from farspan.config.load import config_of
 from farspan.config.schema import ServeConfig
 from farspan.errors import ConfigError
@@ -137,7 +137,7 @@ def pod_problems(pod: Manifest, *, token: bool = False) -> Iterator[str]:
 
 def _container_problems(container: Manifest) -> Iterator[str]:
     image = container.get("image", "")
-    if "@sha256:" not in image and (":" not in image.rpartition("/")[2] or image.endswith(":latest")):
+    if not is_fixed(image):
         yield f"image {image} has no fixed tag or digest"
     security = container.get("securityContext", {})
     if security.get("privileged"):
@@ -199,20 +199,13 @@ def _application_problems(application: dict[str, Any], offered: set[str]) -> Ite
         check_serve(config_of(ServeConfig, arguments))
     except ConfigError as problem:
         yield f"args: {problem}"
-    if not _is_loopback(str(arguments.get("host", "127.0.0.1"))) and not arguments.get("api_key_file"):
+    if not is_loopback(str(arguments.get("host", "127.0.0.1"))) and not arguments.get("api_key_file"):
         yield f"it listens on {arguments.get('host')} without api_key_file"
     deployment_keys = {"name", "num_replicas", "ray_actor_options", "max_ongoing_requests", "autoscaling_config"}
     for deployment in application.get("deployments", []):
         yield from (f"{key} is not a key of a deployment" for key in sorted(set(deployment) - deployment_keys))
         wanted = set(deployment.get("ray_actor_options", {}).get("resources", {}))
         yield from (f"no worker group offers {name}" for name in sorted(wanted - offered))
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _network_problems(manifests: list[Manifest]) -> Iterator[str]:

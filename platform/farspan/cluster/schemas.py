@@ -73,8 +73,6 @@ def _top(kind: str) -> dict[str, Any]:
 
 def _strict(schema: Any) -> Any:
     """OpenAPI as the API server reads it, with `additionalProperties: false` where fields are listed."""
-    if isinstance(schema, list):
-        return [_strict(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
     if schema.get("x-kubernetes-int-or-string"):
@@ -85,9 +83,10 @@ def _strict(schema: Any) -> Any:
         keywords["properties"] = {name: _strict(part) for name, part in keywords["properties"].items()}
         if not schema.get("x-kubernetes-preserve-unknown-fields"):
             keywords.setdefault("additionalProperties", False)
-    for key in ("items", "additionalProperties", "anyOf", "oneOf", "allOf", "not"):
-        if isinstance(keywords.get(key), dict | list) and keywords[key] is not schema.get("properties"):
-            keywords[key] = _strict(keywords[key]) if key in ("items", "additionalProperties") else keywords[key]
+    # What stands in anyOf and its like lists a part of the fields: to be strict there would refuse the others.
+    for key in ("items", "additionalProperties"):
+        if isinstance(keywords.get(key), dict):
+            keywords[key] = _strict(keywords[key])
     # Only a note in OpenAPI; JSON schema has formats of other names.
     keywords.pop("format", None)
     return keywords

@@ -9,6 +9,8 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _SECRETS = re.compile(
     r"\bAKIA[0-9A-Z]{16}\b|-----BEGIN|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}"
     r"|(?<![\w./-])[0-9a-f]{40,}(?![\w./-])|(?<![\w./+-])[A-Za-z0-9+]{40,}={0,2}(?![\w./+-])"
+    # Secret keys of AWS: letters of both cases, digits, and slashes, which paths of words do not have together.
+    r"|(?<![\w./+=-])(?=[^\s]*[A-Z])(?=[^\s]*[a-z])(?=[^\s]*[0-9])[A-Za-z0-9/+]{40,}={0,2}(?![\w./+=-])"
     r"|RAY_AUTH_TOKEN="
 )
 

@@ -5,6 +5,7 @@ Each rule raises one `ConfigError` that names the nearest legal value.
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import re
 from collections.abc import Sequence
@@ -332,6 +333,14 @@ def check_adapter_name(name: str) -> None:
             name,
             "choose another name",
         )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check_serve(config: ServeConfig) -> None:

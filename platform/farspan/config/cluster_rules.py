@@ -8,7 +8,7 @@ from farspan.config.cluster import ClusterSpec, NodesConfig
 from farspan.errors import ConfigError
 
 ROLES = ("head", "cpu", "train", "prefill", "decode")
-_VERSION = re.compile(r"\d+(\.\d+)*([abrc.post]*\d+)?")
+_VERSION = re.compile(r"\d+(\.\d+)*((a|b|rc|\.post)\d+)?")
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 
 
@@ -66,5 +66,10 @@ def _check_places(spec: ClusterSpec) -> None:
         )
     for field in ("image", "cpu_image"):
         image = getattr(spec.kubernetes, field)
-        if "@sha256:" not in image and (":" not in image.rpartition("/")[2] or image.endswith(":latest")):
+        if not is_fixed(image):
             raise ConfigError(f"kubernetes.{field}", "must name a fixed tag or digest", image, "write NAME:0.1.0")
+
+
+def is_fixed(image: str) -> bool:
+    """Whether an image's name always means the same image: a digest, or a tag that is not `latest`."""
+    return "@sha256:" in image or (":" in image.rpartition("/")[2] and not image.endswith(":latest"))

@@ -13,7 +13,7 @@ from typing import Any
 from farspan.engine.detokenize import Detokenizer
 from farspan.engine.request import Grammar, SamplingParams, choices
 from farspan.errors import FarspanError, RequestError
-from farspan.serve.calls import PlainReader, Reader, Said
+from farspan.serve.calls import PlainReader, Reader, joined
 from farspan.serve.chat import Delta, answer
 from farspan.serve.choices import merged
 from farspan.serve.faults import is_past, too_late
@@ -154,16 +154,12 @@ class _Reading:
     def step(self, delta: Delta) -> Step:
         said = self._reader.push(delta.text)
         if delta.finish is not None:
-            said = _joined(said, self._reader.finish())
+            said = joined(said, self._reader.finish())
         first, self._first = self._first, False
         self._called = self._called or bool(said.calls)
         over = self._reader.over
         finish = "tool_calls" if over or (self._called and delta.finish == "stop") else delta.finish
         return Step(delta, said, self._prompted, first, finish)
-
-
-def _joined(said: Said, later: Said) -> Said:
-    return Said(said.text + later.text, said.calls + later.calls)
 
 
 async def _awaited(steps: AsyncGenerator[Step]) -> Step | None:

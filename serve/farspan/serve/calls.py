@@ -31,6 +31,11 @@ class Said:
     calls: tuple[CallDelta, ...] = ()
 
 
+def joined(*said: Said) -> Said:
+    """What was said one after the other."""
+    return Said("".join(one.text for one in said), tuple(call for one in said for call in one.calls))
+
+
 class Reader(Protocol):
     """Takes the text of one answer piece by piece."""
 

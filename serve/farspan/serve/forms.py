@@ -17,7 +17,7 @@ COMPACT = {"x-guidance": {"whitespace_flexible": False}}
 """In a schema of a Lark grammar: no white space between the parts of the JSON, as in answers of one schema."""
 
 
-def _is_schema(given: dict[str, Any] | str) -> dict[str, Any] | str:
+def _as_schema(given: dict[str, Any] | str) -> dict[str, Any]:
     """Text is read here, once: whoever takes a schema may count on an object."""
     if isinstance(given, dict):
         return given
@@ -32,7 +32,7 @@ def _is_schema(given: dict[str, Any] | str) -> dict[str, Any] | str:
     return found
 
 
-JsonForm = Annotated[dict[str, Any] | str, AfterValidator(_is_schema)]
+JsonForm = Annotated[dict[str, Any] | str, AfterValidator(_as_schema)]
 
 
 class JsonSchema(Shape):
@@ -64,7 +64,7 @@ class StructuredOutputs(Shape):
     grammar: str | None = None
 
     def forms(self) -> list[Grammar]:
-        found = [] if self.wanted is None else [Grammar("json_schema", _schema_text(self.wanted))]
+        found = [] if self.wanted is None else [Grammar("json_schema", json.dumps(self.wanted))]
         found += [Grammar("json_object", "")] if self.json_object else []
         found += [] if self.regex is None else [Grammar("regex", self.regex)]
         found += [] if self.choice is None else [_one_of(self.choice)]
@@ -88,10 +88,6 @@ def form_of(response_format: ResponseFormat, *structured: StructuredOutputs | No
             f"structured_outputs: a {forms[0].kind} may have {_LONGEST_SOURCE} characters, got {len(forms[0].source)}"
         )
     return forms[0] if forms else None
-
-
-def _schema_text(schema: dict[str, Any] | str) -> str:
-    return schema if isinstance(schema, str) else json.dumps(schema)
 
 
 def _one_of(texts: list[str]) -> Grammar:

@@ -12,7 +12,7 @@ import re
 import uuid
 from typing import Any
 
-from farspan.serve.calls import CallDelta, Said
+from farspan.serve.calls import CallDelta, Said, joined
 
 HERMES_BEGIN, HERMES_END = "<tool_call>", "</tool_call>"
 _HEAD = re.compile(
@@ -39,7 +39,7 @@ class TaggedReader:
         said: list[Said] = []
         while not self.over and (step := self._read()) is not None:
             said.append(step)
-        return _joined(said)
+        return joined(*said)
 
     def finish(self) -> Said:
         if self.over:
@@ -110,7 +110,7 @@ class BareReader:
             return Said(calls=calls)
         rest = self._call.rest
         self._call, self._num_calls, self.over = None, self._num_calls + 1, not self._several
-        return _joined([Said(calls=calls), self.push(rest)])
+        return joined(Said(calls=calls), self.push(rest))
 
     def finish(self) -> Said:
         if self._call is None:
@@ -226,7 +226,3 @@ def _unquoted(text: str) -> str | None:
 
 def _new_id() -> str:
     return f"call_{uuid.uuid4().hex[:24]}"
-
-
-def _joined(said: list[Said]) -> Said:
-    return Said("".join(one.text for one in said), tuple(call for one in said for call in one.calls))

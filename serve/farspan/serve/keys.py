@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import os
+import re
 import secrets
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from farspan.config.check import is_loopback
 from farspan.config.load import nearest
 from farspan.config.schema import ServeConfig
 from farspan.errors import ConfigError
 
+_NUMBER = re.compile(r"-?[0-9]{1,12}")
 _WAY_OUT = "write a key into a file of mode 600 and name it with api_key_file=..."
 
 
@@ -65,7 +67,17 @@ def read_keys(config: ServeConfig, folder: Path | None = None) -> tuple[tuple[Ap
         path = _make_key(folder or _home_folder())
     else:
         path = Path(config.api_key_file)
-    return tuple(parse_key(line, number) for number, line in _read_lines(path)), path
+    return keys_of(_read(path), str(path)), path
+
+
+def keys_of(text: str, file: str) -> tuple[ApiKey, ...]:
+    """The keys in the text of a file. Raises ConfigError."""
+    keys = tuple(parse_key(line, number) for number, line in enumerate(text.splitlines(), start=1) if line.strip())
+    if not keys:
+        raise ConfigError("api_key_file", "must hold at least one key", file, "write one key into it")
+    if len({key.digest for key in keys}) < len(keys):
+        raise ConfigError("api_key_file", "must hold each key once", file, "leave out the lines that repeat one")
+    return keys
 
 
 def find_key(header: str | None, keys: Sequence[ApiKey]) -> ApiKey | None:
@@ -77,14 +89,6 @@ def find_key(header: str | None, keys: Sequence[ApiKey]) -> ApiKey | None:
     digest = _hash(given.strip())
     matches = [key for key in keys if hmac.compare_digest(digest, key.digest)]
     return matches[0] if matches else None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _hash(key: str) -> str:
@@ -102,7 +106,7 @@ def parse_key(line: str, number: int) -> ApiKey:
             rule = f"must hold {', '.join(known)} after the key of line {number}"
             # The word itself may be half of a key.
             raise ConfigError("api_key_file", rule, f"a word of {len(word)} letters", nearest(name, known))
-        if not value.lstrip("-").isdecimal() or (name != "priority" and int(value) < 1):
+        if not _NUMBER.fullmatch(value) or (name != "priority" and int(value) < 1):
             rule = f"must give {name} in line {number} as a whole number of at least 1"
             raise ConfigError(
                 "api_key_file", rule, "something else", f"use {name}=1 or more, or leave it out for no limit"
@@ -133,8 +137,8 @@ def _make_key(folder: Path) -> Path:
     return path
 
 
-def _read_lines(path: Path) -> list[tuple[int, str]]:
-    """(number, line) of every key."""
+def _read(path: Path) -> str:
+    """The text of a key file that nobody else can read."""
     try:
         is_file, mode, text = path.is_file(), 0, ""
         if is_file:
@@ -147,7 +151,4 @@ def _read_lines(path: Path) -> list[tuple[int, str]]:
         raise ConfigError("api_key_file", "must be a file with one key per line", str(path), "write one key into it")
     if mode & 0o077:
         raise ConfigError("api_key_file", "must be mode 600", f"{mode:o}", f"run chmod 600 {path}")
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
-    if not lines:
-        raise ConfigError("api_key_file", "must hold at least one key", str(path), "write one key into it")
-    return lines
+    return text

@@ -38,6 +38,10 @@ class Metrics:
         self._pages = Gauge("farspan_kv_pages", "Of one worker of a role.", ["role", "state"], registry=registry)
         self._open = Gauge("farspan_worker_requests", "In one worker of a role.", ["role"], registry=registry)
 
+    def names(self) -> list[tuple[str, str, str]]:
+        """(name, kind, meaning) of every number."""
+        return [(family.name, family.type, family.documentation) for family in self._registry.collect()]
+
     @contextmanager
     def request(self, trace: RequestTrace, counted: Counted) -> Iterator[None]:
         """Count one request, however it ends."""

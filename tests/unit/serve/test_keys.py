@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from farspan.config.check import is_loopback
 from farspan.config.schema import ServeConfig
 from farspan.errors import ConfigError
-from farspan.serve.keys import Allowance, find_key, is_loopback, parse_key, read_keys
+from farspan.serve.keys import Allowance, find_key, parse_key, read_keys
 
 
 def test_only_bearers_of_a_key_are_let_in(tmp_path):
