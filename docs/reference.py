@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from farspan.config import cluster, schema
+from farspan.serve.metrics import Metrics
 from farspan.telemetry import kinds
 from farspan.telemetry.names import METRICS
 
@@ -88,10 +89,13 @@ def described_fields(node: ast.ClassDef) -> Iterator[tuple[str, str, str | None,
 def metrics_page() -> str:
     """The table of numbers and the events they come from."""
     rows = "\n".join(f"| `{m.name}` | {m.unit} | `{m.source}` | {_cell(m.meaning)} |" for m in METRICS)
+    counted = "\n".join(f"| `{name}` | {kind} | {_cell(meaning)} |" for name, kind, meaning in Metrics().names())
     names = {cls.__name__: kind for kind, cls in kinds.KINDS.items()}
     parts = [
-        "# Numbers and events\n\n## Numbers\n\nEvery number farspan reports has one name and one unit.\n\n"
+        "# Numbers and events\n\n## Numbers of a run\n\nEvery number of a run has one name and one unit.\n\n"
         f"| name | unit | event field | meaning |\n|---|---|---|---|\n{rows}\n",
+        "## Numbers of an endpoint\n\n`/metrics` of the endpoint, with an API key:\n\n"
+        f"| name | kind | meaning |\n|---|---|---|\n{counted}\n",
         "## Events\n\nA run keeps its events as JSON lines: `schema`, `time_s`, `kind`, `fields`. "
         "Floats that JSON has no number for are the strings `NaN`, `Infinity`, `-Infinity`.\n",
     ]

@@ -1,7 +1,7 @@
-"""Every number farspan reports: one name, one unit, one meaning.
+"""Every number of a run's events: one name, one unit, one meaning.
 
 `name` is what a metrics endpoint exports (unit as suffix, as Prometheus asks); `source` is the event field it is
-read from. Reports and the documentation print this table; nothing else names a number.
+read from. Reports and the documentation print this table. What an endpoint counts has its names in serve/metrics.py.
 """
 
 from __future__ import annotations
