@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.support.live import LiveBytes
 from tests.support.relative import relative_error
+from torch.utils.flop_counter import FlopCounterMode
 
 from farspan.kernels.linear_cross_entropy.contract import HeadRule
 from farspan.kernels.linear_cross_entropy.op import linear_cross_entropy
@@ -115,6 +116,18 @@ def test_in_half_precision_the_head_gradient_of_many_tiles_is_as_good_as_of_one(
         errors.append(relative_error(gradients(loss_T.sum(), half)[1], want[1]))
     assert errors[0] < 1.1 * errors[1] + 1e-4
     assert errors[1] < 2e-2
+
+
+def test_backward_computes_the_logits_of_all_tiles_but_the_last_again_and_a_second_backward_gives_the_same() -> None:
+    hidden_TE, weight_VE, _, labels_T = inputs()
+    loss = linear_cross_entropy(hidden_TE, weight_VE, labels_T, tile_tokens=5).sum()
+    counted = []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            found = torch.autograd.grad(loss, (hidden_TE, weight_VE), retain_graph=True)
+        counted.append((counter.get_total_flops(), found))
+    assert counted[1][0] - counted[0][0] == 2 * weight_VE.numel() * (NUM_TOKENS % 5)
+    assert all(torch.equal(a, b) for a, b in zip(counted[0][1], counted[1][1], strict=True))
 
 
 def test_the_logits_of_all_tokens_never_exist_at_once() -> None:

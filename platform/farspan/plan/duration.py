@@ -76,7 +76,7 @@ def duration(
     compute = sum(x.count * (forwards * x.forward_s + x.backward_s) for x in layers)
     exchange = sum(x.count * (forwards * x.exchange_forward_s + x.exchange_backward_s) for x in layers)
     shard = tokens / choice.sp
-    compute += _root_s(profile, shard, machine) + _launch_s(profile, choice, shard, forwards, machine)
+    compute += _root_s(profile, choice, shard, machine) + _launch_s(profile, choice, shard, forwards, machine)
     optimizer, moved = _optimizer_s(profile, choice, machine)
     return Duration(
         compute_s=compute,
@@ -157,21 +157,26 @@ def _exchange_s(
     return found[0], found[1]
 
 
-def _root_s(profile: ModelProfile, shard: float, machine: Machine) -> float:
-    """Embedding, norm and the loss, whose logits are computed again in backward."""
-    loss = profile.loss
-    again = loss.forward + loss.forward + loss.backward
-    return _work_s(profile.outside, shard, machine) + _work_s(again, shard, machine)
+def _root_s(profile: ModelProfile, choice: Choice, shard: float, machine: Machine) -> float:
+    """Embedding, norm and the loss, whose logits are computed again in backward, but for the last tile's."""
+    forward_s, backward_s = (_work_s(w, shard, machine) for w in (profile.loss.forward, profile.loss.backward))
+    again = 1.0 - min(1.0, choice.loss_tile_tokens / _piece(choice, shard))
+    return _work_s(profile.outside, shard, machine) + forward_s * (1.0 + again) + backward_s
+
+
+def _piece(choice: Choice, shard: float) -> float:
+    """A rank's tokens of one forward."""
+    pieces = math.ceil(shard * choice.sp / choice.chunk_tokens) if choice.chunk != "none" else 1
+    return shard / pieces
 
 
 def _launch_s(profile: ModelProfile, choice: Choice, shard: float, forwards: int, machine: Machine) -> float:
     """What many small pieces cost that few large ones do not: each kernel's launch."""
-    pieces = math.ceil(shard * choice.sp / choice.chunk_tokens) if choice.chunk != "none" else 1
-    tokens = shard / pieces
+    tokens = _piece(choice, shard)
     tiles = math.ceil(tokens / profile.width) if choice.tiled_mlp else 1
     kernels = profile.num_layers * (_KERNELS_PER_LAYER + 6 * (tiles - 1)) * (forwards + 2)
     kernels += 12 * math.ceil(tokens / choice.loss_tile_tokens)
-    return pieces * kernels * machine.efficiency.launch_s
+    return shard / tokens * kernels * machine.efficiency.launch_s
 
 
 def _weights_s(profile: ModelProfile, choice: Choice, layers: Sequence[_Layer], tokens: int, machine: Machine) -> float:

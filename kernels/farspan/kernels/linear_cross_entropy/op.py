@@ -43,11 +43,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rule: HeadRule,
         tile_tokens: int,
     ) -> Tensor:
-        loss_T, lse_T = tiled_forward(hidden_TE, weight_VE, bias_V, labels_T, rule, tile_tokens)
+        loss_T, lse_T, last = tiled_forward(hidden_TE, weight_VE, bias_V, labels_T, rule, tile_tokens)
         # The weight is kept as it came, as a linear layer does: what frees it between forward and backward
         # (FSDP, ZeRO) brings it back into the same tensor.
         ctx.save_for_backward(hidden_TE, weight_VE, bias_V, labels_T, lse_T)
         ctx.rule, ctx.tile_tokens = rule, tile_tokens
+        # Not saved for backward: it is nobody's input, and offload would send it away for the moment until it is used.
+        ctx.last = [] if last is None else [last]
         return loss_T
 
     @staticmethod
@@ -64,6 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             ctx.rule,
             ctx.tile_tokens,
             wanted=ctx.needs_input_grad[:3],
+            last=ctx.last,
         )
         inputs = (hidden_TE, weight_VE, bias_V)
         narrow = (None if g is None or x is None else g.to(x.dtype) for g, x in zip(found, inputs, strict=True))

@@ -1,4 +1,7 @@
-"""The loss by tiles of tokens: logits of one tile exist at a time, and backward computes them again.
+"""The loss by tiles of tokens: logits of one tile exist at a time, and backward computes them again, but for the last.
+
+Backward goes from the last tile to the first: what forward has just computed is there for it, and costs no memory that
+backward would not need anyway.
 
 Shapes and contract: contract.py; t tokens of a tile.
 Computing gradients already in forward would save one multiplication by the head, but then the gradient of the loss is
@@ -8,7 +11,7 @@ be kept until then, and an evaluation pays for gradients nobody wants.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,15 +23,29 @@ from farspan.kernels.linear_cross_entropy.contract import HeadRule, check_tensor
 _VOCAB_ROWS = 16384
 
 
+@dataclass(frozen=True, slots=True)
+class LastTile:
+    """What forward computed last, for a backward that may write over it."""
+
+    start: int
+    x_tV: Tensor
+    """Logits as the softmax sees them."""
+    slope_tV: Tensor | None
+    """Derivative of the soft cap at each."""
+
+
 def tiled_forward(
     hidden_TE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, labels_T: Tensor, rule: HeadRule, tile_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """(loss_T, lse_T)."""
+) -> tuple[Tensor, Tensor, LastTile | None]:
+    """(loss_T, lse_T, what backward may begin with; None when no token counts)."""
     check_tensors(hidden_TE, weight_VE, bias_V, labels_T)
     wide = wide_dtype(hidden_TE.dtype)
     loss_T, lse_T = (hidden_TE.new_zeros(hidden_TE.shape[0], dtype=wide) for _ in range(2))
+    last = None
     for rows in labelled_tiles(labels_T, rule.ignored, tile_tokens):
-        x_tV, _ = _logits(hidden_TE[rows], weight_VE, bias_V, rule)
+        # Freed first: two tiles never exist at once.
+        last = None
+        x_tV, slope_tV = _logits(hidden_TE[rows], weight_VE, bias_V, rule)
         counted_t = labels_T[rows] != rule.ignored
         lse_t = x_tV.logsumexp(-1)
         label_t1 = labels_T[rows].masked_fill(~counted_t, 0).unsqueeze(-1)
@@ -39,7 +56,9 @@ def tiled_forward(
             loss_t += rule.z_loss * lse_t.square()
         # Not multiplied by 0: a token that does not count may have logits that are not finite.
         loss_T[rows], lse_T[rows] = (torch.where(counted_t, x_t, 0.0) for x_t in (loss_t, lse_t))
-    return loss_T, lse_T
+        last = LastTile(rows.start, x_tV, slope_tV)
+        del x_tV, slope_tV
+    return loss_T, lse_T, last
 
 
 def tiled_backward(
@@ -52,34 +71,50 @@ def tiled_backward(
     rule: HeadRule,
     tile_tokens: int,
     wanted: tuple[bool, bool, bool] = (True, True, True),
+    last: list[LastTile] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dhidden_TE, dweight_VE, dbias_V). A gradient that is wanted is never None, even where no token counts."""
+    """(dhidden_TE, dweight_VE, dbias_V). A gradient that is wanted is never None, even where no token counts.
+
+    `last`: what forward kept, taken out of the list and written over; anything that is not there is computed again.
+    """
     check_tensors(hidden_TE, weight_VE, bias_V, labels_T)
     wide = wide_dtype(hidden_TE.dtype)
     dhidden_TE = torch.zeros_like(hidden_TE) if wanted[0] else None
     dweight_VE = torch.zeros_like(weight_VE, dtype=wide) if wanted[1] else None
     dbias_V = torch.zeros_like(bias_V, dtype=wide) if wanted[2] and bias_V is not None else None
-    for rows in labelled_tiles(labels_T, rule.ignored, tile_tokens):
-        dy_tV = _dlogits(dloss_T[rows], hidden_TE[rows], weight_VE, bias_V, labels_T[rows], lse_T[rows], rule)
+    for rows in reversed(labelled_tiles(labels_T, rule.ignored, tile_tokens)):
+        logits = _take(last, rows) or _logits(hidden_TE[rows], weight_VE, bias_V, rule)
+        dy_tV = _dlogits(dloss_T[rows], labels_T[rows], lse_T[rows], *logits, rule)
+        del logits
         if dhidden_TE is not None:
             torch.mm(dy_tV.to(weight_VE.dtype), weight_VE, out=dhidden_TE[rows])
         if dweight_VE is not None:
             _add_product(dweight_VE, dy_tV, hidden_TE[rows])
         if dbias_V is not None:
             dbias_V += dy_tV.sum(0)
+        del dy_tV
     return dhidden_TE, dweight_VE, dbias_V
 
 
-def labelled_tiles(labels_T: Tensor, ignored: int, tile_tokens: int) -> Iterator[slice]:
+def _take(last: list[LastTile] | None, rows: slice) -> tuple[Tensor, Tensor | None] | None:
+    if not last or last[0].start != rows.start:
+        return None
+    kept = last.pop()
+    return kept.x_tV, kept.slope_tV
+
+
+def labelled_tiles(labels_T: Tensor, ignored: int, tile_tokens: int) -> list[slice]:
     """The tiles in which a token counts: prompts, padding and documents without labels cost nothing.
 
     One look at the labels for all tiles, because each look waits for the device.
     """
     num_tiles = -(-labels_T.shape[0] // tile_tokens)
     counted_T = pad(labels_T != ignored, (0, num_tiles * tile_tokens - labels_T.shape[0]))
-    for number, has_labels in enumerate(counted_T.view(num_tiles, tile_tokens).any(1).tolist()):
-        if has_labels:
-            yield slice(number * tile_tokens, min((number + 1) * tile_tokens, labels_T.shape[0]))
+    return [
+        slice(number * tile_tokens, min((number + 1) * tile_tokens, labels_T.shape[0]))
+        for number, has_labels in enumerate(counted_T.view(num_tiles, tile_tokens).any(1).tolist())
+        if has_labels
+    ]
 
 
 def _logits(
@@ -97,16 +132,9 @@ def _logits(
 
 
 def _dlogits(
-    dloss_t: Tensor,
-    hidden_tE: Tensor,
-    weight_VE: Tensor,
-    bias_V: Tensor | None,
-    labels_t: Tensor,
-    lse_t: Tensor,
-    rule: HeadRule,
+    dloss_t: Tensor, labels_t: Tensor, lse_t: Tensor, x_tV: Tensor, slope_tV: Tensor | None, rule: HeadRule
 ) -> Tensor:
-    """dy_tV: gradient of what the head gave, before factor and soft cap; wide."""
-    x_tV, slope_tV = _logits(hidden_tE, weight_VE, bias_V, rule)
+    """dy_tV: gradient of what the head gave, before factor and soft cap; wide. Written over `x_tV`."""
     counted_t = labels_t != rule.ignored
     dloss_t = torch.where(counted_t, dloss_t.to(x_tV.dtype), 0.0)
     dx_tV = x_tV.sub_(lse_t.unsqueeze(-1)).exp_()
