@@ -16,7 +16,10 @@ def shard_weights(root: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh
 
     Weights are kept in their own type and cast to `compute_dtype` where they are used; gradients are summed in fp32
     (or wider). They are summed, not averaged: the loss is already divided by the global number of labels.
+    A single rank that uses weights as it keeps them is left as it is: there is nothing to cut, to cast or to sum.
     """
+    if mesh.size() == 1 and all(weight.dtype == compute_dtype for weight in root.parameters()):
+        return
     reduce_dtype = torch.promote_types(compute_dtype, torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     for layer in layers:
@@ -35,6 +38,9 @@ def gathered(root: nn.Module) -> Iterator[None]:
     of them, in any order. Gradients add up on each rank until `sum_gradients`. Collective to enter.
     """
     sharded = [module for module in root.modules() if isinstance(module, FSDPModule)]
+    if not sharded:
+        yield
+        return
     assert isinstance(root, FSDPModule), "the root is sharded with its layers"
     root.set_requires_gradient_sync(False)
     root.set_reshard_after_forward(False)
@@ -53,6 +59,9 @@ def gathered(root: nn.Module) -> Iterator[None]:
 
 
 def sum_gradients(root: nn.Module) -> None:
-    """Inside `gathered`: the next backward, the same on every rank, sums over them what has added up."""
-    assert isinstance(root, FSDPModule), "the root is sharded with its layers"
-    root.set_requires_gradient_sync(True)
+    """Inside `gathered`: the next backward, the same on every rank, sums over them what has added up.
+
+    A single rank whose weights are not cut has nothing to sum.
+    """
+    if isinstance(root, FSDPModule):
+        root.set_requires_gradient_sync(True)
