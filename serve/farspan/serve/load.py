@@ -48,7 +48,7 @@ class WorkerLoad:
     """Tokens that the running sequences look at."""
     free_tokens: int = 0
     """Tokens of KV there is room for."""
-    room_tokens: int = 0
+    pool_tokens: int = 0
     """Tokens of KV there is room for when nothing runs."""
     open_leases: int = 0
     travels: bool = True

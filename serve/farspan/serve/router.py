@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack
 from typing import Any, Protocol
 
@@ -14,11 +14,16 @@ from ray.serve.exceptions import RayServeException
 from farspan.errors import ClusterError
 from farspan.kv.ticket import KvTicket
 from farspan.serve.faults import being_cancelled
+from farspan.serve.load import WorkerLoad
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, StreamItem, WorkerInfo
+from farspan.serve.policy import Place
+from farspan.serve.standing import Orders
 
 logger = logging.getLogger(__name__)
 
 _CONTROL_TIMEOUT_S = 10.0
+# A worker that says nothing of itself for so long is not one to send somebody to.
+_REPORT_TIMEOUT_S = 2.0
 # A prefill worker of its own is an optimisation: while none is there, prompts are computed where they are decoded.
 _ASSIGN_TIMEOUT_S = 3.0
 
@@ -49,12 +54,13 @@ class Router:
         self._decode_stream = decode.options(stream=True)
         self._errands: set[asyncio.Task[None]] = set()
 
-    async def prefill(self, request: GenerationRequest) -> Prefilled | Failed:
+    async def prefill(self, request: GenerationRequest, place: Place | None = None) -> Prefilled | Failed:
+        handle = self._at(place, self._prefill)
         try:
             async with AsyncExitStack() as stack:
                 async with asyncio.timeout(_ASSIGN_TIMEOUT_S):
-                    chosen = await stack.enter_async_context(self._prefill.prefill.choose_replica(request))
-                answer: Prefilled | Failed = await self._prefill.dispatch(chosen, request)
+                    chosen = await stack.enter_async_context(handle.prefill.choose_replica(request))
+                answer: Prefilled | Failed = await handle.dispatch(chosen, request)
         except TimeoutError:
             return Failed(ClusterError(f"no prefill worker was free within {_ASSIGN_TIMEOUT_S:g} s"))
         except (RayError, RayServeException) as problem:
@@ -66,9 +72,13 @@ class Router:
         return answer
 
     async def resume(
-        self, request: GenerationRequest, answered: tuple[int, ...], ticket: KvTicket | None
+        self,
+        request: GenerationRequest,
+        answered: tuple[int, ...],
+        ticket: KvTicket | None,
+        place: Place | None = None,
     ) -> AsyncGenerator[StreamItem]:
-        stream = self._decode_stream.resume.remote(request, answered, ticket)
+        stream = self._at(place, self._decode_stream, stream=True).resume.remote(request, answered, ticket)
         over = False
         try:
             async for item in stream:
@@ -87,7 +97,9 @@ class Router:
                 stream.cancel()
 
     def release(self, ticket_id: str) -> None:
+        # Any worker may have computed a prompt.
         self._send(self._prefill, "release", ticket_id)
+        self._send(self._decode, "release", ticket_id)
 
     def cancel(self, request_id: str) -> None:
         self._send(self._prefill, "cancel", request_id)
@@ -102,6 +114,39 @@ class Router:
             raise ClusterError(f"no worker answers: {'; '.join(str(problem) for problem in told)}")
         return infos
 
+    async def reports(self, orders: Mapping[str, Orders]) -> list[WorkerLoad]:
+        """How all workers stand that answer in time, each told its orders."""
+        told = await asyncio.gather(*(self._reports(handle, orders) for handle in (self._prefill, self._decode)))
+        return [load for loads in told for load in loads]
+
+    async def wake(self, timeout_s: float) -> list[WorkerLoad]:
+        """How a worker stands; where all were stopped, one is started by that. Nothing when none comes in time."""
+        try:
+            load: WorkerLoad = await asyncio.wait_for(_plain(self._decode.report.remote({})), timeout_s)
+        except (TimeoutError, RayError, RayServeException, ClusterError) as problem:
+            logger.warning("no worker came: %s", type(problem).__name__)
+            return []
+        return [load]
+
+    async def _reports(self, handle: Any, orders: Mapping[str, Orders]) -> list[WorkerLoad]:
+        try:
+            told = await handle.broadcast("report", orders).results_async(
+                timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True
+            )
+        except (RayError, RayServeException, RuntimeError):
+            # None of the role is there.
+            return []
+        except TimeoutError:
+            # One of them hangs: the others are asked one by one.
+            told = await asyncio.gather(*(_standing(handle, name, orders[name]) for name in orders))
+        return [load for load in told if isinstance(load, WorkerLoad)]
+
+    def _at(self, place: Place | None, anybody: Any, *, stream: bool = False) -> Any:
+        if place is None:
+            return anybody
+        handle = self._prefill if place.deployment == "prefill" else self._decode
+        return handle.options(session_id=place.worker, stream=stream)
+
     def _send(self, handle: Any, method: str, argument: str) -> None:
         # To all replicas: which one holds the request or the ticket is their business, and repeating is harmless.
         errand = asyncio.ensure_future(_delivered(handle.broadcast(method, argument), method))
@@ -109,22 +154,33 @@ class Router:
         errand.add_done_callback(self._errands.discard)
 
 
+async def _standing(handle: Any, worker: str, orders: Orders) -> WorkerLoad | None:
+    """How one worker stands; another answers in its place where it is gone."""
+    call = handle.options(session_id=worker).report.remote({worker: orders})
+    try:
+        load: WorkerLoad = await asyncio.wait_for(_plain(call), _REPORT_TIMEOUT_S)
+    except (TimeoutError, RayError, RayServeException, ClusterError):
+        return None
+    return load
+
+
 async def _told(response: Any) -> WorkerInfo | str:
     """What a worker says of itself, or why it says nothing."""
     try:
-        return await asyncio.wait_for(_awaited(response), _CONTROL_TIMEOUT_S)
+        info: WorkerInfo = await asyncio.wait_for(_plain(response), _CONTROL_TIMEOUT_S)
     except (TimeoutError, RayError, RayServeException, ClusterError) as problem:
         return str(problem) if isinstance(problem, ClusterError) else type(problem).__name__
+    return info
 
 
-async def _awaited(response: Any) -> WorkerInfo:
+async def _plain(response: Any) -> Any:
+    """What a call gives; one that was given up elsewhere is an error like any other."""
     try:
-        info: WorkerInfo = await response
+        return await response
     except asyncio.CancelledError:
         if being_cancelled():
             raise
         raise ClusterError("a call of a worker was given up") from None
-    return info
 
 
 async def _delivered(response: Any, method: str) -> None:
