@@ -28,7 +28,7 @@ class PlacedWorkers(Protocol):
         place: Place | None = None,
     ) -> AsyncGenerator[StreamItem]: ...
 
-    def release(self, ticket_id: str) -> None: ...
+    def release(self, ticket_id: str, place: Place | None = None) -> None: ...
 
     def cancel(self, request_id: str) -> None: ...
 
@@ -74,7 +74,7 @@ class Along:
                 yield item
 
     def release(self, ticket_id: str) -> None:
-        self._workers.release(ticket_id)
+        self._workers.release(ticket_id, self._route.prefill)
 
     def cancel(self, request_id: str) -> None:
         self._workers.cancel(request_id)

@@ -5,7 +5,6 @@ No Ray: `router.py` asks the workers and carries out.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -54,7 +53,7 @@ class Guide:
         return self._table.fresh(self._clock())
 
     def route(self, request: GenerationRequest, avoiding: Collection[str] = ()) -> Route:
-        """The way of a request from now on, not over the workers named in `avoiding`; it counts as sent."""
+        """The way of a request from now on, not over the workers named in `avoiding`."""
         now_s = self._clock()
         fresh = [w for w in self._table.fresh(now_s) if w.worker not in avoiding]
         # Once begun with one model, an answer goes on with no other.
@@ -63,18 +62,18 @@ class Guide:
             prompt_tokens=len(request.prompt),
             answer_tokens=max(1, min(request.params.max_tokens, round(self._answer_tokens.value))),
             found=self._table.found(*self._names(request, workers)) if workers else {},
-            session=_session(request),
+            session=request.caller.session and f"{request.caller.tenant} {request.caller.session}",
             seed=request.request_id,
         )
-        route = choose_route(asked, workers, self.times, self._rules)
-        first = route.prefill or route.decode
-        if first is not None:
-            self._table.sent(first.worker, route.new_tokens, now_s)
-        return route
+        return choose_route(asked, workers, self.times, self._rules)
 
     def arrived(self, route: Route, num_prompt: int) -> None:
-        """A request that is let in."""
+        """A request that is let in, and goes its way."""
         now_s, new = self._clock(), route.new_tokens or num_prompt
+        if route.prefill is not None:
+            self._table.sent(route.prefill.worker, new, now_s)
+        if route.decode is not None:
+            self._table.sent(route.decode.worker, 0 if route.split else new, now_s)
         self._prompts.add(num_prompt, now_s)
         self._found.add(num_prompt - new, now_s)
         self._new_tokens.add(new)
@@ -181,11 +180,3 @@ class Guide:
             in_time = self.times.decode_s(kind, middle, middle * each) <= self._aims.token_s
             low, high = (middle, high) if in_time else (low, middle - 1)
         return low / max(1e-9, self.times.decode_s(kind, low, low * each))
-
-
-def _session(request: GenerationRequest) -> str:
-    """Who asks, as far as that makes it likely that requests begin alike."""
-    caller = request.caller
-    if not (caller.session or caller.salt):
-        return ""
-    return hashlib.sha256(f"{caller.tenant}\0{caller.salt}\0{caller.session}".encode()).hexdigest()

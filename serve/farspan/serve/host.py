@@ -39,6 +39,7 @@ _TRANSFER_POLL_S = 0.0005
 # While every page it needs is held elsewhere: they come back by a command or at the end of a lease.
 _STALLED_POLL_S = 0.01
 _IDLE_POLL_S = 0.25
+_DRAIN_POLL_S = 0.05
 
 
 @dataclass(slots=True)
@@ -118,6 +119,13 @@ class EngineHost:
     async def report(self, identity: Identity, quota: Quota | None, known_prefixes: int) -> WorkerLoad:
         """What there is to do here; with a quota, this is the role from now on."""
         return await self._call(lambda: self._report(identity, quota, known_prefixes))
+
+    async def drain(self, within_s: float) -> None:
+        """Wait until nobody may fetch pages from here any more, but not longer than `within_s`."""
+        ends_s = time.monotonic() + within_s
+        with suppress(EngineError):
+            while time.monotonic() < ends_s and await self._call(lambda: self._leases.num_open):
+                await asyncio.sleep(_DRAIN_POLL_S)
 
     async def check_integrity(self) -> None:
         """Raises EngineError when a page is lost or doubly owned."""

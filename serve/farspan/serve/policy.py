@@ -186,13 +186,13 @@ def _prefill(asked: Asked, worker: WorkerLoad, times: Times) -> tuple[int, float
 def _decode(asked: Asked, worker: WorkerLoad, times: Times) -> tuple[float, float]:
     """(seconds for a token here, seconds by which all others together wait longer for theirs)."""
     held = asked.prompt_tokens + asked.answer_tokens / 2
+    # Whoever waits now will decode beside it.
+    rows = worker.num_running + worker.num_waiting
     most = worker.decode_tokens or worker.max_sequences
     # Where not all may decode in an iteration, they take turns.
-    with_it_s = times.decode_s(worker.kind, worker.num_running + 1, worker.kv_tokens + held)
-    with_it_s *= max(1.0, (worker.num_running + 1) / most)
-    before_s = times.decode_s(worker.kind, worker.num_running, worker.kv_tokens)
-    before_s *= max(1.0, worker.num_running / most)
-    return with_it_s, worker.num_running * (with_it_s - before_s)
+    with_it_s = times.decode_s(worker.kind, rows + 1, worker.kv_tokens + held) * max(1.0, (rows + 1) / most)
+    before_s = times.decode_s(worker.kind, rows, worker.kv_tokens) * max(1.0, rows / most)
+    return with_it_s, rows * (with_it_s - before_s)
 
 
 def _settle(asked: Asked, ways: Sequence[_Way]) -> _Way:

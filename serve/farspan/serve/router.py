@@ -96,10 +96,8 @@ class Router:
             if not over:
                 stream.cancel()
 
-    def release(self, ticket_id: str) -> None:
-        # Any worker may have computed a prompt.
-        self._send(self._prefill, "release", ticket_id)
-        self._send(self._decode, "release", ticket_id)
+    def release(self, ticket_id: str, place: Place | None = None) -> None:
+        self._send(self._at(place, self._prefill), "release", ticket_id)
 
     def cancel(self, request_id: str) -> None:
         self._send(self._prefill, "cancel", request_id)
@@ -107,8 +105,7 @@ class Router:
 
     async def info(self) -> list[WorkerInfo]:
         """What one worker of each role says that answers in time. Raises ClusterError when none does."""
-        calls = [handle.info.remote() for handle in (self._prefill, self._decode)]
-        told = await asyncio.gather(*(_told(call) for call in calls))
+        told = await asyncio.gather(*(_told(handle) for handle in (self._prefill, self._decode)))
         infos = [info for info in told if isinstance(info, WorkerInfo)]
         if not infos:
             raise ClusterError(f"no worker answers: {'; '.join(str(problem) for problem in told)}")
@@ -164,10 +161,22 @@ async def _standing(handle: Any, worker: str, orders: Orders) -> WorkerLoad | No
     return load
 
 
-async def _told(response: Any) -> WorkerInfo | str:
-    """What a worker says of itself, or why it says nothing."""
+async def _told(handle: Any) -> WorkerInfo | str:
+    """What a worker of a role says of itself, or why none says anything."""
     try:
-        info: WorkerInfo = await asyncio.wait_for(_plain(response), _CONTROL_TIMEOUT_S)
+        # To all: a call to any would wait for one where there is none.
+        told = await handle.broadcast("info").results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True)
+    except TimeoutError:
+        told = [await _info(handle)]
+    except (RayError, RayServeException, RuntimeError) as problem:
+        return type(problem).__name__
+    infos = [info for info in told if isinstance(info, WorkerInfo)]
+    return infos[0] if infos else "; ".join(str(problem) for problem in told)
+
+
+async def _info(handle: Any) -> WorkerInfo | str:
+    try:
+        info: WorkerInfo = await asyncio.wait_for(_plain(handle.info.remote()), _CONTROL_TIMEOUT_S)
     except (TimeoutError, RayError, RayServeException, ClusterError) as problem:
         return str(problem) if isinstance(problem, ClusterError) else type(problem).__name__
     return info
