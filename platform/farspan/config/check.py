@@ -367,11 +367,12 @@ def check_serve(config: ServeConfig) -> None:
 
 
 def _check_role(name: str, role: RoleConfig) -> None:
-    _at_least(f"{name}.replicas", role.replicas, 1)
+    # None at first, where there may be none later.
+    _at_least(f"{name}.replicas", role.replicas, 0 if role.min_replicas == 0 else 1)
     if role.min_replicas is not None:
         _within(f"{name}.min_replicas", role.min_replicas, 0, role.replicas)
     if role.max_replicas is not None:
-        _at_least(f"{name}.max_replicas", role.max_replicas, role.replicas)
+        _at_least(f"{name}.max_replicas", role.max_replicas, max(1, role.replicas))
 
 
 def _check_objectives(config: ServeConfig) -> None:
