@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import torch
 from tests.unit.serve.placed import GuidedServed
 from tests.unit.serve.tiny_folder import TEXT
 
