@@ -48,13 +48,13 @@ class Worker:
 
     async def prefill(self, request: GenerationRequest) -> Prefilled | Failed:
         """Compute a prompt and its first token; a ticket for its pages."""
-        return self._refusal(request) or await self._host.prefill(request)
+        return refusal(request, self._weights) or await self._host.prefill(request)
 
     async def resume(
         self, request: GenerationRequest, answered: tuple[int, ...], ticket: KvTicket | None
     ) -> AsyncIterator[StreamItem]:
         """Fetch a prompt's pages (or compute them, where there is no ticket) and go on with the answer."""
-        if (refused := self._refusal(request)) is not None:
+        if (refused := refusal(request, self._weights)) is not None:
             yield refused
             return
         async for item in self._host.stream(request, answered, ticket):
@@ -83,12 +83,6 @@ class Worker:
         """Serve replaces a replica whose engine thread has ended."""
         self._host.check()
 
-    def _refusal(self, request: GenerationRequest) -> Failed | None:
-        """Keys and values of one checkpoint, or the beginning of its answer, mean nothing to another."""
-        if request.weights in ("", self._weights):
-            return None
-        return Failed(ClusterError("this worker has another checkpoint than the one that the answer began with"))
-
     async def __del__(self) -> None:
         # Absent when the model could not be loaded.
         host: EngineHost | None = getattr(self, "_host", None)
@@ -107,6 +101,13 @@ class DecodeWorker(Worker):
     """One that is chosen for answers first."""
 
     role = "decode"
+
+
+def refusal(request: GenerationRequest, weights: str) -> Failed | None:
+    """Keys and values of one checkpoint, or the beginning of its answer, mean nothing to another."""
+    if request.weights in ("", weights):
+        return None
+    return Failed(ClusterError("this worker has another checkpoint than the one that the answer began with"))
 
 
 def replica_name() -> str:
