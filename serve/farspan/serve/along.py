@@ -40,7 +40,7 @@ class Along:
         self._workers, self._guide, self._route = workers, guide, route
         self._weights = route.weights
         self._lost: set[str] = set()
-        self._num_tokens, self._first_at_s, self._ended = 0, 0.0, False
+        self._num_tokens, self._first_at_s, self._last_at_s = 0, 0.0, 0.0
 
     async def prefill(self, request: GenerationRequest) -> Prefilled | Failed:
         asked_at_s = time.monotonic()
@@ -49,7 +49,7 @@ class Along:
             self._lose(self._route.prefill, answer)
         else:
             self._guide.first_token(self._route, len(request.prompt), answer.num_cached, time.monotonic() - asked_at_s)
-            self._count(request, 1, answer.finish)
+            self._count(1)
         return answer
 
     async def resume(
@@ -58,20 +58,18 @@ class Along:
         if not answered:
             # Nothing was said yet: any model may say it.
             self._weights = self._route.weights if not self._lost else ""
-        place = self._place(request)
+        place, failed = self._place(request), False
         asked_at_s = time.monotonic()
-        async with aclosing(self._workers.resume(self._bound(request), answered, ticket, place)) as items:
-            async for item in items:
-                if isinstance(item, Failed):
-                    self._lose(place, item)
-                elif isinstance(item, Pulled):
-                    self._guide.pulled(item.num_bytes, item.seconds)
-                else:
-                    if self._num_tokens == 0 and not self._lost:
-                        seconds = time.monotonic() - asked_at_s
-                        self._guide.first_token(self._route, len(request.prompt), item.num_cached, seconds)
-                    self._count(request, len(item.tokens), item.finish)
-                yield item
+        try:
+            async with aclosing(self._workers.resume(self._bound(request), answered, ticket, place)) as items:
+                async for item in items:
+                    failed = isinstance(item, Failed)
+                    self._note(request, place, item, asked_at_s)
+                    yield item
+        finally:
+            # A stop string ends an answer where the engine would go on.
+            if not failed:
+                self._end(request)
 
     def release(self, ticket_id: str) -> None:
         self._workers.release(ticket_id, self._route.prefill)
@@ -95,13 +93,24 @@ class Along:
             self._lost.add(place.worker)
             self._guide.lost(place)
 
-    def _count(self, request: GenerationRequest, count: int, finish: str | None) -> None:
-        now_s = time.monotonic()
+    def _note(self, request: GenerationRequest, place: Place | None, item: StreamItem, asked_at_s: float) -> None:
+        if isinstance(item, Failed):
+            self._lose(place, item)
+        elif isinstance(item, Pulled):
+            self._guide.pulled(item.num_bytes, item.seconds)
+        else:
+            if self._num_tokens == 0 and not self._lost:
+                seconds = time.monotonic() - asked_at_s
+                self._guide.first_token(self._route, len(request.prompt), item.num_cached, seconds)
+            self._count(len(item.tokens))
+
+    def _count(self, count: int) -> None:
+        self._last_at_s = time.monotonic()
         if self._num_tokens == 0:
-            self._first_at_s = now_s
+            self._first_at_s = self._last_at_s
         self._num_tokens += count
         self._guide.tokens(count)
-        if finish is not None and not self._ended:
-            self._ended = True
-            if not self._lost:
-                self._guide.answered(self._route, len(request.prompt), self._num_tokens, now_s - self._first_at_s)
+
+    def _end(self, request: GenerationRequest) -> None:
+        if self._num_tokens and not self._lost:
+            self._guide.answered(self._route, len(request.prompt), self._num_tokens, self._last_at_s - self._first_at_s)

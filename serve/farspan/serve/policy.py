@@ -11,12 +11,14 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from farspan.serve.load import WorkerLoad
 
 # Predictions are not better than that: closer ways are the same.
 _SAME = 0.03
+# Of those that compute prompts, and of those that decode, the best so many are paired.
+_TRIED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,73 +134,106 @@ def _with_room(asked: Asked, workers: Sequence[WorkerLoad]) -> Sequence[WorkerLo
     return begun or workers
 
 
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """What computing the prompt on one worker comes to."""
+
+    worker: WorkerLoad
+    new_tokens: int
+    first_s: float
+    between_s: float
+    cost_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What decoding on one worker comes to."""
+
+    worker: WorkerLoad
+    token_s: float
+    cost_s: float
+
+
 def _ways(asked: Asked, workers: Sequence[WorkerLoad], times: Times, rules: Rules) -> list[_Way]:
     prompting = decoding = workers
     if rules.always_split:
         # Without one of its role, any worker does.
         prompting = [w for w in workers if w.deployment == "prefill"] or workers
         decoding = [w for w in workers if w.deployment == "decode"] or workers
-    alone = [_alone(asked, w, times) for w in decoding]
+    prompts = {w.worker: _prompt(asked, w, times) for w in (*prompting, *decoding)}
+    answers = [_answer(asked, w, times) for w in decoding]
+    alone = [_alone(prompts[answer.worker.worker], answer) for answer in answers]
     if asked.prompt_tokens < rules.colocate_below_tokens:
         return alone
-    pairs = [
-        _pair(asked, p, d, times)
-        for p in prompting
-        for d in decoding
-        if p.worker != d.worker and p.layout == d.layout and p.travels
-    ]
+    # The cost of a pair is a sum: those of few good ones on either side are the best.
+    first = _best(asked, [prompts[w.worker] for w in prompting])
+    then = _best(asked, answers)
+    pairs = [_pair(asked, prompt, answer, times) for prompt in first for answer in then if _may(prompt, answer)]
     return pairs if rules.always_split and pairs else alone + pairs
 
 
-def _alone(asked: Asked, worker: WorkerLoad, times: Times) -> _Way:
-    new, compute_s, waits_s, between_s = _prefill(asked, worker, times)
-    token_s, slower_s = _decode(asked, worker, times)
-    # Whoever decodes here waits while the prompt is computed.
-    held_up_s = compute_s * worker.num_running
-    cost_s = waits_s + asked.answer_tokens * (token_s + slower_s) + held_up_s
-    return _Way(worker, None, new, waits_s, between_s, token_s, cost_s)
+Part = TypeVar("Part", _Prompt, _Answer)
 
 
-def _pair(asked: Asked, prefill: WorkerLoad, decode: WorkerLoad, times: Times) -> _Way:
-    new, compute_s, waits_s, between_s = _prefill(asked, prefill, times)
-    token_s, slower_s = _decode(asked, decode, times)
+def _best(asked: Asked, parts: Sequence[Part]) -> Sequence[Part]:
+    return sorted(parts, key=lambda part: (part.cost_s, -_draw(asked, part.worker.worker)))[:_TRIED]
+
+
+def _may(prompt: _Prompt, answer: _Answer) -> bool:
+    """Whether pages may travel from one to the other."""
+    source, target = prompt.worker, answer.worker
+    return source.worker != target.worker and source.layout == target.layout and source.travels
+
+
+def _alone(prompt: _Prompt, answer: _Answer) -> _Way:
+    cost_s = prompt.cost_s + answer.cost_s
+    return _Way(answer.worker, None, prompt.new_tokens, prompt.first_s, prompt.between_s, answer.token_s, cost_s)
+
+
+def _pair(asked: Asked, prompt: _Prompt, answer: _Answer, times: Times) -> _Way:
     # The first token is there before its pages travel; the second waits for them.
-    moved_s = times.transfer_s(asked.prompt_tokens * prefill.token_bytes)
-    held_up_s = compute_s * prefill.num_running
-    cost_s = waits_s + moved_s + asked.answer_tokens * (token_s + slower_s) + held_up_s
-    return _Way(decode, prefill, new, waits_s, between_s, token_s, cost_s)
+    moved_s = times.transfer_s(asked.prompt_tokens * prompt.worker.token_bytes)
+    cost_s = prompt.cost_s + moved_s + answer.cost_s
+    return _Way(
+        answer.worker, prompt.worker, prompt.new_tokens, prompt.first_s, prompt.between_s, answer.token_s, cost_s
+    )
 
 
-def _prefill(asked: Asked, worker: WorkerLoad, times: Times) -> tuple[int, float, float, float]:
-    """(tokens to compute, seconds that takes, seconds until the first token, of them for those that decode here)."""
+def _prompt(asked: Asked, worker: WorkerLoad, times: Times) -> _Prompt:
     new = max(1, asked.prompt_tokens - asked.found.get(worker.worker, 0))
     context = asked.prompt_tokens - new / 2
-    compute_s = times.prefill_s(worker.kind, new, context)
     alone_s, between_s = times.prefill_s(worker.kind, worker.queue_tokens + new, context), 0.0
     if worker.num_running:
         # Every iteration on the way also computes a token of whoever decodes there.
         share = min(worker.prefill_tokens or worker.max_batch_tokens, worker.max_batch_tokens)
         iterations = math.ceil((worker.queue_tokens + new) / max(1, share))
         between_s = iterations * times.decode_s(worker.kind, worker.num_running, worker.kv_tokens)
-    return new, compute_s, alone_s + between_s, between_s
+    # And whoever decodes there waits while the prompt is computed.
+    held_up_s = times.prefill_s(worker.kind, new, context) * worker.num_running
+    return _Prompt(worker, new, alone_s + between_s, between_s, alone_s + between_s + held_up_s)
 
 
-def _decode(asked: Asked, worker: WorkerLoad, times: Times) -> tuple[float, float]:
-    """(seconds for a token here, seconds by which all others together wait longer for theirs)."""
+def _answer(asked: Asked, worker: WorkerLoad, times: Times) -> _Answer:
     held = asked.prompt_tokens + asked.answer_tokens / 2
     # Whoever waits now will decode beside it.
     rows = worker.num_running + worker.num_waiting
-    most = worker.decode_tokens or worker.max_sequences
     # Where not all may decode in an iteration, they take turns.
+    most = worker.decode_tokens or worker.max_sequences
     with_it_s = times.decode_s(worker.kind, rows + 1, worker.kv_tokens + held) * max(1.0, (rows + 1) / most)
     before_s = times.decode_s(worker.kind, rows, worker.kv_tokens) * max(1.0, rows / most)
-    return with_it_s, rows * (with_it_s - before_s)
+    # All others together wait longer for each of their tokens.
+    return _Answer(worker, with_it_s, asked.answer_tokens * (with_it_s + rows * (with_it_s - before_s)))
 
 
 def _settle(asked: Asked, ways: Sequence[_Way]) -> _Way:
     """One of the ways that are as good: the same for all requests of a session, as long as its workers are there."""
-    by = asked.session or asked.seed
-    return max(ways, key=lambda way: hashlib.blake2b(f"{by} {way.workers}".encode(), digest_size=8).digest())
+    return max(ways, key=lambda way: _draw(asked, way.workers))
+
+
+def _draw(asked: Asked, name: str) -> int:
+    """A number that only the session, or else the request, and the name decide."""
+    text = f"{asked.session or asked.seed} {name}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def _route(asked: Asked, way: _Way, ways: Sequence[_Way], times: Times, rules: Rules) -> Route:

@@ -124,7 +124,7 @@ def machine_kind(engine: Engine) -> str:
 def worker_threads(config: ServeConfig, num_cpus: int) -> int:
     """CPU threads of one worker: its share of the machine, so that workers do not fight over cores."""
     num_workers = sum(role.max_replicas or role.replicas for role in (config.prefill, config.decode))
-    return config.engine.threads or max(1, num_cpus // num_workers)
+    return config.engine.threads or max(1, num_cpus // max(1, num_workers))
 
 
 def refuse_split(engine: Engine, config: ServeConfig) -> None:
