@@ -13,9 +13,12 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from farspan.serve.rates import Mean
+
 _SHORTEST_S, _LONGEST_S = 1e-6, 86_400.0
 # How strongly what was assumed holds against one observation: only where nothing else is known.
 _ASSUMED = 1e-6
+_ERROR_WEIGHT, _KEEP_WHEN_OFF = 0.1, 0.7
 
 # Seconds of: a prompt, a thousand tokens of it, a thousand tokens that each see a thousand before them.
 PREFILL_ASSUMED = (5e-3, 0.1, 1e-3)
@@ -27,16 +30,21 @@ _THOUSAND, _MIB = 1e-3, 2.0**-20
 
 
 class Fit:
-    """seconds = sum of coefficient * term, refined with every observation. `keep` of an older one's weight is kept."""
+    """seconds = sum of coefficient * term, refined with every observation."""
 
-    def __init__(self, assumed: Sequence[float], keep: float = 0.98) -> None:
-        """`assumed`: coefficients above zero, for as long as nothing was seen."""
+    def __init__(self, assumed: Sequence[float], keep: float = 0.98, off: float = 0.4) -> None:
+        """`assumed`: coefficients above zero, for as long as nothing was seen.
+
+        With each observation older ones keep `keep` of their weight; much less while predictions are wrong in one
+        direction by more than `off` (of a logarithm) on average: then the machine is not what it was.
+        """
         # Everything is counted in terms of what was assumed: then all numbers are of the size of one.
         self._assumed, self._keep = np.asarray(assumed, dtype=np.float64), keep
         size = len(self._assumed)
         self._products: NDArray[np.float64] = np.zeros((size, size))
         self._targets: NDArray[np.float64] = np.zeros(size)
         self._shares: NDArray[np.float64] = np.ones(size)
+        self._off, self._error = off, Mean(0.0, _ERROR_WEIGHT)
         self.num_seen = 0
 
     def learn(self, terms: Sequence[float], seconds: float) -> None:
@@ -46,8 +54,10 @@ class Fit:
         seen_s = min(max(seconds, _SHORTEST_S), _LONGEST_S)
         # Relative: a request of a minute must not drown a thousand of a tenth of a second.
         row = np.asarray(terms, dtype=np.float64) * self._assumed / seen_s
-        self._products = self._keep * self._products + np.outer(row, row)
-        self._targets = self._keep * self._targets + row
+        self._error.add(math.log(seen_s / max(self.seconds(terms), _SHORTEST_S)))
+        keep = self._keep if abs(self._error.value) < self._off else min(self._keep, _KEEP_WHEN_OFF)
+        self._products = keep * self._products + np.outer(row, row)
+        self._targets = keep * self._targets + row
         self._shares = _at_least_zero(self._products, self._targets)
         self.num_seen += 1
 

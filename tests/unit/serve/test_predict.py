@@ -87,7 +87,7 @@ def test_the_coefficients_are_those_of_nonnegative_least_squares(seed):
     rng = np.random.default_rng(seed)
     keep, assumed = 0.9, (1.0, 1.0, 1.0)
     rows, seconds = rng.uniform(0, 1, (30, 3)), rng.uniform(0.1, 1, 30)
-    fit = Fit(assumed, keep)
+    fit = Fit(assumed, keep, off=math.inf)
     for row, second in zip(rows, seconds, strict=True):
         fit.learn(tuple(row), float(second))
     weights = keep ** (np.arange(29, -1, -1) / 2) / seconds
