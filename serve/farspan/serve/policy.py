@@ -119,7 +119,9 @@ def choose_route(asked: Asked, workers: Sequence[WorkerLoad], times: Times, rule
         return Route(split, reason if split or not rules.always_split else f"{_too_short(asked, rules)}; {reason}")
     ways = _ways(asked, _with_room(asked, workers), times, rules)
     best = min(way.cost_s for way in ways)
-    way = _settle(asked, [way for way in ways if way.cost_s <= best * (1 + _SAME)])
+    good = [way for way in ways if way.cost_s <= best * (1 + _SAME)]
+    # Pages do not travel for nothing.
+    way = _settle(asked, [way for way in good if way.prefill is None] or good)
     return _route(asked, way, ways, times, rules)
 
 

@@ -18,6 +18,7 @@ from farspan.serve.rates import Mean
 _SHORTEST_S, _LONGEST_S = 1e-6, 86_400.0
 # How strongly what was assumed holds against one observation: only where nothing else is known.
 _ASSUMED = 1e-6
+_APART = 1e-10
 _ERROR_WEIGHT, _KEEP_WHEN_OFF = 0.1, 0.7
 
 # Seconds of: a prompt, a thousand tokens of it, a thousand tokens that each see a thousand before them.
@@ -117,8 +118,10 @@ def _decode_terms(running: float, kv_tokens: float) -> tuple[float, float, float
 def _at_least_zero(products: NDArray[np.float64], targets: NDArray[np.float64]) -> NDArray[np.float64]:
     """The x >= 0 with the least x'Px - 2t'x, exactly: with so few terms, every set that may be above zero is tried."""
     size = len(targets)
-    matrix = products + _ASSUMED * np.eye(size)
-    wanted = targets + _ASSUMED
+    # The second part only keeps terms apart that always came in the same proportion.
+    held = _ASSUMED + _APART * float(np.trace(products))
+    matrix = products + held * np.eye(size)
+    wanted = targets + held
     best, least = np.zeros(size), 0.0
     for count in range(1, size + 1):
         for chosen in combinations(range(size), count):
