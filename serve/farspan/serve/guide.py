@@ -15,9 +15,8 @@ from farspan.serve.load import LoadTable, WorkerLoad
 from farspan.serve.messages import GenerationRequest
 from farspan.serve.policy import Asked, Place, Route, Rules, choose_route
 from farspan.serve.predict import Predictor
-from farspan.serve.quotas import Demand, Quota, Roles
+from farspan.serve.quotas import Demand, Orders, Quota, Roles
 from farspan.serve.rates import Mean, Percentile, Rate
-from farspan.serve.standing import Orders
 
 # Snapshots come twice a second; one that is older than this says nothing about now.
 _STALE_S = 3.0

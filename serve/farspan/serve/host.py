@@ -25,11 +25,11 @@ from farspan.kv.prefix import PrefixScope
 from farspan.kv.puller import Arrival, Puller
 from farspan.kv.ticket import KvTicket, LeaseTable
 from farspan.kv.transports.base import Transport
-from farspan.serve.load import WorkerLoad
+from farspan.serve.load import Identity, WorkerLoad
 from farspan.serve.mailbox import Command, Inbox, Mailbox, tell
 from farspan.serve.messages import Caller, Failed, GenerationRequest, Prefilled, Pulled, StreamItem, Tokens, WorkerInfo
 from farspan.serve.quotas import Quota
-from farspan.serve.standing import Identity, Role, load_of
+from farspan.serve.standing import Role, load_of
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")

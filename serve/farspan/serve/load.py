@@ -12,6 +12,17 @@ MOST_NAMES = 8192
 _FORGOTTEN = 10
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which worker it is."""
+
+    worker: str
+    deployment: str
+    incarnation: str
+    kind: str
+    """Class of machine: equal ones take equally long."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerLoad:
     """What one worker says of itself. Torch-free: it travels to the ingress twice a second."""

@@ -27,6 +27,16 @@ NO_QUOTA = Quota()
 
 
 @dataclass(frozen=True, slots=True)
+class Orders:
+    """What the ingress tells a worker when it asks how it stands."""
+
+    known_prefixes: int = -1
+    """Version of the names it knows already."""
+    quota: Quota | None = None
+    """The role from now on; none: as before."""
+
+
+@dataclass(frozen=True, slots=True)
 class Demand:
     """What arrives, in seconds of one worker's time for every second."""
 

@@ -17,7 +17,7 @@ from farspan.serve.faults import being_cancelled
 from farspan.serve.load import WorkerLoad
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, StreamItem, WorkerInfo
 from farspan.serve.policy import Place
-from farspan.serve.standing import Orders
+from farspan.serve.quotas import Orders
 
 logger = logging.getLogger(__name__)
 

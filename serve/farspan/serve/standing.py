@@ -3,32 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from farspan.engine.engine import Engine
-from farspan.serve.load import WorkerLoad, digest
+from farspan.serve.load import Identity, WorkerLoad, digest
 from farspan.serve.quotas import NO_QUOTA, Quota, in_force
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Which worker it is."""
-
-    worker: str
-    deployment: str
-    incarnation: str
-    kind: str
-    """Class of machine: equal ones take equally long."""
-
-
-@dataclass(frozen=True, slots=True)
-class Orders:
-    """What the ingress tells a worker when it asks how it stands."""
-
-    known_prefixes: int = -1
-    """Version of the names it knows already."""
-    quota: Quota | None = None
-    """The role from now on; none: as before."""
 
 
 class Role:

@@ -14,9 +14,9 @@ from farspan.serve.guide import Aims, Guide
 from farspan.serve.load import WorkerLoad
 from farspan.serve.messages import GenerationRequest
 from farspan.serve.policy import Route, Rules
+from farspan.serve.quotas import Orders
 from farspan.serve.router import Workers
 from farspan.serve.shape import ApiError
-from farspan.serve.standing import Orders
 
 # How often workers are asked how they stand.
 _HEAR_S = 0.5

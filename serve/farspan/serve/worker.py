@@ -20,9 +20,9 @@ from farspan.kv.transports.choose import choose_transport
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
 from farspan.serve.folder import open_model_folder
 from farspan.serve.host import EngineHost
-from farspan.serve.load import WorkerLoad
+from farspan.serve.load import Identity, WorkerLoad
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, StreamItem, WorkerInfo
-from farspan.serve.standing import Identity, Orders
+from farspan.serve.quotas import Orders
 
 
 class Worker:

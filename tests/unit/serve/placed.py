@@ -11,10 +11,10 @@ from tests.unit.serve.in_process import LocalWorkers, Served
 from farspan.config.schema import ServeConfig
 from farspan.errors import ClusterError
 from farspan.kv.ticket import KvTicket
-from farspan.serve.load import WorkerLoad
+from farspan.serve.load import Identity, WorkerLoad
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, StreamItem, Tokens
 from farspan.serve.policy import Place
-from farspan.serve.standing import Identity, Orders
+from farspan.serve.quotas import Orders
 from farspan.serve.ways import GuidedWays
 
 NAMES = ("p", "d", "e")

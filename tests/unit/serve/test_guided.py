@@ -14,8 +14,7 @@ from tests.unit.serve.tiny_folder import TEXT
 from farspan.config.schema import ObjectivesConfig, TransferConfig
 from farspan.errors import ClusterError
 from farspan.serve.messages import Failed, GenerationRequest, Tokens
-from farspan.serve.quotas import Quota
-from farspan.serve.standing import Orders
+from farspan.serve.quotas import Orders, Quota
 
 PROMPT = TEXT[200:900]
 MAX_TOKENS = 16
