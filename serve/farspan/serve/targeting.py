@@ -15,7 +15,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 _OTHERS_TRIED = 2
 
 
-class TargetedRouter(RequestRouter):  # type: ignore[misc]
+class TargetedRouter(RequestRouter):
     """The replica that a call names, then any two of the others. Calls that name none go to the shorter of two queues.
 
     No FIFO mixin: it would give the replica that was looked for on behalf of one call to the oldest call.
