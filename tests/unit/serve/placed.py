@@ -29,8 +29,8 @@ class PlacedWorkers(LocalWorkers):
     def __init__(self, folder: Path, **engine: Any) -> None:
         super().__init__(folder, **engine)
         self.gone: set[str] = set()
-        self.die_in: dict[str, int] = {}
-        """A worker is lost after so many tokens that it gave."""
+        self.die_in: int | None = None
+        """Whoever gives so many tokens is lost, once."""
         self.resumed: list[tuple[str | None, int]] = []
         """(who was asked for, tokens given before) of every stream."""
         self.quotas: dict[str, Orders] = {}
@@ -53,11 +53,11 @@ class PlacedWorkers(LocalWorkers):
         stream = self._host(name).stream(request, answered, ticket)
         try:
             async for item in stream:
-                left = self.die_in.get(name)
-                if left is not None and isinstance(item, Tokens):
-                    self.die_in[name] = left = left - len(item.tokens)
-                    if left <= 0:
+                if self.die_in is not None and isinstance(item, Tokens):
+                    self.die_in -= len(item.tokens)
+                    if self.die_in <= 0:
                         self.gone.add(name)
+                        self.die_in = None
                         yield Failed(ClusterError("the decode worker was lost: ActorDiedError"))
                         return
                 yield item

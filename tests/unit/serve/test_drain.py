@@ -7,7 +7,9 @@ import time
 
 import pytest
 from tests.unit.engine.tiny import prompts, reference, tiny_model
-from tests.unit.serve.test_host import MAX_TOKENS, Hosts, collect, idle, request
+from tests.unit.serve.test_host import Hosts, collect, idle, request
+
+MAX_TOKENS = 6
 
 
 @pytest.fixture
@@ -22,20 +24,23 @@ def test_twenty_open_leases_are_all_fetched_from_a_worker_that_is_told_to_go(hos
 
     async def run() -> None:
         prefilled = await asyncio.gather(
-            *(hosts.prefill.prefill(request(f"r{n}", prompt)) for n, prompt in enumerate(asked))
+            *(hosts.prefill.prefill(request(f"r{n}", prompt, MAX_TOKENS)) for n, prompt in enumerate(asked))
         )
         assert (await hosts.prefill.info()).open_leases == 20
         going = asyncio.ensure_future(hosts.prefill.drain(60.0))
 
         async def fetch(number: int) -> list[int]:
             ticket, first = prefilled[number].ticket, prefilled[number].token
-            tokens, _ = await collect(hosts.decode.stream(request(f"r{number}", asked[number]), (first,), ticket))
+            tokens, _ = await collect(
+                hosts.decode.stream(request(f"r{number}", asked[number], MAX_TOKENS), (first,), ticket)
+            )
             assert not going.done()
             await hosts.prefill.release(ticket.ticket_id)
             return [first, *tokens]
 
         answers = await asyncio.gather(*(fetch(number) for number in range(20)))
-        assert answers == [reference(tiny_model(), prompt, MAX_TOKENS) for prompt in asked]
+        model = tiny_model()
+        assert answers == [reference(model, prompt, MAX_TOKENS) for prompt in asked]
         await asyncio.wait_for(going, 30)
         await hosts.settled(idle)
 

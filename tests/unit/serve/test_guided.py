@@ -31,7 +31,7 @@ def endpoint(tiny_folder) -> Iterator[GuidedServed]:
 def guided(endpoint) -> GuidedServed:
     """The endpoint, nothing learned, nobody lost."""
     endpoint.workers.gone.clear()
-    endpoint.workers.die_in.clear()
+    endpoint.workers.die_in = None
     endpoint.workers.resumed.clear()
     endpoint.renew(replace(endpoint.config, transfer=TransferConfig(), objectives=ObjectivesConfig()))
     return endpoint
@@ -85,18 +85,16 @@ def test_where_roles_are_kept_apart_pages_travel_and_the_text_is_the_same(guided
 
 
 def test_an_answer_whose_worker_is_lost_goes_on_with_another_that_was_not(guided, expected):
-    _, trace = ask(guided, "before")
-    chosen = trace["decode_worker"]
-    guided.workers.die_in[chosen] = 5
+    guided.workers.die_in = 5
     text, trace = ask(guided, "lost")
     assert text == expected
     assert len(trace["recoveries"]) == 1
     (first, _), (second, given) = guided.workers.resumed[-2:]
-    assert first == chosen
-    assert second not in (None, chosen)
-    assert given == 4
+    assert first == trace["decode_worker"]
+    assert second not in (None, first)
+    assert given < 5
     # Nobody goes there any more.
-    assert ask(guided, "after")[1]["decode_worker"] != chosen
+    assert ask(guided, "after")[1]["decode_worker"] != first
 
 
 def test_several_answers_to_a_prompt_go_one_way_and_compute_it_once(guided):
@@ -116,7 +114,7 @@ def test_several_answers_to_a_prompt_go_one_way_and_compute_it_once(guided):
 def test_who_would_be_too_late_gets_429_and_is_told_when_to_come_again(guided):
     for _ in range(30):
         guided.ways.guide.times.learn_prefill("k", 100, 50, 40.0)
-    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 2, "deadline_s": 5}
+    body = {"model": "tiny", "prompt": TEXT[20_000:20_700], "max_tokens": 2, "deadline_s": 5}
     refused = guided.post("/v1/completions", body)
     assert refused.status_code == 429
     error = refused.json()["error"]
@@ -134,7 +132,7 @@ def test_an_endpoint_that_takes_on_no_longer_waits_says_so_to_everybody(guided):
     guided.renew(replace(guided.config, objectives=ObjectivesConfig(max_wait_s=3.0)))
     for _ in range(30):
         guided.ways.guide.times.learn_prefill("k", 100, 50, 40.0)
-    refused = guided.post("/v1/completions", {"model": "tiny", "prompt": PROMPT, "max_tokens": 2})
+    refused = guided.post("/v1/completions", {"model": "tiny", "prompt": TEXT[21_000:21_700], "max_tokens": 2})
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
 
 
@@ -164,7 +162,7 @@ def test_an_endpoint_without_workers_wakes_one_or_says_503(guided):
 
 
 def test_after_answers_the_guide_knows_how_long_they_take(guided):
-    for number in range(25):
+    for number in range(12):
         ask(guided, f"r{number}", TEXT[number * 137 : number * 137 + 400], ignore_eos=True)
     # Predicted from what was seen, on a machine that does other things too: before, it was wrong by any factor.
     _, trace = ask(guided, "known", TEXT[9000:9400], ignore_eos=True)
@@ -182,12 +180,12 @@ def test_two_workers_turn_round_their_roles_when_the_load_does_and_answer_the_sa
     def quotas() -> dict[str, Quota]:
         return {name: orders.quota for name, orders in guide.orders().items() if orders.quota is not None}
 
-    for number in range(8):
-        ask(guided, f"prompts{number}", TEXT[number * 700 : number * 700 + 2500], max_tokens=1)
+    for number in range(4):
+        ask(guided, f"prompts{number}", TEXT[7000 + number * 700 : 8500 + number * 700], max_tokens=1)
     mostly_prompts = guide.demand()
     assert sum(quota.prefill_tokens is None for quota in quotas().values()) >= 1
-    for number in range(8):
-        ask(guided, f"answers{number}", "x", max_tokens=200, ignore_eos=True)
+    for number in range(3):
+        ask(guided, f"answers{number}", "x", max_tokens=100, ignore_eos=True)
     assert guide.demand().share < mostly_prompts.share
     assert ask(guided, "at last")[0] == expected
 

@@ -151,4 +151,5 @@ def test_when_the_load_turns_round_roles_follow_and_no_fixed_roles_do_better(see
     found, roles = adaptive(seed)
     assert found >= best
     # In the last second of either half.
-    assert (roles[int(HALF_S) - 1], roles[int(2 * HALF_S) - 1]) == (3, 1)
+    assert roles[int(HALF_S) - 1] == 3
+    assert roles[int(2 * HALF_S) - 1] < 3
