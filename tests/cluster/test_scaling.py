@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 import time
@@ -22,7 +23,7 @@ from farspan.config.schema import EngineConfig, ObjectivesConfig, RoleConfig, Sc
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
 from farspan.serve.app import Running, run_app, update_app
 
-MAX_TOKENS = 48
+MAX_TOKENS, NUM_STREAMS = 48, 2
 PROMPTS = [TEXT[start : start + 300] for start in (100, 1100, 2100, 3100)]
 NOBODY = RoleConfig(replicas=0, min_replicas=0, max_replicas=1, cpus=0.5)
 
@@ -89,24 +90,26 @@ def stream(asked: openai.OpenAI, number: int) -> str:
 
 @dataclass
 class Load:
-    """Streams one after the other, four at a time, until told to stop; what each of them said."""
+    """Streams one after the other, until told to stop; what each of them said."""
 
     running: Running
     said: list[tuple[int, str]]
     over: threading.Event
 
-    def keep_asking(self, number: int) -> None:
+    def keep_asking(self, first: int) -> None:
         with client(self.running) as asked:
-            while not self.over.is_set():
+            for number in itertools.cycle(range(first, len(PROMPTS), NUM_STREAMS)):
+                if self.over.is_set():
+                    return
                 self.said.append((number, stream(asked, number)))
 
 
 @contextmanager
 def load(running: Running) -> Iterator[Load]:
-    """Any stream that fails, fails the test."""
+    """Any stream that fails, fails the test. Few at a time: workers that start want the processors too."""
     made = Load(running, [], threading.Event())
-    with ThreadPoolExecutor(len(PROMPTS)) as pool:
-        asking = [pool.submit(made.keep_asking, number) for number in range(len(PROMPTS))]
+    with ThreadPoolExecutor(NUM_STREAMS) as pool:
+        asking = [pool.submit(made.keep_asking, number) for number in range(NUM_STREAMS)]
         try:
             yield made
         finally:
