@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
-import threading
+import os
+import queue
+import signal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -11,7 +15,11 @@ from rich.console import Console
 from farspan.config.check import check_serve
 from farspan.config.load import dump_config, load_config
 from farspan.config.schema import ServeConfig
+from farspan.errors import FarspanError
 from farspan.storage.paths import absolute_uri
+
+if TYPE_CHECKING:
+    from farspan.serve.app import Running
 
 
 def run_serve(path: str, overrides: list[str], *, dry_run: bool) -> None:
@@ -36,8 +44,34 @@ def run_serve(path: str, overrides: list[str], *, dry_run: bool) -> None:
     )
     with local_ray(num_cpus(config) + 1), run_app(config) as running:
         console.print(f"ready: {running.url}  model {running.model}  key file {running.api_key_file}", markup=False)
-        console.print("Ctrl-C stops it", markup=False)
+        console.print(f"Ctrl-C stops it; kill -HUP {os.getpid()} reads the config again", markup=False)
         try:
-            threading.Event().wait()
+            for _ in _hangups():
+                _update(console, running, path, overrides)
         except KeyboardInterrupt:
             console.print("stopping", markup=False)
+
+
+def _hangups() -> Iterator[None]:
+    """One item for every SIGHUP."""
+    wishes: queue.SimpleQueue[None] = queue.SimpleQueue()
+    before = signal.signal(signal.SIGHUP, lambda *_: wishes.put(None))
+    try:
+        while True:
+            yield wishes.get()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def _update(console: Console, running: Running, path: str, overrides: list[str]) -> None:
+    """Serve what the config says now; what is wrong with it is told, and the old one goes on."""
+    from farspan.serve.app import update_app
+
+    try:
+        config = load_config(ServeConfig, path, overrides)
+        config.model = absolute_uri(config.model)
+        update_app(config, running)
+    except FarspanError as problem:
+        console.print(f"not updated: {problem}", markup=False)
+    else:
+        console.print(f"updated: {config.model}", markup=False)

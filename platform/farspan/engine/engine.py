@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from farspan.config.schema import EngineConfig
 from farspan.engine.adapters import Adapters
 from farspan.engine.advance import Advanced, Ends, advance, collect_prompt_logprobs, wants_prompt_logprobs
+from farspan.engine.burden import Burden, burden_of
 from farspan.engine.check import check_prompt
 from farspan.engine.draft import Ask, Drafter, DraftRoom, SuffixDrafter, allowed_draft, draft_limit, split_room
 from farspan.engine.fairness import Claim, Service, fair_order
@@ -97,8 +98,8 @@ class Engine:
         self._taken: dict[str, SequenceState] = {}
         self._num_arrived = 0
         self._stalled = False
-        prefix, offload = _prefix_cache(path, config), _offload(path, config)
-        self._holdings = Holdings(self.pool, prefix, offload, clock, path.states, config.max_batch_tokens)
+        self._prefix, offload = _prefix_cache(path, config), _offload(path, config)
+        self._holdings = Holdings(self.pool, self._prefix, offload, clock, path.states, config.max_batch_tokens)
 
     @property
     def has_work(self) -> bool:
@@ -113,6 +114,31 @@ class Engine:
     def stalled(self) -> bool:
         """The last step could do nothing: pages that are held outside must come back first."""
         return self._stalled
+
+    @property
+    def burden(self) -> Burden:
+        """What all requests that are here still need."""
+        return burden_of((*self._running, *self._waiting))
+
+    @property
+    def quotas(self) -> tuple[int | None, int | None]:
+        """(most prompt tokens, most decoding sequences) of an iteration."""
+        return self._limits.prefill_tokens, self._limits.decode_tokens
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """Most tokens of an iteration."""
+        return self._limits.max_batch_tokens
+
+    @property
+    def max_sequences(self) -> int:
+        """Most sequences side by side."""
+        return self._limits.max_sequences
+
+    @property
+    def prefixes(self) -> PrefixCache | None:
+        """Where beginnings of requests are found again."""
+        return self._prefix
 
     def add(
         self,

@@ -103,6 +103,13 @@ class PrefixCache:
         self._named: dict[bytes, _Entry] = {}
         self._following: dict[bytes, OrderedDict[_Entry, None]] = {}
         self._pins: dict[str, list[int]] = {}
+        self.version = 0
+        """Another one whenever other names are found."""
+
+    @property
+    def names(self) -> list[bytes]:
+        """Names of the full pages that are found, the oldest first; a few of them may be gone already."""
+        return list(self._named)
 
     @property
     def num_pinned(self) -> int:
@@ -111,8 +118,7 @@ class PrefixCache:
 
     def chain(self, scope: PrefixScope) -> PrefixChain:
         """The beginning of a token list of this scope."""
-        parts = [self._pool.layout.fingerprint(), scope.adapter, scope.salt, scope.positions]
-        return PrefixChain(self._pool.layout.page_tokens, hashlib.sha256(json.dumps(parts).encode()).digest())
+        return chain_of(self._pool.layout.fingerprint(), self._pool.layout.page_tokens, scope)
 
     def match(self, chain: PrefixChain, tokens: Sequence[int], most: int) -> Match:
         """The longest beginning of `tokens[:most]` that is there. Whoever uses it must retain its pages first."""
@@ -227,6 +233,7 @@ class PrefixCache:
         self._following.setdefault(before, OrderedDict())[entry] = None
         if name is not None:
             self._named[name] = entry
+            self.version += 1
 
     def _forget(self, page: int) -> None:
         entry = self._entries.pop(page, None)
@@ -241,6 +248,13 @@ class PrefixCache:
             del self._following[entry.before]
         if entry.name is not None and self._named.get(entry.name) is entry:
             del self._named[entry.name]
+            self.version += 1
+
+
+def chain_of(layout: str, page_tokens: int, scope: PrefixScope) -> PrefixChain:
+    """The beginning of a token list of this scope, in pages of the layout with this fingerprint."""
+    parts = [layout, scope.adapter, scope.salt, scope.positions]
+    return PrefixChain(page_tokens, hashlib.sha256(json.dumps(parts).encode()).digest())
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

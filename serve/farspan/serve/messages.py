@@ -16,6 +16,8 @@ class Caller:
     tenant: str = ""
     salt: str = ""
     """Requests of different salts share no pages. A keyed hash: nobody finds the API key from it."""
+    session: str = ""
+    """Requests of one session are likely to begin alike, and go to the same workers where that costs nothing."""
     priority: int = 0
     """Higher goes first."""
     deadline_at_s: float | None = None
@@ -33,6 +35,8 @@ class GenerationRequest:
     prompt: tuple[int, ...]
     params: SamplingParams
     caller: Caller = ANYBODY
+    weights: str = ""
+    """Fingerprint of the only model that may answer it; empty: any. A checkpoint may be replaced meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ class Metrics:
     """Numbers of one ingress, in a registry of its own."""
 
     def __init__(self) -> None:
+        self.num_open = 0
         self._registry = registry = CollectorRegistry()
         self._requests = Counter("farspan_requests", "Requests that ended, by how.", ["outcome"], registry=registry)
         self._running = Gauge("farspan_requests_running", "Requests being answered.", registry=registry)
@@ -46,6 +47,7 @@ class Metrics:
     def request(self, trace: RequestTrace, counted: Counted) -> Iterator[None]:
         """Count one request, however it ends."""
         self._running.inc()
+        self.num_open += 1
         outcome = "abandoned"
         try:
             yield
@@ -55,6 +57,7 @@ class Metrics:
             raise
         finally:
             self._running.dec()
+            self.num_open -= 1
             self._requests.labels(outcome).inc()
             self._measure(trace, counted)
 
