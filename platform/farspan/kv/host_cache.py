@@ -38,6 +38,11 @@ class BlockCache(Protocol):
     Each method raises TierError when the cache is lost.
     """
 
+    @property
+    def num_corrupt(self) -> int:
+        """Blocks this process read that were not what was stored."""
+        ...
+
     def find(self, names: Sequence[bytes]) -> list[bool]:
         """Which blocks are here now."""
         ...
@@ -116,8 +121,13 @@ class HostCache:
 
     def __init__(self, arbiter: Arbiter, tier: SharedTier) -> None:
         self._arbiter, self._tier = arbiter, tier
+        self._num_corrupt = 0
         # Over a whole batch: an arbiter that is lost takes the slots back, and nobody may be copying then.
         self._lock = threading.Lock()
+
+    @property
+    def num_corrupt(self) -> int:
+        return self._num_corrupt
 
     @classmethod
     def alone(cls, capacity_bytes: int, block_bytes: int) -> HostCache:
@@ -151,6 +161,7 @@ class HostCache:
         copies = [_on_host(target) for target in wanted]
         self._copy(loans, copies, back=True)
         sound = [digest(copy) == loan.digest for copy, loan in zip(copies, loans, strict=True)]
+        self._num_corrupt += sound.count(False)
         self._arbiter.drop([loan for loan, right in zip(loans, sound, strict=True) if not right])
         ours = self._arbiter.settle(loans)
         for target, copy in zip(wanted, copies, strict=True):

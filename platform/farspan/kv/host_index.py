@@ -59,6 +59,20 @@ class HostCounts:
     """Begun and never finished: the page was used again, or the writer died."""
 
 
+@dataclass(frozen=True, slots=True)
+class HostUse:
+    """What one worker moved to and from host memory since it started, in pages."""
+
+    kept: int
+    fetched: int
+    corrupt: int
+    """Their bytes were not the ones that were stored."""
+    passed_over: int
+    """Not kept, because copying did not keep up."""
+    lost: bool
+    """The cache cannot be reached any more."""
+
+
 @dataclass(slots=True)
 class _Slot:
     generation: int = 0

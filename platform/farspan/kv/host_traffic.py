@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from farspan.errors import FarspanError
 from farspan.kv.host_cache import BATCH_BLOCKS, BlockCache, Source
-from farspan.kv.host_index import HostCounts
+from farspan.kv.host_index import HostCounts, HostUse
 from farspan.kv.layout import GONE
 from farspan.kv.pages import PagePool
 from farspan.kv.prefix import PrefixCache, PrefixChain
@@ -84,8 +84,7 @@ class HostTraffic:
         self._sent = threading.Condition()
         self._news = threading.Event()
         self._lost = ""
-        self.num_passed_over = 0
-        """Pages that were not kept, because copying did not keep up."""
+        self._kept = self._fetched = self._passed_over = 0
 
     @property
     def num_seeking(self) -> int:
@@ -98,9 +97,8 @@ class HostTraffic:
         return sum(len(fetch.pages) for fetch in self._fetches)
 
     @property
-    def lost(self) -> str:
-        """Why nothing is kept or fetched any more; empty while the cache is there."""
-        return self._lost
+    def use(self) -> HostUse:
+        return HostUse(self._kept, self._fetched, self._cache.num_corrupt, self._passed_over, bool(self._lost))
 
     def keep(self, chain: PrefixChain, places: range, table: Sequence[int]) -> None:
         """Copy the full pages of these places of a sequence out, as far as nobody did before."""
@@ -116,7 +114,7 @@ class HostTraffic:
         ]
         with self._sent:
             if len(self._waiting) >= _MOST_WAITING:
-                self.num_passed_over += len(parts)
+                self._passed_over += len(parts)
                 return
             self._waiting.extend(parts)
             self._send()
@@ -216,6 +214,7 @@ class HostTraffic:
         # Nothing arrived from a cache that is lost.
         for (place, group), page, arrived in zip(fetch.wanted, fetch.pages, fetch.arrived, strict=False):
             if arrived:
+                self._fetched += 1
                 come.setdefault(place, {})[group] = page
         for place, pages in come.items():
             self._prefix.restore(fetch.chain, fetch.tokens, place, pages)
@@ -242,7 +241,7 @@ class HostTraffic:
             self._sent.notify_all()
 
     def _store(self, batch: list[_Page]) -> list[bool]:
-        self._cache.store([self._source(page) for page in batch])
+        self._kept += self._cache.store([self._source(page) for page in batch])
         return []
 
     def _source(self, kept: _Page) -> Source:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import weakref
 from pathlib import Path
 
 import torch
@@ -43,6 +44,8 @@ class SharedTier(InPlaceTier):
             os.close(file)
             raise TierError(self.label, f"{self.capacity_bytes} bytes could not be mapped: {problem}") from None
         self._memory_SB: Tensor = torch.frombuffer(mapped, dtype=torch.uint8).view(num_slots, slot_bytes)
+        # An open descriptor keeps the memory too.
+        self._close_file = weakref.finalize(self, os.close, file)
 
     @classmethod
     def create(cls, capacity_bytes: int, slot_bytes: int, name: str = "shared") -> SharedTier:
@@ -81,7 +84,7 @@ class SharedTier(InPlaceTier):
 
     def _shut(self) -> None:
         self._memory_SB = torch.empty(0, dtype=torch.uint8)
-        os.close(self.file)
+        self._close_file()
 
 
 def available_bytes() -> int:
