@@ -86,7 +86,7 @@ def test_a_worker_killed_in_the_middle_of_a_store_leaves_no_block_and_no_slot_be
 def test_workers_go_on_without_an_agent_that_is_gone_or_frozen_and_say_so_once(how, page_bytes, wanted, caplog):
     prompt, tokens, logprobs = wanted
     with started(agent, MIB, page_bytes) as (keeper, pipe):
-        engine = host_engine(told(pipe), timeout_s=0.3, kv_bytes=20 * page_bytes)
+        engine = host_engine([told(pipe)], timeout_s=0.3, kv_bytes=20 * page_bytes)
         assert ask(engine, prompt)[::2] == (tokens, 0)
         ask(engine, [3] * 70)
         assert ask(engine, prompt)[2] == 60, "from host memory: the pool holds one prompt"
@@ -99,6 +99,28 @@ def test_workers_go_on_without_an_agent_that_is_gone_or_frozen_and_say_so_once(h
     said = [record.message for record in caplog.records if "no longer kept in host memory" in record.message]
     assert len(said) == 1
     assert "the agent is lost" in said[0]
+
+
+def test_a_worker_whose_agent_was_lost_joins_the_one_in_its_place(page_bytes, wanted):
+    prompt, tokens, _ = wanted
+    addresses: list[str] = []
+    with started(agent, MIB, page_bytes) as (keeper, pipe):
+        addresses.append(told(pipe))
+        engine = host_engine(addresses, kv_bytes=20 * page_bytes)
+        ask(engine, prompt)
+        os.kill(keeper.pid, signal.SIGKILL)
+        assert ask(engine, [3] * 70)[2] == 0
+        assert engine.host.use.lost
+    engine.host._rejoin_s = 0.0
+    with started(agent, MIB, page_bytes) as (_, pipe):
+        addresses.append(told(pipe))
+        deadline = time.monotonic() + 60
+        while engine.host.use.lost:
+            assert time.monotonic() < deadline, "it does not join"
+            ask(engine, [5] * 70)
+        assert ask(engine, prompt)[::2] == (tokens, 0)
+        ask(engine, [3] * 70)
+        assert ask(engine, prompt)[::2] == (tokens, 60)
 
 
 def test_nobody_joins_an_agent_with_slots_of_another_size_or_one_that_is_not_there():

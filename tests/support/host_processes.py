@@ -51,12 +51,12 @@ def agent(pipe: Connection, capacity_bytes: int, slot_bytes: int) -> None:
     made.run(linger_s=WAIT_S)
 
 
-def host_engine(address: str, timeout_s: float = 30.0, **settings: object) -> Engine:
-    """An engine on a tiny model whose pages go on in the memory of the agent at `address`."""
-    torch.set_num_threads(1)
-    config = engine_config(host_cache_bytes=1, **settings)
+def host_engine(addresses: list[str], timeout_s: float = 30.0, **settings: object) -> Engine:
+    """An engine on a tiny model whose pages go on in the memory of the agent at the last of `addresses`."""
     return Engine(
-        tiny_model(), config, host_cache=lambda layout: join_host_cache(address, layout.page_bytes, timeout_s)
+        tiny_model(),
+        engine_config(host_cache_bytes=1, **settings),
+        host_cache=lambda layout: join_host_cache(addresses[-1], layout.page_bytes, timeout_s),
     )
 
 
@@ -74,7 +74,8 @@ def ask(engine: Engine, prompt: list[int], num_tokens: int = 8) -> tuple[list[in
 
 def worker(pipe: Connection, address: str, prompt: list[int]) -> None:
     """Answers one prompt, says what it answered, and then does nothing until it is killed."""
-    pipe.send(ask(host_engine(address), prompt))
+    torch.set_num_threads(1)
+    pipe.send(ask(host_engine([address]), prompt))
     pipe.recv()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,14 +63,13 @@ class Engine:
         tokenizer: Any = None,
         drafter: Drafter | None = None,
         clock: Callable[[], float] = time.monotonic,
-        host_cache: Callable[[KvLayout], BlockCache | None] | None = None,
+        host_cache: Callable[[KvLayout], BlockCache] | None = None,
     ) -> None:
         """Takes the model over (its attention is switched). Deadlines are times of `clock`.
 
-        `host_cache` opens what keeps pages beyond the pool; none: memory of this process, engine.host_cache_bytes.
-
         `tokenizer`, a fast one of transformers, is needed for stop strings and grammars only. `drafter` guesses
-        tokens; none: from the sequence's own text when engine.draft_tokens is not 0.
+        tokens; none: from the sequence's own text when engine.draft_tokens is not 0. `host_cache` opens what keeps
+        pages beyond the pool where engine.host_cache_bytes is not 0; none: memory of this process.
 
         Raises ModelError when the model cannot be run exactly, EngineError when no page fits into kv_bytes,
         ConfigError when pages that are moved out would not be all that a sequence of this model needs, TierError when
@@ -490,7 +490,7 @@ def _host_traffic(
     path: Path,
     config: EngineConfig,
     prefix: PrefixCache | None,
-    host_cache: Callable[[KvLayout], BlockCache | None] | None,
+    host_cache: Callable[[KvLayout], BlockCache] | None,
     clock: Callable[[], float],
 ) -> HostTraffic | None:
     if not config.host_cache_bytes:
@@ -503,8 +503,10 @@ def _host_traffic(
             "leave it out, or set engine.prefix_cache=true for a model without a state per sequence",
         )
     layout = path.pool.layout
-    cache = HostCache.alone(config.host_cache_bytes, layout.page_bytes) if host_cache is None else host_cache(layout)
-    return None if cache is None else HostTraffic(path.pool, prefix, cache, clock)
+    if host_cache is not None:
+        return HostTraffic(path.pool, prefix, partial(host_cache, layout), clock)
+    own = HostCache.alone(config.host_cache_bytes, layout.page_bytes)
+    return HostTraffic(path.pool, prefix, lambda: own, clock)
 
 
 def _offload(path: Path, config: EngineConfig) -> PageOffload | None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from farspan.errors import FarspanError
+from farspan.errors import TierError
 from farspan.kv.host_cache import BATCH_BLOCKS, BlockCache, Source
 from farspan.kv.host_index import HostCounts, HostUse
 from farspan.kv.layout import GONE
@@ -25,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 # A sequence that waited so long for its blocks goes on without them.
 PATIENCE_S = 1.0
+# What a look into the index takes is worth waiting for: otherwise a whole iteration would go by.
+_LOOK_S = 0.002
+# How often a cache that was lost is looked for.
+_REJOIN_S = 30.0
 # A job ends by itself, because every call of a cache does.
 _JOB_S = 60.0
 # Pages that wait to be copied out; when computing is faster than copying, the newest are not kept.
@@ -64,7 +69,8 @@ class _Search:
     chain: PrefixChain
     tokens: Sequence[int]
     most: int
-    since_s: float
+    since_s: float | None = None
+    """When it was first kept from going on."""
     present: list[list[bool]] = field(default_factory=list)
     """For each place, in which groups its block is outside."""
     known: bool = False
@@ -74,8 +80,12 @@ class _Search:
 class HostTraffic:
     """Between one pool with its prefix cache and one block cache."""
 
-    def __init__(self, pool: PagePool, prefix: PrefixCache, cache: BlockCache, clock: Callable[[], float]) -> None:
-        self._pool, self._prefix, self._cache, self._clock = pool, prefix, cache, clock
+    def __init__(
+        self, pool: PagePool, prefix: PrefixCache, open_cache: Callable[[], BlockCache], clock: Callable[[], float]
+    ) -> None:
+        """`open_cache` is called again when the cache is lost; where it raises TierError there is none for now."""
+        self._pool, self._prefix, self._open, self._clock = pool, prefix, open_cache, clock
+        self._cache: BlockCache | None = None
         self._lane = ThreadLane("host-cache", 1)
         self._searches: dict[str, _Search] = {}
         self._fetches: list[_Fetch] = []
@@ -83,13 +93,21 @@ class HostTraffic:
         self._sending = False
         self._sent = threading.Condition()
         self._news = threading.Event()
-        self._lost = ""
-        self._kept = self._fetched = self._passed_over = 0
+        self._lost, self._rejoin_s, self._lost_at_s = "", _REJOIN_S, 0.0
+        self._kept = self._fetched = self._passed_over = self._corrupt = 0
+        try:
+            self._cache = open_cache()
+        except TierError as problem:
+            self._lose(problem)
 
     @property
     def num_seeking(self) -> int:
         """Sequences that wait and may find more than the pool has."""
         return len(self._searches)
+
+    @property
+    def _is_looking(self) -> bool:
+        return not all(search.known for search in self._searches.values())
 
     @property
     def num_fetching(self) -> int:
@@ -98,14 +116,16 @@ class HostTraffic:
 
     @property
     def use(self) -> HostUse:
-        return HostUse(self._kept, self._fetched, self._cache.num_corrupt, self._passed_over, bool(self._lost))
+        cache = self._cache
+        corrupt = self._corrupt + (0 if cache is None else cache.num_corrupt)
+        return HostUse(self._kept, self._fetched, corrupt, self._passed_over, bool(self._lost))
 
     def keep(self, chain: PrefixChain, places: range, table: Sequence[int]) -> None:
         """Copy the full pages of these places of a sequence out, as far as nobody did before."""
         size = self._pool.layout.num_groups
         pages = table[places.start * size : places.stop * size]
         held = [(number, page) for number, page in enumerate(pages) if page != GONE]
-        if not held or self._lost:
+        if not held or not self._is_there():
             return
         epochs = self._pool.epochs_P[[page for _, page in held]].tolist()
         parts = [
@@ -124,14 +144,14 @@ class HostTraffic:
         # The last token is always computed.
         most = len(tokens) - 1
         num_places = most // chain.page_tokens
-        if self._lost or not num_places or chain.name(num_places - 1, tokens) is None:
+        if not num_places or not self._is_there() or chain.name(num_places - 1, tokens) is None:
             return
-        search = self._searches[request_id] = _Search(chain, tokens, most, self._clock())
+        search = self._searches[request_id] = _Search(chain, tokens, most)
         groups = range(self._pool.layout.num_groups)
         names = [chain.block(place, group).name for place in range(num_places) for group in groups]
 
         def job() -> None:
-            size, found = len(groups), self._guarded(lambda: self._cache.find(names))
+            size, found = len(groups), self._guarded(lambda cache: cache.find(names))
             search.present = [found[start : start + size] for start in range(0, len(found), size)]
             search.known = True
             self._news.set()
@@ -150,27 +170,37 @@ class HostTraffic:
         search = self._searches.get(request_id)
         if search is None:
             return False
-        if self._lost or self._clock() - search.since_s > PATIENCE_S:
+        now_s = self._clock()
+        if self._lost or (search.since_s is not None and now_s - search.since_s > PATIENCE_S):
             self.forget(request_id)
             return False
-        if not search.known or search.fetch is not None:
-            return True
+        coming = not search.known or search.fetch is not None or self._begin(request_id, search)
+        if coming and search.since_s is None:
+            search.since_s = now_s
+        return coming
+
+    def _begin(self, request_id: str, search: _Search) -> bool:
+        """Fetch what is outside, if there is anything and room for it; false: it cannot be waited for."""
         missing, there = self._prefix.missing(search.chain, search.tokens, search.most, search.present)
         if not missing:
             self.forget(request_id)
             return False
         names = [search.chain.block(place, group).name for place, group in missing]
         if any(not fetch.names.isdisjoint(names) for fetch in self._fetches):
-            # Somebody else's, and mine too.
+            # On their way for somebody else: they are found when they are there.
             return True
         idle = sum(self._pool.holders(page) == 0 for page in there)
         if len(missing) + idle > self._pool.num_free:
             return False
-        search.fetch = self._begin(search, missing, names, there)
+        search.fetch = self._fetch(search, missing, names, there)
         return True
 
     def land(self) -> None:
         """Let others find the pages that came back; those that did not are free again."""
+        until_s = time.monotonic() + _LOOK_S
+        while self._is_looking and (left_s := until_s - time.monotonic()) > 0:
+            self._news.wait(left_s)
+            self._news.clear()
         self._news.clear()
         landed = [fetch for fetch in self._fetches if fetch.over]
         self._fetches = [fetch for fetch in self._fetches if fetch not in landed]
@@ -187,13 +217,13 @@ class HostTraffic:
             return self._sent.wait_for(lambda: not self._sending, timeout_s)
 
     def counts(self) -> HostCounts | None:
-        """None: the cache is lost."""
+        """What the whole cache holds; none: it is lost. Waits for the answer: not for the engine's thread."""
         try:
-            return None if self._lost else self._cache.counts()
-        except FarspanError:
+            return self._cache.counts() if self._cache is not None and not self._lost else None
+        except TierError:
             return None
 
-    def _begin(self, search: _Search, missing: list[tuple[int, int]], names: list[bytes], there: list[int]) -> _Fetch:
+    def _fetch(self, search: _Search, missing: list[tuple[int, int]], names: list[bytes], there: list[int]) -> _Fetch:
         self._pool.retain(there)
         pages = self._pool.alloc(len(missing))
         assert pages is not None, "there was room for them"
@@ -201,7 +231,7 @@ class HostTraffic:
         targets = [self._pool.storage_PB[page] for page in pages]
 
         def job() -> None:
-            fetch.arrived = self._guarded(lambda: self._cache.fetch(names, targets))
+            fetch.arrived = self._guarded(lambda cache: cache.fetch(names, targets))
             fetch.over = True
             self._news.set()
 
@@ -231,7 +261,7 @@ class HostTraffic:
     def _drain(self) -> None:
         with self._sent:
             batch = [self._waiting.popleft() for _ in range(min(BATCH_BLOCKS, len(self._waiting)))]
-        self._guarded(lambda: self._store(batch))
+        self._guarded(lambda cache: self._store(cache, batch))
         with self._sent:
             self._sending = False
             if self._lost:
@@ -240,8 +270,8 @@ class HostTraffic:
                 self._send()
             self._sent.notify_all()
 
-    def _store(self, batch: list[_Page]) -> list[bool]:
-        self._kept += self._cache.store([self._source(page) for page in batch])
+    def _store(self, cache: BlockCache, batch: list[_Page]) -> list[bool]:
+        self._kept += cache.store([self._source(page) for page in batch])
         return []
 
     def _source(self, kept: _Page) -> Source:
@@ -249,17 +279,40 @@ class HostTraffic:
         block = kept.chain.block(kept.place, kept.group)
         return Source(block, self._pool.storage_PB[page], lambda: int(epochs_P[page]) == kept.epoch)
 
-    def _guarded(self, call: Callable[[], list[bool]]) -> list[bool]:
-        """What a call of the cache gives; nothing, now and later, when the cache is lost."""
-        if self._lost:
+    def _guarded(self, call: Callable[[BlockCache], list[bool]]) -> list[bool]:
+        """What a call of the cache gives; nothing when the cache is lost."""
+        if self._lost or self._cache is None:
             return []
         try:
-            return call()
+            return call(self._cache)
         # Whatever happens out there, the engine goes on computing.
         except Exception as problem:
-            self._lost = str(problem)
-            logger.warning("KV is no longer kept in host memory: %s", problem)
+            self._lose(problem)
             return []
+
+    def _lose(self, problem: Exception) -> None:
+        self._lost, self._lost_at_s = str(problem) or type(problem).__name__, time.monotonic()
+        logger.warning("KV is no longer kept in host memory: %s", problem)
+
+    def _is_there(self) -> bool:
+        """Whether there is a cache now; one that was lost is looked for from time to time."""
+        if self._lost and time.monotonic() - self._lost_at_s > self._rejoin_s:
+            self._lost_at_s = time.monotonic()
+            self._submit(self._rejoin, "joining the host cache")
+        return not self._lost
+
+    def _rejoin(self) -> None:
+        try:
+            cache = self._open()
+        # Said once, when it was lost.
+        except Exception as problem:
+            logger.debug("the host cache is still lost: %s", problem)
+            return
+        if self._cache is not None and self._cache is not cache:
+            self._corrupt += self._cache.num_corrupt
+            self._cache.close()
+        self._cache, self._lost = cache, ""
+        logger.warning("KV is kept in host memory again")
 
     def _submit(self, job: Callable[[], None], what: str) -> None:
         self._lane.submit(job, what, _JOB_S)

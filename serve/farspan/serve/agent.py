@@ -6,21 +6,18 @@ worker was connected for a while.
 
 from __future__ import annotations
 
-import logging
 import threading
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from farspan.errors import TierError
+from farspan.errors import ConfigError, TierError
 from farspan.kv.host_agent import HostAgent
 from farspan.kv.host_cache import BlockCache
 from farspan.kv.host_client import join_host_cache
 from farspan.kv.layout import KvLayout
-
-logger = logging.getLogger(__name__)
 
 NAMESPACE = "farspan"
 _NAME = "farspan-host-"
@@ -47,22 +44,25 @@ class NodeAgent:
         ray.kill(self._me)
 
 
-def open_host_cache(capacity_bytes: int, layout: KvLayout) -> BlockCache | None:
-    """The cache of this machine's agent, which is started where there is none; none when it cannot be reached.
+def open_host_cache(capacity_bytes: int, layout: KvLayout) -> BlockCache:
+    """The cache of this machine's agent, which is started where there is none.
 
-    Raises TierError when the machine has less memory.
+    Raises:
+        ConfigError: the machine has less memory.
+        TierError: the agent cannot be reached now.
     """
     try:
         address = ray.get(_agent(capacity_bytes, layout.page_bytes).address.remote(), timeout=_START_S)
-        return join_host_cache(address, layout.page_bytes)
-    except RayTaskError as problem:
-        raise problem.as_instanceof_cause() from None
-    except RayActorError as problem:
-        # Its constructor refused.
-        raise TierError("host cache", str(problem).strip().splitlines()[-1]) from None
-    except (RayError, GetTimeoutError, TierError) as problem:
-        logger.warning("KV is not kept in host memory: %s", problem)
-        return None
+    except ActorDiedError as problem:
+        if "TierError" not in str(problem):
+            raise TierError("host cache", f"the agent is lost: {type(problem).__name__}") from None
+        reason = str(problem).strip().splitlines()[-1].rpartition("TierError: ")[2]
+        raise ConfigError(
+            "engine.host_cache_bytes", f"must fit into the machine ({reason})", capacity_bytes, "use less"
+        ) from None
+    except (RayError, ValueError) as problem:
+        raise TierError("host cache", f"the agent cannot be reached: {type(problem).__name__}") from None
+    return join_host_cache(address, layout.page_bytes)
 
 
 def end_agents() -> None:
