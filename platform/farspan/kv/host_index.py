@@ -113,7 +113,8 @@ class HostIndex:
     def lend(self, reader: int, names: Sequence[bytes]) -> list[Loan | None]:
         """The slots of these blocks, kept as they are until `settle`; none for a block that is not here."""
         found = self.find(names)
-        return [self._lend(reader, name) if here else self._miss() for name, here in zip(names, found, strict=True)]
+        self._happened["missed"] += found.count(False)
+        return [self._lend(reader, name) if here else None for name, here in zip(names, found, strict=True)]
 
     def settle(self, reader: int, grants: Sequence[Grant]) -> list[bool]:
         """Reading is over. False: the slot was not kept for this reader; what it read there is worth nothing."""
@@ -181,9 +182,6 @@ class HostIndex:
         self._reading[reader][number] += 1
         self._happened["lent"] += 1
         return Loan(number, slot.generation, slot.digest)
-
-    def _miss(self) -> None:
-        self._happened["missed"] += 1
 
     def _settle(self, reader: int, grant: Grant) -> bool:
         slot = self._slot_of(grant)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import sys
 import weakref
 from pathlib import Path
 
@@ -54,14 +55,14 @@ class SharedTier(InPlaceTier):
         Raises:
             TierError: not one slot fits, or the host has less.
         """
+        if sys.platform != "linux":
+            raise TierError(name, "needs files without a name, which only Linux has")
         num_slots = capacity_bytes // slot_bytes
         if num_slots < 1:
             raise TierError(name, f"{capacity_bytes} bytes hold not one slot of {slot_bytes} bytes; give it more")
         nbytes, free = num_slots * slot_bytes, available_bytes()
         if nbytes > free - _SPARE_BYTES:
             raise TierError(name, f"{nbytes} bytes asked for, the host has {free} left; ask for less")
-        if not hasattr(os, "memfd_create"):
-            raise TierError(name, "needs Linux: files without a name")
         file = os.memfd_create(f"farspan-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.posix_fallocate(file, 0, nbytes)
