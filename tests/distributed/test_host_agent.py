@@ -111,7 +111,7 @@ def test_a_worker_whose_agent_was_lost_joins_the_one_in_its_place(page_bytes, wa
         os.kill(keeper.pid, signal.SIGKILL)
         assert ask(engine, [3] * 70)[2] == 0
         assert engine.host.use.lost
-    engine.host._rejoin_s = 0.0
+    engine.host._link.rejoin_s = 0.0
     with started(agent, MIB, page_bytes) as (_, pipe):
         addresses.append(told(pipe))
         deadline = time.monotonic() + 60

@@ -92,10 +92,9 @@ class Holdings:
         room -= sum(layout.num_pages(len(s.tokens)) - len(s.pages) + layout.num_groups for s in running)
         for sequence in waiting:
             room -= self.most_pages(len(sequence.tokens), sequence.prefill_only) - self._num_own(sequence)
-            if room >= 0 and self._host.holds_back(sequence.request_id):
-                held.add(sequence.request_id)
-            # There is no room for it beside those that came first: it must not take theirs.
-            elif room < 0 and held and not sequence.pages:
+            # Without room for it beside those that came first, it must not take theirs.
+            beside = bool(held) and not sequence.pages
+            if self._host.holds_back(sequence.request_id) if room >= 0 else beside:
                 held.add(sequence.request_id)
         return held
 

@@ -122,9 +122,9 @@ class HostIndex:
 
     def reserve(self, writer: int, blocks: Sequence[Block]) -> list[Grant | None]:
         """A slot to write each block into; none where it is here already (it counts as used), or there is no room."""
-        granted = [self._reserve(writer, block) for block in blocks]
+        # First: what is here must not make room for what comes after it.
         self.find([block.name for block in blocks])
-        return granted
+        return [self._reserve(writer, block) for block in blocks]
 
     def publish(self, writer: int, loans: Sequence[Loan]) -> list[bool]:
         """The blocks are written, and have these digests: from now on they are found. False: not this writer's."""
@@ -147,11 +147,11 @@ class HostIndex:
 
     def leave(self, client: int) -> None:
         """Take back everything a client had."""
-        for number in list(self._writing.pop(client, ())):
+        for number in list(self._writing[client]):
             self._abandon(client, Grant(number, self._slots[number].generation))
-        for number in list(self._reading.get(client, Counter()).elements()):
+        for number in list(self._reading[client].elements()):
             self._settle(client, Grant(number, self._slots[number].generation))
-        self._reading.pop(client, None)
+        del self._writing[client], self._reading[client]
 
     def check_integrity(self) -> None:
         """Raises EngineError unless every slot is in exactly one state and belongs to those who have it."""

@@ -6,7 +6,6 @@ whether it was given away meanwhile. A page that comes back is an idle page, fou
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
@@ -14,22 +13,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from farspan.errors import TierError
 from farspan.kv.host_cache import BATCH_BLOCKS, BlockCache, Source
 from farspan.kv.host_index import HostCounts, HostUse
+from farspan.kv.host_link import HostLink
 from farspan.kv.layout import GONE
 from farspan.kv.pages import PagePool
 from farspan.kv.prefix import PrefixCache, PrefixChain
 from farspan.memory.transfer import ThreadLane
 
-logger = logging.getLogger(__name__)
-
 # A sequence that waited so long for its blocks goes on without them.
 PATIENCE_S = 1.0
 # What a look into the index takes is worth waiting for: otherwise a whole iteration would go by.
 _LOOK_S = 0.002
-# How often a cache that was lost is looked for.
-_REJOIN_S = 30.0
 # A job ends by itself, because every call of a cache does.
 _JOB_S = 60.0
 # Pages that wait to be copied out; when computing is faster than copying, the newest are not kept.
@@ -84,8 +79,8 @@ class HostTraffic:
         self, pool: PagePool, prefix: PrefixCache, open_cache: Callable[[], BlockCache], clock: Callable[[], float]
     ) -> None:
         """`open_cache` is called again when the cache is lost; where it raises TierError there is none for now."""
-        self._pool, self._prefix, self._open, self._clock = pool, prefix, open_cache, clock
-        self._cache: BlockCache | None = None
+        self._pool, self._prefix, self._clock = pool, prefix, clock
+        self._link = HostLink(open_cache)
         self._lane = ThreadLane("host-cache", 1)
         self._searches: dict[str, _Search] = {}
         self._fetches: list[_Fetch] = []
@@ -93,12 +88,7 @@ class HostTraffic:
         self._sending = False
         self._sent = threading.Condition()
         self._news = threading.Event()
-        self._lost, self._rejoin_s, self._lost_at_s = "", _REJOIN_S, 0.0
-        self._kept = self._fetched = self._passed_over = self._corrupt = 0
-        try:
-            self._cache = open_cache()
-        except TierError as problem:
-            self._lose(problem)
+        self._kept = self._fetched = self._passed_over = 0
 
     @property
     def num_seeking(self) -> int:
@@ -116,9 +106,8 @@ class HostTraffic:
 
     @property
     def use(self) -> HostUse:
-        cache = self._cache
-        corrupt = self._corrupt + (0 if cache is None else cache.num_corrupt)
-        return HostUse(self._kept, self._fetched, corrupt, self._passed_over, bool(self._lost))
+        link = self._link
+        return HostUse(self._kept, self._fetched, link.num_corrupt, self._passed_over, bool(link.lost))
 
     def keep(self, chain: PrefixChain, places: range, table: Sequence[int]) -> None:
         """Copy the full pages of these places of a sequence out, as far as nobody did before."""
@@ -151,7 +140,7 @@ class HostTraffic:
         names = [chain.block(place, group).name for place in range(num_places) for group in groups]
 
         def job() -> None:
-            size, found = len(groups), self._guarded(lambda cache: cache.find(names))
+            size, found = len(groups), self._link.call(lambda cache: cache.find(names))
             search.present = [found[start : start + size] for start in range(0, len(found), size)]
             search.known = True
             self._news.set()
@@ -171,7 +160,7 @@ class HostTraffic:
         if search is None:
             return False
         now_s = self._clock()
-        if self._lost or (search.since_s is not None and now_s - search.since_s > PATIENCE_S):
+        if self._link.lost or (search.since_s is not None and now_s - search.since_s > PATIENCE_S):
             self.forget(request_id)
             return False
         coming = not search.known or search.fetch is not None or self._begin(request_id, search)
@@ -218,10 +207,7 @@ class HostTraffic:
 
     def counts(self) -> HostCounts | None:
         """What the whole cache holds; none: it is lost. Waits for the answer: not for the engine's thread."""
-        try:
-            return self._cache.counts() if self._cache is not None and not self._lost else None
-        except TierError:
-            return None
+        return self._link.counts()
 
     def _fetch(self, search: _Search, missing: list[tuple[int, int]], names: list[bytes], there: list[int]) -> _Fetch:
         self._pool.retain(there)
@@ -231,7 +217,7 @@ class HostTraffic:
         targets = [self._pool.storage_PB[page] for page in pages]
 
         def job() -> None:
-            fetch.arrived = self._guarded(lambda cache: cache.fetch(names, targets))
+            fetch.arrived = self._link.call(lambda cache: cache.fetch(names, targets))
             fetch.over = True
             self._news.set()
 
@@ -261,10 +247,10 @@ class HostTraffic:
     def _drain(self) -> None:
         with self._sent:
             batch = [self._waiting.popleft() for _ in range(min(BATCH_BLOCKS, len(self._waiting)))]
-        self._guarded(lambda cache: self._store(cache, batch))
+        self._link.call(lambda cache: self._store(cache, batch))
         with self._sent:
             self._sending = False
-            if self._lost:
+            if self._link.lost:
                 self._waiting.clear()
             if self._waiting:
                 self._send()
@@ -279,40 +265,11 @@ class HostTraffic:
         block = kept.chain.block(kept.place, kept.group)
         return Source(block, self._pool.storage_PB[page], lambda: int(epochs_P[page]) == kept.epoch)
 
-    def _guarded(self, call: Callable[[BlockCache], list[bool]]) -> list[bool]:
-        """What a call of the cache gives; nothing when the cache is lost."""
-        if self._lost or self._cache is None:
-            return []
-        try:
-            return call(self._cache)
-        # Whatever happens out there, the engine goes on computing.
-        except Exception as problem:
-            self._lose(problem)
-            return []
-
-    def _lose(self, problem: Exception) -> None:
-        self._lost, self._lost_at_s = str(problem) or type(problem).__name__, time.monotonic()
-        logger.warning("KV is no longer kept in host memory: %s", problem)
-
     def _is_there(self) -> bool:
         """Whether there is a cache now; one that was lost is looked for from time to time."""
-        if self._lost and time.monotonic() - self._lost_at_s > self._rejoin_s:
-            self._lost_at_s = time.monotonic()
-            self._submit(self._rejoin, "joining the host cache")
-        return not self._lost
-
-    def _rejoin(self) -> None:
-        try:
-            cache = self._open()
-        # Said once, when it was lost.
-        except Exception as problem:
-            logger.debug("the host cache is still lost: %s", problem)
-            return
-        if self._cache is not None and self._cache is not cache:
-            self._corrupt += self._cache.num_corrupt
-            self._cache.close()
-        self._cache, self._lost = cache, ""
-        logger.warning("KV is kept in host memory again")
+        if self._link.is_due(time.monotonic()):
+            self._submit(self._link.join, "joining the host cache")
+        return not self._link.lost
 
     def _submit(self, job: Callable[[], None], what: str) -> None:
         self._lane.submit(job, what, _JOB_S)

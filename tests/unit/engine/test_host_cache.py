@@ -49,7 +49,7 @@ def flood(engine: Engine, seed: int = 99) -> None:
 
 def flip_a_bit(engine: Engine, chance: random.Random) -> None:
     """In every block of the host's memory."""
-    memory_SB = engine.host._cache._tier._memory_SB
+    memory_SB = engine.host._link._cache._tier._memory_SB
     for slot in range(len(memory_SB)):
         memory_SB[slot, chance.randrange(memory_SB.shape[1])] ^= 1 << chance.randrange(8)
 
@@ -109,7 +109,7 @@ def test_one_flipped_bit_costs_only_what_comes_after_it():
     prompt = list(range(50))
     ask(engine, prompt)
     flood(engine)
-    cache = engine.host._cache
+    cache = engine.host._link._cache
     chain = engine.host._prefix.chain(PrefixScope())
     chain.name(11, prompt)
     (loan,) = cache._arbiter.lend([chain.block(5, 0).name])
