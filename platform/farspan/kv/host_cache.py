@@ -6,7 +6,8 @@ Whoever reads copies first and checks the copy, not the slot: what becomes of th
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -79,7 +80,9 @@ class Arbiter(Protocol):
 
     def counts(self) -> HostCounts: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Give back everything that is reserved or lent."""
+        ...
 
 
 class Seat:
@@ -143,16 +146,26 @@ class HostCache:
         arrived: list[bool] = []
         for start in range(0, len(names), BATCH_BLOCKS):
             some = slice(start, start + BATCH_BLOCKS)
-            with self._lock:
+            with self._turn():
                 arrived += self._fetch(names[some], targets[some])
         return arrived
 
     def store(self, sources: Sequence[Source]) -> int:
         kept = 0
         for start in range(0, len(sources), BATCH_BLOCKS):
-            with self._lock:
+            with self._turn():
                 kept += self._store(sources[start : start + BATCH_BLOCKS])
         return kept
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One batch: whatever goes wrong in it, no slot stays reserved or lent."""
+        with self._lock:
+            try:
+                yield
+            except BaseException:
+                self._arbiter.close()
+                raise
 
     def _fetch(self, names: Sequence[bytes], targets: Sequence[Tensor]) -> list[bool]:
         answers = self._arbiter.lend(names)

@@ -39,9 +39,11 @@ class NodeAgent:
         return self._agent.address
 
     def _run(self) -> None:
-        self._agent.run(_LINGER_S)
-        # Nobody needs it, or it failed: whoever comes next starts another.
-        ray.kill(self._me)
+        try:
+            self._agent.run(_LINGER_S)
+        finally:
+            # Nobody needs it, or it failed: whoever comes next starts another.
+            ray.kill(self._me)
 
 
 def open_host_cache(capacity_bytes: int, layout: KvLayout) -> BlockCache:

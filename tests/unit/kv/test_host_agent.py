@@ -14,8 +14,8 @@ import torch
 from farspan.errors import TierError
 from farspan.kv.host_agent import HostAgent
 from farspan.kv.host_cache import HostCache, Source
-from farspan.kv.host_client import join_host_cache
-from farspan.kv.host_index import Block
+from farspan.kv.host_client import AgentArbiter, join_host_cache
+from farspan.kv.host_index import Block, Grant, Loan
 from farspan.kv.host_wire import HEADER, HELLO, Op
 from farspan.memory.shared import SharedTier
 
@@ -181,9 +181,6 @@ def test_slots_and_generations_that_nobody_gave_are_refused(agent):
     cache.store([source(1)])
     (loan,) = cache._arbiter.lend([name(1)])
     cache._arbiter.settle([loan])
-    from farspan.kv.host_client import AgentArbiter
-    from farspan.kv.host_index import Grant, Loan
-
     stranger = AgentArbiter(peer)
     made_up = [Grant(loan.slot, loan.generation), Grant(2**31, 1), Grant(0, 2**40)]
     assert stranger.settle(made_up) == [False] * 3
@@ -221,3 +218,30 @@ def test_memory_of_a_size_that_can_change_is_not_mapped():
     with pytest.raises(TierError, match="hold not one slot"):
         SharedTier.create(100, 512)
     made.close()
+
+
+def test_a_copy_that_fails_leaves_no_slot_reserved_or_lent():
+    class Broken(HostCache):
+        broken = False
+
+        def _copy(self, grants, contents, *, back):
+            if self.broken:
+                raise RuntimeError("the copy failed")
+            super()._copy(grants, contents, back=back)
+
+    cache = Broken.alone(8 * BLOCK_BYTES, BLOCK_BYTES)
+    assert cache.store([source(1)]) == 1
+    for _ in range(20):
+        cache.broken = True
+        with pytest.raises(RuntimeError):
+            cache.store([source(2), source(3)])
+        with pytest.raises(RuntimeError):
+            fetched(cache, 1)
+        cache.broken = False
+        cache._arbiter._index.check_integrity()
+        assert cache.counts().num_writing == 0
+    assert cache.store([source(number) for number in range(2, 4)]) == 2
+    for number in range(4, 20):
+        cache.store([source(number)])
+    assert cache.find([name(1)]) == [False], "nobody reads it any more: it made room"
+    cache.close()
