@@ -15,7 +15,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from farspan.kv.host_index import Block, Grant, HostCounts, HostIndex, Loan
+from farspan.kv.host_index import WRITING_PART, Block, Grant, HostCounts, HostIndex, Loan
 from farspan.memory.shared import SharedTier
 
 _OWNER = "blocks of the prefix cache"
@@ -125,6 +125,8 @@ class HostCache:
     def __init__(self, arbiter: Arbiter, tier: SharedTier) -> None:
         self._arbiter, self._tier = arbiter, tier
         self._num_corrupt = 0
+        # More would be refused by the index.
+        self._batch = max(1, min(BATCH_BLOCKS, tier.num_slots // WRITING_PART))
         # Over a whole batch: an arbiter that is lost takes the slots back, and nobody may be copying then.
         self._lock = threading.Lock()
 
@@ -144,17 +146,17 @@ class HostCache:
 
     def fetch(self, names: Sequence[bytes], targets: Sequence[Tensor]) -> list[bool]:
         arrived: list[bool] = []
-        for start in range(0, len(names), BATCH_BLOCKS):
-            some = slice(start, start + BATCH_BLOCKS)
+        for start in range(0, len(names), self._batch):
+            some = slice(start, start + self._batch)
             with self._turn():
                 arrived += self._fetch(names[some], targets[some])
         return arrived
 
     def store(self, sources: Sequence[Source]) -> int:
         kept = 0
-        for start in range(0, len(sources), BATCH_BLOCKS):
+        for start in range(0, len(sources), self._batch):
             with self._turn():
-                kept += self._store(sources[start : start + BATCH_BLOCKS])
+                kept += self._store(sources[start : start + self._batch])
         return kept
 
     @contextmanager

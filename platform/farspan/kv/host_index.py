@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from farspan.errors import EngineError
 
 # Of all slots, the part that one client may be writing at a time: it may be frozen.
-_WRITING_PART = 4
+WRITING_PART = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ class HostIndex:
         return True
 
     def _reserve(self, writer: int, block: Block) -> Grant | None:
-        most = max(1, len(self._slots) // _WRITING_PART)
+        most = max(1, len(self._slots) // WRITING_PART)
         if block.name in self._ready or block.name in self._coming or len(self._writing[writer]) >= most:
             return None
         number = self._take()

@@ -245,3 +245,10 @@ def test_a_copy_that_fails_leaves_no_slot_reserved_or_lent():
         cache.store([source(number)])
     assert cache.find([name(1)]) == [False], "nobody reads it any more: it made room"
     cache.close()
+
+
+def test_a_long_prompt_is_kept_whole_where_there_are_few_slots():
+    cache = HostCache.alone(12 * BLOCK_BYTES, BLOCK_BYTES)
+    assert cache.store([source(number) for number in range(1, 13)]) == 12
+    assert all(found is not None for found in fetched(cache, *range(1, 13)))
+    cache.close()
