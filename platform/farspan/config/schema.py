@@ -326,6 +326,9 @@ class EngineConfig:
     offload_bytes: int = 0
     """Host memory for the KV and the states of preempted sequences; 0, as a model that runs alone needs: they are
     computed again."""
+    host_cache_bytes: int = 0
+    """Memory of each machine, one part for all its workers, for the KV of prompts beyond kv_bytes; it outlives a
+    worker. 0: none."""
     max_context_tokens: int | None = None
     """Longest prompt plus answer; none: what the model's config says."""
     draft_tokens: int = 0

@@ -21,6 +21,7 @@ from farspan.config.schema import RoleConfig, ServeConfig
 from farspan.engine.probe import refuse_config
 from farspan.errors import ClusterError, ConfigError
 from farspan.models.checkpoint import open_config
+from farspan.serve.agent import end_agents
 from farspan.serve.api import Api
 from farspan.serve.folder import open_model_folder
 from farspan.serve.keys import ApiKey, read_keys
@@ -140,6 +141,7 @@ def run_app(config: ServeConfig) -> Iterator[Running]:
         yield Running(f"{url}/v1", model_name(config), str(key_file))
     finally:
         serve.shutdown()
+        end_agents()
 
 
 def update_app(config: ServeConfig, running: Running) -> None:

@@ -355,6 +355,7 @@ class EngineHost:
             num_quarantined=pool.num_quarantined,
             num_requests=len(self._clients),
             open_leases=self._leases.num_open,
+            host=self._engine.host.use if self._engine.host is not None else None,
         )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from farspan.engine.request import SamplingParams, TokenLogprobs
 from farspan.errors import FarspanError
+from farspan.kv.host_index import HostUse
 from farspan.kv.ticket import KvTicket
 
 
@@ -118,3 +119,5 @@ class WorkerInfo:
     num_quarantined: int
     num_requests: int
     open_leases: int
+    host: HostUse | None = None
+    """None: nothing is kept in host memory."""

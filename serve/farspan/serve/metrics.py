@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -37,6 +38,12 @@ class Metrics:
         )
         self._whole = Histogram("farspan_request_seconds", "From arrival.", buckets=_WHOLE_S, registry=registry)
         self._pages = Gauge("farspan_kv_pages", "Of one worker of a role.", ["role", "state"], registry=registry)
+        self._host = Gauge(
+            "farspan_host_cache_pages",
+            "Of one worker of a role, since it started.",
+            ["role", "what"],
+            registry=registry,
+        )
         self._open = Gauge("farspan_worker_requests", "In one worker of a role.", ["role"], registry=registry)
 
     def names(self) -> list[tuple[str, str, str]]:
@@ -67,6 +74,8 @@ class Metrics:
             states = {"all": info.num_pages, "free": info.num_free, "quarantined": info.num_quarantined}
             for state, count in states.items():
                 self._pages.labels(info.role, state).set(count)
+            for what, count in ({} if info.host is None else asdict(info.host)).items():
+                self._host.labels(info.role, what).set(count)
             self._open.labels(info.role).set(info.num_requests)
         return generate_latest(self._registry)
 

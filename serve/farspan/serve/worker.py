@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import AsyncIterator, Mapping
+from functools import partial
 
 import torch
 from ray import serve
@@ -18,6 +19,7 @@ from farspan.errors import ClusterError, ModelError
 from farspan.kv.ticket import KvTicket
 from farspan.kv.transports.choose import choose_transport
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
+from farspan.serve.agent import open_host_cache
 from farspan.serve.folder import open_model_folder
 from farspan.serve.host import EngineHost
 from farspan.serve.load import Identity, WorkerLoad
@@ -36,7 +38,8 @@ class Worker:
         model = load_causal_lm(folder, getattr(torch, config.engine.dtype))
         if torch.cuda.is_available():
             model = model.to("cuda")
-        engine = Engine(model, config.engine, tokenizer=load_tokenizer(folder))
+        open_cache = partial(open_host_cache, config.engine.host_cache_bytes)
+        engine = Engine(model, config.engine, tokenizer=load_tokenizer(folder), host_cache=open_cache)
         refuse_split(engine, config)
         self._host = EngineHost(
             self.role, engine, choose_transport(config.transfer.transport, engine.pool), config.transfer
