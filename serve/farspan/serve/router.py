@@ -127,10 +127,9 @@ class Router:
 
     async def _reports(self, handle: Any, orders: Mapping[str, Orders]) -> list[WorkerLoad]:
         try:
-            told = await handle.broadcast("report", orders).results_async(
-                timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True
-            )
-        except (RayError, RayServeException, RuntimeError):
+            call = handle.broadcast("report", orders)
+            told = await _plain(call.results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True))
+        except (RayError, RayServeException, RuntimeError, ClusterError):
             # None of the role is there.
             return []
         except TimeoutError:
@@ -165,11 +164,12 @@ async def _told(handle: Any) -> WorkerInfo | str:
     """What a worker of a role says of itself, or why none says anything."""
     try:
         # To all: a call to any would wait for one where there is none.
-        told = await handle.broadcast("info").results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True)
+        call = handle.broadcast("info")
+        told = await _plain(call.results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True))
     except TimeoutError:
         told = [await _info(handle)]
-    except (RayError, RayServeException, RuntimeError) as problem:
-        return type(problem).__name__
+    except (RayError, RayServeException, RuntimeError, ClusterError) as problem:
+        return str(problem) if isinstance(problem, ClusterError) else type(problem).__name__
     infos = [info for info in told if isinstance(info, WorkerInfo)]
     return infos[0] if infos else "; ".join(str(problem) for problem in told)
 
