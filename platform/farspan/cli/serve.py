@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -14,15 +15,23 @@ from farspan.config.schema import ServeConfig
 from farspan.storage.paths import absolute_uri
 
 
-def run_serve(path: str, overrides: list[str], *, dry_run: bool) -> None:
-    """Serve a config until Ctrl-C."""
+def run_serve(
+    path: str, overrides: list[str], *, dry_run: bool, cluster: str | None = None, join: str | None = None
+) -> None:
+    """Serve a config until Ctrl-C, here or, with `join` (a file of key hashes), on the Ray this process belongs to;
+    or hand it to a cluster."""
     config = load_config(ServeConfig, path, overrides)
     check_serve(config)
     config.model = absolute_uri(config.model)
     if dry_run:
         typer.echo(dump_config(config), nl=False)
         return
-    from farspan.jobs.launch import local_ray
+    if cluster is not None:
+        from farspan.cli.serve_cluster import deploy
+
+        deploy(config, cluster)
+        return
+    from farspan.jobs.launch import joined_ray, local_ray
     from farspan.serve.app import check_app, num_cpus, run_app
 
     # This command says itself when it is ready; Serve's own lines would say it twice.
@@ -34,8 +43,14 @@ def run_serve(path: str, overrides: list[str], *, dry_run: bool) -> None:
         f"starting {config.prefill.replicas} prefill and {config.decode.replicas} decode workers for {config.model}",
         markup=False,
     )
-    with local_ray(num_cpus(config) + 1), run_app(config) as running:
-        console.print(f"ready: {running.url}  model {running.model}  key file {running.api_key_file}", markup=False)
+    keys, ray_here = None, joined_ray() if join is not None else local_ray(num_cpus(config) + 1)
+    if join is not None:
+        from farspan.cli.serve_cluster import keys_from
+
+        keys = keys_from(Path(join).read_text(encoding="utf-8"))
+    with ray_here, run_app(config, keys) as running:
+        where = f"  key file {running.api_key_file}" if running.api_key_file else ""
+        console.print(f"ready: {running.url}  model {running.model}{where}", markup=False)
         console.print("Ctrl-C stops it", markup=False)
         try:
             threading.Event().wait()
