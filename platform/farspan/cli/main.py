@@ -223,7 +223,7 @@ def serve(
         typer.Option("--join", metavar="FILE", help="On the Ray this process belongs to, by hashes.", hidden=True),
     ] = None,
 ) -> None:
-    """Serve a model on Ray Serve with prefill and decode workers, until Ctrl-C or, on a cluster, until it is stopped."""
+    """Serve a model on Ray Serve with prefill and decode workers, until Ctrl-C; on a cluster until it is stopped."""
     from farspan.cli.serve import run_serve
 
     run_serve(config, overrides or [], dry_run=dry_run, cluster=cluster, join=join)
