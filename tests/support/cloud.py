@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ def cloud(num_machines: int) -> Iterator[Cloud]:
         stack.callback(shutil.rmtree, folder)
         # Shared memory by name only: nobody fills it.
         made = stack.enter_context(hosts(_FIRST - 1 + num_machines, shm_mb=16384, tmp_mb=4096))[_FIRST - 1 :]
-        endpoint = stack.enter_context(_api(f"{made[0].address.rpartition('.')[0]}.254"))
+        endpoint = stack.enter_context(api(f"{made[0].address.rpartition('.')[0]}.254"))
         found = Cloud(endpoint, botocore.session.Session(), folder, made)
         for name in ("host_key", "key"):
             _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name))
@@ -123,7 +124,8 @@ def cloud(num_machines: int) -> Iterator[Cloud]:
 
 
 @contextmanager
-def _api(address: str) -> Iterator[str]:
+def api(address: str) -> Iterator[str]:
+    """The cloud's API alone; gives its address."""
     server = make_server(
         address, 0, DomainDispatcherApplication(create_backend_app), threaded=True, request_handler=_QuietHandler
     )
@@ -131,7 +133,11 @@ def _api(address: str) -> Iterator[str]:
     thread = threading.Thread(target=server.serve_forever, name="cloud", daemon=True)
     thread.start()
     try:
-        yield f"http://{address}:{server.server_port}"
+        endpoint = f"http://{address}:{server.server_port}"
+        # Its state is this process's: what earlier tests left there must not be found.
+        with urllib.request.urlopen(urllib.request.Request(f"{endpoint}/moto-api/reset", method="POST")) as answer:
+            assert answer.status == 200
+        yield endpoint
     finally:
         server.shutdown()
         server.server_close()
