@@ -36,7 +36,7 @@ SPEC = str(REPOSITORY / "infra" / "cluster.yaml")
 TOKEN, KEY = "f" * 63 + "0", "sk-canary-of-an-endpoint"
 _UP_S, _WORK_S, _DOWN_S = 240.0, 300.0, 120.0
 # Keys of the file that hold what a user brings, or how packages get onto the machines.
-_BROUGHT = {"KeyName", "ImageId", "IamInstanceProfile", "SubnetIds", "SecurityGroupIds", "ssh_user", "ssh_private_key"}
+_BROUGHT = {"ImageId", "Arn", "SubnetIds", "SecurityGroupIds", "ssh_user", "ssh_private_key"}
 _INSTALLS = {"setup_commands", "head_setup_commands"}
 
 

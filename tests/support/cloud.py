@@ -149,6 +149,7 @@ def _boot(machine: Host, cloud: Cloud, sshd: str) -> None:
     etc, home = cloud.folder / f"{machine.name}-etc", cloud.folder / f"{machine.name}-home"
     etc.mkdir()
     home.mkdir()
+    (home / ".bashrc").touch()
     for name in ("host_key", "key.pub"):
         shutil.copy(cloud.folder / name, etc / name)
     users = [line.split(":") for line in Path("/etc/passwd").read_text(encoding="utf-8").splitlines()]
