@@ -59,7 +59,8 @@ def test_a_sum_that_is_not_whole_is_not_shown() -> None:
         ("OSError: [Errno 28] No space left on device", "a disk is full"),
         (
             "2026-11-26 16:37:41 INFO\nbash: ulimit: cannot modify limit\nShared connection to 10.0.0.4 closed.\n"
-            "2026-11-26 16:37:47 ERR New status: \x1b[1mupdate-failed\x1b[0m\nTraceback:\nError: Failed to setup head node.",
+            "2026-11-26 16:37:47 ERR New status: \x1b[1mupdate-failed\x1b[0m\n"
+            "Traceback:\nError: Failed to setup head node.",
             "a machine could not be set up: bash: ulimit: cannot modify limit",
         ),
         ("something new\n  and its last line\n", "and its last line"),
