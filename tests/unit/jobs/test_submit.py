@@ -1,0 +1,79 @@
+"""Whose machine a cluster runs on, and what of an endpoint's keys travels to it."""
+
+import hashlib
+
+import pytest
+
+from farspan.cli.serve_cluster import keys_from, keys_to
+from farspan.jobs import submit
+from farspan.jobs.submit import Submitted, is_this_machine, wait_for_line
+from farspan.serve.keys import keys_of
+
+
+@pytest.mark.parametrize(
+    ("address", "head", "here"),
+    [
+        ("http://127.0.0.1:8265", "127.0.0.1", True),
+        ("http://localhost:8265", "127.0.0.1", True),
+        # `ray dashboard` forwards a head far away to this machine's loopback.
+        ("http://127.0.0.1:8265", "192.0.2.7", False),
+        ("http://127.0.0.1:8265", None, True),
+        ("http://192.0.2.7:8265", "127.0.0.1", False),
+    ],
+)
+def test_a_cluster_is_on_this_machine_when_its_head_has_one_of_its_addresses(
+    address: str, head: str | None, here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submit, "head_of", lambda address: head)
+    assert is_this_machine(address) is here
+
+
+def test_a_cluster_that_does_not_answer_has_no_head() -> None:
+    assert submit.head_of("http://127.0.0.1:9") is None
+
+
+def test_keys_travel_as_hashes_with_their_limits() -> None:
+    keys = keys_of("sk-one requests_per_minute=60\nsk-two concurrent=4 priority=-1\n", "keys")
+    text = keys_to(keys)
+    assert keys_from(text) == keys
+    assert "sk-" not in text
+    assert hashlib.sha256(b"sk-one").hexdigest() in text
+
+
+class _Job:
+    """A job server that tells one log, a piece at each question."""
+
+    def __init__(self, *logs: str, end: str) -> None:
+        self._logs, self._asked, self._end = list(logs), 0, end
+
+    def get_job_status(self, job: str) -> submit.JobStatus:
+        last = self._asked + 1 >= len(self._logs)
+        return submit.JobStatus(self._end) if last else submit.JobStatus.RUNNING
+
+    def get_job_logs(self, job: str) -> str:
+        log = self._logs[min(self._asked, len(self._logs) - 1)]
+        self._asked += 1
+        return log
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "_POLL_S", 0.0)
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_line_is_waited_for_as_a_whole_and_what_comes_before_it_is_told() -> None:
+    told: list[str] = []
+    job = Submitted(_Job("starting\nrea", "starting\nready: http://x\nmore\n", "", end="RUNNING"), "j")  # type: ignore[arg-type]
+    assert wait_for_line(job, "ready: ", told.append) == "ready: http://x"
+    assert told == ["starting"]
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize(("end", "said"), [("FAILED", "job j ended as FAILED"), ("SUCCEEDED", "ended before it said")])
+def test_a_job_that_ends_without_the_line_is_an_error_and_its_log_is_told(end: str, said: str) -> None:
+    told: list[str] = []
+    job = Submitted(_Job("starting\n", "starting\nerror: no model\nhalf a line", end=end), "j")  # type: ignore[arg-type]
+    with pytest.raises(submit.ClusterError, match=said):
+        wait_for_line(job, "ready: ", told.append)
+    assert told == ["starting", "error: no model", "half a line"]
