@@ -1,4 +1,4 @@
-"""An endpoint handed to a running cluster is a job: it goes on when the command has left, and ends when it is stopped."""
+"""An endpoint handed to a cluster is a job: it goes on when the command has left, and ends when it is stopped."""
 
 import json
 import socket

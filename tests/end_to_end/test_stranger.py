@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,12 +42,14 @@ class Stranger:
 
     def types(self, line: str) -> str:
         """Everything a command said; it must succeed."""
+        begin = time.monotonic()
         kept = {n: v for n, v in os.environ.items() if not n.startswith(("AWS_", "RAY_", "PYTHON", "OMP_"))}
         answer = subprocess.run(
             self.host.command("bash", "-c", f"cd {self._clone} && {line}"),
             env={**kept, "HOME": str(self.home), "COLUMNS": "200"}, stdin=subprocess.DEVNULL, capture_output=True,
             text=True, timeout=_COMMAND_S, check=False,
         )  # fmt: skip
+        print(f"{time.monotonic() - begin:.0f} s: {line}")
         assert answer.returncode == 0, f"{line}\n{answer.stdout}{answer.stderr}"
         return answer.stdout
 

@@ -70,11 +70,13 @@ class User:
 
     def farspan(self, *words: str, timeout_s: float) -> str:
         """Everything a command said; it must succeed."""
+        begin = time.monotonic()
         answer = subprocess.run(
             [sys.executable, "-m", "farspan.cli.main", *words],
             cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
             timeout=timeout_s, check=False,
         )  # fmt: skip
+        print(f"{time.monotonic() - begin:.0f} s: farspan {' '.join(words[:2])}")
         assert answer.returncode == 0, answer.stdout + answer.stderr + self.launcher_log()
         assert TOKEN not in answer.stdout + answer.stderr
         return answer.stdout
