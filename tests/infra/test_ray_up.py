@@ -65,7 +65,7 @@ class User:
     def environment(self) -> dict[str, str]:
         kept = {n: v for n, v in os.environ.items() if not n.startswith(("AWS_", "RAY_")) and not n.endswith("_proxy")}
         path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
-        own = {"HOME": str(self.folder), "PATH": path, "RAY_AUTH_MODE": "token", "COLUMNS": "200"}
+        own = {"HOME": str(self.folder), "PATH": path, "COLUMNS": "200"}
         return {**kept, **self._there.environment, **own}
 
     def farspan(self, *words: str, timeout_s: float) -> str:

@@ -1,6 +1,10 @@
 """Whose machine a cluster runs on, and what of an endpoint's keys travels to it."""
 
 import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +42,34 @@ def test_keys_travel_as_hashes_with_their_limits() -> None:
     assert keys_from(text) == keys
     assert "sk-" not in text
     assert hashlib.sha256(b"sk-one").hexdigest() in text
+
+
+_MODE = """
+from farspan.jobs.launch import ray_environment
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
+import os
+with ray_environment():
+    print(is_token_auth_enabled(), os.environ.get("RAY_AUTH_MODE"))
+print(os.environ.get("RAY_AUTH_MODE"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("token", "mode", "said"),
+    [(True, None, "True token None"), (False, None, "False None None"), (True, "disabled", "False disabled disabled")],
+)
+def test_a_token_that_is_there_is_used_unless_the_user_said_otherwise(
+    token: bool, mode: str | None, said: str, tmp_path: Path
+) -> None:
+    if token:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("a" * 64, encoding="ascii")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = {**kept, "HOME": str(tmp_path), **({} if mode is None else {"RAY_AUTH_MODE": mode})}
+    answer = subprocess.run(
+        [sys.executable, "-c", _MODE], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert answer.stdout.split() == said.split(), answer.stderr
 
 
 class _Job:
