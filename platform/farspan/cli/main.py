@@ -220,7 +220,9 @@ def serve(
     ] = None,
     join: Annotated[
         str | None,
-        typer.Option("--join", metavar="FILE", help="On the Ray this process belongs to, by hashes.", hidden=True),
+        typer.Option(
+            "--join", metavar="FILE", help="On the Ray this process belongs to, with these keys.", hidden=True
+        ),
     ] = None,
 ) -> None:
     """Serve a model on Ray Serve with prefill and decode workers, until Ctrl-C; on a cluster until it is stopped."""

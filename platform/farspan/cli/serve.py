@@ -18,7 +18,7 @@ from farspan.storage.paths import absolute_uri
 def run_serve(
     path: str, overrides: list[str], *, dry_run: bool, cluster: str | None = None, join: str | None = None
 ) -> None:
-    """Serve a config until Ctrl-C, here or, with `join` (a file of key hashes), on the Ray this process belongs to;
+    """Serve a config until Ctrl-C, here or, with `join` (a key file), on the Ray this process belongs to;
     or hand it to a cluster."""
     config = load_config(ServeConfig, path, overrides)
     check_serve(config)
@@ -43,14 +43,14 @@ def run_serve(
         f"starting {config.prefill.replicas} prefill and {config.decode.replicas} decode workers for {config.model}",
         markup=False,
     )
-    keys, ray_here = None, joined_ray() if join is not None else local_ray(num_cpus(config) + 1)
+    ray_here = local_ray(num_cpus(config) + 1)
     if join is not None:
-        from farspan.cli.serve_cluster import keys_from
-
-        keys = keys_from(Path(join).read_text(encoding="utf-8"))
-    with ray_here, run_app(config, keys) as running:
-        where = f"  key file {running.api_key_file}" if running.api_key_file else ""
-        console.print(f"ready: {running.url}  model {running.model}{where}", markup=False)
+        ray_here, keys = joined_ray(), Path(join).absolute()
+        # On its way to the cluster the file lost its mode.
+        keys.chmod(0o600)
+        config.api_key_file = str(keys)
+    with ray_here, run_app(config) as running:
+        console.print(f"ready: {running.url}  model {running.model}  key file {running.api_key_file}", markup=False)
         console.print("Ctrl-C stops it", markup=False)
         try:
             threading.Event().wait()

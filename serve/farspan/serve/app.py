@@ -101,17 +101,15 @@ def _options(role: RoleConfig, config: ServeConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def run_app(config: ServeConfig, given: tuple[ApiKey, ...] | None = None) -> Iterator[Running]:
+def run_app(config: ServeConfig) -> Iterator[Running]:
     """A running server for the time of the block, on the Ray this process is connected to.
-
-    `given`: keys that were read elsewhere; none: those of the config, or one made here.
 
     Raises:
         ConfigError, CheckpointError, StorageError: before anything starts.
         ClusterError: the application did not become ready within start_timeout_s.
     """
     check_app(config)
-    keys, key_file = read_keys(config) if given is None else (given, "")
+    keys, key_file = read_keys(config)
     deadline_s = time.monotonic() + config.start_timeout_s
     try:
         _deploy(config, keys, deadline_s)
