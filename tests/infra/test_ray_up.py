@@ -146,6 +146,7 @@ def test_ray_up_of_the_committed_file_trains_and_serves_on_a_machine_it_launches
             assert httpx.get(f"{address}/api/jobs/", trust_env=False).status_code == 401
             train(user, there, address)
             assert kinds(there) == ["cpu", "head"]
+            watched(there)
             serve(user, there, address)
         assert user.farspan("cluster", "down", SPEC, *settings, "--yes", timeout_s=_DOWN_S).startswith("down: farspan")
         assert there.running() == []
@@ -168,6 +169,14 @@ def train(user: User, there: Cloud, address: str) -> None:
     said = user.farspan("train", "run.yaml", "--cluster", address, timeout_s=_WORK_S)
     assert "step     2/2" in said
     assert "model published: s3://farspan/run/model" in said
+
+
+def watched(there: Cloud) -> None:
+    """The worker asks its metadata service for a notice of EC2; there is none here."""
+    log, ends = there.home(1) / "farspan-spot.log", time.monotonic() + _WORK_S
+    while not log.is_file() or "watching http://169.254.169.254" not in log.read_text(encoding="utf-8"):
+        assert time.monotonic() < ends
+        time.sleep(0.2)
 
 
 def serve(user: User, there: Cloud, address: str) -> None:

@@ -71,6 +71,10 @@ class Cloud:
     def key(self) -> Path:
         return self.folder / "key"
 
+    def home(self, number: int) -> Path:
+        """Home of the user on a machine."""
+        return self.folder / f"{self.machines[number].name}-home"
+
     def client(self, service: str) -> Any:
         return self.session.create_client(
             service,
@@ -146,7 +150,7 @@ def api(address: str) -> Iterator[str]:
 
 def _boot(machine: Host, cloud: Cloud, sshd: str) -> None:
     """Its own home for this user, the mounts of its image, and an SSH server that lets the key pair in."""
-    etc, home = cloud.folder / f"{machine.name}-etc", cloud.folder / f"{machine.name}-home"
+    etc, home = cloud.folder / f"{machine.name}-etc", cloud.home(cloud.machines.index(machine))
     etc.mkdir()
     home.mkdir()
     (home / ".bashrc").touch()
