@@ -14,11 +14,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import ray
+from ray._raylet import AuthenticationTokenLoader, Config
 
 from farspan.errors import ClusterError
 
 # Ray's own switches: no usage report to the network, no upload of the working folder under `uv run`.
 _RAY_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+_AUTH_MODE = "RAY_AUTH_MODE"
 _TOKEN_FILE = Path("~/.ray/auth_token")
 
 
@@ -60,9 +62,17 @@ def joined_ray() -> Iterator[None]:
 
 @contextmanager
 def ray_environment() -> Iterator[None]:
-    """Ray's own environment switches for the length of a block; what the user set wins."""
+    """Ray's own environment switches for the length of a block; what the user set wins.
+
+    Where there is a token it is used: without RAY_AUTH_MODE Ray's clients of a running cluster would not send it.
+    """
     added = {name: value for name, value in _RAY_ENVIRONMENT.items() if name not in os.environ}
+    if _AUTH_MODE not in os.environ and AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+        added[_AUTH_MODE] = "token"
     os.environ.update(added)
+    if _AUTH_MODE in added:
+        # Ray read the variable when it was imported.
+        Config.initialize("")
     try:
         yield
     finally:

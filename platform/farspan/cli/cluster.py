@@ -24,6 +24,7 @@ app = typer.Typer(help="Clusters for Ray's launcher: what they cost, up, down.",
 Spec = Annotated[str | None, typer.Argument(help="Spec [infra/cluster.yaml], or KEY=VALUE.", metavar="[SPEC]")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=c settings of it.", metavar="[KEY=VALUE]...")]
 On = Annotated[str, typer.Option("--on", help="aws, gcp or local.")]
+OnOrHere = Annotated[str, typer.Option("--on", help="aws, gcp, local, or here: several nodes on this machine.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _DOWN_TIMEOUT_S = 900.0
 
@@ -84,7 +85,7 @@ def validate(
 def up(
     spec: Spec = None,
     overrides: Overrides = None,
-    on: On = "aws",
+    on: OnOrHere = "aws",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Give up after [up_timeout_s].")] = None,
 ) -> None:
@@ -94,8 +95,11 @@ def up(
     from farspan.cluster.launcher import render_launcher
     from farspan.cluster.preflight import check_ready
 
-    loaded, provider = load_spec(spec, overrides), _provider(on)
+    loaded, provider = load_spec(spec, overrides), _provider(on, here=True)
     launched = _launched(loaded.name, provider)
+    if provider == "here":
+        _up_here(loaded, launched, timeout)
+        return
     check_ready(loaded, provider, Path.cwd(), launched.folder)
     text = render_launcher(loaded, provider)
     refuse_to_forget(launched, text)
@@ -110,12 +114,17 @@ def up(
 
 
 @app.command()
-def status(spec: Spec = None, overrides: Overrides = None, on: On = "aws", as_json: Json = False) -> None:
+def status(spec: Spec = None, overrides: Overrides = None, on: OnOrHere = "aws", as_json: Json = False) -> None:
     """List the machines of a cluster, asked of its provider."""
     from farspan.cli.launch import nodes_of
 
-    loaded, provider = load_spec(spec, overrides), _provider(on)
-    nodes = nodes_of(_known(loaded, provider))
+    loaded, provider = load_spec(spec, overrides), _provider(on, here=True)
+    if provider == "here":
+        from farspan.cli.here import nodes_here
+
+        nodes = nodes_here(_launched(loaded.name, provider).folder)
+    else:
+        nodes = nodes_of(_known(loaded, provider))
     if as_json:
         typer.echo(json.dumps({"name": loaded.name, "nodes": [asdict(node) for node in nodes]}, indent=1))
         return
@@ -134,7 +143,7 @@ def status(spec: Spec = None, overrides: Overrides = None, on: On = "aws", as_js
 def down(
     spec: Spec = None,
     overrides: Overrides = None,
-    on: On = "aws",
+    on: OnOrHere = "aws",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Give up after.")] = _DOWN_TIMEOUT_S,
 ) -> None:
@@ -142,7 +151,13 @@ def down(
     from farspan.cli.launch import nodes_of
     from farspan.cli.machines import stop_cluster
 
-    loaded, provider = load_spec(spec, overrides), _provider(on)
+    loaded, provider = load_spec(spec, overrides), _provider(on, here=True)
+    if provider == "here":
+        from farspan.cli.here import down as down_here
+
+        count = down_here(_launched(loaded.name, provider).folder)
+        typer.echo(f"down: {loaded.name}, {count} nodes" if count else f"no node of {loaded.name} runs here")
+        return
     launched, config = _launched(loaded.name, provider), _known(loaded, provider)
     if provider == "local":
         # Ray's record of machines that stay is a file in /tmp: where it is lost they may still run.
@@ -197,12 +212,39 @@ def _ask(yes: bool, question: str) -> None:
     typer.confirm(question, abort=True)
 
 
-def _provider(on: str) -> str:
+@app.command("watch-spot")
+def watch_spot(
+    metadata: Annotated[str, typer.Option(metavar="URL", help="Instance metadata.")] = "http://169.254.169.254",
+    poll: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="Between two looks.")] = 5.0,
+) -> None:
+    """On a node of EC2: wait for the notice that it is taken back, and let Ray drain it. The AWS file starts this."""
+    from farspan.cli.spot import watch_spot as watch
+
+    watch(metadata, poll, typer.echo)
+
+
+def _up_here(spec: ClusterSpec, launched: Launched, timeout_s: float | None) -> None:
+    from farspan.cli.here import up as up_here
+    from farspan.jobs.launch import make_token
+
+    make_token()
+    console = Console(highlight=False, soft_wrap=True)
+    with console.status("ray start", spinner="line") as status:
+        address = up_here(spec.here, launched.folder, timeout_s or spec.up_timeout_s, status.update)
+    console.print(
+        f"up: {spec.name}, a head and {spec.here.workers} workers on this machine; hand it work with --cluster "
+        f"{address}",
+        markup=False,
+    )
+
+
+def _provider(on: str, *, here: bool = False) -> str:
     from farspan.cluster.launcher import PROVIDERS
     from farspan.config.load import nearest
 
-    if on not in PROVIDERS:
-        raise ConfigError("--on", f"must be one of {', '.join(PROVIDERS)}", on, nearest(on, list(PROVIDERS)))
+    known = [*PROVIDERS, "here"] if here else list(PROVIDERS)
+    if on not in known:
+        raise ConfigError("--on", f"must be one of {', '.join(known)}", on, nearest(on, known))
     return on
 
 
