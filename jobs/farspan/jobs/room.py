@@ -83,5 +83,6 @@ def fits(config: RunConfig, num_workers: int, timeout_s: float) -> bool:
 
 def worker_resources(config: RunConfig) -> dict[str, float]:
     """What one worker asks Ray for."""
-    gpus = config.resources.gpus_per_worker
-    return {"CPU": config.resources.cpus_per_worker, **({"GPU": gpus} if gpus > 0 else {})}
+    asked = config.resources
+    gpus = {"GPU": asked.gpus_per_worker} if asked.gpus_per_worker > 0 else {}
+    return {"CPU": asked.cpus_per_worker, **gpus, **asked.custom}

@@ -32,6 +32,8 @@ from farspan.serve.worker import DecodeWorker, PrefillWorker
 APP_NAME = "farspan"
 _READY_POLL_S = 0.1
 _REQUESTS_PER_SEQUENCE = 4
+# Nearly nothing, but more than the head of a cluster offers: an endpoint must not end with the head.
+_INGRESS_CPUS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ def build_app(config: ServeConfig, keys: tuple[ApiKey, ...]) -> Any:
         name="api",
         num_replicas=1,
         max_ongoing_requests=1000,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": _INGRESS_CPUS},
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=5,
     )
@@ -91,7 +93,7 @@ def _options(role: RoleConfig, config: ServeConfig) -> dict[str, Any]:
     return {
         "num_replicas": role.replicas,
         "max_ongoing_requests": config.engine.max_sequences * _REQUESTS_PER_SEQUENCE,
-        "ray_actor_options": {"num_cpus": role.cpus, "num_gpus": role.gpus},
+        "ray_actor_options": {"num_cpus": role.cpus, "num_gpus": role.gpus, "resources": dict(role.custom)},
         # What a constructor refuses (a model that fails its self-check) it refuses every time.
         "max_constructor_retry_count": 2,
         "health_check_period_s": 2,
@@ -130,7 +132,8 @@ def _deploy(config: ServeConfig, keys: tuple[ApiKey, ...], deadline_s: float) ->
     pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="deploy")
     try:
         serve.start(
-            proxy_location=ProxyLocation.HeadOnly,
+            # Whoever reaches a node with a worker reaches the endpoint, also while there is no head.
+            proxy_location=ProxyLocation.EveryNode,
             http_options=HTTPOptions(
                 host=config.host, port=config.port, request_timeout_s=config.request_timeout_s, keep_alive_timeout_s=75
             ),
