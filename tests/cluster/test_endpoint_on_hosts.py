@@ -25,6 +25,8 @@ MAX_TOKENS = 24
 LONG_CHARS, SHORT_CHARS = 9000, 40
 # Issue: recovery from the moment the link is cut.
 RECOVERED_S = 30.0
+HEADLESS_S = 15.0
+_ALIVE = "import ray; ray.init(logging_level='ERROR'); print(sum(node['Alive'] for node in ray.nodes()))"
 
 
 @dataclass
@@ -170,6 +172,34 @@ def test_a_host_with_a_decode_worker_is_lost_and_no_stream_is_broken(
         index = cluster.made.index(lost)
         cluster.worker(index, both if index == 1 else one, log="again.log")
         assert client.ask(prompts[0], MAX_TOKENS).text == plain(prompts[0], MAX_TOKENS)
+
+
+@pytest.mark.soak
+def test_an_endpoint_answers_without_a_head_and_is_whole_again_when_the_head_is_back(
+    plain: Callable[[str, int], str],
+) -> None:
+    workers = {"CPU": 1, "farspan-prefill": 1}, {"CPU": 1, "farspan-decode": 1}
+    with ray_on_hosts(*workers, lasting=True) as cluster:
+        endpoint = start_endpoint(cluster, decoders=1)
+        assert cluster.made[0].address not in {where for places in endpoint.places.values() for where in places}
+        client, prompt = endpoint.client(endpoint.host(endpoint.places["api"][0])), TEXT[500:1500]
+        stream, thread = client.start(prompt, 300)
+        wait_until(lambda: len(stream.arrivals_s) > 3, START_S, lambda: str(stream))
+        cluster.made[0].crash()
+        thread.join(START_S)
+        assert (stream.error, stream.text) == (None, plain(prompt, 300))
+        began_s = time.monotonic()
+        # Serve's own controller died with the head; what it left alone goes on for longer than its every period.
+        while time.monotonic() < began_s + HEADLESS_S:
+            found = client.ask(TEXT[2000:3000], MAX_TOKENS)
+            assert (found.error, found.text) == (None, plain(TEXT[2000:3000], MAX_TOKENS))
+        cluster.head("reborn.log")
+        # Its proxy is a new one, which the new controller made and told of the old workers.
+        door = endpoint.client(cluster.made[0])
+        wait_until(lambda: door.ask(prompt, MAX_TOKENS).finish is not None, START_S, lambda: "no door on the head")
+        assert door.ask(prompt, MAX_TOKENS).text == plain(prompt, MAX_TOKENS)
+        nodes = cluster.python(0, "-c", _ALIVE, log="alive.log")
+        assert nodes.end()[1].split() == ["3"]
 
 
 def recovered_after(client: Client, stream: Stream, cut_at_s: float) -> float | None:

@@ -120,22 +120,27 @@ def ray_on_hosts(
 
     `tls`: they trust only our certificates. `lasting`: the head's state is on its disk.
     """
-    # Not under /tmp, of which every host has its own.
+    with shared_folder() as folder, hosts(1 + len(workers), own_name_is_loopback=own_name_is_loopback) as made:
+        found = RayHosts(made, folder)
+        if tls:
+            make_certificates(folder / "tls", [host.address for host in made], 1)
+            found.switches |= ray_variables(folder / "tls")
+        if lasting:
+            found.switches |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(folder / "gcs")}
+        found.head()
+        # One after the other: a node has half a minute to start, whoever else is starting.
+        for host, resources in enumerate(workers, start=1):
+            found.worker(host, resources)
+        yield found
+
+
+@contextmanager
+def shared_folder() -> Iterator[Path]:
+    """A folder that every host sees, with a token in it. Not under /tmp, of which every host has its own."""
     folder = Path(tempfile.mkdtemp(prefix="farspan-ray-hosts-", dir="/var/tmp"))
     try:
         (folder / "token").write_text(TOKEN, encoding="ascii")
         (folder / "token").chmod(0o600)
-        with hosts(1 + len(workers), own_name_is_loopback=own_name_is_loopback) as made:
-            found = RayHosts(made, folder)
-            if tls:
-                make_certificates(folder / "tls", [host.address for host in made], 1)
-                found.switches |= ray_variables(folder / "tls")
-            if lasting:
-                found.switches |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(folder / "gcs")}
-            found.head()
-            # One after the other: a node has half a minute to start, whoever else is starting.
-            for host, resources in enumerate(workers, start=1):
-                found.worker(host, resources)
-            yield found
+        yield folder
     finally:
         shutil.rmtree(folder)

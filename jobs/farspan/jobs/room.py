@@ -10,6 +10,7 @@ from types import TracebackType
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from farspan.cluster.placement import training_bundle
 from farspan.config.schema import RunConfig
 from farspan.errors import ClusterError
 from farspan.jobs.progress import StopWish
@@ -83,6 +84,4 @@ def fits(config: RunConfig, num_workers: int, timeout_s: float) -> bool:
 
 def worker_resources(config: RunConfig) -> dict[str, float]:
     """What one worker asks Ray for."""
-    asked = config.resources
-    gpus = {"GPU": asked.gpus_per_worker} if asked.gpus_per_worker > 0 else {}
-    return {"CPU": asked.cpus_per_worker, **gpus, **asked.custom}
+    return training_bundle(config.resources)
