@@ -57,7 +57,7 @@ def reached(cluster: RayHosts, token: str, trust: str, log: str) -> tuple[str, s
     """The doctor's verdict on the head, and what it found."""
     words = ("doctor", "--cluster", "--node", cluster.address, "--json")
     _, text = cluster.farspan(1, *words, log=log, **means(cluster, token, trust)).end(REFUSED_S)
-    findings = {finding["check"]: finding for finding in json.loads(text)["findings"]}
+    findings = {finding["check"]: finding for finding in json.loads(text[text.index("{") :])["findings"]}
     found = findings[f"reaches {cluster.address}"]
     return found["verdict"], found["found"]
 

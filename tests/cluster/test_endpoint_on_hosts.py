@@ -66,7 +66,11 @@ def start_endpoint(cluster: RayHosts, decoders: int) -> Endpoint:
     file.write_text(dump_config(config), encoding="utf-8")
     driver = cluster.python(0, "-m", "tests.support.host_endpoint", str(file), log="endpoint.log")
     said = driver.wait_for("answers", 180).rpartition("answers ")[2].split()
-    return Endpoint(cluster, driver, {name: where.split(",") for name, _, where in (w.partition("=") for w in said)})
+    places = {name: where.split(",") for name, _, where in (word.partition("=") for word in said)}
+    found = Endpoint(cluster, driver, places)
+    # The head's proxy answers; those beside the workers come at their own time.
+    wait_until(lambda: all(found.client(host).is_ready() for host in cluster.made), START_S, lambda: driver.text)
+    return found
 
 
 @pytest.fixture(scope="module")

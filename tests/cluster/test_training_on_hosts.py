@@ -157,8 +157,10 @@ def test_a_host_is_lost_and_training_goes_on_without_it_in_time_until_it_is_back
     cluster: RayHosts, corpus: str, ranks: RankPool, tmp_path: Path, how: str
 ) -> None:
     # It would go on for hours: it is stopped when everything was seen.
-    endless = ["train.steps=100000", "train.checkpoint_every=20", "train.keep_checkpoints=2", APART]
-    config = two_workers(cluster, corpus, how, *endless, "parallel.min_workers=1", "parallel.grow_every_s=0.5")
+    elastic = ["parallel.min_workers=1", "parallel.grow_every_s=2", "train.checkpoint_every=10", APART]
+    # Steps that are long enough for few of them to pass while a host is away.
+    endless = ["train.steps=100000", "train.accumulation=8"]
+    config = two_workers(cluster, corpus, how, *endless, *elastic)
     run, lost = start(cluster, config), cluster.made[2]
     run.driver.wait_for(" 30/")
     lost.cut()
@@ -173,18 +175,18 @@ def test_a_host_is_lost_and_training_goes_on_without_it_in_time_until_it_is_back
     # A node that was taken for dead ends itself; one like it takes its place.
     cluster.worker(2, {"CPU": 2}, log=f"again-{how}.log")
     wait_until(lambda: sizes(run) == [1, 2] and len(went_on_at(run)) > 1, START_S, lambda: run.driver.text)
-    run.driver.popen.terminate()
+    run.driver.terminate()
     code, text = run.driver.end()
     assert code == 143, text
     assert [type(event.body) for event in run.events].count(RunRestarted) >= 1
     found = curve_of_any_size(run.events)
     last = max(found)
     assert list(found) == list(range(1, last + 1))
-    alone = tiny_run(corpus, str(tmp_path / "alone"), *endless[:2], "train.accumulation=2")
+    alone = tiny_run(corpus, str(tmp_path / "alone"), endless[0], "train.accumulation=16")
     (want,) = ranks.run(curve_here, 1, alone, str(tmp_path / "cache"), last)
     for step, (loss, samples) in found.items():
         assert samples == want[step][1]
-        assert loss == pytest.approx(want[step][0], rel=1e-8)
+        assert loss == pytest.approx(want[step][0], rel=1e-6)
     print(f"{how}: went on {recovered_s:.1f} s after the link was cut, {last} steps")
     assert recovered_s < RECOVERED_S
 
@@ -212,5 +214,5 @@ def curve_of_any_size(events: list[Event]) -> Curve:
         if isinstance(event.body, StepReport):
             loss, samples = steps.setdefault(event.body.step, (event.body.loss, event.body.samples))
             assert event.body.samples == samples
-            assert event.body.loss == pytest.approx(loss, rel=1e-8)
+            assert event.body.loss == pytest.approx(loss, rel=1e-6)
     return dict(sorted(steps.items()))

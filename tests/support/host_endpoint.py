@@ -6,7 +6,7 @@ import sys
 import threading
 from pathlib import Path
 
-import ray
+from ray._private.state import actors
 
 from farspan.config.load import load_config
 from farspan.config.schema import ServeConfig
@@ -16,12 +16,11 @@ from farspan.serve.app import run_app
 
 def places() -> dict[str, list[str]]:
     """Addresses of the nodes on which replicas of each deployment live."""
-    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
     found: dict[str, list[str]] = {}
-    for actor in ray._private.state.actors().values():
+    for actor in actors().values():
         # SERVE_REPLICA::farspan#decode#id
         if actor["State"] == "ALIVE" and actor["Name"].startswith("SERVE_REPLICA"):
-            found.setdefault(actor["Name"].split("#")[1], []).append(addresses[actor["Address"]["NodeID"]])
+            found.setdefault(actor["Name"].split("#")[1], []).append(actor["Address"]["IPAddress"])
     return found
 
 

@@ -36,6 +36,13 @@ class Client:
     key: str
     model: str
 
+    def is_ready(self) -> bool:
+        """Whether the endpoint answers here."""
+        try:
+            return httpx.get(f"{self.url.removesuffix('/v1')}/ready", trust_env=False).status_code == 200
+        except httpx.HTTPError:
+            return False
+
     def start(self, prompt: str, max_tokens: int) -> tuple[Stream, threading.Thread]:
         """A stream, and the thread that reads it."""
         stream = Stream()

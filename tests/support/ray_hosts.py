@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,11 @@ class Process:
         assert word in self.text, f"ended before it said {word!r}: {self.text}"
         return self.text
 
+    def terminate(self) -> None:
+        """SIGTERM to it, and not to the door it went through."""
+        door = self.popen.pid
+        os.kill(int(Path(f"/proc/{door}/task/{door}/children").read_text(encoding="ascii").split()[0]), signal.SIGTERM)
+
     def end(self, patience_s: float = START_S) -> tuple[int, str]:
         """Its exit code and everything it said."""
         return self.popen.wait(patience_s), self.text
@@ -71,8 +77,7 @@ class RayHosts:
         token = {"RAY_AUTH_TOKEN_PATH": str(self.folder / "token"), "HOME": str(self.folder)}
         # A process in a host begins in its root folder.
         paths = {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [kept.get("PYTHONPATH")])])}
-        known = {"RAY_ADDRESS": self.address, **AUTH, **WATCHES, **HABITS}
-        return {**kept, **known, **token, **paths, **self.switches, **changed}
+        return {**kept, **AUTH, **WATCHES, **HABITS, **token, **paths, **self.switches, **changed}
 
     def start(self, host: int, *words: str, log: str, **changed: str) -> Process:
         """Start a command in a host."""
@@ -80,8 +85,8 @@ class RayHosts:
         return Process(self.made[host].start(*words, log=file, env=self.environment(**changed)), file)
 
     def python(self, host: int, *words: str, log: str, **changed: str) -> Process:
-        """Start Python in a host, with these arguments."""
-        return self.start(host, sys.executable, *words, log=log, **changed)
+        """Start Python in a host, with these arguments; it is told where the cluster is."""
+        return self.start(host, sys.executable, *words, log=log, **{"RAY_ADDRESS": self.address, **changed})
 
     def farspan(self, host: int, *words: str, log: str, **changed: str) -> Process:
         """Start the `farspan` command in a host."""
