@@ -16,13 +16,13 @@ from farspan.errors import ClusterError
 from farspan.jobs.progress import StopWish
 from farspan.train.elastic import Size
 
-_START_S, _LOOK_S = 10.0, 1.0
+_START_S, _AGAIN_S, _LOOK_S = 10.0, 4.0, 1.0
 
 
-def find_room(config: RunConfig, sizes: Sequence[Size]) -> Size:
+def find_room(config: RunConfig, sizes: Sequence[Size], *, again: bool) -> Size:
     """The largest of `sizes`, largest first, for which there is room; waits until there is for one of them.
 
-    Ray Train itself would wait for ever, and say nothing.
+    `again`: the run had workers before. Ray Train itself would wait for ever, and say nothing.
 
     Raises:
         ClusterError: none fits within resources.timeout_s.
@@ -30,8 +30,10 @@ def find_room(config: RunConfig, sizes: Sequence[Size]) -> Size:
     ends = time.monotonic() + config.resources.timeout_s
     while (left_s := ends - time.monotonic()) > 0:
         for size in sizes:
-            # All of them may only be on their way: a placement that waits is what makes a cluster grow.
-            patience_s = left_s if len(sizes) == 1 else _START_S if size == sizes[0] else _LOOK_S
+            # All of them may only be on their way: a placement that waits is what makes a cluster grow. A run that was
+            # under way goes on with those that are left: it grows again when the others are back.
+            first_s = _AGAIN_S if again else _START_S
+            patience_s = left_s if len(sizes) == 1 else first_s if size == sizes[0] else _LOOK_S
             if fits(config, size.workers, min(left_s, patience_s)):
                 return size
     wanted, least = worker_resources(config), sizes[-1].workers
