@@ -81,15 +81,18 @@ def _distrust(host: str, port: int) -> Closed | None:
             socket.create_connection((host, port), timeout=_PATIENCE_S) as plain,
             context.wrap_socket(plain, server_hostname=host) as wrapped,
         ):
-            # What the other side thinks of our certificate comes after the handshake: its settings, or an alarm.
-            wrapped.recv(1)
+            # What the other side thinks of our certificate comes after the handshake: settings, an alarm, or the end.
+            if wrapped.recv(1):
+                return None
+            reason = "it ends the connection"
     except ssl.SSLCertVerificationError as problem:
         way_out = f"{_AUTHORITY} must name the ca.crt that the cluster's certificates were made with"
         return Closed(f"{authority} does not vouch for the cluster ({_reason(problem)})", way_out)
     except OSError as problem:
-        way_out = f"{_CERTIFICATE} must name one that its own authority made"
-        return Closed(f"the cluster refuses {certificate} ({_reason(problem)})", way_out)
-    return None
+        reason = _reason(problem)
+    return Closed(
+        f"the cluster refuses {certificate} ({reason})", f"{_CERTIFICATE} must name one that its own authority made"
+    )
 
 
 def _refusal(host: str, port: int, secure: bool) -> Closed | None:
