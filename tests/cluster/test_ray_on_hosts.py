@@ -1,16 +1,27 @@
-"""Ray on hosts of their own: the token lets nobody else in, and a silent partition is noticed and mended in time.
+"""Ray on hosts of their own: one trains and answers as one process does, the token lets nobody else in, and a silent
+partition is noticed and mended in time.
 
-The nodes get the switches of `farspan.cluster.environment`, as the rendered files give them.
+Each host takes its own name for loopback, as Debian installs it. The nodes get the switches of
+`farspan.cluster.environment`, as the rendered files give them.
 """
 
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
+from tests.support.corpus import small_corpus
+from tests.support.hosted_endpoint import DECODE, PREFILL, Endpoint, Generate, plain_generate, start_endpoint
+from tests.support.hosted_run import APART, STEPS, curve_here, sent_bytes, start_run, two_workers
+from tests.support.ranks import RankPool
 from tests.support.ray_hosts import START_S, TOKEN, Process, RayHosts, ray_on_hosts
+from tests.support.runs import tiny_run
+from tests.unit.serve.tiny_folder import TEXT
 
 ONE = {"CPU": 1}
+FIRST, SECOND = {"CPU": 2, PREFILL: 1}, {"CPU": 2, DECODE: 1}
+MAX_TOKENS, LONG_CHARS, SHORT_CHARS = 24, 9000, 40
 # Issue: a partition is over in half a minute, where Ray's defaults take more than one and lose the tasks.
 _NOTICED_S = 30.0
 _PLAINTEXT_S = 40.0
@@ -21,7 +32,7 @@ import ray
 
 ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
 
-@ray.remote(num_cpus=1, max_retries=10)
+@ray.remote(num_cpus=1, resources={"farspan-prefill": 1}, max_retries=10)
 def where(seconds):
     print("began", flush=True)
     time.sleep(seconds)
@@ -36,7 +47,7 @@ if len(sys.argv) > 2:
     time.sleep(1)
     print("cut now", flush=True)
     begin = time.monotonic()
-    while alive() == 2 and time.monotonic() - begin < 120:
+    while alive() == 3 and time.monotonic() - begin < 120:
         time.sleep(0.2)
     print("noticed after", time.monotonic() - begin, flush=True)
     print("ran again on", ray.get(task, timeout=120), flush=True)
@@ -75,8 +86,24 @@ def count(cluster: RayHosts, log: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayHosts]:
-    with ray_on_hosts(ONE) as found:
+    with ray_on_hosts(FIRST, SECOND, own_name_is_loopback=True) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def corpus(cluster: RayHosts) -> str:
+    return small_corpus(cluster.folder)
+
+
+@pytest.fixture(scope="module")
+def endpoint(cluster: RayHosts) -> Endpoint:
+    """Prefill on the first worker host, decode on the second; it ends with the cluster."""
+    return start_endpoint(cluster, decoders=1)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Generate:
+    return plain_generate(tmp_path_factory.mktemp("plain") / "tiny")
 
 
 @pytest.mark.soak
@@ -100,6 +127,22 @@ def test_a_driver_with_a_wrong_token_or_none_is_refused_and_told_why(token: str 
     assert TOKEN not in text
 
 
+def test_a_sequence_shared_by_two_hosts_is_learnt_as_by_one_process(
+    cluster: RayHosts, corpus: str, ranks: RankPool, tmp_path: Path
+) -> None:
+    config = two_workers(cluster, corpus, "apart", "parallel.sp=2", "parallel.strategy=ring", APART)
+    alone = tiny_run(corpus, str(tmp_path / "alone"), f"train.steps={STEPS}")
+    (want,) = ranks.run(curve_here, 1, alone, str(tmp_path / "cache"), STEPS)
+    before = [host.received_bytes() for host in cluster.made]
+    found = start_run(cluster, config).finished()
+    received = [host.received_bytes() - was for host, was in zip(cluster.made, before, strict=True)]
+    assert list(found) == list(want) == list(range(1, STEPS + 1))
+    assert [samples for _, samples in found.values()] == [samples for _, samples in want.values()]
+    # Summed in another order, in float64.
+    assert [loss for loss, _ in found.values()] == pytest.approx([loss for loss, _ in want.values()], rel=1e-10)
+    assert min(received[1:]) > sent_bytes(config) > 0
+
+
 def test_a_cut_host_is_noticed_in_time_and_its_task_runs_again(cluster: RayHosts) -> None:
     driver = start_driver(cluster, "cut", log="cut.log")
     driver.wait_for("cut now")
@@ -111,14 +154,37 @@ def test_a_cut_host_is_noticed_in_time_and_its_task_runs_again(cluster: RayHosts
     noticed_s = float(text.partition("noticed after ")[2].split()[0])
     assert noticed_s < _NOTICED_S
     # The node that was taken for dead ends itself; one like it takes its place.
-    cluster.worker(1, ONE, log="again.log")
+    cluster.worker(1, FIRST, log="again.log")
     assert "ran again on host1" in driver.wait_for("ran again on")
     assert driver.end()[0] == 0
 
 
+@pytest.mark.parametrize(("num_chars", "route"), [(LONG_CHARS, "split"), (SHORT_CHARS, "colocated")])
+def test_a_prompt_computed_on_one_host_is_answered_on_another_as_by_generate(
+    endpoint: Endpoint, plain: Generate, num_chars: int, route: str
+) -> None:
+    (prefill,), (decode,) = endpoint.places["prefill"], endpoint.places["decode"]
+    assert prefill != decode
+    receiver, prompt = endpoint.host(decode), TEXT[100 : 100 + num_chars]
+    client, before = endpoint.client(endpoint.host(prefill)), receiver.received_bytes()
+    found = client.ask(prompt, MAX_TOKENS)
+    received = receiver.received_bytes() - before
+    assert found.error is None
+    assert found.text == plain(prompt, MAX_TOKENS)
+    trace = client.trace(found)
+    assert (trace["route"], trace["recovered"]) == (route, False)
+    if route == "split":
+        # Over the cable, and not through memory that two processes of one machine could share.
+        assert trace["transport"] == "nixl"
+        assert received > trace["kv_bytes"] > 1 << 20
+    # Every host with a worker is a door, and so is the head.
+    for host in endpoint.cluster.made:
+        assert endpoint.client(host).ask(prompt, MAX_TOKENS).text == found.text
+
+
 @pytest.mark.soak
 def test_with_our_certificates_hosts_trust_each_other_and_a_plaintext_driver_gets_nowhere() -> None:
-    with ray_on_hosts(ONE, tls=True) as secure:
+    with ray_on_hosts({**ONE, PREFILL: 1}, tls=True) as secure:
         driver = start_driver(secure, log="secure.log")
         assert "ran on host1" in driver.wait_for("ran on")
         assert driver.end()[0] == 0

@@ -1,15 +1,28 @@
-"""The client's side of an endpoint on hosts: streams read beside each other, and what each request took."""
+"""An endpoint whose workers live on hosts, its client on another one, and what their answers are held against."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import torch
+from tests.support.hosts import Host
+from tests.support.ray_hosts import START_S, Process, RayHosts, wait_until
+from tests.unit.serve.tiny_folder import write_tiny_model
 
+from farspan.config.load import dump_config
+from farspan.config.schema import EngineConfig, RoleConfig, ServeConfig, TransferConfig
+from farspan.models.checkpoint import load_causal_lm, load_tokenizer
+
+KEY = "sk-of-the-tests"
+PREFILL, DECODE = "farspan-prefill", "farspan-decode"
+Generate = Callable[[str, int], str]
 _PATIENCE_S = 120.0
 
 
@@ -79,3 +92,68 @@ class Client:
                     stream.finish = chunk.choices[0].finish_reason or stream.finish
         except (openai.OpenAIError, httpx.HTTPError) as problem:
             stream.error = problem
+
+
+@dataclass
+class Endpoint:
+    """What runs, and how to ask it."""
+
+    cluster: RayHosts
+    driver: Process
+    places: dict[str, list[str]]
+    """Addresses of each deployment's replicas."""
+
+    def host(self, address: str) -> Host:
+        return next(host for host in self.cluster.made if host.address == address)
+
+    def client(self, host: Host) -> Client:
+        """Over the proxy of a host."""
+        return Client(f"http://{host.address}:8000/v1", KEY, "tiny")
+
+
+def start_endpoint(cluster: RayHosts, decoders: int) -> Endpoint:
+    folder = cluster.folder / "tiny"
+    write_tiny_model(folder)
+    keys = cluster.folder / "keys"
+    keys.touch(mode=0o600)
+    keys.write_text(KEY + "\n", encoding="ascii")
+    config = ServeConfig(
+        model=str(folder),
+        host="0.0.0.0",
+        api_key_file=str(keys),
+        prefill=RoleConfig(custom={PREFILL: 1}),
+        decode=RoleConfig(replicas=decoders, custom={DECODE: 1}),
+        engine=EngineConfig(dtype="float64", kv_bytes=64 * 1024 * 1024, max_batch_tokens=512, threads=1),
+        transfer=TransferConfig(colocate_below_tokens=64),
+        start_timeout_s=180,
+    )
+    file = cluster.folder / "serve.yaml"
+    file.write_text(dump_config(config), encoding="utf-8")
+    driver = cluster.python(0, "-m", "tests.support.host_endpoint", str(file), log="endpoint.log")
+    said = driver.wait_for("answers", 180).rpartition("answers ")[2].split()
+    places = {name: where.split(",") for name, _, where in (word.partition("=") for word in said)}
+    found = Endpoint(cluster, driver, places)
+    # The head's proxy answers; those beside the workers come at their own time.
+    wait_until(lambda: all(found.client(host).is_ready() for host in cluster.made), START_S, lambda: driver.text)
+    return found
+
+
+def plain_generate(folder: Path) -> Generate:
+    """Greedy text of transformers' own generate, in this process."""
+    write_tiny_model(folder)
+    model, tokenizer = load_causal_lm(folder, torch.float64), load_tokenizer(folder)
+
+    def generate(prompt: str, max_tokens: int) -> str:
+        prompt_ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        out = model.generate(
+            prompt_ids,
+            attention_mask=torch.ones_like(prompt_ids),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        tokens = out[0, prompt_ids.shape[1] :]
+        assert len(set(tokens.tolist())) >= 6, f"a vacuous reference: {tokens}"
+        return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+    return generate
