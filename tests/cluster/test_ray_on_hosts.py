@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from tests.support.corpus import small_corpus
 from tests.support.hosted_endpoint import DECODE, PREFILL, Endpoint, Generate, plain_generate, start_endpoint
-from tests.support.hosted_run import APART, STEPS, curve_here, sent_bytes, start_run, two_workers
+from tests.support.hosted_run import APART, STEPS, TRAIN, curve_here, sent_bytes, start_run, two_workers
 from tests.support.ranks import RankPool
 from tests.support.ray_hosts import START_S, TOKEN, Process, RayHosts, ray_on_hosts
 from tests.support.runs import tiny_run
 from tests.unit.serve.tiny_folder import TEXT
 
 ONE = {"CPU": 1}
-FIRST, SECOND = {"CPU": 2, PREFILL: 1}, {"CPU": 2, DECODE: 1}
+FIRST, SECOND = {"CPU": 2, TRAIN: 1, PREFILL: 1}, {"CPU": 2, TRAIN: 1, DECODE: 1}
 MAX_TOKENS, LONG_CHARS, SHORT_CHARS = 24, 9000, 40
 # Issue: a partition is over in half a minute, where Ray's defaults take more than one and lose the tasks.
 _NOTICED_S = 30.0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.corpus import small_corpus
-from tests.support.hosted_run import APART, TOGETHER, HostedRun, curve_here, sent_bytes, start_run, two_workers
+from tests.support.hosted_run import APART, TRAIN, HostedRun, curve_here, sent_bytes, start_run, two_workers
 from tests.support.ranks import RankPool
 from tests.support.ray_hosts import START_S, RayHosts, ray_on_hosts, wait_until
 from tests.support.runs import Curve, tiny_run
@@ -20,13 +20,14 @@ from farspan.telemetry.events import Event, RunResized, RunRestarted, StepReport
 
 # Issue: recovery from the moment the link is cut.
 RECOVERED_S = 30.0
+NODE = {"CPU": 2, TRAIN: 1}
 
 pytestmark = pytest.mark.soak
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayHosts]:
-    with ray_on_hosts({"CPU": 2}, {"CPU": 2}, own_name_is_loopback=True) as found:
+    with ray_on_hosts(NODE, NODE, own_name_is_loopback=True) as found:
         yield found
 
 
@@ -40,7 +41,7 @@ def test_two_hosts_learn_what_two_processes_of_one_host_learn_bit_for_bit(
     cluster: RayHosts, corpus: str, strategy: str
 ) -> None:
     shared = ["parallel.sp=2", f"parallel.strategy={strategy}", "model.dtype=float32"]
-    one = two_workers(cluster, corpus, f"one-{strategy}", *shared, TOGETHER)
+    one = two_workers(cluster, corpus, f"one-{strategy}", *shared)
     two = two_workers(cluster, corpus, f"two-{strategy}", *shared, APART)
     before = [host.received_bytes() for host in cluster.made]
     together = start_run(cluster, one).finished()
@@ -59,12 +60,12 @@ def test_a_host_is_lost_and_training_goes_on_without_it_in_time_until_it_is_back
     cluster: RayHosts, corpus: str, ranks: RankPool, tmp_path: Path, how: str
 ) -> None:
     # It would go on for hours: it is stopped when everything was seen.
-    elastic = ["parallel.min_workers=1", "parallel.grow_every_s=2", "train.checkpoint_every=10", APART]
+    elastic = ["parallel.min_workers=1", "parallel.grow_every_s=2", "train.checkpoint_every=5", APART]
     # Steps that are long enough for few of them to pass while a host is away.
-    endless = ["train.steps=100000", "train.accumulation=8"]
+    endless = ["train.steps=100000", "train.accumulation=2"]
     config = two_workers(cluster, corpus, how, *endless, *elastic)
     run, lost = start_run(cluster, config), cluster.made[2]
-    run.driver.wait_for(" 30/")
+    run.driver.wait_for(" 8/")
     lost.cut()
     cut_at = time.time()
     try:
@@ -75,7 +76,7 @@ def test_a_host_is_lost_and_training_goes_on_without_it_in_time_until_it_is_back
         lost.restore()
     recovered_s = went_on_at(run)[0] - cut_at
     # A node that was taken for dead ends itself; one like it takes its place.
-    cluster.worker(2, {"CPU": 2}, log=f"again-{how}.log")
+    cluster.worker(2, NODE, log=f"again-{how}.log")
     wait_until(lambda: sizes(run) == [1, 2] and len(went_on_at(run)) > 1, START_S, lambda: run.driver.text)
     run.driver.terminate()
     code, text = run.driver.end()
@@ -84,7 +85,7 @@ def test_a_host_is_lost_and_training_goes_on_without_it_in_time_until_it_is_back
     found = curve_of_any_size(run.events)
     last = max(found)
     assert list(found) == list(range(1, last + 1))
-    alone = tiny_run(corpus, str(tmp_path / "alone"), endless[0], "train.accumulation=16")
+    alone = tiny_run(corpus, str(tmp_path / "alone"), endless[0], "train.accumulation=4")
     (want,) = ranks.run(curve_here, 1, alone, str(tmp_path / "cache"), last)
     for step, (loss, samples) in found.items():
         assert samples == want[step][1]

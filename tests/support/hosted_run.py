@@ -20,8 +20,9 @@ from farspan.train.loop import train
 from farspan.train.outside import NothingOutside
 
 STEPS = 6
-# Whoever asks for two CPUs of nodes with two gets a node of its own.
-APART, TOGETHER = "resources.cpus_per_worker=2", "resources.cpus_per_worker=1"
+TRAIN = "farspan-train"
+# Each node has one of them: whoever asks for it gets a node of its own; otherwise Ray packs both on one.
+APART = f"resources.custom={{{TRAIN}: 1}}"
 
 
 @dataclass
