@@ -1,26 +1,20 @@
-"""Ray on hosts of their own: one trains and answers as one process does, the token lets nobody else in, and a silent
+"""Ray on hosts of their own: an endpoint answers as one process does, the token lets nobody else in, and a silent
 partition is noticed and mended in time.
 
-Each host takes its own name for loopback, as Debian installs it. The nodes get the switches of
-`farspan.cluster.environment`, as the rendered files give them.
+The nodes get the switches of `farspan.cluster.environment`, as the rendered files give them.
 """
 
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
-from tests.support.corpus import small_corpus
 from tests.support.hosted_endpoint import DECODE, PREFILL, Endpoint, Generate, plain_generate, start_endpoint
-from tests.support.hosted_run import APART, STEPS, TRAIN, curve_here, sent_bytes, start_run, two_workers
-from tests.support.ranks import RankPool
 from tests.support.ray_hosts import START_S, TOKEN, Process, RayHosts, ray_on_hosts
-from tests.support.runs import tiny_run
 from tests.unit.serve.tiny_folder import TEXT
 
 ONE = {"CPU": 1}
-FIRST, SECOND = {"CPU": 2, TRAIN: 1, PREFILL: 1}, {"CPU": 2, TRAIN: 1, DECODE: 1}
+FIRST, SECOND = {"CPU": 2, PREFILL: 1}, {"CPU": 2, DECODE: 1}
 MAX_TOKENS, LONG_CHARS, SHORT_CHARS = 24, 9000, 40
 # Issue: a partition is over in half a minute, where Ray's defaults take more than one and lose the tasks.
 _NOTICED_S = 30.0
@@ -86,13 +80,8 @@ def count(cluster: RayHosts, log: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayHosts]:
-    with ray_on_hosts(FIRST, SECOND, own_name_is_loopback=True) as found:
+    with ray_on_hosts(FIRST, SECOND) as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def corpus(cluster: RayHosts) -> str:
-    return small_corpus(cluster.folder)
 
 
 @pytest.fixture(scope="module")
@@ -125,22 +114,6 @@ def test_a_driver_with_a_wrong_token_or_none_is_refused_and_told_why(token: str 
     assert "AuthenticationError" in text
     assert "ran on" not in text
     assert TOKEN not in text
-
-
-def test_a_sequence_shared_by_two_hosts_is_learnt_as_by_one_process(
-    cluster: RayHosts, corpus: str, ranks: RankPool, tmp_path: Path
-) -> None:
-    config = two_workers(cluster, corpus, "apart", "parallel.sp=2", "parallel.strategy=ring", APART)
-    alone = tiny_run(corpus, str(tmp_path / "alone"), f"train.steps={STEPS}")
-    (want,) = ranks.run(curve_here, 1, alone, str(tmp_path / "cache"), STEPS)
-    before = [host.received_bytes() for host in cluster.made]
-    found = start_run(cluster, config).finished()
-    received = [host.received_bytes() - was for host, was in zip(cluster.made, before, strict=True)]
-    assert list(found) == list(want) == list(range(1, STEPS + 1))
-    assert [samples for _, samples in found.values()] == [samples for _, samples in want.values()]
-    # Summed in another order, in float64.
-    assert [loss for loss, _ in found.values()] == pytest.approx([loss for loss, _ in want.values()], rel=1e-10)
-    assert min(received[1:]) > sent_bytes(config) > 0
 
 
 def test_a_cut_host_is_noticed_in_time_and_its_task_runs_again(cluster: RayHosts) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.corpus import small_corpus
-from tests.support.hosted_run import APART, TRAIN, HostedRun, curve_here, sent_bytes, start_run, two_workers
+from tests.support.hosted_run import APART, STEPS, TRAIN, HostedRun, curve_here, sent_bytes, start_run, two_workers
 from tests.support.ranks import RankPool
 from tests.support.ray_hosts import START_S, RayHosts, ray_on_hosts, wait_until
 from tests.support.runs import Curve, tiny_run
@@ -34,6 +34,22 @@ def cluster() -> Iterator[RayHosts]:
 @pytest.fixture(scope="module")
 def corpus(cluster: RayHosts) -> str:
     return small_corpus(cluster.folder)
+
+
+def test_a_job_on_two_hosts_learns_what_one_process_learns(
+    cluster: RayHosts, corpus: str, ranks: RankPool, tmp_path: Path
+) -> None:
+    config = two_workers(cluster, corpus, "apart", "parallel.sp=2", "parallel.strategy=ring", APART)
+    alone = tiny_run(corpus, str(tmp_path / "alone"), f"train.steps={STEPS}")
+    (want,) = ranks.run(curve_here, 1, alone, str(tmp_path / "cache"), STEPS)
+    before = [host.received_bytes() for host in cluster.made]
+    found = start_run(cluster, config).finished()
+    received = [host.received_bytes() - was for host, was in zip(cluster.made, before, strict=True)]
+    assert list(found) == list(want) == list(range(1, STEPS + 1))
+    assert [samples for _, samples in found.values()] == [samples for _, samples in want.values()]
+    # Summed in another order, in float64.
+    assert [loss for loss, _ in found.values()] == pytest.approx([loss for loss, _ in want.values()], rel=1e-10)
+    assert min(received[1:]) > sent_bytes(config) > 0
 
 
 @pytest.mark.parametrize("strategy", ["ulysses", "ring"])

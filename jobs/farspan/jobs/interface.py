@@ -42,8 +42,13 @@ class _LinkedBackend(_RayBackend):
 
 
 def choose_interface() -> None:
-    """Tell gloo and NCCL the interface of this node's address; what the node's owner set stays."""
-    name = interface_of(ray.util.get_node_ip_address())
+    """Let this process's groups go over the interface of its node's address."""
+    talk_over(ray.util.get_node_ip_address())
+
+
+def talk_over(address: str) -> None:
+    """Tell gloo and NCCL the interface of an address of this machine; what its owner set stays."""
+    name = interface_of(address)
     if name is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         # Without the sign it would be a prefix: eth1 also means eth10.
