@@ -13,9 +13,11 @@ import yaml
 from farspan.cli.main import run
 from farspan.cluster.launcher import render_launcher
 from farspan.cluster.placement import Ask, asks_of_endpoint, asks_of_run, misfits
+from farspan.config.check import check_run, check_serve
 from farspan.config.cluster import ClusterSpec
 from farspan.config.load import load_config
 from farspan.config.schema import RoleConfig, RunConfig, ServeConfig
+from farspan.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -104,3 +106,15 @@ def test_the_command_refuses_a_run_and_an_endpoint_without_room(
     assert (fine.get("unplaced", []), fine.get("ok", True)) == ([], True)
     assert run([*words, "--train", str(train), "--serve", str(serve)]) == 2
     assert "prefill.replicas: must find room on the nodes of the cluster" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("custom", "said"), [("{farspan-train: 0}", "must be above 0"), ("{GPU: 1}", "custom resource")]
+)
+def test_a_resource_that_is_none_or_not_of_a_type_is_refused(custom: str, said: str) -> None:
+    run_config = load_config(RunConfig, None, ["data.corpus=c", "output=o", f"resources.custom={custom}"])
+    with pytest.raises(ConfigError, match=said):
+        check_run(run_config)
+    endpoint = load_config(ServeConfig, None, ["model=m", f"decode.custom={custom}"])
+    with pytest.raises(ConfigError, match=said):
+        check_serve(endpoint)
