@@ -16,7 +16,8 @@ from pathlib import Path
 
 import grpc
 
-_PATIENCE_S = 5.0
+# A busy head takes its time to answer, not to be connected to.
+_PATIENCE_S, _ANSWER_S = 5.0, 20.0
 _CALL = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 _CERTIFICATE, _KEY, _AUTHORITY = "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT"
 _TLS_ON = f"export RAY_USE_TLS=1, {_CERTIFICATE}, {_KEY} and {_AUTHORITY} (farspan infra certs makes them)"
@@ -104,7 +105,7 @@ def _refusal(host: str, port: int, secure: bool) -> Closed | None:
     channel = grpc.secure_channel(target, _credentials(), options) if secure else grpc.insecure_channel(target, options)
     with channel:
         try:
-            channel.unary_unary(_CALL)(b"", timeout=_PATIENCE_S, metadata=metadata)
+            channel.unary_unary(_CALL)(b"", timeout=_ANSWER_S, metadata=metadata)
         except grpc.RpcError as problem:
             if problem.code() == grpc.StatusCode.UNAUTHENTICATED:
                 what = "does not know the token of this process" if token else "wants a token and this process has none"
