@@ -32,7 +32,7 @@ def find_room(config: RunConfig, sizes: Sequence[Size], *, again: bool) -> Size:
         for size in sizes:
             # All of them may only be on their way: a placement that waits is what makes a cluster grow. A run that was
             # under way goes on with those that are left: it grows again when the others are back.
-            first_s = _AGAIN_S if again else _START_S
+            first_s = _START_S if not again else _AGAIN_S if _could_fit(config, size.workers) else _LOOK_S
             patience_s = left_s if len(sizes) == 1 else first_s if size == sizes[0] else _LOOK_S
             if fits(config, size.workers, min(left_s, patience_s)):
                 return size
@@ -42,6 +42,12 @@ def find_room(config: RunConfig, sizes: Sequence[Size], *, again: bool) -> Size:
         f"no room for {least} workers of {wanted} within resources.timeout_s="
         f"{config.resources.timeout_s:g}; the cluster has {has} in all; ask for fewer, or add nodes"
     )
+
+
+def _could_fit(config: RunConfig, num_workers: int) -> bool:
+    """Whether all nodes that are there now have as much in sum, whoever uses it."""
+    there = ray.cluster_resources()
+    return all(there.get(name, 0) >= num_workers * amount for name, amount in worker_resources(config).items())
 
 
 class RoomWatch:

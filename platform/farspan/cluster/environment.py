@@ -6,13 +6,13 @@ from farspan.config.cluster import SoftwareConfig
 
 AUTH = {"RAY_AUTH_MODE": "token"}
 # With Ray's defaults a silent network partition is noticed after more than a minute, and its tasks are not retried.
-# A node is given up after three checks that each waited three seconds: measured between namespaces, 13 s. What ran on
-# it then still has time to begin elsewhere within half a minute.
+# A node is given up after three checks that each waited three seconds, a second apart. What ran on it then still has
+# time to begin elsewhere within half a minute.
 WATCHES = {
     "RAY_grpc_client_keepalive_time_ms": "10000",
     "RAY_grpc_client_keepalive_timeout_ms": "10000",
     "RAY_health_check_initial_delay_ms": "5000",
-    "RAY_health_check_period_ms": "2000",
+    "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "3",
 }
