@@ -115,7 +115,7 @@ def test_an_endpoint_answers_without_a_head_and_is_whole_again_when_the_head_is_
         wait_until(lambda: door.ask(prompt, MAX_TOKENS).finish is not None, START_S, lambda: "no door on the head")
         assert door.ask(prompt, MAX_TOKENS).text == plain(prompt, MAX_TOKENS)
         nodes = cluster.python(0, "-c", _ALIVE, log="alive.log")
-        assert nodes.end()[1].split() == ["3"]
+        assert nodes.end()[1].split()[-1] == "3"
 
 
 def recovered_after(client: Client, stream: Stream, cut_at_s: float) -> float | None:
