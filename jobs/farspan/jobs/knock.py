@@ -48,9 +48,8 @@ def knock(host: str, port: int) -> Closed | None:
         return Closed("the cluster speaks TLS and this process does not", _TLS_ON)
     if secure and not theirs:
         return Closed("this process speaks TLS and the cluster does not", "unset RAY_USE_TLS, or check the address")
-    if secure and (problem := _distrust(host, port)) is not None:
-        return problem
-    return _refusal(host, port, secure)
+    distrust = _distrust(host, port) if secure else None
+    return distrust or _refusal(host, port, secure)
 
 
 def _speaks_tls(host: str, port: int) -> bool:
