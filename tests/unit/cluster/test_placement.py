@@ -109,7 +109,7 @@ def test_the_command_refuses_a_run_and_an_endpoint_without_room(
 
 
 @pytest.mark.parametrize(
-    ("custom", "said"), [("{farspan-train: 0}", "must be above 0"), ("{GPU: 1}", "custom resource")]
+    ("custom", "said"), [("{farspan-train: 0}", "must be more than 0"), ("{GPU: 1}", "custom resource")]
 )
 def test_a_resource_that_is_none_or_not_of_a_type_is_refused(custom: str, said: str) -> None:
     run_config = load_config(RunConfig, None, ["data.corpus=c", "output=o", f"resources.custom={custom}"])
