@@ -15,8 +15,10 @@ from pathlib import Path
 
 import ray
 from ray._raylet import AuthenticationTokenLoader, Config
+from ray.exceptions import AuthenticationError
 
 from farspan.errors import ClusterError
+from farspan.jobs.knock import knock
 
 # Ray's own switches: no usage report to the network, no upload of the working folder under `uv run`.
 _RAY_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
@@ -46,18 +48,32 @@ def local_ray(num_cpus: float, num_gpus: float = 0.0) -> Iterator[None]:
 
 @contextmanager
 def joined_ray() -> Iterator[None]:
-    """The running Ray this process belongs to (a submitted job, or a driver on a node of the cluster)."""
+    """The running Ray this process belongs to (a submitted job, or a driver on a node of the cluster).
+
+    Raises:
+        ClusterError: nobody answers, or this process is not let in.
+    """
     # "auto" alone would take any Ray of this machine; a submitted job is told which one is its own.
     address = os.environ.get("RAY_ADDRESS", "auto")
+    _refuse_closed(address)
     with ray_environment():
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
-        except ConnectionError as problem:
+        except (ConnectionError, AuthenticationError) as problem:
             raise ClusterError(f"no Ray answers at {address}: {problem}; start one with `ray start --head`") from None
         try:
             yield
         finally:
             ray.shutdown()
+
+
+def _refuse_closed(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    # `auto` and names of other kinds are Ray's to look up.
+    if "://" in host or not host or not port.isdigit():
+        return
+    if (closed := knock(host.strip("[]"), int(port))) is not None:
+        raise ClusterError(f"the cluster at {address} cannot be joined: {closed}")
 
 
 @contextmanager

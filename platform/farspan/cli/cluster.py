@@ -26,6 +26,8 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=c settings of i
 On = Annotated[str, typer.Option("--on", help="aws, gcp or local.")]
 OnOrHere = Annotated[str, typer.Option("--on", help="aws, gcp, local, or here: several nodes on this machine.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Train = Annotated[str | None, typer.Option(metavar="CONFIG", help="A run whose workers must find room on it.")]
+Serve = Annotated[str | None, typer.Option(metavar="CONFIG", help="An endpoint whose workers must find room on it.")]
 _DOWN_TIMEOUT_S = 900.0
 
 
@@ -45,15 +47,31 @@ def load_spec(spec: str | None, overrides: list[str] | None) -> ClusterSpec:
 
 
 @app.command()
-def plan(spec: Spec = None, overrides: Overrides = None, on: On = "aws", as_json: Json = False) -> None:
-    """Show the machines of a cluster and what an hour of them costs; asks no cloud."""
-    from farspan.cluster.cost import plan_cluster
+def plan(
+    spec: Spec = None,
+    overrides: Overrides = None,
+    on: On = "aws",
+    train: Train = None,
+    serve: Serve = None,
+    as_json: Json = False,
+) -> None:
+    """Show the machines of a cluster and what an hour of them costs; asks no cloud. Exit code 2: no room."""
+    import yaml
 
-    found = plan_cluster(load_spec(spec, overrides), _provider(on))
+    from farspan.cluster.cost import plan_cluster
+    from farspan.cluster.launcher import render_launcher
+
+    loaded, provider = load_spec(spec, overrides), _provider(on)
+    found = plan_cluster(loaded, provider)
+    unplaced = _unplaced(yaml.safe_load(render_launcher(loaded, provider)), train, serve)
     if as_json:
-        typer.echo(json.dumps(asdict(found), indent=1))
-        return
-    _show(found)
+        typer.echo(json.dumps({**asdict(found), "unplaced": unplaced}, indent=1))
+    else:
+        _show(found)
+        for sentence in unplaced:
+            typer.echo(sentence)
+    if unplaced:
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -62,6 +80,8 @@ def validate(
     overrides: Overrides = None,
     on: On = "aws",
     file: Annotated[str | None, typer.Option(help="A launcher file instead of the one the spec renders.")] = None,
+    train: Train = None,
+    serve: Serve = None,
     as_json: Json = False,
 ) -> None:
     """Hold a launcher file against Ray's schema, the cloud's and our rules, offline; exit code 2: it has problems."""
@@ -78,7 +98,9 @@ def validate(
         raise ConfigError(file or on, "must be YAML", " ".join(str(problem).split()), "fix the syntax") from None
     if not isinstance(config, dict):
         raise ConfigError(file or on, "must hold `key: value` lines", type(config).__name__, "start with cluster_name")
-    report({file or f"the {on} file": problems(config, loaded.software)}, as_json=as_json)
+    # A file with problems may have no node types to look at.
+    found = problems(config, loaded.software) or _unplaced(config, train, serve)
+    report({file or f"the {on} file": found}, as_json=as_json)
 
 
 @app.command()
@@ -187,6 +209,20 @@ def _down_cloud(name: str, launched: Launched, config: dict[str, Any], timeout_s
         raise ClusterError(f"{len(left)} machines of {name} still run: {left[0].id}; run it again")
     # The next one is what its spec then says.
     launched.file.unlink()
+
+
+def _unplaced(launcher: dict[str, Any], train: str | None, serve: str | None) -> list[str]:
+    """What of a run and of an endpoint has no room on the nodes of a launcher file."""
+    from farspan.cluster.placement import asks_of_endpoint, asks_of_run, misfits
+    from farspan.config.load import load_config
+    from farspan.config.schema import RunConfig, ServeConfig
+
+    asks = []
+    if train is not None:
+        asks += asks_of_run(load_config(RunConfig, train, []))
+    if serve is not None:
+        asks += asks_of_endpoint(load_config(ServeConfig, serve, []))
+    return misfits(launcher, asks)
 
 
 def report(found: dict[str, list[str]], *, as_json: bool) -> None:
