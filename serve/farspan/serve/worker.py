@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 import torch
+from ray import serve
 
 from farspan.config.schema import ServeConfig
 from farspan.engine.engine import Engine
 from farspan.errors import ModelError
-from farspan.kv.ticket import KvTicket
+from farspan.kv.ticket import KvOffer, KvTicket
 from farspan.kv.transports.choose import choose_transport
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
 from farspan.serve.folder import open_model_folder
 from farspan.serve.host import EngineHost
-from farspan.serve.messages import Failed, GenerationRequest, Prefilled, StreamItem, WorkerInfo
+from farspan.serve.messages import Failed, GenerationRequest, Prefilled, PrefillItem, StreamItem, WorkerInfo
 
 
 class Worker:
@@ -65,6 +67,12 @@ class PrefillWorker(Worker):
     async def prefill(self, request: GenerationRequest) -> Prefilled | Failed:
         return await self._host.prefill(request)
 
+    async def prefill_in_parts(self, request: GenerationRequest) -> AsyncIterator[PrefillItem]:
+        """`prefill`, with offers of pages while it computes."""
+        async with aclosing(self._host.prefill_in_parts(request)) as items:
+            async for item in items:
+                yield item
+
     async def release(self, ticket_id: str) -> bool:
         """The pages arrived elsewhere, or nobody wants them; true when this worker had handed them out."""
         return await self._host.release(ticket_id)
@@ -80,6 +88,10 @@ class DecodeWorker(Worker):
     ) -> AsyncIterator[StreamItem]:
         async for item in self._host.stream(request, answered, ticket):
             yield item
+
+    async def follow(self, replica_id: str, offer: KvOffer) -> bool:
+        """Fetch pages of a prompt that is still computed, on the replica of this id only; whether it does."""
+        return serve.get_replica_context().replica_id.unique_id == replica_id and await self._host.follow(offer)
 
 
 def worker_threads(config: ServeConfig, num_cpus: int) -> int:
