@@ -103,9 +103,8 @@ class Puller:
         Raises TransferError when the ticket is not acceptable. Either way nothing is held for it.
         """
         pull = self._of(ticket.request_id)
-        if pull is None:
+        if pull is None or pull.ticket is not None:
             return False
-        assert pull.ticket is None, "a request has one ticket"
         try:
             refuse_ticket(ticket, self._pool.layout, self._transport.name, unix_s)
         except TransferError as problem:

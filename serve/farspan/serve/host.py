@@ -242,15 +242,14 @@ class EngineHost:
             return
         self._clients[request.request_id] = client
         self._know(request.request_id)
-        if client.ticket is not None:
-            if client.ticket.num_tokens == len(request.prompt) and client.answered:
-                self._wanting_pages.append(client)
-            else:
-                reason = f"the ticket is for {client.ticket.num_tokens} tokens, the prompt has {len(request.prompt)}"
-                self._fail(client, TransferError(request.request_id, reason))
+        if client.ticket is not None and not (reason := _refuse_ticket(client.ticket, client)):
+            self._wanting_pages.append(client)
             return
-        # Its prompt was followed, but its ticket never came.
+        # Its prompt may have been followed, but the right ticket never came.
         self._puller.abandon(request.request_id)
+        if client.ticket is not None:
+            self._fail(client, TransferError(request.request_id, reason))
+            return
         try:
             self._engine.add(
                 request.request_id,
@@ -371,7 +370,6 @@ class EngineHost:
     def _fail(self, client: _Client, error: FarspanError) -> None:
         request_id = client.request.request_id
         self._clients.pop(request_id, None)
-        self._puller.abandon(request_id)
         self._leases.forget(request_id)
         client.push(Failed(error))
 
@@ -406,6 +404,16 @@ class EngineHost:
             num_requests=len(self._clients),
             open_leases=self._leases.num_open,
         )
+
+
+def _refuse_ticket(ticket: KvTicket, client: _Client) -> str:
+    """Why a ticket cannot be that of the request it came with; empty when it can."""
+    request = client.request
+    if ticket.num_tokens != len(request.prompt):
+        return f"the ticket is for {ticket.num_tokens} tokens, the prompt has {len(request.prompt)}"
+    if ticket.request_id != request.request_id:
+        return "the ticket is that of another request"
+    return "" if client.answered else "the first token is missing"
 
 
 def _terms(caller: Caller) -> Terms:

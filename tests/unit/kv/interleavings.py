@@ -289,12 +289,8 @@ class World:
             if not isinstance(pages, str):
                 self.receiver.free(pages)
             self.done[request] = "gone"
-        for request in range(len(self.scale.parts)):
-            self.puller.abandon(str(request))
         if self.claimed:
             self._unclaim(0)
-        while self.posted:
-            self._break(0)
         self.now_s += 10 * LEASE_S
         self.puller.poll(self.now_s)
         self.source.leases.expire(self.now_s)
@@ -303,27 +299,36 @@ class World:
         assert self.receiver.num_free == self.receiver.num_pages, "the receiver lost pages"
         assert self.source.pool.num_free == self.source.pool.num_pages, "the source lost pages"
 
+    def fork(self) -> World:
+        """The same world once more. What never changes is shared."""
+        handed = [*self.last_offer.values(), *self.source.tickets.values(), *(p.ticket for p in self.puller._pulls)]
+        fixed = [LAYOUT, self.scale, self.receiver.device, self.source.pool.device, self.source.pool.layout]
+        for one in handed:
+            fixed += [one] if one is None else [one, one.source, *one.pages]
+        return copy.deepcopy(self, {id(one): one for one in fixed})
+
     def key(self) -> bytes:
         """Equal for worlds with the same future."""
-        pulls = [
-            (
-                p.request_id,
-                p.ticket_id == "",
-                p.ticket is None,
-                p.pages,
-                [(str(r.transfer.state), r.deadline_s) for r in p.parts],
-            )
-            for p in self.puller._pulls
+        pulls = {p.request_id: p for p in self.puller._pulls}
+        parts = [(str(part.transfer.state), part.deadline_s, part.pages) for p in pulls.values() for part in p.parts]
+        told = [
+            (p.request_id, p.ticket is None, p.until_s, p.source.incarnation, len(p.refs), p.pages)
+            for p in pulls.values()
+        ]
+        offers = [
+            (r, o.source.incarnation, o.lease_until_s, str(r) in pulls and pulls[str(r)].ticket_id == o.ticket_id)
+            for r, o in sorted(self.last_offer.items())
         ]
         reads = [(r.remote, r.local, r.pool is self.source.pool) for r in self.posted]
+        late = [(part.pages, part.is_over) for part in self.puller._quarantined]
         pools = [
             (p.storage_PB.numpy().tobytes(), p.epochs_P.tolist(), p._holders, sorted(p._quarantined))
             for p in (self.receiver, self.source.pool)
         ]
-        state = (pulls, reads, pools, self.phase, self.done, self.claimed, self.left, self.now_s)
-        return hashlib.sha256(
-            repr((state, sorted(self.last_offer), self.source.held, sorted(self.source.tickets))).encode()
-        ).digest()
+        leases = [(r, t.lease_until_s) for r, t in sorted(self.source.tickets.items())]
+        source = (self.source.incarnation, self.source.held, leases, self.source.leases.num_open)
+        mine = (self.phase, self.done, self.claimed, self.left, self.now_s)
+        return hashlib.sha256(repr((parts, told, offers, reads, late, pools, source, mine)).encode()).digest()
 
 
 def content(request: int, place: int) -> int:
@@ -339,7 +344,7 @@ def explore(scale: Scale, puller: type[Puller] = Puller, most: int = 10**9) -> t
         world = ahead.pop()
         choices = list(world.events())
         for kind, argument in choices:
-            then = copy.deepcopy(world)
+            then = world.fork()
             then.happen(kind, argument)
             num_events += 1
             if (key := then.key()) not in seen:

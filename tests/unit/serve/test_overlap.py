@@ -213,6 +213,21 @@ def test_a_wrong_offer_costs_nothing_but_time(hosts, wrong):
     asyncio.run(run())
 
 
+def test_a_ticket_of_another_request_is_refused_though_it_fits(hosts):
+    prompt, other = prompts(40, 40)
+
+    async def run() -> None:
+        hosts.go_free()
+        theirs = await hosts.prefill.prefill(request("theirs", other))
+        items = (await collect(hosts.decode.stream(request("mine", prompt), (theirs.token,), theirs.ticket)))[1]
+        assert "that of another request" in str(items[0].error)
+        assert len(items) == 1
+        await hosts.prefill.release(theirs.ticket.ticket_id)
+        await hosts.settled()
+
+    asyncio.run(run())
+
+
 def test_a_prompt_that_is_followed_gives_its_pages_to_one_that_is_complete():
     prompt, other = prompts(60, 61)
     layout_bytes = Engine(tiny_model(), engine_config()).pool.layout.page_bytes
