@@ -242,12 +242,13 @@ class EngineHost:
             return
         self._clients[request.request_id] = client
         self._know(request.request_id)
-        if client.ticket is not None and not (reason := _refuse_ticket(client.ticket, client)):
+        reason = "" if client.ticket is None else _refuse_ticket(client.ticket, client)
+        if client.ticket is not None and not reason:
             self._wanting_pages.append(client)
             return
         # Its prompt may have been followed, but the right ticket never came.
         self._puller.abandon(request.request_id)
-        if client.ticket is not None:
+        if reason:
             self._fail(client, TransferError(request.request_id, reason))
             return
         try:
