@@ -250,7 +250,7 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="attention, paged-decode, engine, memory, parallel, long-context, train, or all (but train)."
+            help="attention, paged-decode, engine, memory, parallel, transfer, long-context, train, or all (but train)."
         ),
     ] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

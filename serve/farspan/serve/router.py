@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from typing import Any, Protocol
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from farspan.errors import ClusterError
-from farspan.kv.ticket import KvTicket
+from farspan.kv.ticket import KvOffer, KvTicket
 from farspan.serve.faults import being_cancelled
 from farspan.serve.load import WorkerLoad
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, StreamItem, WorkerInfo
 from farspan.serve.policy import Place
 from farspan.serve.quotas import Orders
+from farspan.serve.relay import Relay
 
 logger = logging.getLogger(__name__)
 
@@ -51,16 +52,24 @@ class Router:
 
     def __init__(self, prefill: Any, decode: Any) -> None:
         self._prefill, self._decode = prefill, decode
-        self._decode_stream = decode.options(stream=True)
+        self._prefill_stream, self._decode_stream = prefill.options(stream=True), decode.options(stream=True)
+        self._relays: dict[str, Relay] = {}
+        """Of each request whose prompt is computed on a worker of its own, until it is answered."""
         self._errands: set[asyncio.Task[None]] = set()
 
-    async def prefill(self, request: GenerationRequest, place: Place | None = None) -> Prefilled | Failed:
-        handle = self._at(place, self._prefill)
+    async def prefill(
+        self, request: GenerationRequest, place: Place | None = None, answering: Place | None = None
+    ) -> Prefilled | Failed:
+        """While the prompt is computed, the worker that will answer fetches the pages that are there."""
+        decode = self._at(answering, self._decode_stream, stream=True)
+        relay = self._relays[request.request_id] = Relay(decode, request)
+        handle = self._at(place, self._prefill_stream, stream=True)
         try:
             async with AsyncExitStack() as stack:
                 async with asyncio.timeout(_ASSIGN_TIMEOUT_S):
-                    chosen = await stack.enter_async_context(handle.prefill.choose_replica(request))
-                answer: Prefilled | Failed = await handle.dispatch(chosen, request)
+                    choice = handle.prefill_in_parts.choose_replica(request)
+                    chosen = await stack.enter_async_context(choice)
+                answer = await _heard(handle.dispatch(chosen, request), relay)
         except TimeoutError:
             return Failed(ClusterError(f"no prefill worker was free within {_ASSIGN_TIMEOUT_S:g} s"))
         except (RayError, RayServeException) as problem:
@@ -69,6 +78,12 @@ class Router:
             if being_cancelled():
                 raise
             return Failed(ClusterError("the call of the prefill worker was given up"))
+        if isinstance(answer, Prefilled) and answer.ticket is None:
+            # The answer is over with its first token: nobody will ask for the pages that were fetched.
+            self._relays.pop(request.request_id, None)
+            relay.end()
+            if relay.has_told:
+                self._send(decode, "cancel", request.request_id)
         return answer
 
     async def resume(
@@ -78,28 +93,34 @@ class Router:
         ticket: KvTicket | None,
         place: Place | None = None,
     ) -> AsyncGenerator[StreamItem]:
-        stream = self._at(place, self._decode_stream, stream=True).resume.remote(request, answered, ticket)
-        over = False
+        handle = self._at(place, self._decode_stream, stream=True)
+        relay = self._relays.pop(request.request_id, None)
         try:
-            async for item in stream:
-                yield item
-            over = True
-        except (RayError, RayServeException) as problem:
-            over = True
-            yield Failed(ClusterError(f"the decode worker was lost: {type(problem).__name__}"))
-        except asyncio.CancelledError:
-            if being_cancelled():
-                raise
-            over = True
-            yield Failed(ClusterError("the call of the decode worker was given up"))
+            if relay is not None and (chosen := relay.settle()) is not None:
+                told = _items(relay.dispatch(chosen, request, answered, ticket))
+                async with aclosing(told) as items:
+                    given = False
+                    async for item in items:
+                        if not given and isinstance(item, Failed) and isinstance(item.error, ClusterError):
+                            # It was lost while the prompt was computed: any other one can do the same.
+                            break
+                        given = True
+                        yield item
+                    else:
+                        return
+            async with aclosing(_items(handle.resume.remote(request, answered, ticket))) as items:
+                async for item in items:
+                    yield item
         finally:
-            if not over:
-                stream.cancel()
+            if relay is not None:
+                relay.end()
 
     def release(self, ticket_id: str, place: Place | None = None) -> None:
         self._send(self._at(place, self._prefill), "release", ticket_id)
 
     def cancel(self, request_id: str) -> None:
+        if relay := self._relays.pop(request_id, None):
+            relay.end()
         self._send(self._prefill, "cancel", request_id)
         self._send(self._decode, "cancel", request_id)
 
@@ -148,6 +169,43 @@ class Router:
         errand = asyncio.ensure_future(_delivered(handle.broadcast(method, argument), method))
         self._errands.add(errand)
         errand.add_done_callback(self._errands.discard)
+
+
+async def _heard(stream: Any, relay: Relay) -> Prefilled | Failed:
+    """What a prefill worker says in the end; what it offers on the way is passed on."""
+    answer: Prefilled | Failed = Failed(ClusterError("the prefill worker ended without an answer"))
+    over = False
+    try:
+        async for item in stream:
+            if isinstance(item, KvOffer):
+                relay.tell(item)
+            else:
+                answer = item
+        over = True
+    finally:
+        if not over:
+            stream.cancel()
+    return answer
+
+
+async def _items(stream: Any) -> AsyncGenerator[StreamItem]:
+    """What a decode worker says, and that it was lost, if it was."""
+    over = False
+    try:
+        async for item in stream:
+            yield item
+        over = True
+    except (RayError, RayServeException) as problem:
+        over = True
+        yield Failed(ClusterError(f"the decode worker was lost: {type(problem).__name__}"))
+    except asyncio.CancelledError:
+        if being_cancelled():
+            raise
+        over = True
+        yield Failed(ClusterError("the call of the decode worker was given up"))
+    finally:
+        if not over:
+            stream.cancel()
 
 
 async def _standing(handle: Any, worker: str, orders: Orders) -> WorkerLoad | None:
