@@ -124,7 +124,7 @@ class EngineHost:
         """Wait until nobody may fetch pages from here any more, but not longer than `within_s`."""
         ends_s = time.monotonic() + within_s
         with suppress(EngineError):
-            while time.monotonic() < ends_s and await self._call(lambda: self._leases.num_open):
+            while time.monotonic() < ends_s and await self._call(lambda: self._leases.num_open > 0):
                 await asyncio.sleep(_DRAIN_POLL_S)
 
     async def check_integrity(self) -> None:
