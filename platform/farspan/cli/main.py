@@ -241,7 +241,7 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="attention, paged-decode, engine, memory, parallel, long-context, train, or all (but train)."
+            help="attention, paged-decode, engine, memory, parallel, long-context, all of these, serve, or train."
         ),
     ] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -253,11 +253,21 @@ def bench(
         str | None,
         typer.Option("--vllm-env", help="engine: a Python environment that holds vLLM, beside which to run."),
     ] = None,
+    long_tokens: Annotated[int | None, typer.Option(help="serve: length of the prompts that disturb [16384].")] = None,
 ) -> None:
     """Measure this machine, side by side with the best peer, on the same work."""
     from farspan.cli.bench import run_bench
 
-    run_bench(what, as_json=as_json, save=save, minutes=minutes, width=width, layers=layers, vllm_env=vllm_env)
+    run_bench(
+        what,
+        as_json=as_json,
+        save=save,
+        minutes=minutes,
+        width=width,
+        layers=layers,
+        vllm_env=vllm_env,
+        long_tokens=long_tokens,
+    )
 
 
 @app.command()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+from pathlib import Path
 
 import typer
 from rich.console import Console
 
 from farspan.config.check import check_serve
-from farspan.config.load import dump_config, load_config
+from farspan.config.load import dump_config, load_config, written_keys
 from farspan.config.schema import ServeConfig
 from farspan.storage.paths import absolute_uri
 
@@ -19,6 +20,7 @@ def run_serve(path: str, overrides: list[str], *, dry_run: bool) -> None:
     config = load_config(ServeConfig, path, overrides)
     check_serve(config)
     config.model = absolute_uri(config.model)
+    config.engine.adapters = _placed(config.engine.adapters, Path(path).parent, overrides)
     if dry_run:
         typer.echo(dump_config(config), nl=False)
         return
@@ -41,3 +43,16 @@ def run_serve(path: str, overrides: list[str], *, dry_run: bool) -> None:
             threading.Event().wait()
         except KeyboardInterrupt:
             console.print("stopping", markup=False)
+
+
+def _placed(adapters: dict[str, str], beside: Path, overrides: list[str]) -> dict[str, str]:
+    """Folders of adapters for workers, which run elsewhere: a file's are relative to the file, typed ones to here."""
+    typed = written_keys(None, overrides)
+    return {
+        name: absolute_uri(folder if "://" in folder or f"engine.adapters.{name}" in typed else _join(beside, folder))
+        for name, folder in adapters.items()
+    }
+
+
+def _join(beside: Path, folder: str) -> str:
+    return str(beside / Path(folder).expanduser())

@@ -24,6 +24,7 @@ from farspan.models.checkpoint import open_config
 from farspan.serve.api import Api
 from farspan.serve.folder import open_model_folder
 from farspan.serve.keys import ApiKey, read_keys
+from farspan.serve.naming import ModelNames
 from farspan.serve.port import refuse_taken_port
 from farspan.serve.router import Router
 from farspan.serve.routes import build_http
@@ -57,6 +58,7 @@ def check_app(config: ServeConfig) -> Path:
     check_serve(config)
     folder = open_model_folder(config.model)
     refuse_config(open_config(folder))
+    ModelNames(model_name(config), config.engine.adapters)
     refuse_taken_port(config.host, config.port)
     return folder
 
@@ -68,6 +70,11 @@ class Ingress(Api):
         self, config: ServeConfig, model_name: str, keys: tuple[ApiKey, ...], prefill: Any, decode: Any
     ) -> None:
         super().__init__(config, model_name, keys, Router(prefill, decode))
+
+    def __del__(self) -> None:
+        # Absent when the model could not be opened.
+        if hasattr(self, "_spans"):
+            self.close()
 
 
 def build_app(config: ServeConfig, keys: tuple[ApiKey, ...]) -> Any:

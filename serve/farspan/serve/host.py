@@ -205,11 +205,12 @@ class EngineHost:
             return
         self._clients[request.request_id] = client
         if client.ticket is not None:
-            if client.ticket.num_tokens == len(request.prompt) and client.answered:
-                self._wanting_pages.append(client)
+            try:
+                self._refuse_other(client, client.ticket)
+            except FarspanError as problem:
+                self._fail(client, problem)
             else:
-                reason = f"the ticket is for {client.ticket.num_tokens} tokens, the prompt has {len(request.prompt)}"
-                self._fail(client, TransferError(request.request_id, reason))
+                self._wanting_pages.append(client)
             return
         try:
             self._engine.add(
@@ -222,6 +223,19 @@ class EngineHost:
             )
         except FarspanError as problem:
             self._fail(client, problem)
+
+    def _refuse_other(self, client: _Client, ticket: KvTicket) -> None:
+        """Raises TransferError for the pages of another prompt or adapter, RequestError for one that is not here."""
+        request = client.request
+        if ticket.num_tokens != len(request.prompt) or not client.answered:
+            reason = f"the ticket is for {ticket.num_tokens} tokens, the prompt has {len(request.prompt)}"
+            raise TransferError(request.request_id, reason)
+        if ticket.adapter != self._adapter_digest(request):
+            name = request.caller.adapter or "the model alone"
+            raise TransferError(request.request_id, f"the ticket was not computed with what {name} is here")
+
+    def _adapter_digest(self, request: GenerationRequest) -> str:
+        return self._engine.adapters.terms(request.request_id, _terms(request.caller)).scope.adapter
 
     def _start_pulls(self) -> None:
         for client in list(self._wanting_pages):
@@ -286,7 +300,9 @@ class EngineHost:
         if event.finish:
             self._engine.pool.free(pages)
         else:
-            ticket = self._leases.offer(event.request_id, pages, num_tokens, self._transport.address(), time.time())
+            adapter = self._adapter_digest(client.request)
+            source = self._transport.address()
+            ticket = self._leases.offer(event.request_id, pages, num_tokens, source, time.time(), adapter)
             self._offered[ticket.ticket_id] = event.request_id
         seconds = time.monotonic() - client.started_s
         logprobs, before = event.logprobs, event.prompt_logprobs
@@ -333,5 +349,6 @@ def _terms(caller: Caller) -> Terms:
         tenant=caller.tenant,
         priority=caller.priority,
         deadline_s=None if left_s is None else time.monotonic() + left_s,
+        adapter=caller.adapter,
         scope=PrefixScope(salt=caller.salt),
     )

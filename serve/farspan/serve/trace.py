@@ -58,11 +58,15 @@ class RequestTrace:
     route: str = ""
     route_reason: str = ""
     started_s: float = field(default_factory=time.monotonic)
+    asked_s: float | None = None
+    """From arrival until a worker was asked."""
     prefill_s: float | None = None
     transport: str = "none"
     kv_pages: int = 0
     kv_bytes: int = 0
     transfer_s: float = 0.0
+    pulled_s: float | None = None
+    """From arrival until the pages were there."""
     recovered: bool = False
     recoveries: list[str] = field(default_factory=list)
     """Why the answer had to go on in another way, in order."""
@@ -80,6 +84,11 @@ class RequestTrace:
 
     def token(self, count: int) -> None:
         self.arrivals.add(count, time.monotonic() - self.started_s)
+
+    @property
+    def age_s(self) -> float:
+        """Since arrival."""
+        return time.monotonic() - self.started_s
 
     def report(self) -> dict[str, Any]:
         """Plain values for JSON."""
