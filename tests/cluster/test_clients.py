@@ -82,7 +82,7 @@ def test_rays_own_benchmark_gets_every_token_it_counts(running, folder, tmp_path
 def counted(running: Running) -> dict[str, float]:
     """Tokens of all answered requests, as the endpoint counts them."""
     told = httpx.get(f"{running.url.removesuffix('/v1')}/metrics", headers={"Authorization": "Bearer sk-client"})
-    found = {kind: 0.0 for kind in ("prompt", "answer", "cached")}
+    found = dict.fromkeys(("prompt", "answer", "cached"), 0.0)
     return found | {
         kind: float(value)
         for kind, value in re.findall(r'^farspan_request_tokens_total\{kind="(\w+)"\} (\S+)$', told.text, re.MULTILINE)
