@@ -58,6 +58,7 @@ def check_app(config: ServeConfig) -> Path:
     check_serve(config)
     folder = open_model_folder(config.model)
     refuse_config(open_config(folder))
+    # Said again where a config file of Serve's begins: it must never be a replica that finds out.
     ModelNames(model_name(config), config.engine.adapters)
     refuse_taken_port(config.host, config.port)
     return folder
@@ -79,6 +80,7 @@ class Ingress(Api):
 
 def build_app(config: ServeConfig, keys: tuple[ApiKey, ...]) -> Any:
     """The Serve application: ingress over prefill and decode workers."""
+    ModelNames(model_name(config), config.engine.adapters)
     workers = [
         serve.deployment(PrefillWorker).options(name="prefill", **_options(config.prefill, config)).bind(config),
         serve.deployment(DecodeWorker).options(name="decode", **_options(config.decode, config)).bind(config),
