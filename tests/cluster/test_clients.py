@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import select
 import socket
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ from farspan.serve.port import free_port
 IDLE = 10_000
 # Of the server, for each: what a protocol object, a transport and the parts of a head need, twice over.
 BYTES_EACH = 48 * 1024
+BODY_TIMEOUT_S = 2.0
 # File descriptors of the two processes beside the connections.
 OTHERS = 512
 
@@ -46,6 +48,7 @@ def running(ray_cluster, folder) -> Iterator[Running]:
         port=free_port(),
         api_key_file=str(key_file),
         engine=EngineConfig(kv_bytes=8 * 1024 * 1024),
+        body_timeout_s=BODY_TIMEOUT_S,
         start_timeout_s=120,
     )
     with run_app(config) as made:
@@ -77,6 +80,49 @@ def test_rays_own_benchmark_gets_every_token_it_counts(running, folder, tmp_path
     assert gained["prompt"] == sum(one["input_tokens"] for one in told)
     # Half of what it sends it has sent before.
     assert gained["cached"] > 0.3 * gained["prompt"]
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sk-client\r\n"
+
+
+def test_a_body_without_end_is_refused_and_not_kept(running):
+    port = httpx.URL(running.url).port
+    before = proxy_bytes(port)
+    chunk, sent, told = b"%x\r\n%s\r\n" % (65536, b"x" * 65536), 0, b""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+        client.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+        client.settimeout(0)
+        while not told and sent < 2**30:
+            told, more = told_or_sent(client, chunk[sent % len(chunk) :])
+            sent += more
+        grown = proxy_bytes(port) - before
+    assert told.startswith(b"HTTP/1.1 413"), told[:100]
+    # Ray's proxy reads on until it hears of the refusal.
+    assert grown < 2**28, f"{grown} bytes more after {sent} bytes"
+
+
+def told_or_sent(client: socket.socket, content: bytes) -> tuple[bytes, int]:
+    """What the server says, or how much of `content` it took; waits for one of both."""
+    readable, writable, _ = select.select([client], [client], [], 60)
+    if readable:
+        return client.recv(65536), 0
+    assert writable, "the server does nothing any more"
+    return b"", client.send(content)
+
+
+def test_a_body_that_comes_byte_by_byte_is_refused_in_time(running):
+    with socket.create_connection(("127.0.0.1", httpx.URL(running.url).port), timeout=0.1) as client:
+        client.sendall(HEAD + b"Content-Length: 1000\r\n\r\n{")
+        began, told = time.monotonic(), b""
+        while not told:
+            assert time.monotonic() - began < 20 * BODY_TIMEOUT_S
+            client.sendall(b" ")
+            try:
+                told = client.recv(65536)
+            except TimeoutError:
+                continue
+    assert told.startswith(b"HTTP/1.1 408")
+    assert time.monotonic() - began >= BODY_TIMEOUT_S
 
 
 def counted(running: Running) -> dict[str, float]:
