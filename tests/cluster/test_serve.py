@@ -80,7 +80,7 @@ def server(ray_cluster, folder, tmp_path_factory) -> Iterator[Server]:
         api_key_file=str(key_file),
         max_body_bytes=BODY_LIMIT,
         engine=EngineConfig(dtype="float64", kv_bytes=64 * 1024 * 1024, max_batch_tokens=512),
-        transfer=TransferConfig(deadline_s=10, lease_s=50),
+        transfer=TransferConfig(deadline_s=10, lease_s=50, split="always"),
         start_timeout_s=120,
     )
     with run_app(config) as running:

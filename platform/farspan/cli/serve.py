@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
-import threading
+import os
+import queue
+import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -12,15 +16,17 @@ from rich.console import Console
 from farspan.config.check import check_serve
 from farspan.config.load import dump_config, load_config, written_keys
 from farspan.config.schema import ServeConfig
+from farspan.errors import FarspanError
 from farspan.storage.paths import absolute_uri
+
+if TYPE_CHECKING:
+    from farspan.serve.app import Running
 
 
 def run_serve(path: str, overrides: list[str], *, dry_run: bool) -> None:
     """Serve a config until Ctrl-C."""
-    config = load_config(ServeConfig, path, overrides)
+    config = _load(path, overrides)
     check_serve(config)
-    config.model = absolute_uri(config.model)
-    config.engine.adapters = _placed(config.engine.adapters, Path(path).parent, overrides)
     if dry_run:
         typer.echo(dump_config(config), nl=False)
         return
@@ -38,15 +44,48 @@ def run_serve(path: str, overrides: list[str], *, dry_run: bool) -> None:
     )
     with local_ray(num_cpus(config) + 1), run_app(config) as running:
         console.print(f"ready: {running.url}  model {running.model}  key file {running.api_key_file}", markup=False)
-        console.print("Ctrl-C stops it", markup=False)
+        console.print(f"Ctrl-C stops it; kill -HUP {os.getpid()} reads the config again", markup=False)
         try:
-            threading.Event().wait()
+            for _ in _hangups():
+                _update(console, running, path, overrides)
         except KeyboardInterrupt:
             console.print("stopping", markup=False)
 
 
+def _hangups() -> Iterator[None]:
+    """One item for every SIGHUP."""
+    wishes: queue.SimpleQueue[None] = queue.SimpleQueue()
+    before = signal.signal(signal.SIGHUP, lambda *_: wishes.put(None))
+    try:
+        while True:
+            yield wishes.get()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def _update(console: Console, running: Running, path: str, overrides: list[str]) -> None:
+    """Serve what the config says now; what is wrong with it is told, and the old one goes on."""
+    from farspan.serve.app import update_app
+
+    try:
+        config = _load(path, overrides)
+        update_app(config, running)
+    except FarspanError as problem:
+        console.print(f"not updated: {problem}", markup=False)
+    else:
+        console.print(f"updated: {config.model}", markup=False)
+
+
+def _load(path: str, overrides: list[str]) -> ServeConfig:
+    """The config, with folders that workers find too, which run elsewhere."""
+    config = load_config(ServeConfig, path, overrides)
+    config.model = absolute_uri(config.model)
+    config.engine.adapters = _placed(config.engine.adapters, Path(path).parent, overrides)
+    return config
+
+
 def _placed(adapters: dict[str, str], beside: Path, overrides: list[str]) -> dict[str, str]:
-    """Folders of adapters for workers, which run elsewhere: a file's are relative to the file, typed ones to here."""
+    """Folders of adapters: a file's are relative to the file, typed ones to here."""
     typed = written_keys(None, overrides)
     return {
         name: absolute_uri(folder if "://" in folder or f"engine.adapters.{name}" in typed else _join(beside, folder))

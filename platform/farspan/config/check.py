@@ -18,6 +18,7 @@ from farspan.config.schema import (
     MemoryConfig,
     OptimConfig,
     ParallelConfig,
+    RoleConfig,
     RunConfig,
     ServeConfig,
 )
@@ -36,6 +37,7 @@ WEIGHTS_ENGINES = ("fsdp2", "deepspeed")
 OFFLOADS = ("none", "cpu")
 ACTIVATION_OFFLOADS = ("none", "cpu", "cxl", "nvme")
 TRANSPORTS = ("auto", "nixl")
+SPLITS = ("predicted", "always")
 FORMATS = ("text", "chat")
 TRAIN_ON = ("assistant", "all")
 ON_BAD = ("skip", "fail")
@@ -314,6 +316,7 @@ def check_engine(engine: EngineConfig) -> None:
     _at_least("engine.max_batch_tokens", engine.max_batch_tokens, 1)
     _at_least("engine.max_sequences", engine.max_sequences, 1)
     _at_least("engine.offload_bytes", engine.offload_bytes, 0)
+    _at_least("engine.host_cache_bytes", engine.host_cache_bytes, 0)
     _at_least("engine.draft_tokens", engine.draft_tokens, 0)
     for field in ("prefill_tokens", "decode_tokens"):
         if (quota := getattr(engine, field)) is not None:
@@ -347,8 +350,10 @@ def check_serve(config: ServeConfig) -> None:
     """Refuse a serving config that no model could make legal."""
     check_engine(config.engine)
     _one_of("transfer.transport", config.transfer.transport, TRANSPORTS)
-    _at_least("prefill.replicas", config.prefill.replicas, 1)
-    _at_least("decode.replicas", config.decode.replicas, 1)
+    _one_of("transfer.split", config.transfer.split, SPLITS)
+    _check_role("prefill", config.prefill)
+    _check_role("decode", config.decode)
+    _check_objectives(config)
     _above("transfer.deadline_s", config.transfer.deadline_s, 0)
     _above("transfer.lease_s", config.transfer.lease_s, config.transfer.deadline_s)
     _at_least("transfer.colocate_below_tokens", config.transfer.colocate_below_tokens, 0)
@@ -370,6 +375,33 @@ def _check_collector(address: str | None) -> None:
         raise ConfigError(
             "telemetry.otlp_endpoint", "must be an http(s) address without user or query", address, way_out
         )
+
+
+def _check_role(name: str, role: RoleConfig) -> None:
+    # None at first, where there may be none later.
+    _at_least(f"{name}.replicas", role.replicas, 0 if role.min_replicas == 0 else 1)
+    if role.min_replicas is not None:
+        _within(f"{name}.min_replicas", role.min_replicas, 0, role.replicas)
+    if role.max_replicas is not None:
+        _at_least(f"{name}.max_replicas", role.max_replicas, max(1, role.replicas))
+
+
+def _check_objectives(config: ServeConfig) -> None:
+    for field, seconds in (
+        ("objectives.first_token_s", config.objectives.first_token_s),
+        ("objectives.token_s", config.objectives.token_s),
+        ("scaling.measure_s", config.scaling.measure_s),
+    ):
+        _above(field, seconds, 0)
+    if config.objectives.max_wait_s is not None:
+        _above("objectives.max_wait_s", config.objectives.max_wait_s, 0)
+    for field, seconds in (
+        ("scaling.up_s", config.scaling.up_s),
+        ("scaling.down_s", config.scaling.down_s),
+        ("scaling.to_zero_s", config.scaling.to_zero_s),
+        ("drain_s", config.drain_s),
+    ):
+        _within(field, seconds, 0, math.inf)
 
 
 def refuse_ragged_stripes(parallel: ParallelConfig, sequence_tokens: int) -> None:

@@ -292,7 +292,11 @@ class RoleConfig:
     """One kind of worker."""
 
     replicas: int = 1
-    """Workers of this kind."""
+    """Workers of this kind, at first where their number changes."""
+    min_replicas: int | None = None
+    """Fewest of them, 0 to stop them all while nobody asks; none: always `replicas`."""
+    max_replicas: int | None = None
+    """Most of them; none: always `replicas`."""
     cpus: float = 0.5
     """CPUs each of them asks Ray for."""
     gpus: float = 0.0
@@ -322,6 +326,9 @@ class EngineConfig:
     offload_bytes: int = 0
     """Host memory for the KV and the states of preempted sequences; 0, as a model that runs alone needs: they are
     computed again."""
+    host_cache_bytes: int = 0
+    """Memory of each machine, one part for all its workers, for the KV of prompts beyond kv_bytes; it outlives a
+    worker. 0: none."""
     max_context_tokens: int | None = None
     """Longest prompt plus answer; none: what the model's config says."""
     draft_tokens: int = 0
@@ -352,8 +359,38 @@ class TransferConfig:
     """Longest wait for one prompt's pages."""
     lease_s: float = 60.0
     """How long a prefill worker keeps pages that nobody fetched."""
+    split: str = "predicted"
+    """predicted: a prompt is computed by another worker than its answer where that is expected to cost everybody less
+    time; always: by a prefill worker, and its answer by a decode worker."""
     colocate_below_tokens: int = 0
-    """Shorter prompts are computed by the decode worker itself; 0: none."""
+    """Shorter prompts are computed by the worker that answers; 0: none for that reason alone."""
+
+
+@dataclass(kw_only=True)
+class ObjectivesConfig:
+    """What clients should see: the number of workers, and who is let in, follow from it."""
+
+    first_token_s: float = 2.0
+    """Until the first token."""
+    token_s: float = 0.1
+    """Between two tokens."""
+    max_wait_s: float | None = None
+    """Requests whose first token is expected later get status 429 and are told when to come again; none: only those
+    that it would reach after their own deadline."""
+
+
+@dataclass(kw_only=True)
+class ScalingConfig:
+    """How fast the number of workers follows, where `min_replicas` and `max_replicas` leave it open."""
+
+    up_s: float = 10.0
+    """More workers, when they were needed all this time."""
+    down_s: float = 120.0
+    """Fewer workers, when they were not needed all this time."""
+    to_zero_s: float = 600.0
+    """No worker, when nobody asked all this time."""
+    measure_s: float = 2.0
+    """How often the endpoint tells what it sees."""
 
 
 @dataclass(kw_only=True)
@@ -391,6 +428,10 @@ class ServeConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     telemetry: TracesConfig = field(default_factory=TracesConfig)
+    objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    drain_s: float = 120.0
+    """How long a worker that is stopped or replaced may finish its answers; those left go on elsewhere."""
     start_timeout_s: float = 300.0
     """Longest wait until a worker of each kind answers."""
     request_timeout_s: float = 600.0

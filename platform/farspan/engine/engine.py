@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from farspan.config.schema import EngineConfig
 from farspan.engine.adapters import Adapters
 from farspan.engine.advance import Advanced, Ends, advance, collect_prompt_logprobs, wants_prompt_logprobs
+from farspan.engine.burden import Burden, burden_of
 from farspan.engine.check import check_prompt
 from farspan.engine.draft import Ask, Drafter, DraftRoom, SuffixDrafter, allowed_draft, draft_limit, split_room
 from farspan.engine.fairness import Claim, Service, fair_order
@@ -40,9 +42,15 @@ from farspan.engine.scheduler import Chunk, Limits, Row, schedule
 from farspan.engine.tables import fill_table, held_pages
 from farspan.engine.terms import PLAIN_TERMS, Terms
 from farspan.errors import ConfigError, EngineError, RequestError
+from farspan.kv.host_cache import BlockCache, HostCache
+from farspan.kv.host_traffic import HostTraffic
+from farspan.kv.layout import KvLayout
 from farspan.kv.offload import PageOffload
 from farspan.kv.prefix import OPEN_SCOPE, PrefixCache, PrefixScope
 from farspan.memory.host import DramTier
+
+# An iteration with nothing to compute waits so long for pages from host memory, then lets its caller look around.
+_HOST_WAIT_S = 0.005
 
 
 class Engine:
@@ -56,15 +64,17 @@ class Engine:
         tokenizer: Any = None,
         drafter: Drafter | None = None,
         clock: Callable[[], float] = time.monotonic,
+        host_cache: Callable[[KvLayout], BlockCache] | None = None,
     ) -> None:
         """Takes the model over (its attention is switched). Deadlines are times of `clock`.
 
         `tokenizer`, a fast one of transformers, is needed for stop strings and grammars only. `drafter` guesses
-        tokens; none: from the sequence's own text when engine.draft_tokens is not 0.
+        tokens; none: from the sequence's own text when engine.draft_tokens is not 0. `host_cache` opens what keeps
+        pages beyond the pool where engine.host_cache_bytes is not 0; none: memory of this process.
 
         Raises ModelError when the model cannot be run exactly, EngineError when no page fits into kv_bytes,
-        ConfigError when pages that are moved out would not be all that a sequence of this model needs, and what
-        `Adapters.add` raises.
+        ConfigError when pages that are moved out would not be all that a sequence of this model needs, TierError when
+        the host has less memory than engine.host_cache_bytes, and what `Adapters.add` raises.
         """
         path = open_path(model, config)
         speed_up(model)
@@ -97,12 +107,15 @@ class Engine:
         self._taken: dict[str, SequenceState] = {}
         self._num_arrived = 0
         self._stalled = False
-        prefix, offload = _prefix_cache(path, config), _offload(path, config)
-        self._holdings = Holdings(self.pool, prefix, offload, clock, path.states, config.max_batch_tokens)
+        self._prefix, offload = _prefix_cache(path, config), _offload(path, config)
+        self.host = _host_traffic(path, config, self._prefix, host_cache, clock)
+        self._holdings = Holdings(
+            self.pool, self._prefix, offload, clock, path.states, config.max_batch_tokens, self.host
+        )
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running or self._waiting)
+        return bool(self._running or self._waiting or self._holdings.num_fetching)
 
     @property
     def room_tokens(self) -> int:
@@ -113,6 +126,31 @@ class Engine:
     def stalled(self) -> bool:
         """The last step could do nothing: pages that are held outside must come back first."""
         return self._stalled
+
+    @property
+    def burden(self) -> Burden:
+        """What all requests that are here still need."""
+        return burden_of((*self._running, *self._waiting))
+
+    @property
+    def quotas(self) -> tuple[int | None, int | None]:
+        """(most prompt tokens, most decoding sequences) of an iteration."""
+        return self._limits.prefill_tokens, self._limits.decode_tokens
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """Most tokens of an iteration."""
+        return self._limits.max_batch_tokens
+
+    @property
+    def max_sequences(self) -> int:
+        """Most sequences side by side."""
+        return self._limits.max_sequences
+
+    @property
+    def prefixes(self) -> PrefixCache | None:
+        """Where beginnings of requests are found again."""
+        return self._prefix
 
     def add(
         self,
@@ -130,7 +168,7 @@ class Engine:
         """
         if prefill_only:
             self._refuse_travel(request_id)
-        self._enqueue(request_id, prompt, params, answered, prefill_only, terms)
+        self._holdings.seek(self._enqueue(request_id, prompt, params, answered, prefill_only, terms))
 
     def adopt(
         self,
@@ -211,19 +249,23 @@ class Engine:
         events = self._expire()
         self._step += 1
         self._holdings.forget_matches()
+        held_back = self._holdings.held_back(self._running, self._in_line())
         rows = {s.request_id: s for s in (*self._running, *self._waiting)}
         decision = schedule(
             [self._holdings.row(s, self._step) for s in self._running],
-            self._ahead(),
+            self._ahead(held_back),
             self.pool.num_free,
             self._limits,
             parked=[self._holdings.row(s, self._step) for s in self._waiting if s.pages],
             costs=self._holdings.costs(),
         )
-        self._stalled = not decision.chunks and not decision.preempted and self.has_work
+        fetching = bool(held_back or self._holdings.num_fetching)
+        self._stalled = not decision.chunks and not decision.preempted and self.has_work and not fetching
         for preemption in decision.preempted:
             self._preempt(rows[preemption.request_id], offload=preemption.offload)
         if not decision.chunks:
+            if fetching:
+                self._holdings.wait_for_host(_HOST_WAIT_S)
             return events
         sequences = [rows[chunk.request_id] for chunk in decision.chunks]
         pieces = self._pieces(decision.chunks, sequences)
@@ -245,14 +287,20 @@ class Engine:
             events.append(FailedEvent(sequence.request_id, RequestError(sequence.request_id, reason)))
         return events
 
-    def _ahead(self) -> Iterator[Row]:
+    def _ahead(self, held_back: set[str]) -> Iterator[Row]:
         """Who waits, in the order of admission; what they would find computed is looked up one by one."""
+        for sequence in self._in_line():
+            if sequence.request_id not in held_back:
+                yield self._holdings.waiting_row(sequence, self._step)
+
+    def _in_line(self) -> Iterator[SequenceState]:
+        """Who waits, in the order of admission."""
         waiting = {s.request_id: s for s in self._waiting}
         claims = (
             Claim(s.request_id, s.terms.priority, s.terms.tenant, len(s.tokens) - s.num_computed) for s in self._waiting
         )
         for request_id in fair_order(claims, self._service.given):
-            yield self._holdings.waiting_row(waiting[request_id], self._step)
+            yield waiting[request_id]
 
     def _pieces(self, chunks: Sequence[Chunk], sequences: Sequence[SequenceState]) -> list[Piece]:
         """Give everybody the pages that were decided, guess with those left over, and cut out what is computed."""
@@ -464,6 +512,29 @@ def _rank(sequence: SequenceState) -> tuple[int, int]:
 def _prefix_cache(path: Path, config: EngineConfig) -> PrefixCache | None:
     """None for a model with states: pages alone do not bring its state back."""
     return PrefixCache(path.pool) if config.prefix_cache and path.states is None else None
+
+
+def _host_traffic(
+    path: Path,
+    config: EngineConfig,
+    prefix: PrefixCache | None,
+    host_cache: Callable[[KvLayout], BlockCache] | None,
+    clock: Callable[[], float],
+) -> HostTraffic | None:
+    if not config.host_cache_bytes:
+        return None
+    if prefix is None:
+        raise ConfigError(
+            "engine.host_cache_bytes",
+            f"must be 0 for a model or a config that finds no pages again (path: {path.name})",
+            config.host_cache_bytes,
+            "leave it out, or set engine.prefix_cache=true for a model without a state per sequence",
+        )
+    layout = path.pool.layout
+    if host_cache is not None:
+        return HostTraffic(path.pool, prefix, partial(host_cache, layout), clock)
+    own = HostCache.alone(config.host_cache_bytes, layout.page_bytes)
+    return HostTraffic(path.pool, prefix, lambda: own, clock)
 
 
 def _offload(path: Path, config: EngineConfig) -> PageOffload | None:

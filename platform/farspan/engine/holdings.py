@@ -6,7 +6,7 @@ And its recurrent state, where the model has one: in a slot while it runs, in pa
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from farspan.engine.request import SequenceState
 from farspan.engine.scheduler import ALWAYS_RECOMPUTE, Costs, Row
 from farspan.engine.tables import cut_unread, fill_table, held_pages, needed_pages
 from farspan.errors import RequestError, TierError
+from farspan.kv.host_traffic import HostTraffic
 from farspan.kv.layout import GONE
 from farspan.kv.offload import PageOffload
 from farspan.kv.pages import PagePool
@@ -35,10 +36,13 @@ class Holdings:
         clock: Callable[[], float],
         states: StatePool | None = None,
         step_tokens: int = 1,
+        host: HostTraffic | None = None,
     ) -> None:
-        """`step_tokens`: most tokens of one sequence in one iteration."""
+        """`step_tokens`: most tokens of one sequence in one iteration. `host`: where pages go on after the pool."""
         # Pages alone do not bring a state back.
         assert states is None or prefix is None
+        assert host is None or prefix is not None
+        self._host = host
         self._states = states
         self._pool, self._prefix, self._offload = pool, prefix, offload
         self._step_tokens = step_tokens
@@ -66,6 +70,43 @@ class Holdings:
         match = self._prefix.match(chain, sequence.tokens, len(sequence.tokens) - 1)
         self._matches[sequence.request_id] = match
         return self._row(sequence, step, match, 0)
+
+    def seek(self, sequence: SequenceState) -> None:
+        """One that waits may find more in host memory than in the pool."""
+        if self._prefix is not None and self._host is not None and sequence.terms.finds and not sequence.num_computed:
+            self._host.seek(sequence.request_id, self._chain(self._prefix, sequence), sequence.tokens)
+
+    def held_back(self, running: Sequence[SequenceState], waiting: Iterable[SequenceState]) -> set[str]:
+        """Which of those that wait should stay out for now, because pages of them are on their way from host memory.
+
+        They are fetched as far ahead as there will be room for whole sequences.
+        """
+        if self._host is None:
+            return set()
+        self._host.land()
+        held: set[str] = set()
+        if not self._host.num_seeking:
+            return held
+        layout = self._pool.layout
+        room = self._pool.num_free + self._host.num_fetching
+        room -= sum(layout.num_pages(len(s.tokens)) - len(s.pages) + layout.num_groups for s in running)
+        for sequence in waiting:
+            room -= self.most_pages(len(sequence.tokens), sequence.prefill_only) - self._num_own(sequence)
+            # Without room for it beside those that came first, it must not take theirs.
+            beside = bool(held) and not sequence.pages
+            if self._host.holds_back(sequence.request_id) if room >= 0 else beside:
+                held.add(sequence.request_id)
+        return held
+
+    def wait_for_host(self, seconds: float) -> None:
+        """Wait for pages on their way from host memory, at most so long."""
+        if self._host is not None:
+            self._host.wait(seconds)
+
+    @property
+    def num_fetching(self) -> int:
+        """Pages held for content on its way from host memory."""
+        return 0 if self._host is None else self._host.num_fetching
 
     def _row(self, sequence: SequenceState, step: int, match: Match, own: int) -> Row:
         computed = max(sequence.num_computed, match.num_tokens)
@@ -103,6 +144,8 @@ class Holdings:
     def claim(self, sequences: Sequence[SequenceState]) -> None:
         """Hold what the admitted ones find, before anybody's new pages push it out."""
         for sequence in sequences:
+            if self._host is not None:
+                self._host.forget(sequence.request_id)
             if match := self._matches.get(sequence.request_id):
                 self._pool.retain(match.held)
                 sequence.pages, sequence.num_gone = array("q", match.pages), match.pages.count(GONE)
@@ -130,6 +173,9 @@ class Holdings:
         sequence.num_computed = places * self._pool.layout.page_tokens
         if sequence.chain is not None:
             sequence.chain.num_remembered = places
+            if self._host is not None:
+                # What is used again is used again there too, and what was lost there is kept anew.
+                self._host.keep(sequence.chain, range(places), sequence.pages)
         if match.sources and all(map(self._pool.is_findable, match.sources)):
             sequence.pages.extend(self._copies(match.sources, num_pages - len(sequence.pages)))
             sequence.num_computed = match.num_tokens
@@ -194,10 +240,14 @@ class Holdings:
             return
         chain = self._chain(self._prefix, sequence)
         if tail or sequence.num_computed // chain.page_tokens > chain.num_remembered:
-            self._prefix.remember(chain, sequence.tokens, sequence.num_computed, sequence.pages, tail=tail)
+            new = self._prefix.remember(chain, sequence.tokens, sequence.num_computed, sequence.pages, tail=tail)
+            if self._host is not None:
+                self._host.keep(chain, new, sequence.pages)
 
     def release(self, sequence: SequenceState) -> None:
         """Give everything back."""
+        if self._host is not None:
+            self._host.forget(sequence.request_id)
         self._pool.free([*held_pages(sequence), *sequence.state_pages])
         if self._states is not None:
             self._states.release(sequence.request_id)
@@ -222,6 +272,8 @@ class Holdings:
         sequence.preemptions += 1
         if kept is not None:
             sequence.kept, sequence.num_computed = kept, computed
+        else:
+            self.seek(sequence)
 
     def _state_bytes(self, sequence: SequenceState) -> Tensor | None:
         if self._states is None:

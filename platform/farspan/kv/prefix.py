@@ -14,10 +14,11 @@ import hashlib
 import json
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
+from farspan.kv.host_index import Block
 from farspan.kv.layout import GONE
 from farspan.kv.pages import PagePool
 
@@ -62,6 +63,10 @@ class PrefixChain:
         """The name of what comes before a page."""
         return self.names[page - 1] if page else self.root
 
+    def block(self, page: int, group: int) -> Block:
+        """What one group keeps of a page whose name was asked for, by a name outside of the pool."""
+        return Block(_of_group(self.names[page], group), _of_group(self.before(page), group))
+
 
 @dataclass(frozen=True, slots=True)
 class Match:
@@ -103,6 +108,13 @@ class PrefixCache:
         self._named: dict[bytes, _Entry] = {}
         self._following: dict[bytes, OrderedDict[_Entry, None]] = {}
         self._pins: dict[str, list[int]] = {}
+        self.version = 0
+        """Another one whenever other names are found."""
+
+    @property
+    def names(self) -> list[bytes]:
+        """Names of the full pages that are found, the oldest first; a few of them may be gone already."""
+        return list(self._named)
 
     @property
     def num_pinned(self) -> int:
@@ -111,8 +123,7 @@ class PrefixCache:
 
     def chain(self, scope: PrefixScope) -> PrefixChain:
         """The beginning of a token list of this scope."""
-        parts = [self._pool.layout.fingerprint(), scope.adapter, scope.salt, scope.positions]
-        return PrefixChain(self._pool.layout.page_tokens, hashlib.sha256(json.dumps(parts).encode()).digest())
+        return chain_of(self._pool.layout.fingerprint(), self._pool.layout.page_tokens, scope)
 
     def match(self, chain: PrefixChain, tokens: Sequence[int], most: int) -> Match:
         """The longest beginning of `tokens[:most]` that is there. Whoever uses it must retain its pages first."""
@@ -129,7 +140,40 @@ class PrefixCache:
         pages = [page for entry in found for page in (lost if entry is None else entry.pages)]
         return layout.without_gone(pages, len(found) * layout.page_tokens) if layout.gives_back else pages
 
-    def _longest(self, chain: PrefixChain, tokens: Sequence[int], most: int) -> list[_Entry | None]:
+    def missing(
+        self, chain: PrefixChain, tokens: Sequence[int], most: int, elsewhere: Sequence[Sequence[bool]]
+    ) -> tuple[list[tuple[int, int]], list[int]]:
+        """(place, group) of every page without which `tokens[:most]` is not found as far as it could be; pages there.
+
+        `elsewhere` says for each place in which groups the page could come back.
+        """
+        layout = self._pool.layout
+        found = self._longest(chain, tokens, most, elsewhere)
+        first = layout.first_places(len(found) * chain.page_tokens) if layout.gives_back else [0] * layout.num_groups
+        wanted: list[tuple[int, int]] = []
+        there: list[int] = []
+        for place, entry in enumerate(found):
+            alive = [False] * layout.num_groups if entry is None else self._alive(entry)
+            wanted += [(place, group) for group, here in enumerate(alive) if not here and place >= first[group]]
+            there += [] if entry is None else [page for page, here in zip(entry.pages, alive, strict=True) if here]
+        return wanted, there
+
+    def restore(self, chain: PrefixChain, tokens: Sequence[int], place: int, pages: Mapping[int, int]) -> None:
+        """Let others find held pages of one place, by group, that came back; beside those that are still held."""
+        entry = self._named.get(chain.names[place])
+        row = [GONE] * self._pool.layout.num_groups
+        if entry is not None:
+            here = zip(entry.pages, self._alive(entry), strict=True)
+            row = [page if alive and self._pool.holders(page) else GONE for page, alive in here]
+        if any(row[group] == GONE for group in pages):
+            row = [page if page != GONE else pages.get(group, GONE) for group, page in enumerate(row)]
+            size = chain.page_tokens
+            held = tuple(tokens[place * size : (place + 1) * size])
+            self._enter(chain.before(place), held, chain.names[place], tuple(row))
+
+    def _longest(
+        self, chain: PrefixChain, tokens: Sequence[int], most: int, elsewhere: Sequence[Sequence[bool]] = ()
+    ) -> list[_Entry | None]:
         """What lies at the first places, as many as every group has enough of to go on after them."""
         layout, size = self._pool.layout, chain.page_tokens
         everything = [group for group, kept in enumerate(layout.groups) if kept.reach.span is None]
@@ -140,6 +184,8 @@ class PrefixCache:
             name = chain.name(len(found), tokens)
             entry = self._named.get(name) if name is not None else None
             here = self._alive(entry) if entry is not None else [False] * layout.num_groups
+            if len(found) < len(elsewhere):
+                here = [ours or theirs for ours, theirs in zip(here, elsewhere[len(found)], strict=True)]
             if not all(here[group] for group in everything):
                 break
             found.append(entry)
@@ -158,8 +204,11 @@ class PrefixCache:
 
     def remember(
         self, chain: PrefixChain, tokens: Sequence[int], num_computed: int, pages: Sequence[int], *, tail: bool
-    ) -> None:
-        """Let others find the first `num_computed` tokens of a sequence in its `pages`; `tail`: also a page in part."""
+    ) -> range:
+        """Let others find the first `num_computed` tokens of a sequence in its `pages`; `tail`: also a page in part.
+
+        Gives the places of full pages that were not offered before.
+        """
         size = chain.page_tokens
         full = num_computed // size
         for place in range(chain.num_remembered, full):
@@ -171,10 +220,12 @@ class PrefixCache:
             if there < len(brought) - brought.count(GONE):
                 here = tuple(tokens[place * size : (place + 1) * size])
                 self._enter(chain.before(place), here, name, brought)
+        new = range(chain.num_remembered, full)
         chain.num_remembered = max(chain.num_remembered, full)
         rest = tuple(tokens[full * size : num_computed])
         if tail and rest:
             self._enter(chain.before(full), rest, None, self._at(pages, full))
+        return new
 
     def pin(self, name: str, chain: PrefixChain, tokens: Sequence[int]) -> int:
         """Hold the whole pages of a beginning under a name until `unpin`; gives the number of tokens in them."""
@@ -227,6 +278,7 @@ class PrefixCache:
         self._following.setdefault(before, OrderedDict())[entry] = None
         if name is not None:
             self._named[name] = entry
+            self.version += 1
 
     def _forget(self, page: int) -> None:
         entry = self._entries.pop(page, None)
@@ -241,6 +293,18 @@ class PrefixCache:
             del self._following[entry.before]
         if entry.name is not None and self._named.get(entry.name) is entry:
             del self._named[entry.name]
+            self.version += 1
+
+
+def chain_of(layout: str, page_tokens: int, scope: PrefixScope) -> PrefixChain:
+    """The beginning of a token list of this scope, in pages of the layout with this fingerprint."""
+    parts = [layout, scope.adapter, scope.salt, scope.positions]
+    return PrefixChain(page_tokens, hashlib.sha256(json.dumps(parts).encode()).digest())
+
+
+def _of_group(name: bytes, group: int) -> bytes:
+    """The name of one group's page: of the first group that of the place."""
+    return hashlib.sha256(name + group.to_bytes(2, "little")).digest() if group else name
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

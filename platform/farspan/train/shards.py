@@ -88,7 +88,7 @@ def copy_piece(module: nn.Module, held: Mapping[str, Tensor], rank: int, num_ran
     rows: dict[str, int] = {}
     whole: list[str] = []
     for name, tensor in held.items():
-        total = _rows_in_all(weights[_weight_of(name)], tensor)
+        total = _rows_in_all(weights[_weight_of(name)], tensor, num_ranks)
         if total is None:
             whole.append(name)
         else:
@@ -185,9 +185,13 @@ def _weight_of(name: str) -> str:
     return rest if kind == "weights" else rest.rpartition("/")[0]
 
 
-def _rows_in_all(weight: Tensor, tensor: Tensor) -> int | None:
-    """Rows of the whole tensor; None when it is not cut. Scales of 8-bit states have the rows of their weight."""
-    if not isinstance(weight, DTensor) or tensor.ndim == 0 or tensor.shape[0] != local_of(weight).shape[0]:
+def _rows_in_all(weight: Tensor, tensor: Tensor, num_ranks: int) -> int | None:
+    """Rows of the whole tensor; None when it is not cut. Scales of 8-bit states have the rows of their weight.
+
+    A single rank holds one piece of everything, so that any number of ranks can go on from it.
+    """
+    cut = isinstance(weight, DTensor) or num_ranks == 1
+    if not cut or tensor.ndim == 0 or tensor.shape[0] != local_of(weight).shape[0]:
         return None
     return int(weight.shape[0])
 

@@ -13,19 +13,20 @@ from typing import Any
 from farspan.engine.detokenize import Detokenizer
 from farspan.engine.request import Grammar, SamplingParams, choices
 from farspan.errors import FarspanError, RequestError
+from farspan.serve.admission import wait_before_asking_again_s
 from farspan.serve.calls import PlainReader, Reader, joined
 from farspan.serve.chat import Delta, answer
 from farspan.serve.choices import merged
-from farspan.serve.faults import is_past, too_late
+from farspan.serve.faults import busy, is_past, too_late
 from farspan.serve.limits import Meter
 from farspan.serve.messages import Caller, GenerationRequest, WorkerInfo
 from farspan.serve.metrics import Metrics
 from farspan.serve.params import sampling
-from farspan.serve.policy import choose_route
+from farspan.serve.policy import Route
 from farspan.serve.reply import Counted, Prompted, Step, Style
-from farspan.serve.router import Workers
 from farspan.serve.text import AnswerText
 from farspan.serve.trace import RequestTrace
+from farspan.serve.ways import Ways
 from farspan.serve.wire import GenerationFields
 
 
@@ -49,11 +50,12 @@ class Question:
 class Surroundings:
     """What all requests share."""
 
-    workers: Workers
+    ways: Ways
     tokenizer: Any
     info: WorkerInfo
-    colocate_below_tokens: int
     metrics: Metrics
+    max_wait_s: float | None = None
+    """Longest wait for a first token that is taken on."""
 
 
 class Answering:
@@ -63,7 +65,7 @@ class Answering:
         self, question: Question, around: Surroundings, caller: Caller, meter: Meter, trace: RequestTrace
     ) -> None:
         self._question, self._around, self._caller, self._meter = question, around, caller, meter
-        self._trace = trace
+        self._trace, self._routes = trace, dict[tuple[int, ...], Route]()
         self.counted = Counted(0, question.style)
 
     async def steps(self) -> AsyncGenerator[Step]:
@@ -116,11 +118,24 @@ class Answering:
     def _answer(
         self, number: int, prompted: Prompted, request: GenerationRequest, text: AnswerText
     ) -> AsyncGenerator[Step]:
-        route = choose_route(len(request.prompt), self._around.colocate_below_tokens)
+        route = self._route(request)
         # Numbered now: which of them is asked for first is chance.
         trace = self._trace.choice(number)
-        deltas = answer(request, route, self._around.workers, text, trace)
+        trace.note(route)
+        deltas = answer(request, route, self._around.ways.workers(request, route), text, trace)
         return _read(number, deltas, _Reading(prompted, self._question.reader()), trace)
+
+    def _route(self, request: GenerationRequest) -> Route:
+        """The same way for all answers to a prompt: they share its pages. Raises ApiError when it would be too late."""
+        route = self._routes.get(request.prompt) or self._around.ways.way(request)
+        if not self._routes:
+            at_s = self._caller.deadline_at_s
+            left_s = None if at_s is None else at_s - time.time()
+            after_s = wait_before_asking_again_s(route, left_s, self._around.max_wait_s)
+            if after_s is not None:
+                raise busy(after_s)
+        self._routes[request.prompt] = route
+        return route
 
     async def _next(self, steps: AsyncGenerator[Step]) -> Step | None:
         deadline_at_s = self._caller.deadline_at_s

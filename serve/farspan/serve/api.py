@@ -25,7 +25,7 @@ from farspan.serve.conversation import ChatRequest, TokenizeRequest
 from farspan.serve.folder import open_model_folder
 from farspan.serve.keys import ApiKey, find_key
 from farspan.serve.limits import Limits
-from farspan.serve.messages import NUM_ROLES, Caller, WorkerInfo
+from farspan.serve.messages import Caller, WorkerInfo
 from farspan.serve.metrics import Metrics
 from farspan.serve.naming import ModelNames
 from farspan.serve.prompt import detokenized, tokenized
@@ -38,11 +38,14 @@ from farspan.serve.spans import Spans, exporter_to
 from farspan.serve.stream import EventStream, collect, events
 from farspan.serve.text import TokenNames
 from farspan.serve.trace import TraceBook
+from farspan.serve.ways import LengthWays, Ways
 from farspan.serve.wire import CompletionRequest, DetokenizeRequest, GenerationFields
 
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _LARGE_BODY = 65_536
 _DEADLINE_HEADER = "x-farspan-deadline-s"
+_SESSION_HEADER = "x-session-id"
+_LONGEST_SESSION = 256
 
 
 class AllWorkers(Workers, Protocol):
@@ -56,13 +59,23 @@ class AllWorkers(Workers, Protocol):
 class Api:
     """The ingress: checks, tokenizes, answers."""
 
-    def __init__(self, config: ServeConfig, model_name: str, keys: tuple[ApiKey, ...], workers: AllWorkers) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        model_name: str,
+        keys: tuple[ApiKey, ...],
+        workers: AllWorkers,
+        ways: Ways | None = None,
+    ) -> None:
+        """`ways`: none for workers nobody can tell apart."""
+        self._ways = ways
         self._config, self._keys, self._workers = config, keys, workers
         self._models = ModelNames(model_name, config.engine.adapters)
         self._tokenizer: Any = load_tokenizer(open_model_folder(config.model))
         self._names = TokenNames(self._tokenizer)
         self._limits, self._metrics = Limits(keys), Metrics()
-        self._traces, self._readiness = TraceBook(), Readiness(workers.info)
+        self._needed = sum(role.min_replicas != 0 for role in (config.prefill, config.decode))
+        self._traces, self._readiness = TraceBook(), Readiness(workers.info, needed=self._needed)
         collector = config.telemetry.otlp_endpoint
         self._spans = Spans(None if collector is None else exporter_to(collector))
         self._info: WorkerInfo | None = None
@@ -76,7 +89,7 @@ class Api:
         return JSONResponse({"status": "ok"})
 
     async def ready(self) -> Response:
-        """200 once a worker of each role answers."""
+        """200 once a worker of each role answers that may not be empty."""
         status, told = await self._readiness.told()
         return JSONResponse(told, status_code=status)
 
@@ -173,7 +186,7 @@ class Api:
             return self._info
         infos = await self._workers.info()
         smallest = min(infos, key=lambda info: (info.kv_tokens, info.max_context_tokens))
-        if len({info.role for info in infos}) == NUM_ROLES:
+        if len({info.role for info in infos}) >= max(1, self._needed):
             self._info = smallest
         return smallest
 
@@ -181,6 +194,7 @@ class Api:
         deadline_s = _deadline_s(http, asked)
         return Caller(
             tenant=key.derived("tenant"),
+            session=_session(http, asked),
             salt=_salt(key, asked.cache_salt, shared=self._config.share_prefixes),
             # Lower is answered first over HTTP, higher in the engine.
             priority=-max(asked.priority, key.allowance.priority),
@@ -191,11 +205,14 @@ class Api:
     async def _answer(self, http: Request, key: ApiKey, question: Question, ignored: tuple[str, ...]) -> Response:
         asked = question.asked
         caller = self._caller(http, key, asked)
+        ways = self._ways or LengthWays(self._workers, self._config)
+        if ways.asleep:
+            await unless_gone(http.receive, ways.ready(caller.deadline_at_s))
         around = Surroundings(
-            workers=self._workers,
+            ways=ways,
             tokenizer=self._tokenizer,
             info=await self._smallest(),
-            colocate_below_tokens=self._config.transfer.colocate_below_tokens,
+            max_wait_s=self._config.objectives.max_wait_s,
             metrics=self._metrics,
         )
         given = http.headers.get("x-request-id") or ""
@@ -230,6 +247,11 @@ def _deadline_s(http: Request, asked: GenerationFields) -> float | None:
         message = f"{_DEADLINE_HEADER}: must be a number of seconds above 0"
         raise ApiError(400, message, code="invalid_value", param=_DEADLINE_HEADER)
     return given if asked.deadline_s is None else min(given, asked.deadline_s)
+
+
+def _session(http: Request, asked: GenerationFields) -> str:
+    """What a client says belongs together."""
+    return (http.headers.get(_SESSION_HEADER) or asked.cache_salt or "")[:_LONGEST_SESSION]
 
 
 def _salt(key: ApiKey, cache_salt: str | None, *, shared: bool) -> str:

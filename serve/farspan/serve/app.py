@@ -13,14 +13,15 @@ from typing import Any
 import httpx
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.config import HTTPOptions, ProxyLocation, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 
 from farspan.config.check import check_serve
 from farspan.config.schema import RoleConfig, ServeConfig
 from farspan.engine.probe import refuse_config
-from farspan.errors import ClusterError
+from farspan.errors import ClusterError, ConfigError
 from farspan.models.checkpoint import open_config
+from farspan.serve.agent import end_agents
 from farspan.serve.api import Api
 from farspan.serve.folder import open_model_folder
 from farspan.serve.keys import ApiKey, read_keys
@@ -28,9 +29,13 @@ from farspan.serve.naming import ModelNames
 from farspan.serve.port import refuse_taken_port
 from farspan.serve.router import Router
 from farspan.serve.routes import build_http
+from farspan.serve.scaling import apply, declared, is_scaled, replicas_of
+from farspan.serve.sizing import as_metrics
+from farspan.serve.ways import GuidedWays
 from farspan.serve.worker import DecodeWorker, PrefillWorker
 
 APP_NAME = "farspan"
+_ROUTER = "farspan.serve.targeting.TargetedRouter"
 _READY_POLL_S = 0.1
 _REQUESTS_PER_SEQUENCE = 4
 
@@ -70,7 +75,18 @@ class Ingress(Api):
     def __init__(
         self, config: ServeConfig, model_name: str, keys: tuple[ApiKey, ...], prefill: Any, decode: Any
     ) -> None:
-        super().__init__(config, model_name, keys, Router(prefill, decode))
+        router = Router(prefill, decode)
+        self._guided = GuidedWays(router, config)
+        super().__init__(config, model_name, keys, router, self._guided)
+
+    async def check_health(self) -> None:
+        """Asked by Serve before the first request, and again and again."""
+        self._guided.listen()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve's autoscaler is told."""
+        self._guided.listen()
+        return as_metrics(self._guided.guide.signals(self._metrics.num_open))
 
     def __del__(self) -> None:
         # Absent when the model could not be opened.
@@ -87,26 +103,33 @@ def build_app(config: ServeConfig, keys: tuple[ApiKey, ...]) -> Any:
     ]
     ingress = serve.deployment(serve.ingress(build_http)(Ingress)).options(
         name="api",
-        num_replicas=1,
         max_ongoing_requests=1000,
         ray_actor_options={"num_cpus": 0},
+        health_check_period_s=2,
         graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=5,
+        **_lasting(config),
+        **replicas_of(RoleConfig(), config),
     )
     return ingress.bind(config, model_name(config), keys, *workers)
 
 
 def _options(role: RoleConfig, config: ServeConfig) -> dict[str, Any]:
     return {
-        "num_replicas": role.replicas,
         "max_ongoing_requests": config.engine.max_sequences * _REQUESTS_PER_SEQUENCE,
         "ray_actor_options": {"num_cpus": role.cpus, "num_gpus": role.gpus},
         # What a constructor refuses (a model that fails its self-check) it refuses every time.
         "max_constructor_retry_count": 2,
         "health_check_period_s": 2,
         "graceful_shutdown_wait_loop_s": 0.1,
-        "graceful_shutdown_timeout_s": 5,
+        "request_router_config": RequestRouterConfig(request_router_class=_ROUTER),
+        **_lasting(config),
+        **replicas_of(role, config),
     }
+
+
+def _lasting(config: ServeConfig) -> dict[str, Any]:
+    """How a replica ends: when its answers are given, and in an update not before another is there."""
+    return {"graceful_shutdown_timeout_s": config.drain_s, "max_surge_percent": 100}
 
 
 @contextmanager
@@ -121,20 +144,36 @@ def run_app(config: ServeConfig) -> Iterator[Running]:
     keys, key_file = read_keys(config)
     deadline_s = time.monotonic() + config.start_timeout_s
     try:
-        _deploy(config, keys, deadline_s)
+        _deploy(config, keys, str(key_file), deadline_s)
         url = f"http://{_in_url(config.host)}:{config.port}"
         _wait_ready(url, deadline_s, config.start_timeout_s)
         yield Running(f"{url}/v1", model_name(config), str(key_file))
     finally:
         serve.shutdown()
+        end_agents()
+
+
+def update_app(config: ServeConfig, running: Running) -> None:
+    """Replace what runs by what `config` says now, worker by worker: no answer is lost, no request refused.
+
+    Raises:
+        ConfigError, CheckpointError, StorageError, ModelError: nothing was changed.
+        ClusterError: the new workers did not come; the old ones go on.
+    """
+    check_serve(config)
+    refuse_config(open_config(open_model_folder(config.model)))
+    keys, key_file = read_keys(config)
+    if f"http://{_in_url(config.host)}:{config.port}/v1" != running.url:
+        raise ConfigError("port", "stays what it was while a server runs", config.port, "start another server")
+    _deploy(config, keys, str(key_file), time.monotonic() + config.start_timeout_s)
 
 
 def num_cpus(config: ServeConfig) -> float:
     """Logical CPUs the replicas ask Ray for."""
-    return config.prefill.replicas * config.prefill.cpus + config.decode.replicas * config.decode.cpus
+    return sum((role.max_replicas or role.replicas) * role.cpus for role in (config.prefill, config.decode))
 
 
-def _deploy(config: ServeConfig, keys: tuple[ApiKey, ...], deadline_s: float) -> None:
+def _deploy(config: ServeConfig, keys: tuple[ApiKey, ...], key_file: str, deadline_s: float) -> None:
     # serve.run has no deadline of its own.
     pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="deploy")
     try:
@@ -144,14 +183,17 @@ def _deploy(config: ServeConfig, keys: tuple[ApiKey, ...], deadline_s: float) ->
                 host=config.host, port=config.port, request_timeout_s=config.request_timeout_s, keep_alive_timeout_s=75
             ),
         )
-        deployed = pool.submit(serve.run, build_app(config, keys), name=APP_NAME, route_prefix="/")
+        if is_scaled(config):
+            deployed = pool.submit(apply, declared(config, APP_NAME, key_file), APP_NAME, deadline_s)
+        else:
+            deployed = pool.submit(serve.run, build_app(config, keys), name=APP_NAME, route_prefix="/")
         deployed.result(timeout=max(1.0, deadline_s - time.monotonic()))
-    except concurrent.futures.TimeoutError:
+    except TimeoutError:
         raise ClusterError(
             f"the workers did not start within start_timeout_s={config.start_timeout_s:g}: {_status()}; raise it, or "
             "ask for fewer replicas or CPUs"
         ) from None
-    except (RayError, RayServeException, RuntimeError, ValueError) as problem:
+    except (RayError, RayServeException, ClusterError, RuntimeError, ValueError) as problem:
         raise ClusterError(f"the workers could not start: {_status() or _last_line(problem)}") from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

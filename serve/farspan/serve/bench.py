@@ -100,7 +100,7 @@ def _served(bench: ServeBench, folder: Path, *, split: bool) -> Iterator[BenchCl
             # Both ways have the same threads where only one of two workers is busy.
             threads=bench.engine.threads if not split else max(1, bench.engine.threads // 2),
         ),
-        transfer=TransferConfig(colocate_below_tokens=0 if split else longest),
+        transfer=TransferConfig(split="always", colocate_below_tokens=0 if split else longest),
         start_timeout_s=bench.start_timeout_s,
     )
     with run_app(config) as running:

@@ -26,6 +26,12 @@ def too_late() -> ApiError:
     return ApiError(504, message, code="deadline_exceeded", param="deadline_s")
 
 
+def busy(after_s: int) -> ApiError:
+    """The first token would come too late: waiting in line would be in vain."""
+    message = f"too many requests are waiting for an answer to begin in time; try again in {after_s} s"
+    return ApiError(429, message, code="overloaded", retry_after_s=after_s)
+
+
 def being_cancelled() -> bool:
     """Whether a CancelledError is meant for the task that caught it: a call given up elsewhere raises one too."""
     task = asyncio.current_task()

@@ -25,8 +25,11 @@ from farspan.kv.prefix import PrefixScope
 from farspan.kv.puller import Arrival, Puller
 from farspan.kv.ticket import KvTicket, LeaseTable
 from farspan.kv.transports.base import Transport
+from farspan.serve.load import Identity, WorkerLoad
 from farspan.serve.mailbox import Command, Inbox, Mailbox, tell
 from farspan.serve.messages import Caller, Failed, GenerationRequest, Prefilled, Pulled, StreamItem, Tokens, WorkerInfo
+from farspan.serve.quotas import Quota
+from farspan.serve.standing import Role, load_of
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -36,6 +39,7 @@ _TRANSFER_POLL_S = 0.0005
 # While every page it needs is held elsewhere: they come back by a command or at the end of a lease.
 _STALLED_POLL_S = 0.01
 _IDLE_POLL_S = 0.25
+_DRAIN_POLL_S = 0.05
 
 
 @dataclass(slots=True)
@@ -63,6 +67,7 @@ class EngineHost:
         self._commands = Mailbox()
         self._clients: dict[str, _Client] = {}
         self._wanting_pages: list[_Client] = []
+        self._quota = Role(engine)
         self._dead: str = ""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"engine-{role}", daemon=True)
@@ -110,6 +115,17 @@ class EngineHost:
 
     async def info(self) -> WorkerInfo:
         return await self._call(self._describe)
+
+    async def report(self, identity: Identity, quota: Quota | None, known_prefixes: int) -> WorkerLoad:
+        """What there is to do here; with a quota, this is the role from now on."""
+        return await self._call(lambda: self._report(identity, quota, known_prefixes))
+
+    async def drain(self, within_s: float) -> None:
+        """Wait until nobody may fetch pages from here any more, but not longer than `within_s`."""
+        ends_s = time.monotonic() + within_s
+        with suppress(EngineError):
+            while time.monotonic() < ends_s and await self._call(lambda: self._leases.num_open):
+                await asyncio.sleep(_DRAIN_POLL_S)
 
     async def check_integrity(self) -> None:
         """Raises EngineError when a page is lost or doubly owned."""
@@ -187,6 +203,7 @@ class EngineHost:
         for arrival in self._puller.poll(time.monotonic()):
             self._after_pull(arrival)
         if self._engine.has_work:
+            self._quota.keep()
             for event in self._engine.step():
                 self._after_event(event)
 
@@ -326,6 +343,20 @@ class EngineHost:
         self._offered.pop(ticket_id, None)
         return self._leases.release(ticket_id)
 
+    def _report(self, identity: Identity, quota: Quota | None, known_prefixes: int) -> WorkerLoad:
+        if quota is not None:
+            self._quota.take(quota)
+        started_s = {request_id: client.started_s for request_id, client in self._clients.items()}
+        return load_of(
+            self._engine,
+            identity,
+            self._quota.given,
+            started_s,
+            time.monotonic(),
+            self._leases.num_open,
+            known_prefixes,
+        )
+
     def _describe(self) -> WorkerInfo:
         pool = self._engine.pool
         return WorkerInfo(
@@ -340,6 +371,7 @@ class EngineHost:
             num_quarantined=pool.num_quarantined,
             num_requests=len(self._clients),
             open_leases=self._leases.num_open,
+            host=self._engine.host.use if self._engine.host is not None else None,
         )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from farspan.engine.request import SamplingParams, TokenLogprobs
 from farspan.errors import FarspanError
+from farspan.kv.host_index import HostUse
 from farspan.kv.ticket import KvTicket
 
 
@@ -16,6 +17,8 @@ class Caller:
     tenant: str = ""
     salt: str = ""
     """Requests of different salts share no pages. A keyed hash: nobody finds the API key from it."""
+    session: str = ""
+    """Requests of one session are likely to begin alike, and go to the same workers where that costs nothing."""
     priority: int = 0
     """Higher goes first."""
     deadline_at_s: float | None = None
@@ -35,6 +38,8 @@ class GenerationRequest:
     prompt: tuple[int, ...]
     params: SamplingParams
     caller: Caller = ANYBODY
+    weights: str = ""
+    """Fingerprint of the only model that may answer it; empty: any. A checkpoint may be replaced meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,3 +121,5 @@ class WorkerInfo:
     num_quarantined: int
     num_requests: int
     open_leases: int
+    host: HostUse | None = None
+    """None: nothing is kept in host memory."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -22,6 +23,7 @@ class Metrics:
     """Numbers of one ingress, in a registry of its own."""
 
     def __init__(self) -> None:
+        self.num_open = 0
         self._registry = registry = CollectorRegistry()
         self._requests = Counter("farspan_requests", "Requests that ended, by how.", ["outcome"], registry=registry)
         self._running = Gauge("farspan_requests_running", "Requests being answered.", registry=registry)
@@ -36,6 +38,12 @@ class Metrics:
         )
         self._whole = Histogram("farspan_request_seconds", "From arrival.", buckets=_WHOLE_S, registry=registry)
         self._pages = Gauge("farspan_kv_pages", "Of one worker of a role.", ["role", "state"], registry=registry)
+        self._host = Gauge(
+            "farspan_host_cache_pages",
+            "Of one worker of a role, since it started.",
+            ["role", "what"],
+            registry=registry,
+        )
         self._open = Gauge("farspan_worker_requests", "In one worker of a role.", ["role"], registry=registry)
 
     def names(self) -> list[tuple[str, str, str]]:
@@ -46,6 +54,7 @@ class Metrics:
     def request(self, trace: RequestTrace, counted: Counted) -> Iterator[None]:
         """Count one request, however it ends."""
         self._running.inc()
+        self.num_open += 1
         outcome = "abandoned"
         try:
             yield
@@ -55,6 +64,7 @@ class Metrics:
             raise
         finally:
             self._running.dec()
+            self.num_open -= 1
             self._requests.labels(outcome).inc()
             self._measure(trace, counted)
 
@@ -64,6 +74,8 @@ class Metrics:
             states = {"all": info.num_pages, "free": info.num_free, "quarantined": info.num_quarantined}
             for state, count in states.items():
                 self._pages.labels(info.role, state).set(count)
+            for what, count in ({} if info.host is None else asdict(info.host)).items():
+                self._host.labels(info.role, what).set(count)
             self._open.labels(info.role).set(info.num_requests)
         return generate_latest(self._registry)
 

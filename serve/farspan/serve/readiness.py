@@ -17,9 +17,14 @@ class Readiness:
     """One question to the workers at a time; its answer is everybody's, and is kept for a second."""
 
     def __init__(
-        self, ask: Callable[[], Awaitable[Sequence[WorkerInfo]]], clock: Callable[[], float] = time.monotonic
+        self,
+        ask: Callable[[], Awaitable[Sequence[WorkerInfo]]],
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        needed: int = NUM_ROLES,
     ) -> None:
-        self._ask, self._clock = ask, clock
+        """`needed`: how many roles must have a worker; 0: all may be stopped once they have answered."""
+        self._ask, self._clock, self._needed, self._were_there = ask, clock, needed, False
         self._asking: asyncio.Task[tuple[int, dict[str, Any]]] | None = None
         self._told_at_s = 0.0
 
@@ -40,12 +45,15 @@ class Readiness:
         try:
             infos = await self._ask()
         except FarspanError as problem:
+            if self._needed == 0 and self._were_there:
+                return 200, {"status": "asleep", "roles": []}
             return 503, {"status": "waiting", "reason": str(problem)}
         finally:
             self._told_at_s = self._clock()
-        if len({info.role for info in infos}) < NUM_ROLES:
+        if len({info.role for info in infos}) < self._needed:
             return 503, {"status": "waiting", "reason": f"only a worker for {infos[0].role} answers"}
         if len({info.layout for info in infos}) != 1:
             reason = "prefill and decode workers have different models or KV layouts"
             return 503, {"status": "mismatched", "reason": reason}
+        self._were_there = True
         return 200, {"status": "ready", "roles": [info.role for info in infos]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack
 from typing import Any, Protocol
 
@@ -14,11 +14,16 @@ from ray.serve.exceptions import RayServeException
 from farspan.errors import ClusterError
 from farspan.kv.ticket import KvTicket
 from farspan.serve.faults import being_cancelled
+from farspan.serve.load import WorkerLoad
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, StreamItem, WorkerInfo
+from farspan.serve.policy import Place
+from farspan.serve.quotas import Orders
 
 logger = logging.getLogger(__name__)
 
 _CONTROL_TIMEOUT_S = 10.0
+# A worker that says nothing of itself for so long is not one to send somebody to.
+_REPORT_TIMEOUT_S = 2.0
 # A prefill worker of its own is an optimisation: while none is there, prompts are computed where they are decoded.
 _ASSIGN_TIMEOUT_S = 3.0
 
@@ -49,12 +54,13 @@ class Router:
         self._decode_stream = decode.options(stream=True)
         self._errands: set[asyncio.Task[None]] = set()
 
-    async def prefill(self, request: GenerationRequest) -> Prefilled | Failed:
+    async def prefill(self, request: GenerationRequest, place: Place | None = None) -> Prefilled | Failed:
+        handle = self._at(place, self._prefill)
         try:
             async with AsyncExitStack() as stack:
                 async with asyncio.timeout(_ASSIGN_TIMEOUT_S):
-                    chosen = await stack.enter_async_context(self._prefill.prefill.choose_replica(request))
-                answer: Prefilled | Failed = await self._prefill.dispatch(chosen, request)
+                    chosen = await stack.enter_async_context(handle.prefill.choose_replica(request))
+                answer: Prefilled | Failed = await handle.dispatch(chosen, request)
         except TimeoutError:
             return Failed(ClusterError(f"no prefill worker was free within {_ASSIGN_TIMEOUT_S:g} s"))
         except (RayError, RayServeException) as problem:
@@ -66,9 +72,13 @@ class Router:
         return answer
 
     async def resume(
-        self, request: GenerationRequest, answered: tuple[int, ...], ticket: KvTicket | None
+        self,
+        request: GenerationRequest,
+        answered: tuple[int, ...],
+        ticket: KvTicket | None,
+        place: Place | None = None,
     ) -> AsyncGenerator[StreamItem]:
-        stream = self._decode_stream.resume.remote(request, answered, ticket)
+        stream = self._at(place, self._decode_stream, stream=True).resume.remote(request, answered, ticket)
         over = False
         try:
             async for item in stream:
@@ -86,8 +96,8 @@ class Router:
             if not over:
                 stream.cancel()
 
-    def release(self, ticket_id: str) -> None:
-        self._send(self._prefill, "release", ticket_id)
+    def release(self, ticket_id: str, place: Place | None = None) -> None:
+        self._send(self._at(place, self._prefill), "release", ticket_id)
 
     def cancel(self, request_id: str) -> None:
         self._send(self._prefill, "cancel", request_id)
@@ -95,12 +105,44 @@ class Router:
 
     async def info(self) -> list[WorkerInfo]:
         """What one worker of each role says that answers in time. Raises ClusterError when none does."""
-        calls = [handle.info.remote() for handle in (self._prefill, self._decode)]
-        told = await asyncio.gather(*(_told(call) for call in calls))
+        told = await asyncio.gather(*(_told(handle) for handle in (self._prefill, self._decode)))
         infos = [info for info in told if isinstance(info, WorkerInfo)]
         if not infos:
             raise ClusterError(f"no worker answers: {'; '.join(str(problem) for problem in told)}")
         return infos
+
+    async def reports(self, orders: Mapping[str, Orders]) -> list[WorkerLoad]:
+        """How all workers stand that answer in time, each told its orders."""
+        told = await asyncio.gather(*(self._reports(handle, orders) for handle in (self._prefill, self._decode)))
+        return [load for loads in told for load in loads]
+
+    async def wake(self, timeout_s: float) -> list[WorkerLoad]:
+        """How a worker stands; where all were stopped, one is started by that. Nothing when none comes in time."""
+        try:
+            load: WorkerLoad = await asyncio.wait_for(_plain(self._decode.report.remote({})), timeout_s)
+        except (TimeoutError, RayError, RayServeException, ClusterError) as problem:
+            logger.warning("no worker came: %s", type(problem).__name__)
+            return []
+        return [load]
+
+    async def _reports(self, handle: Any, orders: Mapping[str, Orders]) -> list[WorkerLoad]:
+        try:
+            told = await handle.broadcast("report", orders).results_async(
+                timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True
+            )
+        except (RayError, RayServeException, RuntimeError):
+            # None of the role is there.
+            return []
+        except TimeoutError:
+            # One of them hangs: the others are asked one by one.
+            told = await asyncio.gather(*(_standing(handle, name, orders[name]) for name in orders))
+        return [load for load in told if isinstance(load, WorkerLoad)]
+
+    def _at(self, place: Place | None, anybody: Any, *, stream: bool = False) -> Any:
+        if place is None:
+            return anybody
+        handle = self._prefill if place.deployment == "prefill" else self._decode
+        return handle.options(session_id=place.worker, stream=stream)
 
     def _send(self, handle: Any, method: str, argument: str) -> None:
         # To all replicas: which one holds the request or the ticket is their business, and repeating is harmless.
@@ -109,22 +151,45 @@ class Router:
         errand.add_done_callback(self._errands.discard)
 
 
-async def _told(response: Any) -> WorkerInfo | str:
-    """What a worker says of itself, or why it says nothing."""
+async def _standing(handle: Any, worker: str, orders: Orders) -> WorkerLoad | None:
+    """How one worker stands; another answers in its place where it is gone."""
+    call = handle.options(session_id=worker).report.remote({worker: orders})
     try:
-        return await asyncio.wait_for(_awaited(response), _CONTROL_TIMEOUT_S)
+        load: WorkerLoad = await asyncio.wait_for(_plain(call), _REPORT_TIMEOUT_S)
+    except (TimeoutError, RayError, RayServeException, ClusterError):
+        return None
+    return load
+
+
+async def _told(handle: Any) -> WorkerInfo | str:
+    """What a worker of a role says of itself, or why none says anything."""
+    try:
+        # To all: a call to any would wait for one where there is none.
+        told = await handle.broadcast("info").results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True)
+    except TimeoutError:
+        told = [await _info(handle)]
+    except (RayError, RayServeException, RuntimeError) as problem:
+        return type(problem).__name__
+    infos = [info for info in told if isinstance(info, WorkerInfo)]
+    return infos[0] if infos else "; ".join(str(problem) for problem in told)
+
+
+async def _info(handle: Any) -> WorkerInfo | str:
+    try:
+        info: WorkerInfo = await asyncio.wait_for(_plain(handle.info.remote()), _CONTROL_TIMEOUT_S)
     except (TimeoutError, RayError, RayServeException, ClusterError) as problem:
         return str(problem) if isinstance(problem, ClusterError) else type(problem).__name__
+    return info
 
 
-async def _awaited(response: Any) -> WorkerInfo:
+async def _plain(response: Any) -> Any:
+    """What a call gives; one that was given up elsewhere is an error like any other."""
     try:
-        info: WorkerInfo = await response
+        return await response
     except asyncio.CancelledError:
         if being_cancelled():
             raise
         raise ClusterError("a call of a worker was given up") from None
-    return info
 
 
 async def _delivered(response: Any, method: str) -> None:

@@ -8,6 +8,8 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
+from farspan.serve.policy import Route
+
 _KEPT_REQUESTS = 1000
 # Further answers of one request count too: each has gaps of its own.
 _KEPT_ANSWERS = 4000
@@ -57,6 +59,12 @@ class RequestTrace:
     """Of the prompt, found where it was computed."""
     route: str = ""
     route_reason: str = ""
+    prefill_worker: str | None = None
+    """Which worker was chosen for the prompt, where it is another one than for the answer."""
+    decode_worker: str | None = None
+    predicted_first_token_s: float | None = None
+    predicted_token_s: float | None = None
+    """What its way was chosen for."""
     started_s: float = field(default_factory=time.monotonic)
     asked_s: float | None = None
     """From arrival until a worker was asked."""
@@ -82,6 +90,12 @@ class RequestTrace:
         self.others.append(RequestTrace(f"{self.request_id}/{number}", self.prompt_tokens))
         return self.others[-1]
 
+    def note(self, route: Route) -> None:
+        """The way that was chosen."""
+        self.prefill_worker = None if route.prefill is None else route.prefill.worker
+        self.decode_worker = None if route.decode is None else route.decode.worker
+        self.predicted_first_token_s, self.predicted_token_s = route.first_s, route.token_s
+
     def token(self, count: int) -> None:
         self.arrivals.add(count, time.monotonic() - self.started_s)
 
@@ -94,9 +108,10 @@ class RequestTrace:
         """Plain values for JSON."""
         arrivals = self.arrivals
         names = ("request_id", "prompt_tokens", "cached_tokens", "route", "route_reason", "prefill_s", "transport")
+        chosen = ("prefill_worker", "decode_worker", "predicted_first_token_s", "predicted_token_s")
         more = ("kv_pages", "kv_bytes", "transfer_s", "recovered", "recoveries", "finish")
         return {
-            **{name: getattr(self, name) for name in (*names, *more)},
+            **{name: getattr(self, name) for name in (*names, *chosen, *more)},
             "output_tokens": arrivals.count,
             "time_to_first_token_s": arrivals.first_s,
             "total_s": arrivals.last_s,

@@ -1,21 +1,30 @@
-"""The two Serve deployments. They share everything but the verb: each is an engine host in a replica."""
+"""The two Serve deployments: each is an engine host in a replica, and each replica can do everything.
+
+What a deployment is for is where its workers are chosen first; what a worker does is its quota.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from functools import partial
 
 import torch
+from ray import serve
 
 from farspan.config.schema import ServeConfig
 from farspan.engine.engine import Engine
-from farspan.errors import ModelError
+from farspan.errors import ClusterError, ModelError
 from farspan.kv.ticket import KvTicket
 from farspan.kv.transports.choose import choose_transport
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
+from farspan.serve.agent import open_host_cache
 from farspan.serve.folder import open_model_folder
 from farspan.serve.host import EngineHost
+from farspan.serve.load import Identity, WorkerLoad
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, StreamItem, WorkerInfo
+from farspan.serve.quotas import Orders
 
 
 class Worker:
@@ -29,12 +38,39 @@ class Worker:
         model = load_causal_lm(folder, getattr(torch, config.engine.dtype))
         if torch.cuda.is_available():
             model = model.to("cuda")
-        engine = Engine(model, config.engine, tokenizer=load_tokenizer(folder))
+        open_cache = partial(open_host_cache, config.engine.host_cache_bytes)
+        engine = Engine(model, config.engine, tokenizer=load_tokenizer(folder), host_cache=open_cache)
         refuse_split(engine, config)
         self._host = EngineHost(
             self.role, engine, choose_transport(config.transfer.transport, engine.pool), config.transfer
         )
+        self._weights = engine.pool.layout.model
+        self._identity = Identity(replica_name(), self.role, uuid.uuid4().hex, machine_kind(engine))
+        self._drain_s = min(config.drain_s, config.transfer.deadline_s)
         self._host.start()
+
+    async def prefill(self, request: GenerationRequest) -> Prefilled | Failed:
+        """Compute a prompt and its first token; a ticket for its pages."""
+        return refusal(request, self._weights) or await self._host.prefill(request)
+
+    async def resume(
+        self, request: GenerationRequest, answered: tuple[int, ...], ticket: KvTicket | None
+    ) -> AsyncIterator[StreamItem]:
+        """Fetch a prompt's pages (or compute them, where there is no ticket) and go on with the answer."""
+        if (refused := refusal(request, self._weights)) is not None:
+            yield refused
+            return
+        async for item in self._host.stream(request, answered, ticket):
+            yield item
+
+    async def release(self, ticket_id: str) -> bool:
+        """The pages arrived elsewhere, or nobody wants them; true when this worker had handed them out."""
+        return await self._host.release(ticket_id)
+
+    async def report(self, orders: Mapping[str, Orders]) -> WorkerLoad:
+        """How this worker stands; what it is told holds from now on."""
+        mine = orders.get(self._identity.worker, Orders())
+        return await self._host.report(self._identity, mine.quota, mine.known_prefixes)
 
     async def info(self) -> WorkerInfo:
         return await self._host.info()
@@ -50,49 +86,55 @@ class Worker:
         """Serve replaces a replica whose engine thread has ended."""
         self._host.check()
 
-    def __del__(self) -> None:
+    async def __del__(self) -> None:
         # Absent when the model could not be loaded.
-        host = getattr(self, "_host", None)
+        host: EngineHost | None = getattr(self, "_host", None)
         if host is not None:
+            await host.drain(self._drain_s)
             host.stop()
 
 
 class PrefillWorker(Worker):
-    """Computes prompts and hands out tickets for their pages."""
+    """One that is chosen for prompts first."""
 
     role = "prefill"
 
-    async def prefill(self, request: GenerationRequest) -> Prefilled | Failed:
-        return await self._host.prefill(request)
-
-    async def release(self, ticket_id: str) -> bool:
-        """The pages arrived elsewhere, or nobody wants them; true when this worker had handed them out."""
-        return await self._host.release(ticket_id)
-
 
 class DecodeWorker(Worker):
-    """Fetches a prompt's pages (or computes them, where there is no ticket) and goes on with the answer."""
+    """One that is chosen for answers first."""
 
     role = "decode"
 
-    async def resume(
-        self, request: GenerationRequest, answered: tuple[int, ...], ticket: KvTicket | None
-    ) -> AsyncIterator[StreamItem]:
-        async for item in self._host.stream(request, answered, ticket):
-            yield item
+
+def refusal(request: GenerationRequest, weights: str) -> Failed | None:
+    """Keys and values of one checkpoint, or the beginning of its answer, mean nothing to another."""
+    if request.weights in ("", weights):
+        return None
+    return Failed(ClusterError("this worker has another checkpoint than the one that the answer began with"))
+
+
+def replica_name() -> str:
+    """What calls name this replica by."""
+    return str(serve.get_replica_context().replica_id.unique_id)
+
+
+def machine_kind(engine: Engine) -> str:
+    """Equal for workers that take equally long."""
+    device = engine.pool.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 def worker_threads(config: ServeConfig, num_cpus: int) -> int:
     """CPU threads of one worker: its share of the machine, so that workers do not fight over cores."""
-    num_workers = config.prefill.replicas + config.decode.replicas
-    return config.engine.threads or max(1, num_cpus // num_workers)
+    num_workers = sum(role.max_replicas or role.replicas for role in (config.prefill, config.decode))
+    return config.engine.threads or max(1, num_cpus // max(1, num_workers))
 
 
 def refuse_split(engine: Engine, config: ServeConfig) -> None:
     """Raises ModelError when prompts would be computed in one worker and answered in another, and the model cannot."""
-    if not engine.pages_are_all and config.transfer.colocate_below_tokens < engine.max_context_tokens:
+    always = config.transfer.split == "always" and config.transfer.colocate_below_tokens < engine.max_context_tokens
+    if always and not engine.pages_are_all:
         raise ModelError(
             f"{config.model} keeps a state beside its pages (path: {engine.path}), which does not travel between "
-            f"workers yet; set transfer.colocate_below_tokens={engine.max_context_tokens}, so that one worker computes "
-            "prompt and answer"
+            "workers yet; use transfer.split=predicted, so that one worker computes prompt and answer"
         )

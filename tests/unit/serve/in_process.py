@@ -94,9 +94,11 @@ class LocalWorkers:
 class Served:
     """An endpoint that is asked without a network."""
 
+    make_workers: Callable[..., Any] = LocalWorkers
+
     def __init__(self, folder: Path, lines: tuple[str, ...] = ("sk-one", "sk-two"), **settings: Any) -> None:
         engine = settings.pop("engine", {})
-        self.folder, self.workers = folder, LocalWorkers(folder, **engine)
+        self.folder, self.workers = folder, self.make_workers(folder, **engine)
         keys: tuple[ApiKey, ...] = tuple(parse_key(line, number) for number, line in enumerate(lines, 1))
         self.config = ServeConfig(model=str(folder), engine=self.workers.config, **settings)
         self.api = Api(self.config, "tiny", keys, self.workers)

@@ -6,14 +6,16 @@ import asyncio
 
 import pytest
 
+from farspan.config.schema import ServeConfig, TransferConfig
 from farspan.engine.request import SamplingParams
 from farspan.errors import ClusterError, RequestError, TransferError
 from farspan.kv.ticket import KvTicket, SourceAddress
 from farspan.serve.chat import answer
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, Pulled, Tokens
-from farspan.serve.policy import Route, choose_route
+from farspan.serve.policy import Route
 from farspan.serve.text import AnswerText
 from farspan.serve.trace import RequestTrace, TraceBook
+from farspan.serve.ways import LengthWays
 
 ANSWER = tuple(range(100, 112))
 TICKET = KvTicket("t", "r", SourceAddress("memory", "i", b"", 0, 0, 4), (), 3, "layout", 64, 1e12)
@@ -138,10 +140,13 @@ def test_a_stop_string_or_a_lost_client_cancels_the_workers():
 
 
 def test_short_prompts_stay_where_they_are_decoded():
-    assert not choose_route(9, 10).split
-    assert choose_route(10, 10).split
-    assert choose_route(1, 0).split
     workers = FakeWorkers()
+
+    def split(num_prompt: int, below: int) -> bool:
+        config = ServeConfig(model="m", transfer=TransferConfig(colocate_below_tokens=below))
+        return LengthWays(workers, config).way(GenerationRequest("r", (1,) * num_prompt, SamplingParams())).split
+
+    assert (split(9, 10), split(10, 10), split(1, 0)) == (False, True, True)
     text, _, trace = tell(workers, split=False)
     assert (text, trace.route) == (WHOLE, "colocated")
     assert workers.attempts == [(0, False)]

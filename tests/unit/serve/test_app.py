@@ -13,13 +13,17 @@ import pytest
 import ray
 from tests.unit.serve.tiny_folder import write_tiny_model
 
-from farspan.config.load import load_config
-from farspan.config.schema import EngineConfig, ServeConfig
+from farspan.config.check import check_serve
+from farspan.config.load import config_of, load_config
+from farspan.config.schema import EngineConfig, RoleConfig, ServeConfig
+from farspan.engine.request import SamplingParams
 from farspan.errors import CheckpointError, ClusterError, ConfigError, ModelError
 from farspan.serve import app
 from farspan.serve.app import check_app, model_name, run_app
 from farspan.serve.folder import open_model_folder
-from farspan.serve.worker import worker_threads
+from farspan.serve.messages import Failed, GenerationRequest
+from farspan.serve.scaling import declared, is_scaled, replicas_of
+from farspan.serve.worker import refusal, worker_threads
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +146,49 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("decode.replicas=0", "decode.replicas: must be at least 1, got 0; use decode.replicas=1"),
+        ("decode.min_replicas=2", "decode.min_replicas: must lie in 0..1, got 2; use decode.min_replicas=1"),
+        ("decode.max_replicas=0", "decode.max_replicas: must be at least 1, got 0; use decode.max_replicas=1"),
+        ("objectives.token_s=0", "objectives.token_s: must be more than 0, got 0.0; use for example"),
+        ("objectives.max_wait_s=0", "objectives.max_wait_s: must be more than 0, got 0.0; use for example"),
+        ("scaling.down_s=-1", "scaling.down_s: must lie in 0..inf, got -1.0; use scaling.down_s=0"),
+        ("drain_s=-1", "drain_s: must lie in 0..inf, got -1.0; use drain_s=0"),
+        ("transfer.split=allways", "transfer.split: must be one of predicted, always, got 'allways'"),
+    ],
+)
+def test_sizes_and_objectives_that_make_no_sense_are_refused_with_the_nearest_legal_value(setting, said):
+    with pytest.raises(ConfigError) as refused:
+        check_serve(load_config(ServeConfig, "serve/configs/local.yaml", ["model=m", setting]))
+    assert str(refused.value).startswith(said)
+
+
+def test_an_application_whose_size_may_change_is_declared_as_a_config_file_would_be():
+    fixed = ServeConfig(model="m")
+    assert not is_scaled(fixed)
+    assert replicas_of(fixed.decode, fixed) == {"num_replicas": 1}
+    nobody = RoleConfig(replicas=0, min_replicas=0, max_replicas=4)
+    open_ended = ServeConfig(model="m", prefill=nobody)
+    check_serve(open_ended)
+    assert is_scaled(open_ended)
+    ranges = [replicas_of(role, open_ended)["autoscaling_config"] for role in (nobody, open_ended.decode)]
+    assert [(r.min_replicas, r.initial_replicas, r.max_replicas) for r in ranges] == [(0, 0, 4), (1, 1, 1)]
+    (application,) = declared(open_ended, "farspan", "/keys").applications
+    assert application.autoscaling_policy["policy_function"] == "farspan.serve.sizing:Sizing"
+    # What is built from it is what was asked for.
+    built = config_of(ServeConfig, application.args)
+    assert (built.prefill, built.api_key_file) == (nobody, "/keys")
+
+
+def test_a_worker_answers_only_with_the_checkpoint_that_an_answer_began_with():
+    def asked(weights: str) -> Failed | None:
+        return refusal(GenerationRequest("r", (1, 2), SamplingParams(), weights=weights), "new")
+
+    assert asked("") is None
+    assert asked("new") is None
+    refused = asked("old")
+    assert isinstance(refused.error, ClusterError)

@@ -1,0 +1,86 @@
+"""What Ray Serve is told of the number of replicas, and the application in the form in which it may change them."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import asdict, replace
+from typing import Any
+
+from ray import serve
+from ray.serve.config import AutoscalingConfig
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ApplicationStatus, ServeApplicationSchema, ServeDeploySchema
+
+from farspan.config.schema import RoleConfig, ServeConfig
+from farspan.errors import ClusterError
+
+_BUILDER = "farspan.cli.service:build"
+_POLICY = "farspan.serve.sizing:Sizing"
+_POLL_S = 0.1
+# So much of what was measured is kept: the policy reads the newest.
+_KEPT = 5
+
+
+def is_scaled(config: ServeConfig) -> bool:
+    """Whether the number of workers may change."""
+    return any(least != most for least, most in map(_bounds, (config.prefill, config.decode)))
+
+
+def replicas_of(role: RoleConfig, config: ServeConfig) -> dict[str, Any]:
+    """The options of a deployment that say how many replicas it has."""
+    if not is_scaled(config):
+        return {"num_replicas": role.replicas}
+    least, most = _bounds(role)
+    scaling = config.scaling
+    with warnings.catch_warnings():
+        # The environment variable that shall replace it holds for whole processes, not for an application.
+        warnings.filterwarnings("ignore", message=".*metrics_interval_s", category=DeprecationWarning)
+        autoscaling = AutoscalingConfig(
+            min_replicas=least,
+            initial_replicas=role.replicas,
+            max_replicas=most,
+            metrics_interval_s=scaling.measure_s,
+            look_back_period_s=scaling.measure_s * _KEPT,
+            upscale_delay_s=scaling.up_s,
+            downscale_delay_s=scaling.down_s,
+            downscale_to_zero_delay_s=scaling.to_zero_s,
+        )
+    return {"autoscaling_config": autoscaling}
+
+
+def declared(config: ServeConfig, name: str, key_file: str) -> ServeDeploySchema:
+    """The application as a config file of Ray Serve would name it: only there has it a policy of its own."""
+    aims = config.objectives
+    policy = {
+        "policy_function": _POLICY,
+        "policy_kwargs": {"first_token_s": aims.first_token_s, "token_s": aims.token_s},
+    }
+    application = ServeApplicationSchema(
+        name=name,
+        route_prefix="/",
+        import_path=_BUILDER,
+        args=asdict(replace(config, api_key_file=key_file)),
+        autoscaling_policy=policy,
+    )
+    return ServeDeploySchema(applications=[application])
+
+
+def apply(schema: ServeDeploySchema, name: str, deadline_s: float) -> None:
+    """Deploy, or update what runs, and wait until all of it runs. Raises ClusterError with Serve's own words."""
+    client = _get_global_client()
+    assert client is not None, "serve.start comes first"
+    client.deploy_apps(schema)
+    while time.monotonic() < deadline_s:
+        found = serve.status().applications.get(name)
+        if found is not None and found.status == ApplicationStatus.RUNNING:
+            return
+        if found is not None and found.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            raise ClusterError(found.message.strip().splitlines()[-1] if found.message.strip() else found.status.value)
+        time.sleep(_POLL_S)
+    raise TimeoutError
+
+
+def _bounds(role: RoleConfig) -> tuple[int, int]:
+    least = role.replicas if role.min_replicas is None else role.min_replicas
+    return least, max(1, role.replicas) if role.max_replicas is None else role.max_replicas

@@ -1,0 +1,115 @@
+"""How a request gets to workers: chosen by a guide that hears from them, or by its length alone."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Protocol
+
+from farspan.config.schema import ServeConfig
+from farspan.serve.along import Along, PlacedWorkers
+from farspan.serve.faults import too_late
+from farspan.serve.guide import Aims, Guide
+from farspan.serve.load import WorkerLoad
+from farspan.serve.messages import GenerationRequest
+from farspan.serve.policy import Route, Rules
+from farspan.serve.quotas import Orders
+from farspan.serve.router import Workers
+from farspan.serve.shape import ApiError
+
+# How often workers are asked how they stand.
+_HEAR_S = 0.5
+_RETRY_S = 5
+
+
+class Ways(Protocol):
+    """Where requests go."""
+
+    @property
+    def asleep(self) -> bool:
+        """No worker is known: `ready` must be waited for first."""
+        ...
+
+    async def ready(self, deadline_at_s: float | None) -> None:
+        """Wait until there is a worker. Raises ApiError when none comes in time."""
+        ...
+
+    def way(self, request: GenerationRequest) -> Route: ...
+
+    def workers(self, request: GenerationRequest, route: Route) -> Workers:
+        """Those of a way that is taken from now on."""
+        ...
+
+
+class LengthWays:
+    """For workers nobody can tell apart: long prompts are computed apart."""
+
+    def __init__(self, workers: Workers, config: ServeConfig) -> None:
+        self._workers, self._config, self.asleep = workers, config, False
+
+    async def ready(self, deadline_at_s: float | None) -> None:
+        return None
+
+    def way(self, request: GenerationRequest) -> Route:
+        least = self._config.transfer.colocate_below_tokens
+        if len(request.prompt) < least:
+            return Route(False, f"{len(request.prompt)} prompt tokens, fewer than {least}")
+        return Route(True, "prompt is worth a prefill worker")
+
+    def workers(self, request: GenerationRequest, route: Route) -> Workers:
+        return self._workers
+
+
+class HeardWorkers(PlacedWorkers, Protocol):
+    """Workers that say how they stand."""
+
+    async def reports(self, orders: Mapping[str, Orders]) -> list[WorkerLoad]: ...
+
+    async def wake(self, timeout_s: float) -> list[WorkerLoad]: ...
+
+
+class GuidedWays:
+    """Chosen by what every worker has to do, has cached, and is predicted to take."""
+
+    def __init__(self, workers: HeardWorkers, config: ServeConfig) -> None:
+        aims, transfer = config.objectives, config.transfer
+        rules = Rules(transfer.colocate_below_tokens, transfer.split == "always")
+        self.guide = Guide(rules, Aims(aims.first_token_s, aims.token_s))
+        self._workers, self._start_timeout_s = workers, config.start_timeout_s
+        self._hearing: asyncio.Task[None] | None = None
+
+    @property
+    def asleep(self) -> bool:
+        return not self.guide.workers
+
+    async def ready(self, deadline_at_s: float | None) -> None:
+        self.listen()
+        left_s = self._start_timeout_s if deadline_at_s is None else deadline_at_s - time.time()
+        asked_at_s = time.monotonic()
+        for load in await self._workers.wake(max(0.0, min(self._start_timeout_s, left_s))):
+            self.guide.heard(load, asked_at_s)
+        if not self.asleep:
+            return
+        if deadline_at_s is not None and time.time() >= deadline_at_s:
+            raise too_late()
+        raise ApiError(503, "no worker could be started in time", code="unavailable", retry_after_s=_RETRY_S)
+
+    def way(self, request: GenerationRequest) -> Route:
+        return self.guide.route(request)
+
+    def workers(self, request: GenerationRequest, route: Route) -> Workers:
+        self.guide.arrived(route, len(request.prompt))
+        return Along(self._workers, self.guide, route)
+
+    def listen(self) -> None:
+        """Hear from the workers from now on."""
+        if self._hearing is None or self._hearing.done():
+            self._hearing = asyncio.ensure_future(self._hear())
+
+    async def _hear(self) -> None:
+        while True:
+            asked_at_s = time.monotonic()
+            for load in await self._workers.reports(self.guide.orders()):
+                self.guide.heard(load, asked_at_s)
+            await asyncio.sleep(max(0.0, _HEAR_S - (time.monotonic() - asked_at_s)))
