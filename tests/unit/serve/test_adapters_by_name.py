@@ -14,6 +14,7 @@ import pytest
 from tests.support.double import DoublePrecision
 from tests.unit.engine.adapted import assert_greedy, lora, save
 from tests.unit.serve.in_process import Served, idle
+from tests.unit.serve.placed import GuidedServed
 from tests.unit.serve.tiny_folder import TEXT
 
 from farspan.config.schema import TransferConfig
@@ -148,6 +149,27 @@ def test_pages_computed_with_one_adapter_are_never_decoded_with_another(adapted,
         assert all(idle(info) for info in await adapted.workers.info())
 
     asyncio.run(all_pairs())
+
+
+def test_a_request_goes_to_the_worker_that_has_its_prompt_computed_with_the_same_adapter(tiny_folder, folders):
+    guided = GuidedServed(tiny_folder, engine={"adapters": folders})
+    try:
+        first = {model: _routed(guided, model, f"{model}-first") for model in ("tiny", "law", "poems")}
+        again = {model: _routed(guided, model, f"{model}-again") for model in first}
+    finally:
+        guided.stop()
+    for model, trace in first.items():
+        assert trace["cached_tokens"] == 0, "another adapter's pages"
+        assert again[model]["decode_worker"] == trace["decode_worker"]
+        assert again[model]["cached_tokens"] > 0.9 * trace["prompt_tokens"]
+        assert f"{again[model]['cached_tokens'] // 4 * 4} prompt tokens found" in again[model]["route_reason"]
+
+
+def _routed(guided: GuidedServed, model: str, name: str) -> dict[str, Any]:
+    answered = guided.post("/v1/completions", body(model, prompt=TEXT[3000:4500]), headers={"x-request-id": name})
+    assert answered.status_code == 200, answered.text
+    trace: dict[str, Any] = guided.get(f"/v1/requests/{name}/trace").json()
+    return trace
 
 
 @pytest.mark.parametrize(("model", "adapters"), [("law", ["law"]), ("a", ["a:b"]), ("a", ["b", "a:b"])])
