@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 STAMP := .venv/.farspan-installed
 
-.PHONY: help setup check test test-gpu soak bench docs quickstart lock clean
+.PHONY: help setup check test test-gpu soak launch bench docs quickstart lock clean
 
 help:
 	@echo "make quickstart   make the environment and run the main job: data, training, serving, report"
@@ -19,6 +19,7 @@ help:
 	@echo "make docs         build the documentation site into site/"
 	@echo "make test-gpu     tests that need a CUDA device"
 	@echo "make soak         long endurance tests"
+	@echo "make launch       clusters to their end: ray up on a mocked EC2, the README's six commands"
 	@echo "make lock         write requirements.lock from this environment"
 
 setup: $(STAMP)
@@ -48,6 +49,9 @@ test-gpu: setup
 
 soak: setup
 	$(BIN)/python -m pytest -m soak --timeout 3600
+
+launch: setup
+	$(BIN)/python -m pytest -m soak --timeout 1200 tests/infra/test_ray_up.py tests/end_to_end/test_stranger.py
 
 bench: setup
 	$(BIN)/farspan bench all

@@ -26,6 +26,7 @@ from farspan.serve.app import Running, run_app
 from farspan.serve.chat import answer
 from farspan.serve.messages import GenerationRequest, Tokens
 from farspan.serve.policy import Route
+from farspan.serve.relay import Relay
 from farspan.serve.router import Router
 from farspan.serve.text import AnswerText
 from farspan.serve.trace import RequestTrace
@@ -135,6 +136,9 @@ def test_streamed_greedy_text_equals_generate(server, plain, num_chars):
     page_bytes = 2 * 16 * 2 * (16 + 16) * 8
     assert trace["kv_pages"] == -(-len(prompt_ids) // 16)
     assert trace["kv_bytes"] == trace["kv_pages"] * page_bytes
+    if num_chars == 9000:
+        # All but the last part of 512 tokens was fetched while the next one was computed.
+        assert trace["kv_pages"] - trace["kv_pages_early"] <= 512 // 16 + 1
     assert trace["time_to_first_token_s"] > 0
     assert trace["prefill_s"] > 0
 
@@ -249,6 +253,26 @@ def test_a_prefill_worker_killed_before_the_pull_is_not_noticed_by_the_client(se
     # While no prefill worker is there, the decode worker does it all: nobody waits for the replacement.
     again = server.client.completions.create(model="tiny", prompt=TEXT[1000:1900], max_tokens=MAX_TOKENS, temperature=0)
     assert again.choices[0].text == expected
+    wait_until(lambda: server.infos()["prefill"].pid != killed)
+    wait_until(lambda: all(idle(info) for info in server.infos().values()))
+
+
+def test_a_prefill_worker_killed_while_its_pages_are_fetched_is_not_noticed_by_the_client(server, plain, monkeypatch):
+    _, expected, prompt_ids = plain(TEXT[100:9100])
+    killed = server.infos()["prefill"].pid
+
+    class Murderous(Relay):
+        """Kills the prefill worker when it has offered its first pages."""
+
+        def tell(self, offer):
+            super().tell(offer)
+            if Path(f"/proc/{killed}").exists():
+                os.kill(killed, signal.SIGKILL)
+
+    monkeypatch.setattr("farspan.serve.router.Relay", Murderous)
+    text, trace = drive(server, prompt_ids, Router)
+    assert text == expected
+    assert "prefill worker was lost" in trace.recoveries[0]
     wait_until(lambda: server.infos()["prefill"].pid != killed)
     wait_until(lambda: all(idle(info) for info in server.infos().values()))
 

@@ -15,6 +15,7 @@ _MIRRORS = (
     Path("~/.terraform.d/plugins").expanduser(),
     Path("/usr/local/share/terraform/plugins"),
     Path("/usr/share/terraform/plugins"),
+    Path("/opt/tf-plugins"),
 )
 _PROVIDER = "registry.terraform.io/hashicorp/aws"
 # As a folder, or packed as `terraform providers mirror` leaves it.
@@ -36,9 +37,8 @@ def holds_provider(mirror: Path) -> bool:
     return any(found for version in _VERSIONS for found in (mirror / _PROVIDER).glob(version))
 
 
-@pytest.fixture(scope="module")
-def module(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the module with its provider, or a loud skip."""
+def plugin_folder() -> Path:
+    """Where the provider lies, or a loud skip."""
     if shutil.which("terraform") is None:
         pytest.skip("terraform is not installed: the cloud base is not validated")
     mirror = next((mirror for mirror in _MIRRORS if holds_provider(mirror)), None)
@@ -47,6 +47,13 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "the AWS provider 5.100.0 is neither in .cache/terraform nor in Terraform's own folders (infra/README.md): "
             "the cloud base is not validated"
         )
+    return mirror
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the module with its provider."""
+    mirror = plugin_folder()
     folder = tmp_path_factory.mktemp("terraform") / "aws"
     shutil.copytree(MODULE, folder)
     terraform(folder, "init", "-input=false", "-backend=false", f"-plugin-dir={mirror}")

@@ -57,7 +57,7 @@ class Host:
 
     def command(self, *words: str) -> list[str]:
         """`words`, to be run inside."""
-        return ["nsenter", "-t", str(self.pid), "--net", "--pid", "--mount", "--uts", "--", *words]
+        return ["nsenter", "-t", str(self.pid), "--net", "--pid", "--mount", "--uts", "--ipc", "--", *words]
 
     def run(self, *words: str, timeout_s: float = _DEADLINE_S) -> subprocess.CompletedProcess[str]:
         """Run to the end inside; its output comes back."""
@@ -93,6 +93,11 @@ class Host:
                 [*words, "qdisc", "del", "dev", device, "root"], capture_output=True, timeout=_DEADLINE_S, check=False
             )
 
+    def received_bytes(self) -> int:
+        """What has come in over its cable."""
+        # What its end receives, ours sends.
+        return int(Path(f"/sys/class/net/{self.link}/statistics/tx_bytes").read_text(encoding="ascii"))
+
     def crash(self) -> None:
         """Everything that was started inside ends at once; the host stays, as after a reboot."""
         self.run("sh", "-c", "kill -9 -1")
@@ -109,8 +114,13 @@ class Host:
 
 
 @contextmanager
-def hosts(count: int, *, shm_mb: int = 512, tmp_mb: int = 2048) -> Iterator[list[Host]]:
-    """`count` hosts on one switch; where this machine does not allow them the test is skipped, and says so."""
+def hosts(
+    count: int, *, shm_mb: int = 512, tmp_mb: int = 2048, own_name_is_loopback: bool = False
+) -> Iterator[list[Host]]:
+    """`count` hosts on one switch; where this machine does not allow them the test is skipped, and says so.
+
+    `own_name_is_loopback`: each takes its own name for 127.0.1.1, as Debian and Ubuntu install it.
+    """
     _require()
     key = uuid.uuid4().hex[:6]
     bridge, subnet = f"fb{key}", f"10.{64 + int(key[:2], 16) % 64}.{int(key[2:4], 16)}"
@@ -121,15 +131,16 @@ def hosts(count: int, *, shm_mb: int = 512, tmp_mb: int = 2048) -> Iterator[list
         _do("ip", "address", "add", f"{subnet}.254/24", "dev", bridge)
         _do("ip", "link", "set", bridge, "up")
         names = {f"host{i}": f"{subnet}.{i + 1}" for i in range(count)}
-        _write_names(folder, names)
         for i, (name, address) in enumerate(names.items()):
+            known = {**names, name: "127.0.1.1"} if own_name_is_loopback else names
+            _write_names(folder / name, known)
             made.append(
                 _host(
                     name,
                     address,
                     f"f{key}{i}",
                     bridge,
-                    _SETUP.format(name=name, etc=folder, tmp_mb=tmp_mb, shm_mb=shm_mb),
+                    _SETUP.format(name=name, etc=folder / name, tmp_mb=tmp_mb, shm_mb=shm_mb),
                 )
             )
         yield made
@@ -153,7 +164,8 @@ def _host(name: str, address: str, netns: str, bridge: str, setup: str) -> Host:
         ("link", "set", "lo", "up"),
     ):
         _do("ip", "-n", netns, *words)
-    inside = ("unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child")
+    # Also no shared memory of System V: a transport would find it and never touch the wire.
+    inside = ("unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "--kill-child")
     first = subprocess.Popen(
         ["ip", "netns", "exec", netns, *inside, "sh", "-c", setup],
         stdout=subprocess.PIPE,
@@ -170,6 +182,7 @@ def _host(name: str, address: str, netns: str, bridge: str, setup: str) -> Host:
 
 
 def _write_names(folder: Path, names: dict[str, str]) -> None:
+    folder.mkdir()
     lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in names.items())]
     (folder / "hosts").write_text("\n".join(lines) + "\n", encoding="ascii")
     (folder / "resolv.conf").write_text("", encoding="ascii")

@@ -86,7 +86,7 @@ def test_the_environment_command_writes_lines_that_a_shell_reads_back(tmp_path: 
     path, *variables = answer.stdout.splitlines()
     assert path == f"{tmp_path}/farspan-env/bin:{os.defpath}"
     assert f"RAY_AUTH_TOKEN_PATH={tmp_path}/.ray/auth_token" in variables
-    assert "RAY_health_check_failure_threshold=4" in variables
+    assert "RAY_health_check_failure_threshold=3" in variables
 
 
 def _set(path: str, value: object) -> Callable[[Config], None]:

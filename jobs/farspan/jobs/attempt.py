@@ -14,11 +14,12 @@ import torch
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from farspan.config.load import dump_config, parse_config
 from farspan.config.schema import RunConfig
 from farspan.errors import ClusterError, FarspanError
+from farspan.jobs.interface import LinkedTorchConfig
 from farspan.jobs.progress import EventSender, EventWatcher, SilentRank, StopWish
 from farspan.jobs.restart import Failure
 from farspan.jobs.room import worker_resources
@@ -58,7 +59,7 @@ def run_attempt(config: RunConfig, plan: str, tell: Callable[[EventBody], None],
                 train_worker,
                 train_loop_config={"config": dump_config(config), "plan": plan, "mailbox": watcher.mailbox},
                 scaling_config=_scaling(config),
-                torch_config=TorchConfig(backend=_backend(config), timeout_s=int(config.resources.timeout_s)),
+                torch_config=LinkedTorchConfig(backend=_backend(config), timeout_s=int(config.resources.timeout_s)),
                 run_config=_ray_run(config),
             )
             trainer.fit()

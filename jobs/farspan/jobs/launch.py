@@ -14,11 +14,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import ray
+from ray._raylet import AuthenticationTokenLoader, Config
+from ray.exceptions import AuthenticationError
 
 from farspan.errors import ClusterError
+from farspan.jobs.knock import knock
 
 # Ray's own switches: no usage report to the network, no upload of the working folder under `uv run`.
 _RAY_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+_AUTH_MODE = "RAY_AUTH_MODE"
 _TOKEN_FILE = Path("~/.ray/auth_token")
 
 
@@ -44,13 +48,18 @@ def local_ray(num_cpus: float, num_gpus: float = 0.0) -> Iterator[None]:
 
 @contextmanager
 def joined_ray() -> Iterator[None]:
-    """The running Ray this process belongs to (a submitted job, or a driver on a node of the cluster)."""
+    """The running Ray this process belongs to (a submitted job, or a driver on a node of the cluster).
+
+    Raises:
+        ClusterError: nobody answers, or this process is not let in.
+    """
     # "auto" alone would take any Ray of this machine; a submitted job is told which one is its own.
     address = os.environ.get("RAY_ADDRESS", "auto")
+    _refuse_closed(address)
     with ray_environment():
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
-        except ConnectionError as problem:
+        except (ConnectionError, AuthenticationError) as problem:
             raise ClusterError(f"no Ray answers at {address}: {problem}; start one with `ray start --head`") from None
         try:
             yield
@@ -58,11 +67,28 @@ def joined_ray() -> Iterator[None]:
             ray.shutdown()
 
 
+def _refuse_closed(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    # `auto` and names of other kinds are Ray's to look up.
+    if "://" in host or not host or not port.isdigit():
+        return
+    if (closed := knock(host.strip("[]"), int(port))) is not None:
+        raise ClusterError(f"the cluster at {address} cannot be joined: {closed}")
+
+
 @contextmanager
 def ray_environment() -> Iterator[None]:
-    """Ray's own environment switches for the length of a block; what the user set wins."""
+    """Ray's own environment switches for the length of a block; what the user set wins.
+
+    Where there is a token it is used: without RAY_AUTH_MODE Ray's clients of a running cluster would not send it.
+    """
     added = {name: value for name, value in _RAY_ENVIRONMENT.items() if name not in os.environ}
+    if _AUTH_MODE not in os.environ and AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+        added[_AUTH_MODE] = "token"
     os.environ.update(added)
+    if _AUTH_MODE in added:
+        # Ray read the variable when it was imported.
+        Config.initialize("")
     try:
         yield
     finally:

@@ -10,18 +10,19 @@ from types import TracebackType
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from farspan.cluster.placement import training_bundle
 from farspan.config.schema import RunConfig
 from farspan.errors import ClusterError
 from farspan.jobs.progress import StopWish
 from farspan.train.elastic import Size
 
-_START_S, _LOOK_S = 10.0, 1.0
+_START_S, _AGAIN_S, _LOOK_S = 10.0, 4.0, 1.0
 
 
-def find_room(config: RunConfig, sizes: Sequence[Size]) -> Size:
+def find_room(config: RunConfig, sizes: Sequence[Size], *, again: bool) -> Size:
     """The largest of `sizes`, largest first, for which there is room; waits until there is for one of them.
 
-    Ray Train itself would wait for ever, and say nothing.
+    `again`: the run had workers before. Ray Train itself would wait for ever, and say nothing.
 
     Raises:
         ClusterError: none fits within resources.timeout_s.
@@ -29,8 +30,10 @@ def find_room(config: RunConfig, sizes: Sequence[Size]) -> Size:
     ends = time.monotonic() + config.resources.timeout_s
     while (left_s := ends - time.monotonic()) > 0:
         for size in sizes:
-            # All of them may only be on their way: a placement that waits is what makes a cluster grow.
-            patience_s = left_s if len(sizes) == 1 else _START_S if size == sizes[0] else _LOOK_S
+            # All of them may only be on their way: a placement that waits is what makes a cluster grow. A run that was
+            # under way goes on with those that are left: it grows again when the others are back.
+            first_s = _START_S if not again else _AGAIN_S if _could_fit(config, size.workers) else _LOOK_S
+            patience_s = left_s if len(sizes) == 1 else first_s if size == sizes[0] else _LOOK_S
             if fits(config, size.workers, min(left_s, patience_s)):
                 return size
     wanted, least = worker_resources(config), sizes[-1].workers
@@ -39,6 +42,12 @@ def find_room(config: RunConfig, sizes: Sequence[Size]) -> Size:
         f"no room for {least} workers of {wanted} within resources.timeout_s="
         f"{config.resources.timeout_s:g}; the cluster has {has} in all; ask for fewer, or add nodes"
     )
+
+
+def _could_fit(config: RunConfig, num_workers: int) -> bool:
+    """Whether all nodes that are there now have as much in sum, whoever uses it."""
+    there = ray.cluster_resources()
+    return all(there.get(name, 0) >= num_workers * amount for name, amount in worker_resources(config).items())
 
 
 class RoomWatch:
@@ -83,5 +92,4 @@ def fits(config: RunConfig, num_workers: int, timeout_s: float) -> bool:
 
 def worker_resources(config: RunConfig) -> dict[str, float]:
     """What one worker asks Ray for."""
-    gpus = config.resources.gpus_per_worker
-    return {"CPU": config.resources.cpus_per_worker, **({"GPU": gpus} if gpus > 0 else {})}
+    return training_bundle(config.resources)

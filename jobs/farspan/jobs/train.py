@@ -80,6 +80,7 @@ class _Attempts:
         self._trouble: OutOfMemoryError | None = None
         self._metrics = RunMetrics(config.name)
         self._workers = config.parallel.workers
+        self._begun = False
 
     def run(self) -> str | None:
         while not self._finished and self.wish.reason is None:
@@ -100,7 +101,8 @@ class _Attempts:
     def _attempt(self) -> None:
         config = self._ladder.config
         sizes = legal_sizes(config)
-        size = find_room(config, sizes)
+        size = find_room(config, sizes, again=self._begun)
+        self._begun = True
         if self._workers != size.workers:
             self._tell_size(size, sizes)
         self._workers = size.workers

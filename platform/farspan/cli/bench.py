@@ -40,6 +40,7 @@ def run_bench(
     from farspan.kernels.paged_decode.bench import bench_paged_decode
     from farspan.memory.bench import bench_memory
     from farspan.parallel.bench import bench_parallel
+    from farspan.serve.bench_transfer import bench_transfer
     from farspan.train.long_context import bench_long_context
     from farspan.train.long_context_gpu import bench_one_gpu
 
@@ -50,6 +51,7 @@ def run_bench(
         "engine": lambda: bench_engine(EngineBench(vllm_python=vllm_python)),
         "memory": bench_memory,
         "parallel": bench_parallel,
+        "transfer": bench_transfer,
         "long-context": bench_one_gpu if torch.cuda.is_available() else bench_long_context,
     }
     if what == "train":

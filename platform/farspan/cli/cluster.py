@@ -24,7 +24,10 @@ app = typer.Typer(help="Clusters for Ray's launcher: what they cost, up, down.",
 Spec = Annotated[str | None, typer.Argument(help="Spec [infra/cluster.yaml], or KEY=VALUE.", metavar="[SPEC]")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=c settings of it.", metavar="[KEY=VALUE]...")]
 On = Annotated[str, typer.Option("--on", help="aws, gcp or local.")]
+OnOrHere = Annotated[str, typer.Option("--on", help="aws, gcp, local, or here: several nodes on this machine.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Train = Annotated[str | None, typer.Option(metavar="CONFIG", help="A run whose workers must find room on it.")]
+Serve = Annotated[str | None, typer.Option(metavar="CONFIG", help="An endpoint whose workers must find room on it.")]
 _DOWN_TIMEOUT_S = 900.0
 
 
@@ -44,15 +47,31 @@ def load_spec(spec: str | None, overrides: list[str] | None) -> ClusterSpec:
 
 
 @app.command()
-def plan(spec: Spec = None, overrides: Overrides = None, on: On = "aws", as_json: Json = False) -> None:
-    """Show the machines of a cluster and what an hour of them costs; asks no cloud."""
-    from farspan.cluster.cost import plan_cluster
+def plan(
+    spec: Spec = None,
+    overrides: Overrides = None,
+    on: On = "aws",
+    train: Train = None,
+    serve: Serve = None,
+    as_json: Json = False,
+) -> None:
+    """Show the machines of a cluster and what an hour of them costs; asks no cloud. Exit code 2: no room."""
+    import yaml
 
-    found = plan_cluster(load_spec(spec, overrides), _provider(on))
+    from farspan.cluster.cost import plan_cluster
+    from farspan.cluster.launcher import render_launcher
+
+    loaded, provider = load_spec(spec, overrides), _provider(on)
+    found = plan_cluster(loaded, provider)
+    unplaced = _unplaced(yaml.safe_load(render_launcher(loaded, provider)), train, serve)
     if as_json:
-        typer.echo(json.dumps(asdict(found), indent=1))
-        return
-    _show(found)
+        typer.echo(json.dumps({**asdict(found), "unplaced": unplaced}, indent=1))
+    else:
+        _show(found)
+        for sentence in unplaced:
+            typer.echo(sentence)
+    if unplaced:
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -61,6 +80,8 @@ def validate(
     overrides: Overrides = None,
     on: On = "aws",
     file: Annotated[str | None, typer.Option(help="A launcher file instead of the one the spec renders.")] = None,
+    train: Train = None,
+    serve: Serve = None,
     as_json: Json = False,
 ) -> None:
     """Hold a launcher file against Ray's schema, the cloud's and our rules, offline; exit code 2: it has problems."""
@@ -77,14 +98,16 @@ def validate(
         raise ConfigError(file or on, "must be YAML", " ".join(str(problem).split()), "fix the syntax") from None
     if not isinstance(config, dict):
         raise ConfigError(file or on, "must hold `key: value` lines", type(config).__name__, "start with cluster_name")
-    report({file or f"the {on} file": problems(config, loaded.software)}, as_json=as_json)
+    # A file with problems may have no node types to look at.
+    found = problems(config, loaded.software) or _unplaced(config, train, serve)
+    report({file or f"the {on} file": found}, as_json=as_json)
 
 
 @app.command()
 def up(
     spec: Spec = None,
     overrides: Overrides = None,
-    on: On = "aws",
+    on: OnOrHere = "aws",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Give up after [up_timeout_s].")] = None,
 ) -> None:
@@ -94,8 +117,11 @@ def up(
     from farspan.cluster.launcher import render_launcher
     from farspan.cluster.preflight import check_ready
 
-    loaded, provider = load_spec(spec, overrides), _provider(on)
+    loaded, provider = load_spec(spec, overrides), _provider(on, here=True)
     launched = _launched(loaded.name, provider)
+    if provider == "here":
+        _up_here(loaded, launched, timeout)
+        return
     check_ready(loaded, provider, Path.cwd(), launched.folder)
     text = render_launcher(loaded, provider)
     refuse_to_forget(launched, text)
@@ -110,12 +136,17 @@ def up(
 
 
 @app.command()
-def status(spec: Spec = None, overrides: Overrides = None, on: On = "aws", as_json: Json = False) -> None:
+def status(spec: Spec = None, overrides: Overrides = None, on: OnOrHere = "aws", as_json: Json = False) -> None:
     """List the machines of a cluster, asked of its provider."""
     from farspan.cli.launch import nodes_of
 
-    loaded, provider = load_spec(spec, overrides), _provider(on)
-    nodes = nodes_of(_known(loaded, provider))
+    loaded, provider = load_spec(spec, overrides), _provider(on, here=True)
+    if provider == "here":
+        from farspan.cli.here import nodes_here
+
+        nodes = nodes_here(_launched(loaded.name, provider).folder)
+    else:
+        nodes = nodes_of(_known(loaded, provider))
     if as_json:
         typer.echo(json.dumps({"name": loaded.name, "nodes": [asdict(node) for node in nodes]}, indent=1))
         return
@@ -134,7 +165,7 @@ def status(spec: Spec = None, overrides: Overrides = None, on: On = "aws", as_js
 def down(
     spec: Spec = None,
     overrides: Overrides = None,
-    on: On = "aws",
+    on: OnOrHere = "aws",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Give up after.")] = _DOWN_TIMEOUT_S,
 ) -> None:
@@ -142,7 +173,13 @@ def down(
     from farspan.cli.launch import nodes_of
     from farspan.cli.machines import stop_cluster
 
-    loaded, provider = load_spec(spec, overrides), _provider(on)
+    loaded, provider = load_spec(spec, overrides), _provider(on, here=True)
+    if provider == "here":
+        from farspan.cli.here import down as down_here
+
+        count = down_here(_launched(loaded.name, provider).folder)
+        typer.echo(f"down: {loaded.name}, {count} nodes" if count else f"no node of {loaded.name} runs here")
+        return
     launched, config = _launched(loaded.name, provider), _known(loaded, provider)
     if provider == "local":
         # Ray's record of machines that stay is a file in /tmp: where it is lost they may still run.
@@ -174,6 +211,20 @@ def _down_cloud(name: str, launched: Launched, config: dict[str, Any], timeout_s
     launched.file.unlink()
 
 
+def _unplaced(launcher: dict[str, Any], train: str | None, serve: str | None) -> list[str]:
+    """What of a run and of an endpoint has no room on the nodes of a launcher file."""
+    from farspan.cluster.placement import asks_of_endpoint, asks_of_run, misfits
+    from farspan.config.load import load_config
+    from farspan.config.schema import RunConfig, ServeConfig
+
+    asks = []
+    if train is not None:
+        asks += asks_of_run(load_config(RunConfig, train, []))
+    if serve is not None:
+        asks += asks_of_endpoint(load_config(ServeConfig, serve, []))
+    return misfits(launcher, asks)
+
+
 def report(found: dict[str, list[str]], *, as_json: bool) -> None:
     """Print the problems of each file; ends with exit code 2 where there is one."""
     wrong = sum(len(problems) for problems in found.values())
@@ -197,12 +248,39 @@ def _ask(yes: bool, question: str) -> None:
     typer.confirm(question, abort=True)
 
 
-def _provider(on: str) -> str:
+@app.command("watch-spot")
+def watch_spot(
+    metadata: Annotated[str, typer.Option(metavar="URL", help="Instance metadata.")] = "http://169.254.169.254",
+    poll: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="Between two looks.")] = 5.0,
+) -> None:
+    """On a node of EC2: wait for the notice that it is taken back, and let Ray drain it. The AWS file starts this."""
+    from farspan.cli.spot import watch_spot as watch
+
+    watch(metadata, poll, typer.echo)
+
+
+def _up_here(spec: ClusterSpec, launched: Launched, timeout_s: float | None) -> None:
+    from farspan.cli.here import up as up_here
+    from farspan.jobs.launch import make_token
+
+    make_token()
+    console = Console(highlight=False, soft_wrap=True)
+    with console.status("ray start", spinner="line") as status:
+        address = up_here(spec.here, launched.folder, timeout_s or spec.up_timeout_s, status.update)
+    console.print(
+        f"up: {spec.name}, a head and {spec.here.workers} workers on this machine; hand it work with --cluster "
+        f"{address}",
+        markup=False,
+    )
+
+
+def _provider(on: str, *, here: bool = False) -> str:
     from farspan.cluster.launcher import PROVIDERS
     from farspan.config.load import nearest
 
-    if on not in PROVIDERS:
-        raise ConfigError("--on", f"must be one of {', '.join(PROVIDERS)}", on, nearest(on, list(PROVIDERS)))
+    known = [*PROVIDERS, "here"] if here else list(PROVIDERS)
+    if on not in known:
+        raise ConfigError("--on", f"must be one of {', '.join(known)}", on, nearest(on, known))
     return on
 
 

@@ -113,8 +113,14 @@ def _reach(node: str) -> Reach:
     host, _, port = node.partition(":")
     if not host or (port and not port.isdigit()):
         raise ConfigError("--node", "must be HOST or HOST:PORT", node, "use --node 10.0.0.4:6379")
+    number = int(port or GCS_PORT)
+    if number == GCS_PORT:
+        from farspan.jobs.knock import knock
+
+        closed = knock(host, number)
+        return Reach(node, None) if closed is None else Reach(node, closed.problem, closed.way_out)
     try:
-        with socket.create_connection((host, int(port or GCS_PORT)), timeout=_REACH_S):
+        with socket.create_connection((host, number), timeout=_REACH_S):
             return Reach(node, None)
     except OSError as problem:
         return Reach(node, problem.strerror or str(problem) or type(problem).__name__)

@@ -215,11 +215,20 @@ def serve(
     config: Config,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config, start nothing.")] = False,
+    cluster: Annotated[
+        str | None, typer.Option(help="Submit to the Ray cluster with this dashboard address; it goes on there.")
+    ] = None,
+    join: Annotated[
+        str | None,
+        typer.Option(
+            "--join", metavar="FILE", help="On the Ray this process belongs to, with these keys.", hidden=True
+        ),
+    ] = None,
 ) -> None:
-    """Serve a model on Ray Serve with prefill and decode workers, until Ctrl-C."""
+    """Serve a model on Ray Serve with prefill and decode workers, until Ctrl-C; on a cluster until it is stopped."""
     from farspan.cli.serve import run_serve
 
-    run_serve(config, overrides or [], dry_run=dry_run)
+    run_serve(config, overrides or [], dry_run=dry_run, cluster=cluster, join=join)
 
 
 @app.command()
@@ -241,7 +250,7 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="attention, paged-decode, engine, memory, parallel, long-context, all of these, serve, or train."
+            help="attention, paged-decode, engine, memory, parallel, transfer, long-context, all of them, serve or train."
         ),
     ] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

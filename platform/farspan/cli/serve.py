@@ -23,14 +23,22 @@ if TYPE_CHECKING:
     from farspan.serve.app import Running
 
 
-def run_serve(path: str, overrides: list[str], *, dry_run: bool) -> None:
-    """Serve a config until Ctrl-C."""
+def run_serve(
+    path: str, overrides: list[str], *, dry_run: bool, cluster: str | None = None, join: str | None = None
+) -> None:
+    """Serve a config until Ctrl-C, here or, with `join` (a key file), on the Ray this process belongs to;
+    or hand it to a cluster."""
     config = _load(path, overrides)
     check_serve(config)
     if dry_run:
         typer.echo(dump_config(config), nl=False)
         return
-    from farspan.jobs.launch import local_ray
+    if cluster is not None:
+        from farspan.cli.serve_cluster import deploy
+
+        deploy(config, cluster)
+        return
+    from farspan.jobs.launch import joined_ray, local_ray
     from farspan.serve.app import check_app, num_cpus, run_app
 
     # This command says itself when it is ready; Serve's own lines would say it twice.
@@ -42,7 +50,14 @@ def run_serve(path: str, overrides: list[str], *, dry_run: bool) -> None:
         f"starting {config.prefill.replicas} prefill and {config.decode.replicas} decode workers for {config.model}",
         markup=False,
     )
-    with local_ray(num_cpus(config) + 1), run_app(config) as running:
+    ray_here = local_ray(num_cpus(config) + 1)
+    if join is not None:
+        ray_here, keys = joined_ray(), Path(join).absolute()
+        # On its way to the cluster the file lost its mode.
+        keys.chmod(0o600)
+        config.api_key_file = str(keys)
+        overrides = [*overrides, f"api_key_file={keys}"]
+    with ray_here, run_app(config) as running:
         console.print(f"ready: {running.url}  model {running.model}  key file {running.api_key_file}", markup=False)
         console.print(f"Ctrl-C stops it; kill -HUP {os.getpid()} reads the config again", markup=False)
         try:

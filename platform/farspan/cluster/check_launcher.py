@@ -136,7 +136,7 @@ def _limit_problems(config: Config, kind: str) -> Iterator[str]:
 
 def _pin_problems(config: Config, software: SoftwareConfig, kind: str) -> Iterator[str]:
     commands = [c for key in ("setup_commands", "head_setup_commands", "worker_setup_commands") for c in config[key]]
-    installs = " ".join(c for c in commands if "pip install" in c)
+    installs = " ".join(c for c in commands if "pip install" in c or "-m farspan.cluster.image" in c)
     cloud = {"aws": [f"boto3=={software.boto3}"], "gcp": [f"google-api-python-client=={software.google_api}"]}
     wanted = [*requirements(software), *cloud.get(kind, [])]
     found = re.findall(r"'([^']+)'", installs)

@@ -73,10 +73,20 @@ _CAUSES = (
 )
 
 
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
+# What the launcher says itself, and ssh when it ends; every other line is a node's.
+_LAUNCHERS = re.compile(r"\d{4}-\d\d-\d\d |Shared connection to |\s|$")
+
+
 def diagnose(output: str) -> str:
-    """The cause a launcher's output points to, or its last line."""
+    """The cause a launcher's output points to, the last words of a node that could not be set up, or its last line."""
     for pattern, sentence in _CAUSES:
         if re.search(pattern, output):
             return sentence
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    lines = _COLOR.sub("", output).splitlines()
+    failed = next((i for i, line in enumerate(lines) if "update-failed" in line), None)
+    said = [line for line in lines[: failed or 0] if not _LAUNCHERS.match(line)]
+    if said:
+        return f"a machine could not be set up: {said[-1].strip()}"
+    told = [line.strip() for line in lines if line.strip()]
+    return told[-1] if told else "it said nothing"

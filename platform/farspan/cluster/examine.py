@@ -33,6 +33,7 @@ class Reach:
 
     place: str
     problem: str | None
+    way_out: str = "check name, firewall and security group; is Ray's head up?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +177,7 @@ def _reaches(facts: MachineFacts) -> Iterator[Finding]:
         if reach.problem is None:
             yield Finding(f"reaches {reach.place}", OK, "answers")
         else:
-            fix = "check name, firewall and security group; is Ray's head up?"
-            yield Finding(f"reaches {reach.place}", FAIL, reach.problem, fix)
+            yield Finding(f"reaches {reach.place}", FAIL, reach.problem, reach.way_out)
 
 
 def _devices(facts: MachineFacts) -> Iterator[Finding]:

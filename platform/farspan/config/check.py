@@ -78,6 +78,7 @@ def check_run(config: RunConfig) -> None:
     _within("seed", config.seed, 0, 2**63 - 1)
     _above("resources.cpus_per_worker", config.resources.cpus_per_worker, 0)
     _within("resources.gpus_per_worker", config.resources.gpus_per_worker, 0, math.inf)
+    _check_custom("resources.custom", config.resources.custom)
     _at_least("resources.timeout_s", config.resources.timeout_s, 1)
     _within("resources.peak_tflops", config.resources.peak_tflops, 0, math.inf)
     _within("resources.price_per_gpu_hour", config.resources.price_per_gpu_hour, 0, math.inf)
@@ -338,6 +339,13 @@ def check_adapter_name(name: str) -> None:
         )
 
 
+def _check_custom(field: str, custom: dict[str, float]) -> None:
+    for name, amount in custom.items():
+        _above(f"{field}.{name}", amount, 0)
+        if name in ("CPU", "GPU", "memory", "object_store_memory"):
+            raise ConfigError(f"{field}.{name}", "is not a custom resource", name, f"leave it out of {field}")
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach `host`."""
     try:
@@ -362,6 +370,8 @@ def check_serve(config: ServeConfig) -> None:
     _one_of("tool_format", config.tool_format, TOOL_FORMATS)
     _above("prefill.cpus", config.prefill.cpus, 0)
     _above("decode.cpus", config.decode.cpus, 0)
+    _check_custom("prefill.custom", config.prefill.custom)
+    _check_custom("decode.custom", config.decode.custom)
     _above("start_timeout_s", config.start_timeout_s, 0)
     _above("request_timeout_s", config.request_timeout_s, 0)
     if not 1 <= config.port <= 65535:

@@ -121,6 +121,22 @@ class LocalConfig:
 
 
 @dataclass(kw_only=True)
+class HereConfig:
+    """Several nodes of Ray on this machine alone, to try everything out; they listen on loopback."""
+
+    workers: int = 2
+    """Nodes beside the head."""
+    cpus: int = 2
+    """CPUs each of them offers to tasks, whatever this machine has."""
+    object_store_mib: int = 256
+    """Memory of each node for objects."""
+    port: int = 6379
+    """Of Ray's head."""
+    dashboard_port: int = 8265
+    """Of the dashboard and the jobs API."""
+
+
+@dataclass(kw_only=True)
 class KubernetesConfig:
     """KubeRay 1.7. Secrets are named, never written."""
 
@@ -158,6 +174,9 @@ class ClusterSpec:
     """Of the prices below."""
     up_timeout_s: float = 1800.0
     """`farspan cluster up` gives up after so long, where `ray up` would retry for ever."""
+    environment: str | None = None
+    """Folder of a Python environment that the machines' image holds, with farspan and the versions below: nothing is
+    then downloaded, each node's own stands on it. None: each node makes one with pip."""
     head: NodesConfig = field(default_factory=NodesConfig)
     cpu: NodesConfig = field(default_factory=NodesConfig)
     train: NodesConfig = field(default_factory=NodesConfig)
@@ -167,4 +186,5 @@ class ClusterSpec:
     aws: AwsConfig = field(default_factory=AwsConfig)
     gcp: GcpConfig = field(default_factory=GcpConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
+    here: HereConfig = field(default_factory=HereConfig)
     kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 
-from farspan.config.cluster import ClusterSpec, NodesConfig
+from farspan.config.cluster import ClusterSpec, HereConfig, NodesConfig
 from farspan.errors import ConfigError
 
 ROLES = ("head", "cpu", "train", "prefill", "decode")
 _VERSION = re.compile(r"\d+(\.\d+)*((a|b|rc|\.post)\d+)?")
+_FOLDER = re.compile(r"(/[\w.+-]+)+")
+_PORTS = range(1024, 65536)
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 
 
@@ -24,7 +26,10 @@ def check_cluster(spec: ClusterSpec) -> None:
     if spec.head.cpus != 0 or spec.head.gpus != 0:
         value = spec.head.cpus or spec.head.gpus
         raise ConfigError("head", "must offer no CPU and no GPU: a task there could end the cluster", value, "use 0")
+    if spec.environment is not None and not _FOLDER.fullmatch(spec.environment):
+        raise ConfigError("environment", "must be a folder from / on, of plain letters", spec.environment, "use /opt/x")
     _check_software(spec)
+    _check_here(spec.here)
     _check_places(spec)
 
 
@@ -53,6 +58,19 @@ def _check_software(spec: ClusterSpec) -> None:
     for name, version in vars(spec.software).items():
         if not _VERSION.fullmatch(version):
             raise ConfigError(f"software.{name}", "must be one exact version", version, "write it as 2.60.0")
+
+
+def _check_here(here: HereConfig) -> None:
+    for field, least in (("workers", 1), ("cpus", 1), ("object_store_mib", 80)):
+        if getattr(here, field) < least:
+            value = getattr(here, field)
+            raise ConfigError(f"here.{field}", f"must be at least {least}", value, f"use here.{field}={least}")
+    for field, usual in (("port", 6379), ("dashboard_port", 8265)):
+        if getattr(here, field) not in _PORTS:
+            value = getattr(here, field)
+            raise ConfigError(f"here.{field}", "must be a port from 1024 to 65535", value, f"use here.{field}={usual}")
+    if here.port == here.dashboard_port:
+        raise ConfigError("here.dashboard_port", "must not be here.port", here.port, "use here.dashboard_port=8265")
 
 
 def _check_places(spec: ClusterSpec) -> None:

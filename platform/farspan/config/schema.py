@@ -248,6 +248,8 @@ class ResourcesConfig:
     """CPUs of a process; without a GPU also the threads it computes with."""
     gpus_per_worker: float = 0.0
     """1 trains on GPUs over NCCL, 0 on CPUs over gloo."""
+    custom: dict[str, float] = field(default_factory=dict)
+    """Further resources of a process, such as farspan-train=1, which nodes of that type alone have."""
     timeout_s: float = 600.0
     """Longest wait for workers to start, for one collective operation, and for an object store that does not answer."""
     peak_tflops: float = 0.0
@@ -301,6 +303,8 @@ class RoleConfig:
     """CPUs each of them asks Ray for."""
     gpus: float = 0.0
     """GPUs each of them asks Ray for."""
+    custom: dict[str, float] = field(default_factory=dict)
+    """Further resources each of them asks for, such as farspan-decode=1, which nodes of that type alone have."""
 
 
 @dataclass(kw_only=True)

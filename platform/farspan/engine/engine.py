@@ -39,7 +39,7 @@ from farspan.engine.request import (
 from farspan.engine.runner import Piece
 from farspan.engine.sampler import UNSOUND
 from farspan.engine.scheduler import Chunk, Limits, Row, schedule
-from farspan.engine.tables import fill_table, held_pages
+from farspan.engine.tables import fill_table, held_pages, lasting_pages
 from farspan.engine.terms import PLAIN_TERMS, Terms
 from farspan.errors import ConfigError, EngineError, RequestError
 from farspan.kv.host_cache import BlockCache, HostCache
@@ -202,6 +202,16 @@ class Engine:
         """
         sequence = self._taken.pop(request_id)
         return [*held_pages(sequence), *sequence.state_pages], sequence.num_computed
+
+    def growing(self) -> Iterator[tuple[str, int, list[int]]]:
+        """(request, life, pages) of each `prefill_only` request that is being computed.
+
+        The pages are the first of those that `take` will give, full and never changed. A request that lost its pages
+        on the way begins another life with others.
+        """
+        for sequence in self._running:
+            if sequence.prefill_only:
+                yield sequence.request_id, sequence.preemptions, lasting_pages(self.pool.layout, sequence)
 
     def cancel(self, request_id: str) -> bool:
         """Forget a request and free its pages; false when it is not here (any more)."""

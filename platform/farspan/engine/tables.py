@@ -19,6 +19,13 @@ def needed_pages(layout: KvLayout, sequence: SequenceState) -> list[int]:
     return [page for page in sequence.pages[: layout.num_pages(sequence.num_computed)] if page != GONE]
 
 
+def lasting_pages(layout: KvLayout, sequence: SequenceState) -> list[int]:
+    """The first of the pages that will be needed after its prompt: those that are full by now."""
+    num_full = min(sequence.num_computed, sequence.num_prompt) // layout.page_tokens
+    table = sequence.pages[: num_full * layout.num_groups]
+    return [page for page in layout.without_gone(table, sequence.num_prompt) if page != GONE]
+
+
 def fill_table(layout: KvLayout, sequence: SequenceState, pages: Sequence[int]) -> None:
     """The table of a sequence whose needed pages came from elsewhere."""
     table = layout.without_gone([0] * layout.num_pages(sequence.num_computed), sequence.num_computed)

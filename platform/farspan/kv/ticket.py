@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from farspan.kv.pages import PagePool
 
@@ -56,16 +57,84 @@ class KvTicket:
         return len(self.pages) * self.page_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class KvOffer:
+    """Pages of a prompt that is still computed, to be fetched before its ticket comes: full ones, which never change.
+
+    A ticket names, in the same order, everything that was offered under its id. A prompt whose pages were lost on the
+    way is offered from the beginning under another id.
+    """
+
+    ticket_id: str
+    request_id: str
+    source: SourceAddress
+    first: int
+    """Pages that were offered before these."""
+    pages: tuple[PageRef, ...]
+    num_tokens: int
+    """Of the whole prompt."""
+    layout: str
+    page_bytes: int
+    lease_until_s: float
+    """Unix time. Whoever has heard nothing more by then waits in vain."""
+
+
+@dataclass(slots=True)
+class _Growing:
+    """What was offered of a prompt so far."""
+
+    life: int
+    ticket_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    refs: list[PageRef] = field(default_factory=list)
+
+
 class LeaseTable:
     """Pages held for tickets that were handed out and not yet given back."""
 
     def __init__(self, pool: PagePool, lease_s: float) -> None:
         self._pool, self._lease_s = pool, lease_s
         self._open: dict[str, KvTicket] = {}
+        self._growing: dict[str, _Growing] = {}
 
     @property
     def num_open(self) -> int:
         return len(self._open)
+
+    def grow(
+        self,
+        request_id: str,
+        life: int,
+        pages: Sequence[int],
+        num_tokens: int,
+        source: SourceAddress,
+        now_s: float,
+    ) -> KvOffer | None:
+        """What is new among the full `pages` of a prompt that is still computed, or None. They stay their holder's.
+
+        `life` changes whenever the holder gave them all back and began again.
+        """
+        growing = self._growing.get(request_id)
+        if growing is None or growing.life != life:
+            growing = self._growing[request_id] = _Growing(life)
+        first = len(growing.refs)
+        if len(pages) <= first:
+            return None
+        growing.refs += self._refs(pages[first:])
+        return KvOffer(
+            ticket_id=growing.ticket_id,
+            request_id=request_id,
+            source=source,
+            first=first,
+            pages=tuple(growing.refs[first:]),
+            num_tokens=num_tokens,
+            layout=self._pool.layout.fingerprint(),
+            page_bytes=self._pool.layout.page_bytes,
+            lease_until_s=now_s + self._lease_s,
+        )
+
+    def forget(self, request_id: str) -> None:
+        """Nothing more of this prompt will be offered; harmless when nothing was."""
+        self._growing.pop(request_id, None)
 
     def offer(
         self,
@@ -76,12 +145,19 @@ class LeaseTable:
         now_s: float,
         adapter: str = "",
     ) -> KvTicket:
-        """A ticket for `pages`, whose holder becomes the lease."""
+        """A ticket for `pages`, whose holder becomes the lease.
+
+        It goes on with what `grow` offered of the request, if these are still the same pages.
+        """
+        growing = self._growing.pop(request_id, None)
+        held = [(page, self._pool.epoch(page)) for page in pages]
+        if growing is None or [(ref.page, ref.epoch) for ref in growing.refs] != held[: len(growing.refs)]:
+            growing = _Growing(0)
         ticket = KvTicket(
-            ticket_id=uuid.uuid4().hex,
+            ticket_id=growing.ticket_id,
             request_id=request_id,
             source=source,
-            pages=tuple(PageRef(page, self._pool.epoch(page), self._pool.digest(page)) for page in pages),
+            pages=(*growing.refs, *self._refs(pages[len(growing.refs) :])),
             num_tokens=num_tokens,
             layout=self._pool.layout.fingerprint(),
             page_bytes=self._pool.layout.page_bytes,
@@ -105,3 +181,6 @@ class LeaseTable:
         for ticket_id in over:
             self.release(ticket_id)
         return over
+
+    def _refs(self, pages: Sequence[int]) -> list[PageRef]:
+        return [PageRef(page, self._pool.epoch(page), self._pool.digest(page)) for page in pages]

@@ -1,4 +1,4 @@
-"""What may happen to one transfer of KV pages, as a pure function.
+"""What may happen to one transfer of KV pages, or to a part of one, as a pure function.
 
     OFFERED -> PULLING -> LANDED -> CHECKED -> COMMITTED
          \\         \\         \\        \\
@@ -6,7 +6,8 @@
            \\         `--> QUARANTINED -> FAILED           it may still write: nobody owns the local pages
             `--> FAILED
 
-A request never waits for a quarantined transfer: it fails at once and its pages wait alone.
+A request never waits for a quarantined transfer: it fails at once and its pages wait alone. Parts of one transfer are
+adopted together; when one fails, the others are abandoned.
 """
 
 from __future__ import annotations

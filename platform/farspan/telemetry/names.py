@@ -94,7 +94,11 @@ METRICS: tuple[Metric, ...] = (
         "farspan_request_kv_bytes", "bytes", "KV moved", "request_served.kv_bytes", "KV pages sent, prefill to decode."
     ),
     Metric(
-        "farspan_request_transfer_seconds", "s", "KV transfer", "request_served.transfer_s", "First to last KV page."
+        "farspan_request_transfer_seconds",
+        "s",
+        "KV transfer",
+        "request_served.transfer_s",
+        "Wait for KV pages once their prompt is computed.",
     ),
 )
 

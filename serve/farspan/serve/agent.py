@@ -69,6 +69,9 @@ def open_host_cache(capacity_bytes: int, layout: KvLayout) -> BlockCache:
 
 def end_agents() -> None:
     """End the agents of every machine, and give their memory back."""
+    if not ray.is_initialized():
+        # Asking would start a Ray of its own.
+        return
     for found in ray.util.list_named_actors(all_namespaces=True):
         if found["namespace"] == NAMESPACE and found["name"].startswith(_NAME):
             try:

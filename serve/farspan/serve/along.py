@@ -18,7 +18,9 @@ from farspan.serve.policy import Place, Route
 class PlacedWorkers(Protocol):
     """What is asked of the cluster when it is known whom to ask."""
 
-    async def prefill(self, request: GenerationRequest, place: Place | None = None) -> Prefilled | Failed: ...
+    async def prefill(
+        self, request: GenerationRequest, place: Place | None = None, answering: Place | None = None
+    ) -> Prefilled | Failed: ...
 
     def resume(
         self,
@@ -44,7 +46,7 @@ class Along:
 
     async def prefill(self, request: GenerationRequest) -> Prefilled | Failed:
         asked_at_s = time.monotonic()
-        answer = await self._workers.prefill(self._bound(request), self._route.prefill)
+        answer = await self._workers.prefill(self._bound(request), self._route.prefill, self._route.decode)
         if isinstance(answer, Failed):
             self._lose(self._route.prefill, answer)
         else:

@@ -38,6 +38,8 @@ APP_NAME = "farspan"
 _ROUTER = "farspan.serve.targeting.TargetedRouter"
 _READY_POLL_S = 0.1
 _REQUESTS_PER_SEQUENCE = 4
+# Nearly nothing, but more than the head of a cluster offers: an endpoint must not end with the head.
+_INGRESS_CPUS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ def build_app(config: ServeConfig, keys: tuple[ApiKey, ...]) -> Any:
     ingress = serve.deployment(serve.ingress(build_http)(Ingress)).options(
         name="api",
         max_ongoing_requests=1000,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": _INGRESS_CPUS},
         health_check_period_s=2,
         graceful_shutdown_wait_loop_s=0.1,
         **_lasting(config),
@@ -116,7 +118,7 @@ def build_app(config: ServeConfig, keys: tuple[ApiKey, ...]) -> Any:
 def _options(role: RoleConfig, config: ServeConfig) -> dict[str, Any]:
     return {
         "max_ongoing_requests": config.engine.max_sequences * _REQUESTS_PER_SEQUENCE,
-        "ray_actor_options": {"num_cpus": role.cpus, "num_gpus": role.gpus},
+        "ray_actor_options": {"num_cpus": role.cpus, "num_gpus": role.gpus, "resources": dict(role.custom)},
         # What a constructor refuses (a model that fails its self-check) it refuses every time.
         "max_constructor_retry_count": 2,
         "health_check_period_s": 2,
@@ -178,7 +180,8 @@ def _deploy(config: ServeConfig, keys: tuple[ApiKey, ...], key_file: str, deadli
     pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="deploy")
     try:
         serve.start(
-            proxy_location=ProxyLocation.HeadOnly,
+            # Whoever reaches a node with a worker reaches the endpoint, also while there is no head.
+            proxy_location=ProxyLocation.EveryNode,
             http_options=HTTPOptions(
                 host=config.host, port=config.port, request_timeout_s=config.request_timeout_s, keep_alive_timeout_s=75
             ),

@@ -145,5 +145,5 @@ def _recover(trace: RequestTrace, error: FarspanError) -> None:
 
 def _note(trace: RequestTrace, pulled: Pulled) -> None:
     trace.transport, trace.transfer_s = pulled.transport, pulled.seconds
-    trace.kv_pages, trace.kv_bytes = pulled.num_pages, pulled.num_bytes
+    trace.kv_pages, trace.kv_bytes, trace.kv_pages_early = pulled.num_pages, pulled.num_bytes, pulled.num_early
     trace.pulled_s = trace.age_s

@@ -11,8 +11,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -23,11 +24,21 @@ from farspan.engine.terms import Terms
 from farspan.errors import EngineError, FarspanError, TransferError
 from farspan.kv.prefix import PrefixScope
 from farspan.kv.puller import Arrival, Puller
-from farspan.kv.ticket import KvTicket, LeaseTable
+from farspan.kv.ticket import KvOffer, KvTicket, LeaseTable
 from farspan.kv.transports.base import Transport
 from farspan.serve.load import Identity, WorkerLoad
 from farspan.serve.mailbox import Command, Inbox, Mailbox, tell
-from farspan.serve.messages import Caller, Failed, GenerationRequest, Prefilled, Pulled, StreamItem, Tokens, WorkerInfo
+from farspan.serve.messages import (
+    Caller,
+    Failed,
+    GenerationRequest,
+    Prefilled,
+    PrefillItem,
+    Pulled,
+    StreamItem,
+    Tokens,
+    WorkerInfo,
+)
 from farspan.serve.quotas import Quota
 from farspan.serve.standing import Role, load_of
 
@@ -40,6 +51,10 @@ _TRANSFER_POLL_S = 0.0005
 _STALLED_POLL_S = 0.01
 _IDLE_POLL_S = 0.25
 _DRAIN_POLL_S = 0.05
+# Pages of every place that stay free for each request that is here, when a prompt is followed: they decode meanwhile.
+_SPARE_PLACES = 2
+# A late offer is a message on its way: it is later than few other requests.
+_MOST_KNOWN = 4096
 
 
 @dataclass(slots=True)
@@ -47,9 +62,11 @@ class _Client:
     """Who waits for a request."""
 
     request: GenerationRequest
-    push: Callable[[StreamItem | Prefilled], None]
+    push: Callable[[StreamItem | PrefillItem], None]
     started_s: float
     prefill_only: bool = False
+    in_parts: bool = False
+    """Pages are offered while the prompt is computed."""
     answered: tuple[int, ...] = ()
     ticket: KvTicket | None = None
     pull_started_s: float = 0.0
@@ -68,6 +85,8 @@ class EngineHost:
         self._clients: dict[str, _Client] = {}
         self._wanting_pages: list[_Client] = []
         self._quota = Role(engine)
+        self._known: OrderedDict[str, None] = OrderedDict()
+        """Requests that were here or were forgotten, the latest last: offers for them come too late."""
         self._dead: str = ""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"engine-{role}", daemon=True)
@@ -97,12 +116,26 @@ class EngineHost:
             return item
         raise AssertionError("the engine answers every request")
 
+    async def prefill_in_parts(self, request: GenerationRequest) -> AsyncGenerator[PrefillItem]:
+        """`prefill`, with an offer of its full pages after each part of a prompt that takes several."""
+        async with aclosing(self._serve(request, prefill_only=True, in_parts=True)) as items:
+            async for item in items:
+                assert isinstance(item, KvOffer | Prefilled | Failed)
+                yield item
+
+    async def follow(self, offer: KvOffer) -> bool:
+        """Fetch pages of a prompt that is still computed elsewhere, before its ticket comes with `stream`.
+
+        False: they are not wanted now, and nothing is held for them.
+        """
+        return await self._call(lambda: self._follow(offer))
+
     async def stream(
         self, request: GenerationRequest, answered: tuple[int, ...], ticket: KvTicket | None
-    ) -> AsyncIterator[StreamItem]:
+    ) -> AsyncGenerator[StreamItem]:
         """The tokens after `answered`. With a ticket, the prompt's pages are fetched instead of computed."""
         async for item in self._serve(request, answered=answered, ticket=ticket):
-            assert not isinstance(item, Prefilled)
+            assert not isinstance(item, Prefilled | KvOffer)
             yield item
 
     async def release(self, ticket_id: str) -> bool:
@@ -124,7 +157,7 @@ class EngineHost:
         """Wait until nobody may fetch pages from here any more, but not longer than `within_s`."""
         ends_s = time.monotonic() + within_s
         with suppress(EngineError):
-            while time.monotonic() < ends_s and await self._call(lambda: self._leases.num_open):
+            while time.monotonic() < ends_s and await self._call(lambda: self._leases.num_open > 0):
                 await asyncio.sleep(_DRAIN_POLL_S)
 
     async def check_integrity(self) -> None:
@@ -136,12 +169,13 @@ class EngineHost:
         request: GenerationRequest,
         *,
         prefill_only: bool = False,
+        in_parts: bool = False,
         answered: tuple[int, ...] = (),
         ticket: KvTicket | None = None,
-    ) -> AsyncIterator[StreamItem | Prefilled]:
+    ) -> AsyncGenerator[StreamItem | PrefillItem]:
         self.check()
         inbox = Inbox()
-        client = _Client(request, inbox.push, time.monotonic(), prefill_only, answered, ticket)
+        client = _Client(request, inbox.push, time.monotonic(), prefill_only, in_parts, answered, ticket)
         self._commands.put(Command(lambda: self._admit(client), lambda error: inbox.push(Failed(error))))
         over = False
         try:
@@ -206,6 +240,9 @@ class EngineHost:
             self._quota.keep()
             for event in self._engine.step():
                 self._after_event(event)
+            self._offer_parts()
+            if self._engine.stalled:
+                self._puller.yield_early()
 
     def _patience(self) -> float:
         """Seconds this turn may wait for a command."""
@@ -221,13 +258,15 @@ class EngineHost:
             client.push(Failed(EngineError(f"request {request.request_id} is already here")))
             return
         self._clients[request.request_id] = client
-        if client.ticket is not None:
-            try:
-                self._refuse_other(client, client.ticket)
-            except FarspanError as problem:
-                self._fail(client, problem)
-            else:
-                self._wanting_pages.append(client)
+        self._know(request.request_id)
+        reason = "" if client.ticket is None else self._refuse_ticket(client.ticket, client)
+        if client.ticket is not None and not reason:
+            self._wanting_pages.append(client)
+            return
+        # Its prompt may have been followed, but the right ticket never came.
+        self._puller.abandon(request.request_id)
+        if reason:
+            self._fail(client, TransferError(request.request_id, reason))
             return
         try:
             self._engine.add(
@@ -241,26 +280,31 @@ class EngineHost:
         except FarspanError as problem:
             self._fail(client, problem)
 
-    def _refuse_other(self, client: _Client, ticket: KvTicket) -> None:
-        """Raises TransferError for the pages of another prompt or adapter, RequestError for one that is not here."""
-        request = client.request
-        if ticket.num_tokens != len(request.prompt) or not client.answered:
-            reason = f"the ticket is for {ticket.num_tokens} tokens, the prompt has {len(request.prompt)}"
-            raise TransferError(request.request_id, reason)
-        if ticket.adapter != self._adapter_digest(request):
-            name = request.caller.adapter or "the model alone"
-            raise TransferError(request.request_id, f"the ticket was not computed with what {name} is here")
+    def _refuse_ticket(self, ticket: KvTicket, client: _Client) -> str:
+        """Why the pages of a ticket are not those of the request it came with; empty when they are."""
+        digest = self._adapter_digest(client.request)
+        if ticket.adapter != digest:
+            name = client.request.caller.adapter or "the model alone"
+            return f"the ticket was not computed with what {name} is here"
+        return _refuse_ticket(ticket, client)
 
-    def _adapter_digest(self, request: GenerationRequest) -> str:
-        return self._engine.adapters.terms(request.request_id, _terms(request.caller)).scope.adapter
+    def _adapter_digest(self, request: GenerationRequest) -> str | None:
+        """Of its adapter's matrices; empty: it has none; none: they are not here."""
+        name, adapters = request.caller.adapter, self._engine.adapters
+        return adapters.scope(name).adapter if name in ("", *adapters.names) else None
 
     def _start_pulls(self) -> None:
         for client in list(self._wanting_pages):
             ticket = client.ticket
             assert ticket is not None
+            if self._is_followed(client, ticket):
+                self._wanting_pages.remove(client)
+                continue
             pages = self._engine.pool.alloc(len(ticket.pages))
             waited_s = time.monotonic() - client.started_s
             if pages is None:
+                # A prompt that is complete goes before those that are not.
+                self._puller.yield_early()
                 if waited_s > self._config.deadline_s:
                     self._wanting_pages.remove(client)
                     self._fail(client, TransferError(ticket.request_id, f"no free pages within {waited_s:.0f} s"))
@@ -272,6 +316,36 @@ class EngineHost:
             except TransferError as problem:
                 self._engine.pool.free(pages)
                 self._fail(client, problem)
+
+    def _know(self, request_id: str) -> None:
+        self._known[request_id] = None
+        while len(self._known) > _MOST_KNOWN + len(self._clients):
+            self._known.popitem(last=False)
+
+    def _is_followed(self, client: _Client, ticket: KvTicket) -> bool:
+        """Whether pages of the ticket are here or under way, or it is no good: nothing is left to start."""
+        client.pull_started_s = time.monotonic()
+        try:
+            return self._puller.complete(ticket, client.pull_started_s, time.time())
+        except TransferError as problem:
+            self._fail(client, problem)
+            return True
+
+    def _follow(self, offer: KvOffer) -> bool:
+        if offer.request_id in self._known:
+            return False
+        spare = _SPARE_PLACES * len(self._clients) * self._engine.pool.layout.num_groups
+        return self._puller.follow(offer, spare, time.monotonic(), time.time())
+
+    def _offer_parts(self) -> None:
+        """Tell what is new of the prompts that are being computed."""
+        for request_id, life, pages in self._engine.growing():
+            client = self._clients[request_id]
+            if client.in_parts and pages:
+                num_tokens, source = len(client.request.prompt), self._transport.address()
+                offer = self._leases.grow(request_id, life, pages, num_tokens, source, time.time())
+                if offer is not None:
+                    client.push(offer)
 
     def _after_pull(self, arrival: Arrival) -> None:
         client = self._clients.get(arrival.ticket.request_id)
@@ -296,7 +370,7 @@ class EngineHost:
             self._fail(client, problem)
             return
         seconds = time.monotonic() - client.pull_started_s
-        client.push(Pulled(len(ticket.pages), ticket.num_bytes, seconds, self._transport.name))
+        client.push(Pulled(len(ticket.pages), ticket.num_bytes, seconds, self._transport.name, arrival.num_early))
 
     def _after_event(self, event: TokenEvent | FailedEvent) -> None:
         client = self._clients[event.request_id]
@@ -315,9 +389,11 @@ class EngineHost:
         pages, num_tokens = self._engine.take(event.request_id)
         ticket = None
         if event.finish:
+            self._leases.forget(event.request_id)
             self._engine.pool.free(pages)
         else:
             adapter = self._adapter_digest(client.request)
+            assert adapter is not None, "it was computed here"
             source = self._transport.address()
             ticket = self._leases.offer(event.request_id, pages, num_tokens, source, time.time(), adapter)
             self._offered[ticket.ticket_id] = event.request_id
@@ -326,14 +402,18 @@ class EngineHost:
         return Prefilled(event.token, event.finish, ticket, seconds, logprobs, before, event.num_found)
 
     def _fail(self, client: _Client, error: FarspanError) -> None:
-        self._clients.pop(client.request.request_id, None)
+        request_id = client.request.request_id
+        self._clients.pop(request_id, None)
+        self._leases.forget(request_id)
         client.push(Failed(error))
 
     def _forget(self, request_id: str) -> None:
+        self._know(request_id)
         client = self._clients.pop(request_id, None)
         if client in self._wanting_pages:
             self._wanting_pages.remove(client)
         self._puller.abandon(request_id)
+        self._leases.forget(request_id)
         self._engine.cancel(request_id)
         # Whoever left while the ticket was on its way never saw it, and cannot give it back.
         for ticket_id in [ticket for ticket, owner in self._offered.items() if owner == request_id]:
@@ -373,6 +453,16 @@ class EngineHost:
             open_leases=self._leases.num_open,
             host=self._engine.host.use if self._engine.host is not None else None,
         )
+
+
+def _refuse_ticket(ticket: KvTicket, client: _Client) -> str:
+    """Why a ticket cannot be that of the request it came with; empty when it can."""
+    request = client.request
+    if ticket.num_tokens != len(request.prompt):
+        return f"the ticket is for {ticket.num_tokens} tokens, the prompt has {len(request.prompt)}"
+    if ticket.request_id != request.request_id:
+        return "the ticket is that of another request"
+    return "" if client.answered else "the first token is missing"
 
 
 def _terms(caller: Caller) -> Terms:

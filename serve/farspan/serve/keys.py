@@ -1,6 +1,7 @@
 """API keys: read or made on the machine that deploys; replicas only ever hold their hashes.
 
-A line of the file is a key, and after it what it may use: `sk-... requests_per_minute=60 concurrent=4`.
+A line of the file is a key, and after it what it may use: `sk-... requests_per_minute=60 concurrent=4`. In place of a
+key its hash may stand, `sha256:...`: such a file lets in who has the key, and tells nobody what it is.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 import secrets
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from farspan.config.check import is_loopback
@@ -20,6 +21,7 @@ from farspan.config.load import nearest
 from farspan.config.schema import ServeConfig
 from farspan.errors import ConfigError
 
+_HASHED = re.compile(r"sha256:([0-9a-f]{64})")
 _NUMBER = re.compile(r"-?[0-9]{1,12}")
 _WAY_OUT = "write a key into a file of mode 600 and name it with api_key_file=..."
 
@@ -112,7 +114,17 @@ def parse_key(line: str, number: int) -> ApiKey:
                 "api_key_file", rule, "something else", f"use {name}=1 or more, or leave it out for no limit"
             )
         given[name] = int(value)
-    return ApiKey(_hash(key), Allowance(**given))
+    hashed = _HASHED.fullmatch(key)
+    return ApiKey(_hash(key) if hashed is None else hashed[1], Allowance(**given))
+
+
+def hashed_lines(keys: Sequence[ApiKey]) -> str:
+    """The text of a key file that holds hashes in place of keys, and means the same."""
+    lines = []
+    for key in keys:
+        given = {name: value for name, value in asdict(key.allowance).items() if value is not None}
+        lines.append(" ".join([f"sha256:{key.digest}", *(f"{name}={value}" for name, value in given.items())]))
+    return "\n".join(lines) + "\n"
 
 
 def _home_folder() -> Path:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from farspan.errors import EngineError
-from farspan.serve.messages import Prefilled, StreamItem, Tokens
+from farspan.serve.messages import PrefillItem, StreamItem, Tokens
 
 
 def _nobody(_: EngineError) -> None:
@@ -62,13 +62,13 @@ class Inbox:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._items: deque[StreamItem | Prefilled] = deque()
+        self._items: deque[StreamItem | PrefillItem] = deque()
         self._filled = asyncio.Event()
 
-    def push(self, item: StreamItem | Prefilled) -> None:
+    def push(self, item: StreamItem | PrefillItem) -> None:
         tell(self._loop, lambda: self._put(item))
 
-    async def take(self) -> StreamItem | Prefilled:
+    async def take(self) -> StreamItem | PrefillItem:
         """The next item. Tokens that piled up while the reader was slow come together."""
         await self._filled.wait()
         item = self._items.popleft()
@@ -80,7 +80,7 @@ class Inbox:
             self._filled.clear()
         return item
 
-    def _put(self, item: StreamItem | Prefilled) -> None:
+    def _put(self, item: StreamItem | PrefillItem) -> None:
         self._items.append(item)
         self._filled.set()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from farspan.engine.request import SamplingParams, TokenLogprobs
 from farspan.errors import FarspanError
 from farspan.kv.host_index import HostUse
-from farspan.kv.ticket import KvTicket
+from farspan.kv.ticket import KvOffer, KvTicket
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,10 @@ class Pulled:
     num_pages: int
     num_bytes: int
     seconds: float
+    """How long they were waited for, once the prompt was computed."""
     transport: str
+    num_early: int = 0
+    """Pages that were fetched, or under way, while the prompt was still computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,7 @@ class Failed:
 
 
 StreamItem = Pulled | Tokens | Failed
+PrefillItem = KvOffer | Prefilled | Failed
 
 
 NUM_ROLES = 2

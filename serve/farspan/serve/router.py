@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from typing import Any, Protocol
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from farspan.errors import ClusterError
-from farspan.kv.ticket import KvTicket
+from farspan.kv.ticket import KvOffer, KvTicket
 from farspan.serve.faults import being_cancelled
 from farspan.serve.load import WorkerLoad
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, StreamItem, WorkerInfo
 from farspan.serve.policy import Place
 from farspan.serve.quotas import Orders
+from farspan.serve.relay import Relay
 
 logger = logging.getLogger(__name__)
 
@@ -51,16 +52,24 @@ class Router:
 
     def __init__(self, prefill: Any, decode: Any) -> None:
         self._prefill, self._decode = prefill, decode
-        self._decode_stream = decode.options(stream=True)
+        self._prefill_stream, self._decode_stream = prefill.options(stream=True), decode.options(stream=True)
+        self._relays: dict[str, Relay] = {}
+        """Of each request whose prompt is computed on a worker of its own, until it is answered."""
         self._errands: set[asyncio.Task[None]] = set()
 
-    async def prefill(self, request: GenerationRequest, place: Place | None = None) -> Prefilled | Failed:
-        handle = self._at(place, self._prefill)
+    async def prefill(
+        self, request: GenerationRequest, place: Place | None = None, answering: Place | None = None
+    ) -> Prefilled | Failed:
+        """While the prompt is computed, the worker that will answer fetches the pages that are there."""
+        decode = self._at(answering, self._decode_stream, stream=True)
+        relay = self._relays[request.request_id] = Relay(decode, request)
+        handle = self._at(place, self._prefill_stream, stream=True)
         try:
             async with AsyncExitStack() as stack:
                 async with asyncio.timeout(_ASSIGN_TIMEOUT_S):
-                    chosen = await stack.enter_async_context(handle.prefill.choose_replica(request))
-                answer: Prefilled | Failed = await handle.dispatch(chosen, request)
+                    choice = handle.prefill_in_parts.choose_replica(request)
+                    chosen = await stack.enter_async_context(choice)
+                answer = await _heard(handle.dispatch(chosen, request), relay)
         except TimeoutError:
             return Failed(ClusterError(f"no prefill worker was free within {_ASSIGN_TIMEOUT_S:g} s"))
         except (RayError, RayServeException) as problem:
@@ -69,6 +78,12 @@ class Router:
             if being_cancelled():
                 raise
             return Failed(ClusterError("the call of the prefill worker was given up"))
+        if isinstance(answer, Prefilled) and answer.ticket is None:
+            # The answer is over with its first token: nobody will ask for the pages that were fetched.
+            self._relays.pop(request.request_id, None)
+            relay.end()
+            if relay.has_told:
+                self._send(decode, "cancel", request.request_id)
         return answer
 
     async def resume(
@@ -78,28 +93,34 @@ class Router:
         ticket: KvTicket | None,
         place: Place | None = None,
     ) -> AsyncGenerator[StreamItem]:
-        stream = self._at(place, self._decode_stream, stream=True).resume.remote(request, answered, ticket)
-        over = False
+        handle = self._at(place, self._decode_stream, stream=True)
+        relay = self._relays.pop(request.request_id, None)
         try:
-            async for item in stream:
-                yield item
-            over = True
-        except (RayError, RayServeException) as problem:
-            over = True
-            yield Failed(ClusterError(f"the decode worker was lost: {type(problem).__name__}"))
-        except asyncio.CancelledError:
-            if being_cancelled():
-                raise
-            over = True
-            yield Failed(ClusterError("the call of the decode worker was given up"))
+            if relay is not None and (chosen := relay.settle()) is not None:
+                told = _items(relay.dispatch(chosen, request, answered, ticket))
+                async with aclosing(told) as items:
+                    given = False
+                    async for item in items:
+                        if not given and isinstance(item, Failed) and isinstance(item.error, ClusterError):
+                            # It was lost while the prompt was computed: any other one can do the same.
+                            break
+                        given = True
+                        yield item
+                    else:
+                        return
+            async with aclosing(_items(handle.resume.remote(request, answered, ticket))) as items:
+                async for item in items:
+                    yield item
         finally:
-            if not over:
-                stream.cancel()
+            if relay is not None:
+                relay.end()
 
     def release(self, ticket_id: str, place: Place | None = None) -> None:
         self._send(self._at(place, self._prefill), "release", ticket_id)
 
     def cancel(self, request_id: str) -> None:
+        if relay := self._relays.pop(request_id, None):
+            relay.end()
         self._send(self._prefill, "cancel", request_id)
         self._send(self._decode, "cancel", request_id)
 
@@ -127,10 +148,9 @@ class Router:
 
     async def _reports(self, handle: Any, orders: Mapping[str, Orders]) -> list[WorkerLoad]:
         try:
-            told = await handle.broadcast("report", orders).results_async(
-                timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True
-            )
-        except (RayError, RayServeException, RuntimeError):
+            call = handle.broadcast("report", orders)
+            told = await _plain(call.results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True))
+        except (RayError, RayServeException, RuntimeError, ClusterError):
             # None of the role is there.
             return []
         except TimeoutError:
@@ -151,6 +171,43 @@ class Router:
         errand.add_done_callback(self._errands.discard)
 
 
+async def _heard(stream: Any, relay: Relay) -> Prefilled | Failed:
+    """What a prefill worker says in the end; what it offers on the way is passed on."""
+    answer: Prefilled | Failed = Failed(ClusterError("the prefill worker ended without an answer"))
+    over = False
+    try:
+        async for item in stream:
+            if isinstance(item, KvOffer):
+                relay.tell(item)
+            else:
+                answer = item
+        over = True
+    finally:
+        if not over:
+            stream.cancel()
+    return answer
+
+
+async def _items(stream: Any) -> AsyncGenerator[StreamItem]:
+    """What a decode worker says, and that it was lost, if it was."""
+    over = False
+    try:
+        async for item in stream:
+            yield item
+        over = True
+    except (RayError, RayServeException) as problem:
+        over = True
+        yield Failed(ClusterError(f"the decode worker was lost: {type(problem).__name__}"))
+    except asyncio.CancelledError:
+        if being_cancelled():
+            raise
+        over = True
+        yield Failed(ClusterError("the call of the decode worker was given up"))
+    finally:
+        if not over:
+            stream.cancel()
+
+
 async def _standing(handle: Any, worker: str, orders: Orders) -> WorkerLoad | None:
     """How one worker stands; another answers in its place where it is gone."""
     call = handle.options(session_id=worker).report.remote({worker: orders})
@@ -165,11 +222,12 @@ async def _told(handle: Any) -> WorkerInfo | str:
     """What a worker of a role says of itself, or why none says anything."""
     try:
         # To all: a call to any would wait for one where there is none.
-        told = await handle.broadcast("info").results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True)
+        call = handle.broadcast("info")
+        told = await _plain(call.results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True))
     except TimeoutError:
         told = [await _info(handle)]
-    except (RayError, RayServeException, RuntimeError) as problem:
-        return type(problem).__name__
+    except (RayError, RayServeException, RuntimeError, ClusterError) as problem:
+        return str(problem) if isinstance(problem, ClusterError) else type(problem).__name__
     infos = [info for info in told if isinstance(info, WorkerInfo)]
     return infos[0] if infos else "; ".join(str(problem) for problem in told)
 

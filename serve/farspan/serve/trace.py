@@ -72,7 +72,10 @@ class RequestTrace:
     transport: str = "none"
     kv_pages: int = 0
     kv_bytes: int = 0
+    kv_pages_early: int = 0
+    """Pages that were fetched, or under way, while the prompt was still computed."""
     transfer_s: float = 0.0
+    """What was waited for the pages after that."""
     pulled_s: float | None = None
     """From arrival until the pages were there."""
     recovered: bool = False
@@ -109,7 +112,7 @@ class RequestTrace:
         arrivals = self.arrivals
         names = ("request_id", "prompt_tokens", "cached_tokens", "route", "route_reason", "prefill_s", "transport")
         chosen = ("prefill_worker", "decode_worker", "predicted_first_token_s", "predicted_token_s")
-        more = ("kv_pages", "kv_bytes", "transfer_s", "recovered", "recoveries", "finish")
+        more = ("kv_pages", "kv_bytes", "kv_pages_early", "transfer_s", "recovered", "recoveries", "finish")
         return {
             **{name: getattr(self, name) for name in (*names, *chosen, *more)},
             "output_tokens": arrivals.count,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 from functools import partial
 
 import torch
@@ -16,14 +17,14 @@ from ray import serve
 from farspan.config.schema import ServeConfig
 from farspan.engine.engine import Engine
 from farspan.errors import ClusterError, ModelError
-from farspan.kv.ticket import KvTicket
+from farspan.kv.ticket import KvOffer, KvTicket
 from farspan.kv.transports.choose import choose_transport
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
 from farspan.serve.agent import open_host_cache
 from farspan.serve.folder import open_model_folder
 from farspan.serve.host import EngineHost
 from farspan.serve.load import Identity, WorkerLoad
-from farspan.serve.messages import Failed, GenerationRequest, Prefilled, StreamItem, WorkerInfo
+from farspan.serve.messages import Failed, GenerationRequest, Prefilled, PrefillItem, StreamItem, WorkerInfo
 from farspan.serve.quotas import Orders
 
 
@@ -52,6 +53,19 @@ class Worker:
     async def prefill(self, request: GenerationRequest) -> Prefilled | Failed:
         """Compute a prompt and its first token; a ticket for its pages."""
         return refusal(request, self._weights) or await self._host.prefill(request)
+
+    async def prefill_in_parts(self, request: GenerationRequest) -> AsyncIterator[PrefillItem]:
+        """`prefill`, with offers of pages while it computes."""
+        if (refused := refusal(request, self._weights)) is not None:
+            yield refused
+            return
+        async with aclosing(self._host.prefill_in_parts(request)) as items:
+            async for item in items:
+                yield item
+
+    async def follow(self, replica_id: str, offer: KvOffer) -> bool:
+        """Fetch pages of a prompt that is still computed, on the replica of this id only; whether it does."""
+        return self._identity.worker == replica_id and await self._host.follow(offer)
 
     async def resume(
         self, request: GenerationRequest, answered: tuple[int, ...], ticket: KvTicket | None

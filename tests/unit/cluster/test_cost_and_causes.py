@@ -57,6 +57,12 @@ def test_a_sum_that_is_not_whole_is_not_shown() -> None:
         ("    SSH still not available (SSH command failed.), retrying", "does not answer SSH"),
         ("ERROR: No matching distribution found for ray==9", "does the subnet reach the package index"),
         ("OSError: [Errno 28] No space left on device", "a disk is full"),
+        (
+            "2026-11-26 16:37:41 INFO\nbash: ulimit: cannot modify limit\nShared connection to 10.0.0.4 closed.\n"
+            "2026-11-26 16:37:47 ERR New status: \x1b[1mupdate-failed\x1b[0m\n"
+            "Traceback:\nError: Failed to setup head node.",
+            "a machine could not be set up: bash: ulimit: cannot modify limit",
+        ),
         ("something new\n  and its last line\n", "and its last line"),
         ("", "it said nothing"),
     ],

@@ -14,12 +14,13 @@ import torch
 from farspan.config.schema import EngineConfig, ServeConfig, TransferConfig
 from farspan.engine.engine import Engine
 from farspan.errors import ClusterError
+from farspan.kv.ticket import KvOffer
 from farspan.kv.transports.memory import MemoryNetwork, MemoryTransport
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
 from farspan.serve.api import Api
 from farspan.serve.host import EngineHost
 from farspan.serve.keys import ApiKey, parse_key
-from farspan.serve.messages import Failed, Tokens
+from farspan.serve.messages import Failed, Prefilled, Tokens
 from farspan.serve.routes import route
 
 ENGINE = {"dtype": "float64", "page_tokens": 4, "kv_bytes": 8 * 1024 * 1024, "max_batch_tokens": 256}
@@ -42,13 +43,22 @@ class LocalWorkers:
         self.deaths = 0
         self.asked: list[Any] = []
         self.prefilled: list[Any] = []
+        self.followed: list[bool] = []
         for host in self.hosts:
             host.start()
 
     async def prefill(self, request):
         self.asked.append(request)
-        prefilled = await self.hosts[0].prefill(request)
+        prefilled, told = None, False
+        async for item in self.hosts[0].prefill_in_parts(request):
+            if isinstance(item, KvOffer):
+                told = await self.hosts[1].follow(item)
+                self.followed.append(told)
+            else:
+                prefilled = item
         self.prefilled.append(prefilled)
+        if told and isinstance(prefilled, Prefilled) and prefilled.ticket is None:
+            self.cancel(request.request_id)
         return prefilled
 
     async def resume(self, request, answered, ticket):

@@ -35,7 +35,9 @@ class PlacedWorkers(LocalWorkers):
         """(who was asked for, tokens given before) of every stream."""
         self.quotas: dict[str, Orders] = {}
 
-    async def prefill(self, request: GenerationRequest, place: Place | None = None) -> Prefilled | Failed:
+    async def prefill(
+        self, request: GenerationRequest, place: Place | None = None, answering: Place | None = None
+    ) -> Prefilled | Failed:
         name = "p" if place is None else place.worker
         if name in self.gone:
             return Failed(ClusterError("the prefill worker was lost: ActorDiedError"))

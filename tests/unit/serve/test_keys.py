@@ -12,7 +12,7 @@ import pytest
 from farspan.config.check import is_loopback
 from farspan.config.schema import ServeConfig
 from farspan.errors import ConfigError
-from farspan.serve.keys import Allowance, find_key, parse_key, read_keys
+from farspan.serve.keys import Allowance, find_key, hashed_lines, keys_of, parse_key, read_keys
 
 
 def test_only_bearers_of_a_key_are_let_in(tmp_path):
@@ -138,3 +138,21 @@ def test_a_key_file_that_is_no_text_is_refused(tmp_path):
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="must be readable"):
         read_keys(ServeConfig(model="m", api_key_file=str(file)))
+
+
+def test_a_file_of_hashes_lets_in_who_has_the_key_and_does_not_say_what_it_is():
+    keys = keys_of("sk-one requests_per_minute=60\nsk-two concurrent=4 priority=-1\n", "keys")
+    text = hashed_lines(keys)
+    assert text.splitlines()[0].split()[0] == f"sha256:{hashlib.sha256(b'sk-one').hexdigest()}"
+    assert "sk-" not in text
+    again = keys_of(text, "hashes")
+    assert again == keys
+    assert find_key("Bearer sk-two", again) == keys[1]
+    # Who reads the hashes has no key.
+    assert find_key(f"Bearer {text.split()[0]}", again) is None
+    assert find_key(f"Bearer {keys[0].digest}", again) is None
+
+
+def test_half_a_hash_is_a_key_like_any_other():
+    (key,) = keys_of("sha256:abc\n", "keys")
+    assert find_key("Bearer sha256:abc", (key,)) == key

@@ -109,6 +109,11 @@ def test_a_workers_call_that_was_given_up_is_a_failure_and_our_own_end_is_not():
         def call(self, *_: object) -> Handle:
             return self
 
+        broadcast = call
+
+        async def results_async(self, **_: object) -> None:
+            await self.wait()
+
         def cancel(self) -> None:
             self.cancelled += 1
 
@@ -148,15 +153,17 @@ def test_while_one_kind_of_worker_is_away_the_other_is_told_of() -> None:
     class Handle:
         def __init__(self, answer: WorkerInfo | Exception) -> None:
             self.answer = answer
-            self.info = SimpleNamespace(remote=self.call)
 
         def options(self, **_: bool) -> Handle:
             return self
 
-        async def call(self) -> WorkerInfo:
+        def broadcast(self, _: str) -> Handle:
+            return self
+
+        async def results_async(self, **_: object) -> list[WorkerInfo]:
             if isinstance(self.answer, Exception):
                 raise self.answer
-            return self.answer
+            return [self.answer]
 
     async def run() -> None:
         dead = Handle(RayError("gone"))
