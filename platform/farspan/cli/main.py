@@ -250,7 +250,7 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="attention, paged-decode, engine, memory, parallel, transfer, long-context, all of them, serve or train."
+            help="attention, paged-decode, engine, memory, parallel, transfer, long-context, serve, train; all: but the last 2."
         ),
     ] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
