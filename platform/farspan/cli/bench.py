@@ -27,10 +27,11 @@ def run_bench(
     width: int | None = None,
     layers: int | None = None,
     vllm_env: str | None = None,
+    long_tokens: int | None = None,
 ) -> None:
-    """Run one bench, or all but `train`, which takes half an hour, and show the rows; see `show_results`.
+    """Run one bench, or all but `train`, which takes half an hour, and `serve`, and show the rows; see `show_results`.
 
-    `minutes`, `width` and `layers` are those of `train`, `vllm_env` is that of `engine`.
+    `minutes`, `width` and `layers` are those of `train`, `vllm_env` is that of `engine`, `long_tokens` that of `serve`.
     """
     import torch
 
@@ -57,13 +58,26 @@ def run_bench(
         from farspan.jobs.bench_train import bench_train, sized
 
         benches = {what: lambda: bench_train(sized(width, layers, minutes))}
+    if what == "serve":
+        benches = {what: lambda: _bench_serve(long_tokens)}
     if what != "all" and what not in benches:
-        known = [*benches, "train"]
+        known = [*benches, "serve", "train"]
         raise ConfigError("bench", f"must be all or one of {', '.join(known)}", what, nearest(what, known))
     if save and not BASELINES.parent.is_dir():
         raise ConfigError("--save", "must be used in farspan's own repository", str(Path.cwd()), "change to its root")
     show_progress()
     show_results({name: bench() for name, bench in benches.items() if what in ("all", name)}, as_json, save)
+
+
+def _bench_serve(long_tokens: int | None) -> list[dict[str, Any]]:
+    from farspan.jobs.launch import local_ray
+    from farspan.serve.bench import ServeBench, bench_serve
+
+    if long_tokens is not None and long_tokens < 1:
+        raise ConfigError("--long-tokens", "must be at least 1", long_tokens, "use --long-tokens 16384")
+    bench = ServeBench() if long_tokens is None else ServeBench(long_tokens=long_tokens)
+    with local_ray(2):
+        return bench_serve(bench)
 
 
 def show_progress() -> None:

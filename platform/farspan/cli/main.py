@@ -250,7 +250,7 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="attention, paged-decode, engine, memory, parallel, transfer, long-context, train, or all (but train)."
+            help="attention, paged-decode, engine, memory, parallel, transfer, long-context, serve, train; all: but the last 2."
         ),
     ] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -262,11 +262,21 @@ def bench(
         str | None,
         typer.Option("--vllm-env", help="engine: a Python environment that holds vLLM, beside which to run."),
     ] = None,
+    long_tokens: Annotated[int | None, typer.Option(help="serve: length of the prompts that disturb [16384].")] = None,
 ) -> None:
     """Measure this machine, side by side with the best peer, on the same work."""
     from farspan.cli.bench import run_bench
 
-    run_bench(what, as_json=as_json, save=save, minutes=minutes, width=width, layers=layers, vllm_env=vllm_env)
+    run_bench(
+        what,
+        as_json=as_json,
+        save=save,
+        minutes=minutes,
+        width=width,
+        layers=layers,
+        vllm_env=vllm_env,
+        long_tokens=long_tokens,
+    )
 
 
 @app.command()

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from farspan.config.check import check_serve
-from farspan.config.load import dump_config, load_config
+from farspan.config.load import dump_config, load_config, written_keys
 from farspan.config.schema import ServeConfig
 from farspan.errors import FarspanError
 from farspan.storage.paths import absolute_uri
@@ -28,9 +28,8 @@ def run_serve(
 ) -> None:
     """Serve a config until Ctrl-C, here or, with `join` (a key file), on the Ray this process belongs to;
     or hand it to a cluster."""
-    config = load_config(ServeConfig, path, overrides)
+    config = _load(path, overrides)
     check_serve(config)
-    config.model = absolute_uri(config.model)
     if dry_run:
         typer.echo(dump_config(config), nl=False)
         return
@@ -84,10 +83,30 @@ def _update(console: Console, running: Running, path: str, overrides: list[str])
     from farspan.serve.app import update_app
 
     try:
-        config = load_config(ServeConfig, path, overrides)
-        config.model = absolute_uri(config.model)
+        config = _load(path, overrides)
         update_app(config, running)
     except FarspanError as problem:
         console.print(f"not updated: {problem}", markup=False)
     else:
         console.print(f"updated: {config.model}", markup=False)
+
+
+def _load(path: str, overrides: list[str]) -> ServeConfig:
+    """The config, with folders that workers find too, which run elsewhere."""
+    config = load_config(ServeConfig, path, overrides)
+    config.model = absolute_uri(config.model)
+    config.engine.adapters = _placed(config.engine.adapters, Path(path).parent, overrides)
+    return config
+
+
+def _placed(adapters: dict[str, str], beside: Path, overrides: list[str]) -> dict[str, str]:
+    """Folders of adapters: a file's are relative to the file, typed ones to here."""
+    typed = written_keys(None, overrides)
+    return {
+        name: absolute_uri(folder if "://" in folder or f"engine.adapters.{name}" in typed else _join(beside, folder))
+        for name, folder in adapters.items()
+    }
+
+
+def _join(beside: Path, folder: str) -> str:
+    return str(beside / Path(folder).expanduser())

@@ -366,6 +366,7 @@ def check_serve(config: ServeConfig) -> None:
     _above("transfer.lease_s", config.transfer.lease_s, config.transfer.deadline_s)
     _at_least("transfer.colocate_below_tokens", config.transfer.colocate_below_tokens, 0)
     _at_least("max_body_bytes", config.max_body_bytes, 1)
+    _above("body_timeout_s", config.body_timeout_s, 0)
     _one_of("tool_format", config.tool_format, TOOL_FORMATS)
     _above("prefill.cpus", config.prefill.cpus, 0)
     _above("decode.cpus", config.decode.cpus, 0)
@@ -375,6 +376,15 @@ def check_serve(config: ServeConfig) -> None:
     _above("request_timeout_s", config.request_timeout_s, 0)
     if not 1 <= config.port <= 65535:
         raise ConfigError("port", "must lie in 1..65535", config.port, "use port=8000")
+    _check_collector(config.telemetry.otlp_endpoint)
+
+
+def _check_collector(address: str | None) -> None:
+    if address is not None and not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s?#]*)?", address):
+        way_out = "use telemetry.otlp_endpoint=http://collector:4318"
+        raise ConfigError(
+            "telemetry.otlp_endpoint", "must be an http(s) address without user or query", address, way_out
+        )
 
 
 def _check_role(name: str, role: RoleConfig) -> None:

@@ -398,6 +398,14 @@ class ScalingConfig:
 
 
 @dataclass(kw_only=True)
+class TracesConfig:
+    """Where an endpoint sends what its requests took."""
+
+    otlp_endpoint: str | None = None
+    """Collector that takes spans of OpenTelemetry over HTTP, as http://collector:4318; none: they go nowhere."""
+
+
+@dataclass(kw_only=True)
 class ServeConfig:
     """`farspan serve`."""
 
@@ -417,10 +425,13 @@ class ServeConfig:
     """Whether requests of different API keys may use each other's KV; who waits less then knows what others asked."""
     max_body_bytes: int = 8 * 1024 * 1024
     """Largest request body; larger ones are refused with status 413."""
+    body_timeout_s: float = 60.0
+    """Longest wait for the whole body of a request; slower ones are refused with status 408."""
     prefill: RoleConfig = field(default_factory=RoleConfig)
     decode: RoleConfig = field(default_factory=RoleConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
+    telemetry: TracesConfig = field(default_factory=TracesConfig)
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     drain_s: float = 120.0

@@ -255,14 +255,7 @@ class _Comparison:
         self._bench, self._names, self._scratch = bench, names, scratch
         self._folder = scratch / "model"
         self._running = _Running()
-        torch.manual_seed(0)
-        # No token ends an answer: every contender computes as many as it is asked for.
-        fixed = {"tie_word_embeddings": True, "dtype": bench.dtype, "eos_token_id": None, "bos_token_id": None}
-        config = make_config("llama", {**bench.settings, **fixed}, {})
-        model = random_causal_lm(config, 0).to(getattr(torch, bench.dtype))
-        self._weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-        self._num_weights = model.num_parameters()
-        model.save_pretrained(self._folder)
+        self._num_weights, self._weight_bytes = write_checkpoint(bench, self._folder)
         self._vocab_size = bench.settings["vocab_size"]
 
     def rows(self) -> list[dict[str, Any]]:
@@ -367,6 +360,17 @@ class _Comparison:
                     }
                 )
         return rows
+
+
+def write_checkpoint(bench: EngineBench, folder: Path) -> tuple[int, int]:
+    """A random model without a tokenizer; (weights, their bytes)."""
+    torch.manual_seed(0)
+    # No token ends an answer: every contender computes as many as it is asked for.
+    fixed = {"tie_word_embeddings": True, "dtype": bench.dtype, "eos_token_id": None, "bos_token_id": None}
+    config = make_config("llama", {**bench.settings, **fixed}, {})
+    model = random_causal_lm(config, 0).to(getattr(torch, bench.dtype))
+    model.save_pretrained(folder)
+    return model.num_parameters(), sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def how_far_below(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> float:

@@ -49,6 +49,8 @@ class KvTicket:
     page_bytes: int
     lease_until_s: float
     """Unix time."""
+    adapter: str = ""
+    """Digest of the adapter it was computed with; empty: the model alone."""
 
     @property
     def num_bytes(self) -> int:
@@ -135,7 +137,13 @@ class LeaseTable:
         self._growing.pop(request_id, None)
 
     def offer(
-        self, request_id: str, pages: list[int], num_tokens: int, source: SourceAddress, now_s: float
+        self,
+        request_id: str,
+        pages: list[int],
+        num_tokens: int,
+        source: SourceAddress,
+        now_s: float,
+        adapter: str = "",
     ) -> KvTicket:
         """A ticket for `pages`, whose holder becomes the lease.
 
@@ -154,6 +162,7 @@ class LeaseTable:
             layout=self._pool.layout.fingerprint(),
             page_bytes=self._pool.layout.page_bytes,
             lease_until_s=now_s + self._lease_s,
+            adapter=adapter,
         )
         self._open[ticket.ticket_id] = ticket
         return ticket

@@ -13,25 +13,28 @@ from typing import Any, Protocol
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import ClientDisconnect
 
 from farspan.config.schema import ServeConfig
 from farspan.errors import FarspanError
 from farspan.models.checkpoint import load_tokenizer
 from farspan.serve.answering import Answering, Question, Surroundings
 from farspan.serve.body import Body, ignored_header, read_body
-from farspan.serve.choices import unless_gone
+from farspan.serve.choices import ClientGoneError, unless_gone
 from farspan.serve.conversation import ChatRequest, TokenizeRequest
 from farspan.serve.folder import open_model_folder
 from farspan.serve.keys import ApiKey, find_key
 from farspan.serve.limits import Limits
 from farspan.serve.messages import Caller, WorkerInfo
 from farspan.serve.metrics import Metrics
+from farspan.serve.naming import ModelNames
 from farspan.serve.prompt import detokenized, tokenized
 from farspan.serve.questions import chat_question, completion_question
 from farspan.serve.readiness import Readiness
 from farspan.serve.reply import Reply, model_list
 from farspan.serve.router import Workers
 from farspan.serve.shape import ApiError
+from farspan.serve.spans import Spans, exporter_to
 from farspan.serve.stream import EventStream, collect, events
 from farspan.serve.text import TokenNames
 from farspan.serve.trace import TraceBook
@@ -66,14 +69,21 @@ class Api:
     ) -> None:
         """`ways`: none for workers nobody can tell apart."""
         self._ways = ways
-        self._config, self._model, self._keys, self._workers = config, model_name, keys, workers
+        self._config, self._keys, self._workers = config, keys, workers
+        self._models = ModelNames(model_name, config.engine.adapters)
         self._tokenizer: Any = load_tokenizer(open_model_folder(config.model))
         self._names = TokenNames(self._tokenizer)
         self._limits, self._metrics = Limits(keys), Metrics()
         self._needed = sum(role.min_replicas != 0 for role in (config.prefill, config.decode))
         self._traces, self._readiness = TraceBook(), Readiness(workers.info, needed=self._needed)
+        collector = config.telemetry.otlp_endpoint
+        self._spans = Spans(None if collector is None else exporter_to(collector))
         self._info: WorkerInfo | None = None
         self._created = int(time.time())
+
+    def close(self) -> None:
+        """Send what was not sent yet."""
+        self._spans.close()
 
     async def health(self) -> Response:
         return JSONResponse({"status": "ok"})
@@ -87,7 +97,7 @@ class Api:
         self._authorize(request)
         longest = (await self._smallest()).max_context_tokens
         chats = bool(getattr(self._tokenizer, "chat_template", None))
-        return JSONResponse(model_list(self._model, self._created, longest, chat_template=chats))
+        return JSONResponse(model_list(self._models.listed, self._created, longest, chat_template=chats))
 
     async def trace(self, request: Request, request_id: str) -> Response:
         key = self._authorize(request)
@@ -111,7 +121,7 @@ class Api:
     async def tokenize(self, request: Request) -> Response:
         key = self._authorize(request)
         asked, ignored = await self._body(request, TokenizeRequest)
-        self._check_model(asked.model or self._model)
+        self._models.adapter(asked.model or self._models.model)
         with self._limits.of(key).admitted():
             tokens = await asyncio.to_thread(tokenized, self._tokenizer, asked)
         longest = (await self._smallest()).max_context_tokens
@@ -123,7 +133,7 @@ class Api:
     async def detokenize(self, request: Request) -> Response:
         key = self._authorize(request)
         asked, ignored = await self._body(request, DetokenizeRequest)
-        self._check_model(asked.model or self._model)
+        self._models.adapter(asked.model or self._models.model)
         with self._limits.of(key).admitted():
             text = await asyncio.to_thread(detokenized, self._tokenizer, asked.tokens)
         return JSONResponse({"prompt": text}, headers=ignored_header(ignored))
@@ -141,15 +151,6 @@ class Api:
             raise ApiError(401, "a valid API key is required: Authorization: Bearer <key>", code="invalid_api_key")
         return key
 
-    def _check_model(self, model: str) -> None:
-        if model != self._model:
-            raise ApiError(
-                404,
-                f"model {model[:80]!r} is not served here, {self._model!r} is",
-                code="model_not_found",
-                param="model",
-            )
-
     async def _body(self, request: Request, shape: type[Body]) -> tuple[Body, tuple[str, ...]]:
         limit = self._config.max_body_bytes
         too_large = ApiError(413, f"the body has more than {limit} bytes", code="body_too_large")
@@ -162,10 +163,18 @@ class Api:
         if len(length) > len(str(limit)) + 10 or int(length) > limit:
             raise too_large
         content = bytearray()
-        async for piece in request.stream():
-            content += piece
-            if len(content) > limit:
-                raise too_large
+        try:
+            # Who sends a byte now and then would hold a place for ever.
+            async with asyncio.timeout(self._config.body_timeout_s):
+                async for piece in request.stream():
+                    content += piece
+                    if len(content) > limit:
+                        raise too_large
+        except TimeoutError:
+            message = f"the body was not whole within {self._config.body_timeout_s:g} s"
+            raise ApiError(408, message, code="body_too_slow") from None
+        except ClientDisconnect:
+            raise ClientGoneError from None
         if len(content) < _LARGE_BODY:
             return read_body(content, shape)
         # In a thread: other answers are on their way.
@@ -190,11 +199,11 @@ class Api:
             # Lower is answered first over HTTP, higher in the engine.
             priority=-max(asked.priority, key.allowance.priority),
             deadline_at_s=None if deadline_s is None else time.time() + deadline_s,
+            adapter=self._models.adapter(asked.model),
         )
 
     async def _answer(self, http: Request, key: ApiKey, question: Question, ignored: tuple[str, ...]) -> Response:
         asked = question.asked
-        self._check_model(asked.model)
         caller = self._caller(http, key, asked)
         ways = self._ways or LengthWays(self._workers, self._config)
         if ways.asleep:
@@ -210,8 +219,9 @@ class Api:
         public_id = given if _PLAIN_ID.fullmatch(given) else uuid.uuid4().hex
         trace = self._traces.open(public_id, 0, caller.tenant)
         answering = Answering(question, around, caller, self._limits.of(key), trace)
-        reply = Reply(public_id, self._model, question.style, self._names)
-        steps = answering.steps()
+        reply = Reply(public_id, asked.model, question.style, self._names)
+        route = http.url.path
+        steps = self._spans.told(answering.steps(), route, http.headers, asked.model, trace, answering.counted)
         try:
             # Before the first byte of an answer its status can still be an error.
             first = await unless_gone(http.receive, anext(steps))

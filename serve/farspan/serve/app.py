@@ -25,6 +25,7 @@ from farspan.serve.agent import end_agents
 from farspan.serve.api import Api
 from farspan.serve.folder import open_model_folder
 from farspan.serve.keys import ApiKey, read_keys
+from farspan.serve.naming import ModelNames
 from farspan.serve.port import refuse_taken_port
 from farspan.serve.router import Router
 from farspan.serve.routes import build_http
@@ -64,6 +65,8 @@ def check_app(config: ServeConfig) -> Path:
     check_serve(config)
     folder = open_model_folder(config.model)
     refuse_config(open_config(folder))
+    # Said again where a config file of Serve's begins: it must never be a replica that finds out.
+    ModelNames(model_name(config), config.engine.adapters)
     refuse_taken_port(config.host, config.port)
     return folder
 
@@ -87,9 +90,15 @@ class Ingress(Api):
         self._guided.listen()
         return as_metrics(self._guided.guide.signals(self._metrics.num_open))
 
+    def __del__(self) -> None:
+        # Absent when the model could not be opened.
+        if hasattr(self, "_spans"):
+            self.close()
+
 
 def build_app(config: ServeConfig, keys: tuple[ApiKey, ...]) -> Any:
     """The Serve application: ingress over prefill and decode workers."""
+    ModelNames(model_name(config), config.engine.adapters)
     workers = [
         serve.deployment(PrefillWorker).options(name="prefill", **_options(config.prefill, config)).bind(config),
         serve.deployment(DecodeWorker).options(name="decode", **_options(config.decode, config)).bind(config),

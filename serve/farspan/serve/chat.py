@@ -86,6 +86,7 @@ async def answer_tokens(
 ) -> AsyncGenerator[Tokens]:
     """The tokens of the answer. Whatever fails on the way, the answer goes on after the last token that was given."""
     trace.route, trace.route_reason = "split" if route.split else "colocated", route.reason
+    trace.asked_s = trace.age_s
     answered: tuple[int, ...] = ()
     ticket: KvTicket | None = None
     first: Tokens | None = None
@@ -145,3 +146,4 @@ def _recover(trace: RequestTrace, error: FarspanError) -> None:
 def _note(trace: RequestTrace, pulled: Pulled) -> None:
     trace.transport, trace.transfer_s = pulled.transport, pulled.seconds
     trace.kv_pages, trace.kv_bytes, trace.kv_pages_early = pulled.num_pages, pulled.num_bytes, pulled.num_early
+    trace.pulled_s = trace.age_s

@@ -149,7 +149,8 @@ class Guide:
     def _names(self, request: GenerationRequest, workers: list[WorkerLoad]) -> tuple[Iterator[bytes], int]:
         """(names of the pages of a prompt, tokens of each), as the workers name them."""
         layout, size = workers[0].layout, workers[0].page_tokens
-        chain = chain_of(layout, size, PrefixScope(salt=request.caller.salt))
+        adapter = workers[0].adapters.get(request.caller.adapter, request.caller.adapter)
+        chain = chain_of(layout, size, PrefixScope(adapter=adapter, salt=request.caller.salt))
         # The last token is always computed.
         places = range((len(request.prompt) - 1) // size)
         named = (chain.name(place, request.prompt) for place in places)

@@ -259,7 +259,7 @@ class EngineHost:
             return
         self._clients[request.request_id] = client
         self._know(request.request_id)
-        reason = "" if client.ticket is None else _refuse_ticket(client.ticket, client)
+        reason = "" if client.ticket is None else self._refuse_ticket(client.ticket, client)
         if client.ticket is not None and not reason:
             self._wanting_pages.append(client)
             return
@@ -279,6 +279,19 @@ class EngineHost:
             )
         except FarspanError as problem:
             self._fail(client, problem)
+
+    def _refuse_ticket(self, ticket: KvTicket, client: _Client) -> str:
+        """Why the pages of a ticket are not those of the request it came with; empty when they are."""
+        digest = self._adapter_digest(client.request)
+        if ticket.adapter != digest:
+            name = client.request.caller.adapter or "the model alone"
+            return f"the ticket was not computed with what {name} is here"
+        return _refuse_ticket(ticket, client)
+
+    def _adapter_digest(self, request: GenerationRequest) -> str | None:
+        """Of its adapter's matrices; empty: it has none; none: they are not here."""
+        name, adapters = request.caller.adapter, self._engine.adapters
+        return adapters.scope(name).adapter if name in ("", *adapters.names) else None
 
     def _start_pulls(self) -> None:
         for client in list(self._wanting_pages):
@@ -379,7 +392,10 @@ class EngineHost:
             self._leases.forget(event.request_id)
             self._engine.pool.free(pages)
         else:
-            ticket = self._leases.offer(event.request_id, pages, num_tokens, self._transport.address(), time.time())
+            adapter = self._adapter_digest(client.request)
+            assert adapter is not None, "it was computed here"
+            source = self._transport.address()
+            ticket = self._leases.offer(event.request_id, pages, num_tokens, source, time.time(), adapter)
             self._offered[ticket.ticket_id] = event.request_id
         seconds = time.monotonic() - client.started_s
         logprobs, before = event.logprobs, event.prompt_logprobs
@@ -455,5 +471,6 @@ def _terms(caller: Caller) -> Terms:
         tenant=caller.tenant,
         priority=caller.priority,
         deadline_s=None if left_s is None else time.monotonic() + left_s,
+        adapter=caller.adapter,
         scope=PrefixScope(salt=caller.salt),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 _NAME_BYTES = 8
@@ -67,6 +67,8 @@ class WorkerLoad:
     prefixes: bytes | None = None
     """Names of cached pages, the first 8 bytes of each; none: as told before."""
     prefix_version: int = 0
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """Digest of each adapter by its name: names of pages depend on it."""
 
 
 @dataclass(slots=True)

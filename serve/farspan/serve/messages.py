@@ -12,7 +12,7 @@ from farspan.kv.ticket import KvOffer, KvTicket
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """On whose behalf a request is answered; the workers learn nothing else of a key."""
+    """On whose behalf, and as which model, a request is answered; the workers learn nothing else of a key."""
 
     tenant: str = ""
     salt: str = ""
@@ -23,6 +23,8 @@ class Caller:
     """Higher goes first."""
     deadline_at_s: float | None = None
     """Wall clock, as in tickets: workers on other machines have other monotonic clocks."""
+    adapter: str = ""
+    """Which of the engine's adapters; empty: the model alone."""
 
 
 ANYBODY = Caller()

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
+from farspan.serve.answers import ANSWER_OF, ANSWERS
 from farspan.serve.conversation import ChatRequest, TokenizeRequest
 from farspan.serve.shape import Shape
 from farspan.serve.wire import CompletionRequest, DetokenizeRequest
@@ -17,7 +18,7 @@ _POSTS: dict[str, tuple[type[Shape], str, bool]] = {
     "/detokenize": (DetokenizeRequest, "The text of tokens", False),
 }
 _GETS = {
-    "/v1/models": ("The model that is served", True),
+    "/v1/models": ("The model that is served, and its adapters", True),
     "/v1/requests/{request_id}/trace": ("What a recent request of this key took", True),
     "/health": ("Whether the endpoint itself lives", False),
     "/ready": ("Whether a worker of each kind answers", False),
@@ -28,6 +29,7 @@ _ERRORS = {
     "400": "A field breaks a rule: its name, the rule, the value",
     "401": "No valid API key",
     "404": "No such model",
+    "408": "The body came too slowly",
     "413": "The body is too large",
     "429": "A limit of the key; Retry-After says when to come again",
     "500": "The request could not be completed",
@@ -63,7 +65,7 @@ def describe() -> dict[str, Any]:
     shapes = [(shape, "validation") for shape, _, _ in _POSTS.values()]
     _, defined = models_json_schema(shapes, by_alias=True, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     schemas = {name: _nullable(schema) for name, schema in defined["$defs"].items()}
-    paths = {path: {"post": _post(*what)} for path, what in _POSTS.items()}
+    paths = {path: {"post": _post(path, *what)} for path, what in _POSTS.items()}
     paths |= {path: {"get": _get(path, *what)} for path, what in _GETS.items()}
     return {
         "openapi": "3.1.0",
@@ -71,7 +73,7 @@ def describe() -> dict[str, Any]:
         "security": [{"key": []}],
         "paths": paths,
         "components": {
-            "schemas": {**schemas, "Error": _ERROR},
+            "schemas": {**schemas, **ANSWERS, "Error": _ERROR},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -87,12 +89,14 @@ def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
     return {**schema, "properties": fields}
 
 
-def _post(shape: type[Shape], summary: str, generates: bool) -> dict[str, Any]:
+def _post(path: str, shape: type[Shape], summary: str, generates: bool) -> dict[str, Any]:
     body = {"schema": {"$ref": f"#/components/schemas/{shape.__name__}"}}
-    content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
+    content: dict[str, Any] = {"application/json": {"schema": {"$ref": f"#/components/schemas/{ANSWER_OF[path]}"}}}
     if generates:
         content["text/event-stream"] = {"schema": {"type": "string"}}
-    codes = _ERRORS if generates else {code: _ERRORS[code] for code in ("400", "401", "404", "413", "429", "500")}
+    codes = (
+        _ERRORS if generates else {code: _ERRORS[code] for code in ("400", "401", "404", "408", "413", "429", "500")}
+    )
     described = {
         "summary": summary,
         "requestBody": {"required": True, "content": {"application/json": body}},
@@ -102,17 +106,24 @@ def _post(shape: type[Shape], summary: str, generates: bool) -> dict[str, Any]:
 
 
 def _get(path: str, summary: str, needs_key: bool) -> dict[str, Any]:
-    described: dict[str, Any] = {"summary": summary, "responses": {"200": {"description": "It is told"}}}
+    told = {"description": "It is told", "content": _told(path)}
+    described: dict[str, Any] = {"summary": summary, "responses": {"200": told}}
     if "{" in path:
         name = path.partition("{")[2].partition("}")[0]
         described["parameters"] = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}]
         described["responses"] |= _responses({"404": "Not known, or of another key"})
     if path == "/ready":
-        described["responses"]["503"] = {"description": "Not yet"}
+        described["responses"]["503"] = {"description": "Not yet", "content": _told(path)}
     if needs_key:
         described["responses"] |= _responses({"401": _ERRORS["401"]})
         return described
     return {**described, "security": []}
+
+
+def _told(path: str) -> dict[str, Any]:
+    if path == "/metrics":
+        return {"text/plain": {"schema": {"type": "string"}}}
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{ANSWER_OF[path]}"}}}
 
 
 def _responses(codes: dict[str, str]) -> dict[str, Any]:

@@ -8,6 +8,13 @@ import socket
 from farspan.errors import ConfigError
 
 
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nobody listens on now."""
+    with socket.create_server((host, 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port
+
+
 def refuse_taken_port(host: str, port: int) -> None:
     """Raises ConfigError when `port` of `host` cannot be listened on here."""
     try:

@@ -159,8 +159,9 @@ def _message(steps: Sequence[Step]) -> dict[str, Any]:
     return {**message, "tool_calls": calls} if calls else message
 
 
-def model_list(model: str, created: int, max_context_tokens: int, *, chat_template: bool) -> dict[str, Any]:
-    """The one model served here. `chat_template`: whether it answers chat completions."""
-    entry = {"id": model, "object": "model", "created": created, "owned_by": "farspan"}
+def model_list(names: Sequence[str], created: int, max_context_tokens: int, *, chat_template: bool) -> dict[str, Any]:
+    """The model served here, then its adapters. `chat_template`: whether they answer chat completions."""
+    entry = {"object": "model", "created": created, "owned_by": "farspan"}
     more = {"max_model_len": max_context_tokens, "chat_template": chat_template}
-    return {"object": "list", "data": [{**entry, **more}]}
+    model, *adapters = ({"id": name, **entry, **more} for name in names)
+    return {"object": "list", "data": [model, *({**adapter, "parent": names[0]} for adapter in adapters)]}

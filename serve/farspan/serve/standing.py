@@ -70,6 +70,7 @@ def load_of(
         travels=engine.pages_are_all,
         prefixes=None if cache is None or version == known_prefixes else digest(cache.names),
         prefix_version=version,
+        adapters={name: engine.adapters.scope(name).adapter for name in engine.adapters.names},
     )
 
 

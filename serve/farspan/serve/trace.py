@@ -66,6 +66,8 @@ class RequestTrace:
     predicted_token_s: float | None = None
     """What its way was chosen for."""
     started_s: float = field(default_factory=time.monotonic)
+    asked_s: float | None = None
+    """From arrival until a worker was asked."""
     prefill_s: float | None = None
     transport: str = "none"
     kv_pages: int = 0
@@ -74,6 +76,8 @@ class RequestTrace:
     """Pages that were fetched, or under way, while the prompt was still computed."""
     transfer_s: float = 0.0
     """What was waited for the pages after that."""
+    pulled_s: float | None = None
+    """From arrival until the pages were there."""
     recovered: bool = False
     recoveries: list[str] = field(default_factory=list)
     """Why the answer had to go on in another way, in order."""
@@ -97,6 +101,11 @@ class RequestTrace:
 
     def token(self, count: int) -> None:
         self.arrivals.add(count, time.monotonic() - self.started_s)
+
+    @property
+    def age_s(self) -> float:
+        """Since arrival."""
+        return time.monotonic() - self.started_s
 
     def report(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import uvicorn
 from tests.unit.serve.in_process import Served
 from tests.unit.serve.tiny_folder import write_tiny_model
 
@@ -41,3 +45,18 @@ def served(shared) -> Served:
     shared.workers.die_after, shared.workers.deaths = None, 0
     shared.workers.asked.clear()
     return shared
+
+
+@pytest.fixture(scope="module")
+def port(shared) -> Iterator[int]:
+    """The endpoint of this module behind a real socket."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(uvicorn.Config(shared.app, log_level="warning", timeout_graceful_shutdown=5))
+        thread = threading.Thread(target=asyncio.run, args=(server.serve(sockets=[listening]),))
+        thread.start()
+        try:
+            yield listening.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join(timeout=30)
+            assert not thread.is_alive()

@@ -2,39 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import socket
-import threading
 import time
-from collections.abc import Iterator
 
 import openai
 import pytest
-import uvicorn
-from tests.unit.serve.in_process import Served, idle
-
-LONG = {"model": "tiny", "prompt": "x" * 200, "max_tokens": 7000, "temperature": 0, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def port(shared) -> Iterator[int]:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(shared.app, log_level="warning", timeout_graceful_shutdown=5))
-        thread = threading.Thread(target=asyncio.run, args=(server.serve(sockets=[listening]),))
-        thread.start()
-        try:
-            yield listening.getsockname()[1]
-        finally:
-            server.should_exit = True
-            thread.join(timeout=30)
-            assert not thread.is_alive()
-
-
-def request_bytes(body: dict) -> bytes:
-    content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sk-one\r\nContent-Length: {len(content)}"
-    return f"{head}\r\nContent-Type: application/json\r\n\r\n".encode() + content
+from tests.unit.serve.in_process import Served
+from tests.unit.serve.sockets import LONG, busy, request_bytes, wait_until
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -80,15 +54,3 @@ def test_openais_synchronous_client_streams_and_reads_errors(port):
     stranger = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="sk-no", max_retries=0)
     with stranger, pytest.raises(openai.AuthenticationError):
         stranger.models.list()
-
-
-def busy(served: Served) -> bool:
-    infos = asyncio.run(served.workers.info())
-    return not all(idle(info) for info in infos)
-
-
-def wait_until(condition, timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)

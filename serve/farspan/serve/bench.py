@@ -1,0 +1,231 @@
+"""What serving costs beside the bare engine, and what it is for: `farspan bench serve`.
+
+The engine answers in a process of its own, the endpoint over HTTP; they take turns over the same checkpoint, so that a
+machine whose speed drifts drifts for both. Prompts are new in every turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from farspan.config.schema import EngineConfig, RoleConfig, ServeConfig, TransferConfig
+from farspan.engine.bench import EngineBench, Work, contender, write_checkpoint
+from farspan.engine.bench_contenders import FARSPAN
+from farspan.serve.app import run_app
+from farspan.serve.bench_client import BenchClient, Streamed
+from farspan.serve.port import free_port
+
+logger = logging.getLogger(__name__)
+
+GOAL_OF_ENGINE, GOAL_PREFIX = 0.9, 0.2
+# Prompts of the two ways are never the same: nobody finds the other's, and no turn an earlier one's.
+_SEEDS_OF_HTTP = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeBench:
+    """What is measured. The defaults are the checkpoint of `farspan bench engine`, with room for longer prompts."""
+
+    engine: EngineBench = field(default_factory=lambda: _longer(EngineBench()))
+    work: Work = field(default_factory=lambda: Work("16 x (512 in + 128 out)", 16, 512, 128))
+    running: int = 4
+    """Streams whose gaps are measured while long prompts arrive."""
+    long_tokens: int = 16384
+    num_long: int = 3
+    shared_tokens: int = 4096
+    start_timeout_s: float = 300.0
+
+
+def _longer(bench: EngineBench) -> EngineBench:
+    return replace(bench, settings={**bench.settings, "max_position_embeddings": 65536}, deadline_s=600.0)
+
+
+def bench_serve(bench: ServeBench | None = None) -> list[dict[str, Any]]:
+    """Rows of throughput, of interference and of a shared prefix, on the Ray this process is connected to.
+
+    Raises ClusterError when an answer is missing or not as long as asked.
+    """
+    bench = bench or ServeBench()
+    with tempfile.TemporaryDirectory(prefix="farspan-bench-") as scratch:
+        folder = Path(scratch) / "model"
+        num_weights, _ = write_checkpoint(bench.engine, folder)
+        write_tokenizer(folder, bench.engine.settings["vocab_size"])
+        rows = []
+        with _served(bench, folder, split=False) as client:
+            with contender(FARSPAN, folder, bench.engine, Path(scratch) / "engine.log") as engine:
+                rows += _throughput(bench, engine.ask, client)
+            rows += _prefix(bench, client)
+            colocated = asyncio.run(_interference(bench, client))
+        with _served(bench, folder, split=True) as client:
+            split = asyncio.run(_interference(bench, client))
+    rows += interference_rows(bench, colocated, split)
+    return [{**row, "weights": num_weights} for row in rows]
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A tokenizer of `vocab_size` different texts: prompts are tokens here, answers are text."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [f"w{number}" for number in range(vocab_size - len(letters))]
+    bpe = Tokenizer(models.BPE(vocab={text: token for token, text in enumerate([*letters, *words])}, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(folder)
+
+
+@contextmanager
+def _served(bench: ServeBench, folder: Path, *, split: bool) -> Iterator[BenchClient]:
+    """A running endpoint: one worker for prompts and one for answers, or one for both beside an idle one."""
+    longest = bench.engine.settings["max_position_embeddings"]
+    logger.info("starting an endpoint, %s", "disaggregated" if split else "colocated")
+    config = ServeConfig(
+        model=str(folder),
+        port=free_port(),
+        prefill=RoleConfig(cpus=0.1),
+        decode=RoleConfig(cpus=0.1),
+        engine=EngineConfig(
+            dtype=bench.engine.dtype,
+            kv_bytes=bench.engine.kv_bytes,
+            # Both ways have the same threads where only one of two workers is busy.
+            threads=bench.engine.threads if not split else max(1, bench.engine.threads // 2),
+        ),
+        transfer=TransferConfig(split="always", colocate_below_tokens=0 if split else longest),
+        start_timeout_s=bench.start_timeout_s,
+    )
+    with run_app(config) as running:
+        key = Path(running.api_key_file).read_text().split()[0]
+        yield BenchClient(running.url, running.model, key, bench.engine.deadline_s)
+
+
+def _throughput(bench: ServeBench, ask: Any, client: BenchClient) -> list[dict[str, Any]]:
+    work, vocab_size = bench.work, bench.engine.settings["vocab_size"]
+    bare, through = [], []
+    for turn in range(1 + bench.engine.turns):
+        seconds, _ = ask(work.prompts(vocab_size, turn), work.new_tokens, bench.engine.deadline_s)
+        began = time.perf_counter()
+        asyncio.run(_all(client, work.prompts(vocab_size, _SEEDS_OF_HTTP + turn), work.new_tokens))
+        http_s = time.perf_counter() - began
+        logger.info("%s: engine %.2f s, HTTP %.2f s", work.name, seconds, http_s)
+        # The first turn of each compiles, and fills caches.
+        if turn:
+            bare.append(seconds)
+            through.append(http_s)
+    return throughput_rows(work, bare, through)
+
+
+def throughput_rows(work: Work, bare: Sequence[float], through: Sequence[float]) -> list[dict[str, Any]]:
+    """Seconds of each turn by both ways, as rows."""
+    num_tokens = work.count * work.new_tokens
+    part = statistics.median(a / b for a, b in zip(bare, through, strict=True))
+    return [
+        {"work": work.name, "through": "engine", "new_tokens_per_s": num_tokens / statistics.median(bare)},
+        {
+            "work": work.name,
+            "through": "HTTP streams",
+            "new_tokens_per_s": num_tokens / statistics.median(through),
+            "part of the engine": part,
+            "goal": GOAL_OF_ENGINE,
+        },
+    ]
+
+
+async def _all(client: BenchClient, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Streamed]:
+    return list(await asyncio.gather(*(client.stream(prompt, new_tokens) for prompt in prompts)))
+
+
+def _prefix(bench: ServeBench, client: BenchClient) -> list[dict[str, Any]]:
+    """How soon the second of two prompts that begin alike is answered."""
+    parts, work = [], Work("prefix", 2, 16, 2, shared=bench.shared_tokens)
+    for turn in range(bench.engine.turns):
+        prompts = work.prompts(bench.engine.settings["vocab_size"], 2 * _SEEDS_OF_HTTP + turn)
+        first, second = (asyncio.run(client.stream(prompt, work.new_tokens)) for prompt in prompts)
+        parts.append((first.first_s, second.first_s, second.cached_tokens))
+        logger.info("first token after %.3f s, with %d tokens shared after %.3f s", *parts[-1][:1], *parts[-1][:0:-1])
+    return [
+        {
+            "work": f"prefix of {bench.shared_tokens} tokens",
+            "first_s": statistics.median(part[0] for part in parts),
+            "second_s": statistics.median(part[1] for part in parts),
+            "found_tokens": min(part[2] for part in parts),
+            "second / first": statistics.median(part[1] / part[0] for part in parts),
+            "goal": GOAL_PREFIX,
+        }
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Gaps:
+    """Between events of running streams."""
+
+    alone_s: list[float]
+    meanwhile_s: list[float]
+    """While long prompts arrive."""
+
+
+async def _interference(bench: ServeBench, client: BenchClient) -> Gaps:
+    vocab_size, seed = bench.engine.settings["vocab_size"], 3 * _SEEDS_OF_HTTP
+    room = bench.engine.settings["max_position_embeddings"] // 2
+    longs = Work("long", bench.num_long, bench.long_tokens, 1).prompts(vocab_size, seed)
+    shorts = Work("short", bench.running, 32, 1).prompts(vocab_size, seed + 1)
+    watched = [_Watched(client, prompt, room) for prompt in shorts]
+    try:
+        await asyncio.gather(*(one.started() for one in watched))
+        began = time.perf_counter()
+        while min(len(one.streamed.at_s) for one in watched) < bench.work.new_tokens // 2:
+            await asyncio.sleep(0.05)
+        arriving = time.perf_counter()
+        for prompt in longs:
+            await client.stream(prompt, 1)
+        over = time.perf_counter()
+        logger.info("%d prompts of %d tokens in %.1f s", len(longs), bench.long_tokens, over - arriving)
+    finally:
+        await asyncio.gather(*(one.stop() for one in watched))
+    return Gaps(
+        [gap for one in watched for gap in one.streamed.gaps_s(began, arriving)],
+        [gap for one in watched for gap in one.streamed.gaps_s(arriving, over)],
+    )
+
+
+class _Watched:
+    """A long answer that is looked at while it comes, and given up in the end."""
+
+    def __init__(self, client: BenchClient, prompt: Sequence[int], new_tokens: int) -> None:
+        self.streamed = Streamed(time.perf_counter())
+        self._task = asyncio.ensure_future(client.watch(prompt, new_tokens, self.streamed))
+
+    async def started(self) -> None:
+        while not self.streamed.at_s:
+            if self._task.done():
+                self._task.result()
+            await asyncio.sleep(0.01)
+
+    async def stop(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+
+def interference_rows(bench: ServeBench, colocated: Gaps, split: Gaps) -> list[dict[str, Any]]:
+    work = f"{bench.running} streams while {bench.num_long} x {bench.long_tokens} tokens arrive"
+    rows: list[dict[str, Any]] = []
+    for workers, gaps in (("colocated", colocated), ("disaggregated", split)):
+        row = {"work": work, "workers": workers, "p99_alone_s": p99(gaps.alone_s), "p99_s": p99(gaps.meanwhile_s)}
+        if workers == "disaggregated":
+            row["p99 of colocated / disaggregated"] = p99(colocated.meanwhile_s) / p99(split.meanwhile_s)
+        rows.append(row)
+    return rows
+
+
+def p99(values: Sequence[float]) -> float:
+    """The value that 99 of 100 do not exceed."""
+    return sorted(values)[max(0, -(-len(values) * 99 // 100) - 1)]
