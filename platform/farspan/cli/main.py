@@ -250,7 +250,8 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="attention, paged-decode, engine, memory, parallel, transfer, long-context, serve, train; all: but the last 2."
+            help="attention, paged-decode, engine, memory, parallel, transfer, long-context, serve, train, or all (but "
+            "the last two)."
         ),
     ] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
