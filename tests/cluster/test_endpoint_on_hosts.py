@@ -43,7 +43,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Generate:
     return plain_generate(tmp_path_factory.mktemp("plain") / "tiny")
 
 
-@pytest.mark.parametrize("megabits", [8, 24])
+# Slow enough that the link, and not the prompt that is computed meanwhile, is what a transfer waits for.
+@pytest.mark.parametrize("megabits", [4, 8])
 def test_the_measured_rate_of_a_transfer_is_what_the_link_carries(endpoint: Endpoint, megabits: float) -> None:
     (decode,) = endpoint.places["decode"]
     receiver = endpoint.host(decode)

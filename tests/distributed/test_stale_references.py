@@ -147,7 +147,7 @@ def test_a_frozen_source_that_wakes_when_nobody_waits_any_more_writes_into_no_pa
     if on_the_way:
         offer = source.grow("r", SOURCE, COUNT, COUNT + 1)
     ticket = source.offer("r", SOURCE, COUNT + 1)
-    source.signal(signal.SIGSTOP)
+    source.freeze()
     try:
         if on_the_way:
             assert receiver.follow(offer)
@@ -157,14 +157,14 @@ def test_a_frozen_source_that_wakes_when_nobody_waits_any_more_writes_into_no_pa
         assert (held, free + quarantined) == (0, NUM_PAGES)
         assert quarantined == COUNT + 1
         assert receiver.claim(NEIGHBOUR) == free
-        assert not receiver.has(SOURCE), "it was not frozen"
+        assert receiver.num_landed(SOURCE, COUNT + 1) < COUNT + 1, "it was not frozen"
     finally:
         source.signal(signal.SIGCONT)
     deadline = time.monotonic() + 30
     while receiver.counts()[2]:
         assert time.monotonic() < deadline, "what was quarantined never came back"
     # It did write, when it woke.
-    assert receiver.has(SOURCE)
+    assert receiver.num_landed(SOURCE, COUNT + 1) == COUNT + 1
     assert receiver.unclaim(NEIGHBOUR)
     assert source.release(ticket.ticket_id)
 

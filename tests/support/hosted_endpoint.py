@@ -124,7 +124,7 @@ def start_endpoint(cluster: RayHosts, decoders: int) -> Endpoint:
         prefill=RoleConfig(custom={PREFILL: 1}),
         decode=RoleConfig(replicas=decoders, custom={DECODE: 1}),
         engine=EngineConfig(dtype="float64", kv_bytes=64 * 1024 * 1024, max_batch_tokens=512, threads=1),
-        transfer=TransferConfig(colocate_below_tokens=64),
+        transfer=TransferConfig(split="always", colocate_below_tokens=64),
         start_timeout_s=180,
     )
     file = cluster.folder / "serve.yaml"

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from farspan.errors import FarspanError
@@ -106,9 +107,9 @@ class Holder:
         self.pool.free(self.claimed)
         return intact
 
-    def has(self, byte: int) -> bool:
-        """Whether any page is full of a byte."""
-        return bool((self.pool.storage_PB == byte).all(1).any())
+    def num_landed(self, first_byte: int, count: int) -> int:
+        """How many pages of a prompt lie anywhere in the pool, whoever they belong to."""
+        return sum(bool((self.pool.storage_PB == (first_byte + i) % 256).all(1).any()) for i in range(count))
 
     def counts(self) -> tuple[int, int, int]:
         """(free, held, quarantined) after another look."""
@@ -158,6 +159,16 @@ class End:
     def signal(self, number: signal.Signals) -> None:
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
+
+    def freeze(self) -> None:
+        """Stop every thread of it, and see that they stand."""
+        self.signal(signal.SIGSTOP)
+        end = time.monotonic() + _PATIENCE_S
+        while not all(" T " in task.read_text().rpartition(")")[2][:4] for task in self._tasks()):
+            assert time.monotonic() < end, "it goes on"
+
+    def _tasks(self) -> list[Path]:
+        return list(Path(f"/proc/{self.process.pid}/task").glob("*/stat"))
 
     def end(self) -> None:
         self.process.kill()

@@ -67,6 +67,9 @@ def sizes(signals: Signals, prefill: Role, decode: Role, objectives: Objectives)
     answers = _busy(signals.answer_tokens_s, signals.decode_rate)
     if signals.num_open == 0 and prompts + answers < _TOO_LITTLE:
         return _within(0, prefill), _within(0, decode)
+    if signals.decode_rate <= 0:
+        # Nothing was heard from workers lately, or ever: what is there stays, and somebody must answer.
+        return _within(prefill.current, prefill), _within(max(1, decode.current), decode)
     if prefill.least == 0 and prompts < _TOO_LITTLE:
         # A worker of its own would stand idle most of the time.
         answers, prompts = answers + prompts, 0.0

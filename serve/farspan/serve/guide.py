@@ -19,7 +19,7 @@ from farspan.serve.quotas import Demand, Orders, Quota, Roles
 from farspan.serve.rates import Mean, Percentile, Rate
 
 # Snapshots come twice a second; one that is older than this says nothing about now.
-_STALE_S = 3.0
+_STALE_S = 5.0
 _OVER_S = 20.0
 # Until answers have been seen.
 _ANSWER_TOKENS = 128

@@ -17,8 +17,8 @@ from farspan.serve.rates import Mean
 
 _SHORTEST_S, _LONGEST_S = 1e-6, 86_400.0
 # How strongly what was assumed holds against one observation: only where nothing else is known.
-_ASSUMED = 1e-6
-_APART = 1e-10
+_ASSUMED = 1e-12
+_APART = 1e-12
 _ERROR_WEIGHT, _KEEP_WHEN_OFF = 0.1, 0.7
 
 # Seconds of: a prompt, a thousand tokens of it, a thousand tokens that each see a thousand before them.

@@ -67,24 +67,29 @@ def test_every_order_of_any_two_bad_things_that_can_happen_to_a_transfer_in_two_
 
 def test_every_order_in_which_a_page_that_was_given_up_goes_to_somebody_else_is_safe():
     for bad in ("late", "cancel"):
-        assert one_transfer((bad, "claim"))[0] > 200
+        assert one_transfer((bad, "claim"))[0] > 50
 
 
-@pytest.mark.parametrize("bad", ["late", "cancel", "lose"])
+def test_every_order_of_two_transfers_beside_each_other_is_safe():
+    assert two_transfers(())[0] > 100
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("bad", BAD)
 def test_every_order_of_a_bad_thing_beside_two_transfers_is_safe(bad):
-    assert two_transfers((bad,))[0] > 500
+    assert two_transfers((bad,))[0] > 200
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("bad", list(itertools.combinations((*BAD, "claim"), 3)), ids="-".join)
 def test_every_order_of_any_three_bad_things_that_can_happen_to_a_transfer_is_safe(bad):
-    assert one_transfer(bad)[0] > 100
+    assert one_transfer(bad)[0] > 50
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("bad", list(itertools.combinations(BAD, 2)), ids="-".join)
 def test_every_order_of_any_two_bad_things_that_can_happen_to_two_transfers_is_safe(bad):
-    assert two_transfers(bad)[0] > 1000
+    assert two_transfers(bad)[0] > 200
 
 
 @pytest.mark.parametrize(

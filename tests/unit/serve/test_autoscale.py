@@ -69,8 +69,10 @@ def test_few_prompts_need_no_worker_of_their_own_where_a_role_may_be_empty():
     assert wanted(told(prompt_tokens_s=400, answer_tokens_s=70), 0, 1, least=0) == (1, 1)
 
 
-def test_without_a_measured_rate_the_numbers_stay_within_their_bounds():
-    assert wanted(Signals(prompt_tokens_s=500, answer_tokens_s=50, num_open=3)) == (1, 1)
+@pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (2, 3), (0, 0)])
+def test_while_nothing_is_heard_from_workers_those_that_are_there_stay(prefill, decode):
+    unheard = Signals(prompt_tokens_s=500, answer_tokens_s=50, num_open=3, token_s=9.0)
+    assert wanted(unheard, prefill, decode, least=0) == (prefill, max(1, decode))
 
 
 @dataclass

@@ -9,7 +9,7 @@ import pytest
 from tests.unit.engine.tiny import prompts, reference, tiny_model
 from tests.unit.serve.test_host import Hosts, collect, idle, request
 
-MAX_TOKENS = 6
+MAX_TOKENS = 20
 
 
 @pytest.fixture
