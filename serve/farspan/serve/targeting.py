@@ -16,7 +16,7 @@ _OTHERS_TRIED = 2
 
 
 class TargetedRouter(FIFOMixin, RequestRouter):
-    """The replica that a call names, then any two of the others. Calls that name none go to the shorter of two queues."""
+    """The replica that a call names, then any two of the others; a call that names none: the shorter of two queues."""
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
