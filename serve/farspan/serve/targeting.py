@@ -7,25 +7,40 @@ arguments.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
 _OTHERS_TRIED = 2
 
 
-class TargetedRouter(RequestRouter):
-    """The replica that a call names, then any two of the others. Calls that name none go to the shorter of two queues.
-
-    No FIFO mixin: it would give the replica that was looked for on behalf of one call to the oldest call.
-    """
+class TargetedRouter(FIFOMixin, RequestRouter):
+    """The replica that a call names, then any two of the others; a call that names none: the shorter of two queues."""
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        wanted = "" if pending_request is None else pending_request.metadata.session_id
+        wanted = ""
+        if pending_request is not None:
+            wanted = pending_request.metadata.session_id
+            # Otherwise Serve asks again at once, and its event loop does nothing else, until somebody has room.
+            pending_request.routing_context.should_backoff = True
         return ranked([replica.replica_id.unique_id for replica in candidate_replicas], candidate_replicas, wanted)
+
+    def _get_pending_request_matching_metadata(self, request_metadata: Any = None) -> PendingRequest | None:
+        """Who gets the replica that was looked for: the oldest call that names the same one.
+
+        The id of a call will not do: all calls on behalf of one HTTP request share it.
+        """
+        if request_metadata is None:
+            return None
+        return oldest_naming(request_metadata.session_id, self._pending_requests_to_fulfill)
+
+
+def oldest_naming(wanted: str, pending: Iterable[Any]) -> Any:
+    """The first of the calls still waiting that names `wanted`, or none."""
+    return next((one for one in pending if not one.future.done() and one.metadata.session_id == wanted), None)
 
 
 def ranked(ids: Sequence[str], replicas: Sequence[Any], wanted: str) -> list[list[Any]]:

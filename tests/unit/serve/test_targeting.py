@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
-from farspan.serve.targeting import ranked
+from farspan.serve.targeting import oldest_naming, ranked
 
 NAMES = ["a", "b", "c", "d", "e"]
 
@@ -31,3 +32,16 @@ def test_one_replica_is_found_however_it_is_called():
     assert ranked(["a"], ["A"], "a") == [["A"]]
     assert ranked(["a"], ["A"], "b") == [["A"]]
     assert ranked([], [], "a") == []
+
+
+def call(wanted: str, *, done: bool = False) -> SimpleNamespace:
+    future = SimpleNamespace(done=lambda: done)
+    return SimpleNamespace(future=future, metadata=SimpleNamespace(session_id=wanted, internal_request_id="one"))
+
+
+def test_calls_of_one_http_request_each_get_the_replica_they_name():
+    first, second, third = call("a"), call("b"), call("a")
+    assert oldest_naming("a", [first, second, third]) is first
+    assert oldest_naming("b", [first, second, third]) is second
+    assert oldest_naming("a", [call("a", done=True), second, third]) is third
+    assert oldest_naming("c", [first, second]) is None
