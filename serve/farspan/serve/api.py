@@ -45,7 +45,6 @@ _PLAIN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _LARGE_BODY = 65_536
 _DEADLINE_HEADER = "x-farspan-deadline-s"
 _SESSION_HEADER = "x-session-id"
-_LONGEST_SESSION = 256
 
 
 class AllWorkers(Workers, Protocol):
@@ -194,7 +193,7 @@ class Api:
         deadline_s = _deadline_s(http, asked)
         return Caller(
             tenant=key.derived("tenant"),
-            session=_session(http, asked),
+            session=_session(http, key, asked),
             salt=_salt(key, asked.cache_salt, shared=self._config.share_prefixes),
             # Lower is answered first over HTTP, higher in the engine.
             priority=-max(asked.priority, key.allowance.priority),
@@ -249,9 +248,10 @@ def _deadline_s(http: Request, asked: GenerationFields) -> float | None:
     return given if asked.deadline_s is None else min(given, asked.deadline_s)
 
 
-def _session(http: Request, asked: GenerationFields) -> str:
-    """What a client says belongs together."""
-    return (http.headers.get(_SESSION_HEADER) or asked.cache_salt or "")[:_LONGEST_SESSION]
+def _session(http: Request, key: ApiKey, asked: GenerationFields) -> str:
+    """What a client says belongs together, in a form that tells nobody what it said."""
+    said = http.headers.get(_SESSION_HEADER) or asked.cache_salt
+    return key.derived(f"session {said}") if said else ""
 
 
 def _salt(key: ApiKey, cache_salt: str | None, *, shared: bool) -> str:

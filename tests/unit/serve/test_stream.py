@@ -130,14 +130,15 @@ def test_a_workers_call_that_was_given_up_is_a_failure_and_our_own_end_is_not():
             yield None
 
     async def run() -> None:
+        asked = SimpleNamespace(request_id="r")
         router = Router(Handle(True), Handle(True))
-        failed = [item async for item in router.resume(None, (), None)]
+        failed = [item async for item in router.resume(asked, (), None)]
         assert [type(item) for item in failed] == [Failed]
         with pytest.raises(ClusterError, match="given up"):
             await router.info()
         endless_call = Handle(False)
         router = Router(endless_call, endless_call)
-        reading = asyncio.ensure_future(anext(router.resume(None, (), None)))
+        reading = asyncio.ensure_future(anext(router.resume(asked, (), None)))
         await asyncio.sleep(0.01)
         reading.cancel()
         with pytest.raises(asyncio.CancelledError):
