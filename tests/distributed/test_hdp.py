@@ -18,6 +18,7 @@ from tests.support.corpus import REPOSITORY
 from tests.support.ranks import RankPool
 from tests.support.relative import relative_error
 from tests.support.runs import tiny_run
+from tests.support.whole import whole_of
 
 from farspan.batch import IGNORED_LABEL
 from farspan.config.schema import CorpusConfig, RunConfig
@@ -66,7 +67,7 @@ def hybrid_gradients(config: RunConfig, cache: str, steps: int) -> list[tuple[fl
     for _ in range(steps):
         sent = step.exchange.bytes_sent
         loss, _ = step.backward()
-        grads = {n.removeprefix("model."): p.grad.full_tensor() for n, p in step.loss.named_parameters()}
+        grads = {n.removeprefix("model."): whole_of(p.grad) for n, p in step.loss.named_parameters()}
         found.append((loss.item(), grads, step.exchange.bytes_sent - sent))
         step.weights.optimizer.zero_grad()  # type: ignore[attr-defined]
         step.cursor += step.mesh.dp * step.accumulation
@@ -245,7 +246,7 @@ def trained_gradients(config: RunConfig, cache: str) -> tuple[float, dict[str, t
     step = build(config, CPU, Path(cache)).step
     loss, _ = step.backward()
     named = step.loss.named_parameters()
-    return loss.item(), {n: p.grad.full_tensor() for n, p in named if p.grad is not None}
+    return loss.item(), {n: whole_of(p.grad) for n, p in named if p.grad is not None}
 
 
 @pytest.mark.parametrize(
@@ -307,7 +308,7 @@ def spilled_work(config: RunConfig, cache: str) -> tuple[dict[str, torch.Tensor]
     step.backward()
     if place is not None:
         place.close()
-    grads = {n: p.grad.full_tensor() for n, p in step.loss.named_parameters()}
+    grads = {n: whole_of(p.grad) for n, p in step.loss.named_parameters()}
     return grads, step.exchange.bytes_sent, stored, max(len(one.ranks) for own in plan.work for one in own)
 
 

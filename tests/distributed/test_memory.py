@@ -12,6 +12,7 @@ import torch.distributed as dist
 from tests.support.corpus import small_corpus
 from tests.support.ranks import RankPool
 from tests.support.runs import tiny_run
+from tests.support.whole import whole_of
 from tests.unit.activations.tiny import CAPACITY, CPU, tiny_llama, tokens
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,6 +24,7 @@ from farspan.config.schema import RunConfig
 from farspan.memory.host import DramTier
 from farspan.optim.host import HostOptimizer
 from farspan.optim.make import clip_grad_norm, make_optimizer
+from farspan.optim.shards import local_of
 from farspan.parallel.shard import shard_weights
 from farspan.train.build import build
 from farspan.train.states import gather_states, scatter_states
@@ -60,8 +62,8 @@ def step(model: Any, optimizer: torch.optim.Optimizer, number: int, passes: int)
     optimizer.zero_grad()
 
 
-def whole(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.full_tensor().detach().clone() for name, p in model.named_parameters()}
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: whole_of(p).detach() for name, p in model.named_parameters()}
 
 
 def stepped(kind: str, offload: str, passes: int, width: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -72,11 +74,11 @@ def stepped(kind: str, offload: str, passes: int, width: int) -> tuple[dict[str,
         step(model, optimizer, number, passes)
     states = gather_states(model, optimizer)
     if isinstance(optimizer, HostOptimizer):
-        local = sum(p.to_local().numel() * 4 for p in model.parameters())
+        local = sum(local_of(p).numel() * 4 for p in model.parameters())
         # Weights went to the host once, gradients in every pass, and nothing else.
         assert optimizer._tier.stats().stored_bytes == local * (1 + 4 * passes)
         optimizer.close()
-    return whole(model), states
+    return whole_weights(model), states
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -139,7 +141,7 @@ def gradients_with(offloaded: bool, recompute: bool) -> tuple[dict[str, Tensor],
             model(input_ids=ids, labels=ids).loss.backward()
     else:
         model(input_ids=ids, labels=ids).loss.backward()
-    found = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    found = {name: whole_of(p.grad) for name, p in model.named_parameters()}
     offload.close()
     tier.close()
     return found, offload.report.stored_bytes
@@ -181,7 +183,7 @@ def run_gradients(
         moved = offload.report.stored_bytes
         offload.close()
     tier.close()
-    return {n: p.grad.full_tensor() for n, p in step.loss.named_parameters()}, moved
+    return {n: whole_of(p.grad) for n, p in step.loss.named_parameters()}, moved
 
 
 @pytest.mark.parametrize("recompute", ["true", "false"])

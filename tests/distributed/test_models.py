@@ -11,6 +11,7 @@ from tests.support.corpus import small_corpus
 from tests.support.decoders import decoder_config
 from tests.support.ranks import RankPool
 from tests.support.runs import tiny_run
+from tests.support.whole import whole_of
 
 from farspan.config.schema import ParallelConfig, RunConfig
 from farspan.plan.facts import model_facts
@@ -116,7 +117,7 @@ def first_gradients(config: RunConfig, cache: str) -> tuple[float, dict[str, tor
     """(loss, every whole gradient, bytes sent) of the first step, on one rank."""
     step = build(config, torch.device("cpu"), Path(cache)).step
     loss, _ = step.backward()
-    grads = {n: p.grad.full_tensor() for n, p in step.loss.named_parameters() if p.grad is not None}
+    grads = {n: whole_of(p.grad) for n, p in step.loss.named_parameters() if p.grad is not None}
     return loss.item(), grads, step.exchange.bytes_sent
 
 

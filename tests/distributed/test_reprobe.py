@@ -11,6 +11,7 @@ from tests.distributed.test_doctor import FaultyLayout, FaultySharing, swapped_s
 from tests.support.corpus import small_corpus
 from tests.support.ranks import RankPool
 from tests.support.runs import tiny_run
+from tests.support.whole import whole_of
 from torch import Tensor
 
 from farspan.config.schema import RunConfig
@@ -53,7 +54,7 @@ def run(
         train(training, config, tell)
     except VerifyError as problem:
         stopped = str(problem)
-    weights = {n: p.full_tensor().detach() for n, p in training.step.loss.named_parameters()}
+    weights = {n: whole_of(p).detach() for n, p in training.step.loss.named_parameters()}
     return told, weights, torch.rand(3), stopped
 
 

@@ -13,6 +13,7 @@ from tests.support.corpus import small_corpus
 from tests.support.ranks import RankFailed, RankPool
 from tests.support.relative import relative_error
 from tests.support.runs import TINY, tiny_run
+from tests.support.whole import whole_of
 
 from farspan.batch import IGNORED_LABEL
 from farspan.config.load import load_config
@@ -20,6 +21,7 @@ from farspan.config.schema import RunConfig
 from farspan.data.reader import Reader, open_corpus
 from farspan.errors import FarspanError
 from farspan.models.checkpoint import load_causal_lm, make_config, random_causal_lm
+from farspan.optim.shards import local_of
 from farspan.parallel.mesh import make_mesh
 from farspan.plan.facts import model_facts
 from farspan.plan.run_plan import plan_run
@@ -41,7 +43,7 @@ def gradients(config: RunConfig, cache: str) -> tuple[float, dict[str, torch.Ten
     """(loss, every whole gradient, bytes sent) of the first step, on one rank."""
     step = build(config, CPU, Path(cache)).step
     loss, _ = step.backward()
-    grads = {n.removeprefix("model."): p.grad.full_tensor() for n, p in step.loss.named_parameters()}
+    grads = {n.removeprefix("model."): whole_of(p.grad) for n, p in step.loss.named_parameters()}
     return loss.item(), grads, step.exchange.bytes_sent
 
 
@@ -122,7 +124,7 @@ def offloaded_gradients(config: RunConfig, cache: str) -> tuple[dict[str, torch.
     if step.chunks is not None and step.chunks.home is not None:
         stored = step.chunks.home.num_bytes
     step.close()
-    return {n: p.grad.full_tensor() for n, p in step.loss.named_parameters()}, stored
+    return {n: whole_of(p.grad) for n, p in step.loss.named_parameters()}, stored
 
 
 @pytest.mark.parametrize(
@@ -373,15 +375,15 @@ def test_processors_that_mean_different_types_by_auto_are_refused(ranks: RankPoo
 
 def run_with_nan(config: RunConfig, cache: str) -> tuple[str, bool]:
     training = build(config, CPU, Path(cache))
-    before = [p.full_tensor().clone() for p in training.step.loss.parameters()]
+    before = [whole_of(p).clone() for p in training.step.loss.parameters()]
     with torch.no_grad():
-        next(training.step.loss.parameters()).to_local()[0, 0] = float("nan")
+        local_of(next(training.step.loss.parameters()))[0, 0] = float("nan")
     message = "nothing was raised"
     try:
         training.step.run(0)
     except Exception as problem:
         message = str(problem)
-    after = [p.full_tensor() for p in training.step.loss.parameters()]
+    after = [whole_of(p) for p in training.step.loss.parameters()]
     return message, all(torch.equal(a, b) for a, b in list(zip(before, after, strict=True))[1:])
 
 
