@@ -14,6 +14,7 @@ from typing import Any
 
 import botocore.session
 import pytest
+from moto.core.config import default_user_config
 from tests.infra.test_terraform import MODULE, plugin_folder
 from tests.support.cloud import KEYS, api
 
@@ -59,9 +60,11 @@ class Applied:
 
 
 @pytest.fixture
-def mocked(tmp_path: Path) -> Iterator[Applied]:
+def mocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Applied]:
     """The module without what the mocked cloud does not know, initialised."""
     plugins = plugin_folder()
+    # AWS's own policies, which roles are given.
+    monkeypatch.setitem(default_user_config["iam"], "load_aws_managed_policies", True)
     folder = tmp_path / "aws"
     shutil.copytree(MODULE, folder, ignore=shutil.ignore_patterns("tests"))
     (folder / "override.tf").write_text(_MOCKED, encoding="utf-8")
