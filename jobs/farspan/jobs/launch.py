@@ -15,10 +15,7 @@ from pathlib import Path
 
 import ray
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
-<<<<<<< HEAD
 from ray.exceptions import AuthenticationError
-=======
->>>>>>> launch
 
 from farspan.errors import ClusterError
 from farspan.jobs.knock import knock
