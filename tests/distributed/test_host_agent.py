@@ -56,7 +56,8 @@ def test_the_pages_of_a_worker_that_was_killed_are_found_by_another_process(page
         assert again[0] == tokens
         assert again[1] == pytest.approx(logprobs, abs=1e-9)
         assert again[2] == 60
-        assert shared_memory_of(keeper.pid) == MIB // page_bytes * page_bytes
+        # Mappings end at a page of the machine.
+        assert MIB - page_bytes < shared_memory_of(keeper.pid) <= MIB
 
 
 def test_a_worker_killed_in_the_middle_of_a_store_leaves_no_block_and_no_slot_behind():

@@ -26,6 +26,8 @@ WAIT_S = 60.0
 def started(work: Any, *args: Any) -> Iterator[tuple[ForkServerProcess, Connection]]:
     """A process that runs `work(pipe, *args)`, and our end of the pipe; killed at the end of the block."""
     context = multiprocessing.get_context("forkserver")
+    # Torch is imported once for all of them.
+    context.set_forkserver_preload(["tests.support.host_processes"])
     ours, theirs = context.Pipe()
     process = context.Process(target=work, args=(theirs, *args), daemon=True)
     process.start()
