@@ -31,6 +31,9 @@ BODY_TIMEOUT_S = 2.0
 OTHERS = 512
 
 
+pytestmark = pytest.mark.soak
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     made = tmp_path_factory.mktemp("clients")
@@ -173,7 +176,6 @@ def _holds(process: Path, inodes: set[str]) -> bool:
     return any(f"socket:[{inode}]" in links for inode in inodes)
 
 
-@pytest.mark.soak
 def test_ten_thousand_idle_and_half_asked_connections_cost_bounded_memory_and_delay_nobody(running):
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     count = min(IDLE, most - OTHERS)

@@ -152,6 +152,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 90.0) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.soak
 def test_workers_come_with_the_load_and_go_with_it_and_no_stream_is_broken(ray_cluster, folder, tmp_path):
     expected = references(folder)
     decode = RoleConfig(replicas=1, min_replicas=1, max_replicas=2, cpus=0.5)
