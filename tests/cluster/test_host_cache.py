@@ -111,6 +111,7 @@ def agents() -> list[str]:
     ]
 
 
+@pytest.mark.soak
 def test_a_killed_worker_loses_no_pages_and_the_next_one_gives_the_same_answer(ray_cluster, tmp_path):
     write_tiny_model(tmp_path / "tiny")
     prompt = TEXT[:9_500]
