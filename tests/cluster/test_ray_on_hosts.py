@@ -132,6 +132,7 @@ def test_a_cut_host_is_noticed_in_time_and_its_task_runs_again(cluster: RayHosts
     assert driver.end()[0] == 0
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(("num_chars", "route"), [(LONG_CHARS, "split"), (SHORT_CHARS, "colocated")])
 def test_a_prompt_computed_on_one_host_is_answered_on_another_as_by_generate(
     endpoint: Endpoint, plain: Generate, num_chars: int, route: str
