@@ -11,12 +11,12 @@ import mmap
 import os
 import sys
 import weakref
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from farspan.errors import TierError
+from farspan.memory.available import available_bytes
 from farspan.memory.inplace import InPlaceTier
 from farspan.memory.tier import Region
 
@@ -86,16 +86,6 @@ class SharedTier(InPlaceTier):
     def _shut(self) -> None:
         self._memory_SB = torch.empty(0, dtype=torch.uint8)
         self._close_file()
-
-
-def available_bytes() -> int:
-    """Memory that this process may still take: what the host has, within the limit of its container."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (most := limit.read_text(encoding="ascii").strip()) != "max":
-        free = min(free, int(most) - int(used.read_text(encoding="ascii")))
-    return free
 
 
 def _refuse_file(file: int, nbytes: int) -> None:

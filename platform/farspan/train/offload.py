@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from farspan.activations.memo_tokens import memo_contexts
 from farspan.activations.offload import ActivationOffload, OffloadReport
 from farspan.config.schema import MemoryConfig
 from farspan.errors import ConfigError
+from farspan.memory.available import available_bytes
 from farspan.memory.host import DramTier
 from farspan.memory.inplace import InPlaceTier
 from farspan.memory.open import open_tiers
@@ -132,11 +132,3 @@ class ArenaMemory:
             region = self._regions.popitem()[1]
             region.tier.free(region)
         self._tiers.close()
-
-
-def available_bytes() -> int:
-    """Memory of this host that nobody uses, as the kernel estimates it."""
-    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("the kernel tells no MemAvailable")
