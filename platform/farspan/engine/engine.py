@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 from farspan.config.schema import EngineConfig
 from farspan.engine.adapters import Adapters
 from farspan.engine.advance import Advanced, Ends, advance, collect_prompt_logprobs, wants_prompt_logprobs
+from farspan.engine.beyond import host_traffic, page_offload, prefix_cache
 from farspan.engine.burden import Burden, burden_of
 from farspan.engine.check import check_prompt
 from farspan.engine.draft import Ask, Drafter, DraftRoom, SuffixDrafter, allowed_draft, draft_limit, split_room
@@ -25,7 +25,7 @@ from farspan.engine.fairness import Claim, Service, fair_order
 from farspan.engine.faster import speed_up
 from farspan.engine.history import Recall
 from farspan.engine.holdings import Holdings
-from farspan.engine.path import Path, open_path
+from farspan.engine.path import open_path
 from farspan.engine.request import (
     Completion,
     Event,
@@ -41,13 +41,10 @@ from farspan.engine.sampler import UNSOUND
 from farspan.engine.scheduler import Chunk, Limits, Row, schedule
 from farspan.engine.tables import fill_table, held_pages, lasting_pages
 from farspan.engine.terms import PLAIN_TERMS, Terms
-from farspan.errors import ConfigError, EngineError, RequestError
-from farspan.kv.host_cache import BlockCache, HostCache
-from farspan.kv.host_traffic import HostTraffic
+from farspan.errors import EngineError, RequestError
+from farspan.kv.host_cache import BlockCache
 from farspan.kv.layout import KvLayout
-from farspan.kv.offload import PageOffload
 from farspan.kv.prefix import OPEN_SCOPE, PrefixCache, PrefixScope
-from farspan.memory.host import DramTier
 
 # An iteration with nothing to compute waits so long for pages from host memory, then lets its caller look around.
 _HOST_WAIT_S = 0.005
@@ -107,8 +104,8 @@ class Engine:
         self._taken: dict[str, SequenceState] = {}
         self._num_arrived = 0
         self._stalled = False
-        self._prefix, offload = _prefix_cache(path, config), _offload(path, config)
-        self.host = _host_traffic(path, config, self._prefix, host_cache, clock)
+        self._prefix, offload = prefix_cache(path, config), page_offload(path, config)
+        self.host = host_traffic(path, config, self._prefix, host_cache, clock)
         self._holdings = Holdings(
             self.pool, self._prefix, offload, clock, path.states, config.max_batch_tokens, self.host
         )
@@ -517,47 +514,6 @@ class Engine:
 def _rank(sequence: SequenceState) -> tuple[int, int]:
     """The first in this order is never preempted for another."""
     return -sequence.terms.priority, sequence.arrival
-
-
-def _prefix_cache(path: Path, config: EngineConfig) -> PrefixCache | None:
-    """None for a model with states: pages alone do not bring its state back."""
-    return PrefixCache(path.pool) if config.prefix_cache and path.states is None else None
-
-
-def _host_traffic(
-    path: Path,
-    config: EngineConfig,
-    prefix: PrefixCache | None,
-    host_cache: Callable[[KvLayout], BlockCache] | None,
-    clock: Callable[[], float],
-) -> HostTraffic | None:
-    if not config.host_cache_bytes:
-        return None
-    if prefix is None:
-        raise ConfigError(
-            "engine.host_cache_bytes",
-            f"must be 0 for a model or a config that finds no pages again (path: {path.name})",
-            config.host_cache_bytes,
-            "leave it out, or set engine.prefix_cache=true for a model without a state per sequence",
-        )
-    layout = path.pool.layout
-    if host_cache is not None:
-        return HostTraffic(path.pool, prefix, partial(host_cache, layout), clock)
-    own = HostCache.alone(config.host_cache_bytes, layout.page_bytes)
-    return HostTraffic(path.pool, prefix, lambda: own, clock)
-
-
-def _offload(path: Path, config: EngineConfig) -> PageOffload | None:
-    if not config.offload_bytes:
-        return None
-    if not path.pages_are_all:
-        raise ConfigError(
-            "engine.offload_bytes",
-            f"must be 0 for a model that keeps all or part of a sequence outside of pages (path: {path.name})",
-            config.offload_bytes,
-            "leave it out: preempted sequences are computed again",
-        )
-    return PageOffload(path.pool, DramTier(config.offload_bytes, device=path.pool.device))
 
 
 def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
