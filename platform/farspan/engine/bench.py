@@ -26,6 +26,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from farspan.engine.bench_contenders import BATCHED, FARSPAN, GENERATE, VLLM
 from farspan.errors import ClusterError, ConfigError
@@ -362,13 +363,15 @@ class _Comparison:
         return rows
 
 
+def bench_model(settings: dict[str, int], dtype: str) -> PreTrainedModel:
+    """A random Llama, the same everywhere. No token ends an answer: whoever is asked computes as many as are wanted."""
+    fixed = {"tie_word_embeddings": True, "dtype": dtype, "eos_token_id": None, "bos_token_id": None}
+    return random_causal_lm(make_config("llama", {**settings, **fixed}, {}), 0).to(getattr(torch, dtype))
+
+
 def write_checkpoint(bench: EngineBench, folder: Path) -> tuple[int, int]:
     """A random model without a tokenizer; (weights, their bytes)."""
-    torch.manual_seed(0)
-    # No token ends an answer: every contender computes as many as it is asked for.
-    fixed = {"tie_word_embeddings": True, "dtype": bench.dtype, "eos_token_id": None, "bos_token_id": None}
-    config = make_config("llama", {**bench.settings, **fixed}, {})
-    model = random_causal_lm(config, 0).to(getattr(torch, bench.dtype))
+    model = bench_model(bench.settings, bench.dtype)
     model.save_pretrained(folder)
     return model.num_parameters(), sum(p.numel() * p.element_size() for p in model.parameters())
 

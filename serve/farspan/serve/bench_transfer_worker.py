@@ -13,12 +13,11 @@ import numpy as np
 import torch
 
 from farspan.config.schema import EngineConfig, TransferConfig
-from farspan.engine.bench import EngineBench
+from farspan.engine.bench import EngineBench, bench_model
 from farspan.engine.engine import Engine
 from farspan.errors import FarspanError
 from farspan.kv.ticket import KvOffer, KvTicket
 from farspan.kv.transports.nixl import NixlTransport, adjacent_runs
-from farspan.models.checkpoint import make_config, random_causal_lm
 from farspan.serve.host import EngineHost
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, Pulled, Tokens
 
@@ -72,10 +71,7 @@ def run_worker(role: str, pipe: Any, bench: TransferBench) -> None:
 class _Worker:
     def __init__(self, role: str, pipe: Any, bench: TransferBench) -> None:
         self._pipe = pipe
-        # No token ends an answer.
-        fixed = {"tie_word_embeddings": True, "dtype": bench.dtype, "eos_token_id": None, "bos_token_id": None}
-        config = make_config("llama", {**bench.settings, **fixed}, {})
-        model = random_causal_lm(config, 0).to(getattr(torch, bench.dtype))
+        model = bench_model(bench.settings, bench.dtype)
         if torch.cuda.is_available():
             model = model.to("cuda")
         settings = EngineConfig(dtype=bench.dtype, kv_bytes=bench.kv_bytes, max_batch_tokens=bench.max_batch_tokens)
