@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from farspan.config.schema import EngineConfig, RoleConfig, ServeConfig, TransferConfig
 from farspan.engine.bench import EngineBench, Work, contender, write_checkpoint
 from farspan.engine.bench_contenders import FARSPAN
+from farspan.errors import ClusterError
 from farspan.serve.app import run_app
 from farspan.serve.bench_client import BenchClient, Streamed
 from farspan.serve.port import free_port
@@ -180,15 +181,17 @@ async def _interference(bench: ServeBench, client: BenchClient) -> Gaps:
     shorts = Work("short", bench.running, 32, 1).prompts(vocab_size, seed + 1)
     watched = [_Watched(client, prompt, room) for prompt in shorts]
     try:
-        await asyncio.gather(*(one.started() for one in watched))
-        began = time.perf_counter()
-        while min(len(one.streamed.at_s) for one in watched) < bench.work.new_tokens // 2:
-            await asyncio.sleep(0.05)
+        async with asyncio.timeout(bench.engine.deadline_s):
+            await asyncio.gather(*(one.has(1) for one in watched))
+            began = time.perf_counter()
+            await asyncio.gather(*(one.has(bench.work.new_tokens // 2) for one in watched))
         arriving = time.perf_counter()
         for prompt in longs:
             await client.stream(prompt, 1)
         over = time.perf_counter()
         logger.info("%d prompts of %d tokens in %.1f s", len(longs), bench.long_tokens, over - arriving)
+    except TimeoutError:
+        raise ClusterError(f"the streams did not get on within {bench.engine.deadline_s:g} s") from None
     finally:
         await asyncio.gather(*(one.stop() for one in watched))
     return Gaps(
@@ -204,10 +207,11 @@ class _Watched:
         self.streamed = Streamed(time.perf_counter())
         self._task = asyncio.ensure_future(client.watch(prompt, new_tokens, self.streamed))
 
-    async def started(self) -> None:
-        while not self.streamed.at_s:
+    async def has(self, count: int) -> None:
+        """Wait until so many events came. Raises ClusterError when it ends before."""
+        while len(self.streamed.at_s) < count:
             if self._task.done():
-                self._task.result()
+                raise ClusterError(f"a stream broke off: {self._task.exception() or 'it is shorter than asked for'}")
             await asyncio.sleep(0.01)
 
     async def stop(self) -> None:
