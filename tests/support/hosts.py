@@ -22,7 +22,7 @@ import pytest
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _DEADLINE_S = 30.0
-_NEEDS = ("ip", "unshare", "nsenter", "tc", "mount")
+_NEEDS = ("ip", "unshare", "nsenter", "setpriv", "tc", "mount")
 # Names first: they lie in /tmp, which each host then has of its own, as shared memory; then it waits to be killed.
 _SETUP = """
 set -e
@@ -166,8 +166,10 @@ def _host(name: str, address: str, netns: str, bridge: str, setup: str) -> Host:
         _do("ip", "-n", netns, *words)
     # Also no shared memory of System V: a transport would find it and never touch the wire.
     inside = ("unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "--kill-child")
+    # A test process that is ended from outside takes its hosts along.
+    tied = ("setpriv", "--pdeathsig", "KILL")
     first = subprocess.Popen(
-        ["ip", "netns", "exec", netns, *inside, "sh", "-c", setup],
+        ["ip", "netns", "exec", netns, *tied, *inside, "sh", "-c", setup],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
