@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
 
 from farspan.kv.prefix import PrefixScope, chain_of
-from farspan.serve.autoscale import Signals
+from farspan.serve.autoscale import Objectives, Signals
 from farspan.serve.load import LoadTable, WorkerLoad
 from farspan.serve.messages import GenerationRequest
 from farspan.serve.policy import Asked, Place, Route, Rules, choose_route
@@ -25,19 +24,11 @@ _OVER_S = 20.0
 _ANSWER_TOKENS = 128
 
 
-@dataclass(frozen=True, slots=True)
-class Aims:
-    """What clients should see."""
-
-    first_token_s: float = 2.0
-    token_s: float = 0.1
-
-
 class Guide:
     """Of one ingress. `clock`: monotonic seconds."""
 
-    def __init__(self, rules: Rules, aims: Aims, clock: Callable[[], float] = time.monotonic) -> None:
-        self._rules, self._aims, self._clock = rules, aims, clock
+    def __init__(self, rules: Rules, objectives: Objectives, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rules, self._objectives, self._clock = rules, objectives, clock
         self.times = Predictor()
         self._table = LoadTable(_STALE_S)
         self._roles, self._quotas = Roles(), dict[str, Quota]()
@@ -177,6 +168,6 @@ class Guide:
         low, high = 1, max(1, workers[0].max_sequences)
         while low < high:
             middle = (low + high + 1) // 2
-            in_time = self.times.decode_s(kind, middle, middle * each) <= self._aims.token_s
+            in_time = self.times.decode_s(kind, middle, middle * each) <= self._objectives.token_s
             low, high = (middle, high) if in_time else (low, middle - 1)
         return low / max(1e-9, self.times.decode_s(kind, low, low * each))

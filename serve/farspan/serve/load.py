@@ -115,9 +115,7 @@ class LoadTable:
 
     def fresh(self, now_s: float) -> list[WorkerLoad]:
         """Workers that were heard of lately, with what was sent to them since."""
-        return [
-            _with_sent(known) for known in self._known.values() if now_s - known.at_s <= self._stale_s
-        ]  # fmt: skip
+        return [_with_sent(known) for known in self._known.values() if now_s - known.at_s <= self._stale_s]
 
     def sent(self, worker: str, num_tokens: int, now_s: float) -> None:
         """A prompt goes to a worker: until its next snapshot shows it, it is counted here."""

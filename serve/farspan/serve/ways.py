@@ -9,8 +9,9 @@ from typing import Protocol
 
 from farspan.config.schema import ServeConfig
 from farspan.serve.along import Along, PlacedWorkers
+from farspan.serve.autoscale import Objectives
 from farspan.serve.faults import too_late
-from farspan.serve.guide import Aims, Guide
+from farspan.serve.guide import Guide
 from farspan.serve.load import WorkerLoad
 from farspan.serve.messages import GenerationRequest
 from farspan.serve.policy import Route, Rules
@@ -75,7 +76,7 @@ class GuidedWays:
     def __init__(self, workers: HeardWorkers, config: ServeConfig) -> None:
         aims, transfer = config.objectives, config.transfer
         rules = Rules(transfer.colocate_below_tokens, transfer.split == "always")
-        self.guide = Guide(rules, Aims(aims.first_token_s, aims.token_s))
+        self.guide = Guide(rules, Objectives(aims.first_token_s, aims.token_s))
         self._workers, self._start_timeout_s = workers, config.start_timeout_s
         self._hearing: asyncio.Task[None] | None = None
 

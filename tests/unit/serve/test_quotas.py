@@ -9,7 +9,8 @@ from tests.support.serve_simulator import MAX_BATCH, MAX_SEQUENCES, Cluster, Job
 from tests.unit.serve.loads import worker
 
 from farspan.engine.request import SamplingParams
-from farspan.serve.guide import Aims, Guide
+from farspan.serve.autoscale import Objectives
+from farspan.serve.guide import Guide
 from farspan.serve.load import WorkerLoad
 from farspan.serve.messages import GenerationRequest
 from farspan.serve.policy import Route, Rules
@@ -139,7 +140,7 @@ def adaptive(seed: int) -> tuple[float, list[int]]:
 
     cluster = Cluster(4, route, tick)
     cluster.finished = finished
-    guide = Guide(Rules(), Aims(FIRST_TOKEN_S, TOKEN_S), clock=lambda: cluster.now_s)
+    guide = Guide(Rules(), Objectives(FIRST_TOKEN_S, TOKEN_S), clock=lambda: cluster.now_s)
     jobs = flipping(seed)
     cluster.run(jobs, 3 * HALF_S)
     return goodput(jobs), roles
