@@ -37,6 +37,7 @@ check: setup
 	@echo "==> types"; $(BIN)/mypy
 	@echo "==> import rules"; $(BIN)/lint-imports
 	@echo "==> layout"; $(BIN)/python -m pytest -q tests/layout
+	@echo "==> every test can be collected"; $(BIN)/python -m pytest -q --collect-only -m "" tests > .venv/collected || { tail -30 .venv/collected; exit 1; }
 
 test: setup
 	@echo "==> tests of one process"

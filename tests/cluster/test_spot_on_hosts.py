@@ -1,15 +1,10 @@
 """EC2 takes a spot node back: Ray starts nothing more on it and goes on elsewhere. Of EC2 only the notice is a fake."""
 
-import subprocess
-import sys
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
-from tests.cluster.test_ray_on_hosts import RayHosts, ray_on_hosts, wait_for
-from tests.support.hosts import Host
+from tests.support.ray_hosts import Process, RayHosts, ray_on_hosts
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 _PATIENCE_S = 60.0
 _TASKS = """
 import os, sys
@@ -29,43 +24,37 @@ print("ran on", ray.get(task, timeout=120), flush=True)
 """
 
 
-def metadata(host: Host, cluster: RayHosts) -> subprocess.Popen[bytes]:
-    """EC2's metadata service at its own address on a host."""
-    answer = host.run("ip", "address", "add", "169.254.169.254/32", "dev", "lo")
+def start_metadata(cluster: RayHosts, host: int) -> None:
+    """EC2's metadata service at its own address on a host; it tells what the file `notice` says."""
+    answer = cluster.made[host].run("ip", "address", "add", "169.254.169.254/32", "dev", "lo")
     assert answer.returncode == 0, answer.stderr
-    notice, log = cluster.folder / "notice", cluster.folder / "metadata.log"
-    command = (sys.executable, "-m", "tests.support.metadata", "169.254.169.254", "80", str(notice))
-    server = host.start(*command, log=log, env=cluster.environment(PYTHONPATH=str(REPOSITORY)))
-    wait_for(log, "listens", server)
-    return server
+    words = ("-m", "tests.support.metadata", "169.254.169.254", "80", str(cluster.folder / "notice"))
+    cluster.python(host, *words, log="metadata.log").wait_for("listens")
 
 
 @pytest.mark.soak
 def test_a_node_that_ec2_takes_back_gets_no_new_task_and_another_node_does() -> None:
-    with ray_on_hosts() as cluster:
-        spot = cluster.made[1]
-        metadata(spot, cluster)
-        log = cluster.folder / "watch.log"
-        command = (sys.executable, "-m", "farspan.cli.main", "cluster", "watch-spot", "--poll", "0.2")
-        watcher = spot.start(*command, log=log, env=cluster.environment())
-        wait_for(log, "watching http://169.254.169.254", watcher)
+    with ray_on_hosts({"CPU": 1}) as cluster:
+        start_metadata(cluster, 1)
+        watcher = cluster.farspan(1, "cluster", "watch-spot", "--poll", "0.2", log="watch.log")
+        watcher.wait_for("watching http://169.254.169.254")
 
-        def tasks(*words: str, log: str) -> subprocess.Popen[bytes]:
-            command = (sys.executable, "-c", _TASKS, cluster.address, *words)
-            return cluster.made[0].start(*command, log=cluster.folder / log, env=cluster.environment())
+        def start_task(*words: str, log: str) -> Process:
+            return cluster.python(0, "-c", _TASKS, cluster.address, *words, log=log)
 
-        before = tasks(log="before.log")
-        assert "ran on host1" in wait_for(cluster.folder / "before.log", "ran on", before)
+        assert "ran on host1" in start_task(log="before.log").wait_for("ran on")
 
         at = datetime.now(UTC) + timedelta(minutes=2)
         written = cluster.folder / "writing"
         written.write_text(f'{{"action": "terminate", "time": "{at:%Y-%m-%dT%H:%M:%SZ}"}}', encoding="ascii")
         written.rename(cluster.folder / "notice")
-        assert "EC2 will terminate this machine" in wait_for(log, "Ray drains this node", watcher)
-        assert watcher.wait(_PATIENCE_S) == 0
+        code, said = watcher.end(_PATIENCE_S)
+        assert code == 0
+        assert "EC2 will terminate this machine" in said
+        assert "Ray drains this node" in said
 
-        after = tasks("held", log="after.log")
-        assert "held back" in wait_for(cluster.folder / "after.log", "held back", after)
-        cluster.start(0, f"--address={cluster.address}", "--num-cpus=1", log="other.log")
-        assert "ran on host0" in wait_for(cluster.folder / "after.log", "ran on", after)
-        assert after.wait(_PATIENCE_S) == 0
+        after = start_task("held", log="after.log")
+        after.wait_for("held back")
+        cluster.worker(0, {"CPU": 1}, log="other.log")
+        assert "ran on host0" in after.wait_for("ran on")
+        assert after.end(_PATIENCE_S)[0] == 0
