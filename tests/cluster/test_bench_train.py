@@ -37,14 +37,22 @@ def test_a_job_of_twenty_steps_has_the_loss_curve_of_plain_transformers_and_torc
     assert curve["steps"] == 20
     assert "wrong" not in curve, curve
     assert curve["largest difference"] < 1e-4
+    assert 0 < curve["plain's own, from weights one rounding away"] < 1e-4
     assert curve["job's loss at the end"] < 0.9 * curve["first loss"]
 
 
 def test_curves_that_part_are_wrong_also_where_one_is_not_a_number() -> None:
     same = (3.0, 2.0, 1.0)
-    assert "wrong" not in curve_row(same, (3.0, 2.0, 1.0005), 1)
-    assert "wrong" in curve_row(same, (3.0, 2.002, 1.0), 1)
-    assert "wrong" in curve_row((math.nan, 2.0, 1.0), same, 1)
+    assert "wrong" not in curve_row(same, (3.0, 2.0, 1.0005), same, 1)
+    assert "wrong" in curve_row(same, (3.0, 2.002, 1.0), (3.0, 2.002, 1.0), 1)
+    assert "wrong" in curve_row((math.nan, 2.0, 1.0), same, same, 1)
+    assert "wrong" in curve_row((3.0, math.nan, 1.0), same, (3.0, 2.1, 1.0), 1)
+
+
+def test_curves_may_part_as_far_as_rounding_takes_the_plain_loop_from_itself_and_no_further() -> None:
+    plain, disturbed = (3.0, 2.0, 1.0), (3.0, 2.004, 1.0)
+    assert "wrong" not in curve_row((3.0, 2.0, 1.003), plain, disturbed, 1)
+    assert "wrong" in curve_row((3.0, 2.0, 1.005), plain, disturbed, 1)
 
 
 def _indented(text: str) -> str:

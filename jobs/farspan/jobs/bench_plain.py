@@ -44,30 +44,35 @@ class PlainRun:
     seed: int
     threads: int
     optim: OptimConfig
+    rates: tuple[float, ...]
+    """Learning rate of each step."""
+    noise: float = 0.0
+    """Each weight begins as itself times 1 + this times a number of a normal distribution."""
 
 
-def run_plain(run: PlainRun, num_steps: int, deadline_s: float) -> Course:
-    """The first steps of the loop.
+def run_plain(run: PlainRun, deadline_s: float) -> Course:
+    """The loop over all its learning rates.
 
     Raises:
         ClusterError: its process died, or gave no answer until the deadline.
     """
-    found = ask_apart(_in_process, (run, num_steps), "the plain loop", deadline_s)
+    found = ask_apart(_in_process, (run,), "the plain loop", deadline_s)
     assert isinstance(found, Course), "the process sends what it did"
     return found
 
 
-def _in_process(pipe: Connection, run: PlainRun, num_steps: int) -> None:
+def _in_process(pipe: Connection, run: PlainRun) -> None:
     torch.set_num_threads(run.threads)
     tokens_NT, labels_NT, positions_NT = (
         torch.from_numpy(np.load(run.tokens / f"{name}.npy", allow_pickle=False))
         for name in ("tokens", "labels", "positions")
     )
     model = random_causal_lm(make_config(run.architecture, run.settings, {}), run.seed)
+    _disturb(model, run)
     model.train()
     optimizer = _adamw(model, run.optim)
     losses, ends_s = [], []
-    for step in range(num_steps):
+    for step, rate in enumerate(run.rates):
         # Positions that begin again tell transformers where documents begin.
         logits_1TV = model(
             input_ids=tokens_NT[step : step + 1], position_ids=positions_NT[step : step + 1], use_cache=False
@@ -75,11 +80,20 @@ def _in_process(pipe: Connection, run: PlainRun, num_steps: int) -> None:
         loss = torch.nn.functional.cross_entropy(logits_1TV[0], labels_NT[step], ignore_index=IGNORED_LABEL)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), run.optim.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
         ends_s.append(time.monotonic())
     pipe.send(Course(tuple(losses), tuple(ends_s)))
+
+
+def _disturb(model: torch.nn.Module, run: PlainRun) -> None:
+    generator = torch.Generator().manual_seed(run.seed + 1)
+    with torch.no_grad():
+        for weight in model.parameters() if run.noise else ():
+            weight *= 1 + run.noise * torch.randn(weight.shape, generator=generator)
 
 
 def _adamw(model: torch.nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
