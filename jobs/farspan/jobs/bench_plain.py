@@ -93,7 +93,7 @@ def _disturb(model: torch.nn.Module, run: PlainRun) -> None:
     generator = torch.Generator().manual_seed(run.seed + 1)
     with torch.no_grad():
         for weight in model.parameters() if run.noise else ():
-            weight *= 1 + run.noise * torch.randn(weight.shape, generator=generator)
+            weight.mul_(1 + run.noise * torch.randn(weight.shape, generator=generator))
 
 
 def _adamw(model: torch.nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:

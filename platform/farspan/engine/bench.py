@@ -1,9 +1,10 @@
 """The engine beside its peers on the same checkpoint and prompts, in one run: `farspan bench engine`.
 
 Every contender is a process of its own that is asked through pipes (bench_contenders.py); they take turns, so that a
-machine whose speed drifts drifts for all. Prompts are new in every turn: nobody finds an earlier turn's in a cache.
-Answers are greedy. Before anything is timed, each contender's tokens are held against transformers in fp32: a token
-that is not the best one within what bf16 can tell is a wrong answer, which has no speed.
+machine whose speed drifts drifts for all, and who is not asked stands still. Prompts are new in every turn: nobody
+finds an earlier turn's in a cache. Answers are greedy. Before anything is timed, each contender's tokens are held
+against transformers in fp32: a token that is not the best one within what bf16 can tell is a wrong answer, which has no
+speed.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class LateError(ClusterError):
 
 
 class Contender:
-    """A running process and its pipes."""
+    """A running process and its pipes. It stands still while it is not asked: some spin while they wait."""
 
     def __init__(self, name: str, process: subprocess.Popen[bytes], answers: int) -> None:
         self.name, self._process, self._answers = name, process, answers
@@ -116,6 +117,7 @@ class Contender:
         """(seconds, tokens of each answer). Raises ClusterError when it died, LateError at the deadline."""
         left = json.dumps({"prompts": prompts, "new_tokens": new_tokens}).encode() + b"\n"
         end = time.monotonic() + deadline_s
+        self._signal(signal.SIGCONT)
         try:
             while left:
                 self._wait(self._questions, selectors.EVENT_WRITE, end)
@@ -123,7 +125,12 @@ class Contender:
         except BrokenPipeError:
             raise self._dead() from None
         found = self.hear(end - time.monotonic())
+        self.stand_still()
         return found["seconds"], found["tokens"]
+
+    def stand_still(self) -> None:
+        """Stop its processes until it is asked again."""
+        self._signal(signal.SIGSTOP)
 
     def hear(self, deadline_s: float) -> dict[str, Any]:
         """Its next line. Raises as `ask` does."""
@@ -142,6 +149,10 @@ class Contender:
             selector.register(descriptor, event)
             if not selector.select(max(0.0, end - time.monotonic())):
                 raise LateError(f"{self.name} gave no answer in time")
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
 
     def _dead(self) -> ClusterError:
         return ClusterError(f"{self.name} died with code {self._process.wait(_END_S)}")
@@ -177,6 +188,7 @@ def contender(name: str, folder: Path, bench: EngineBench, log: Path) -> Iterato
         except ClusterError as problem:
             last = log.read_text(errors="replace").strip().splitlines()[-1:]
             raise ClusterError(f"{problem}: {' '.join(last)[:300]}") from None
+        found.stand_still()
         yield found
     finally:
         _end(process)
@@ -192,6 +204,8 @@ def _environment(bench: EngineBench) -> dict[str, str]:
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Whoever has no question left ends by itself; then whatever is left of it, its own processes too."""
     assert process.stdin is not None
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGCONT)
     with suppress(BrokenPipeError):
         process.stdin.close()
     with suppress(subprocess.TimeoutExpired):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -100,11 +102,17 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
 
 def accepts(model: nn.Module, name: str) -> bool:
     """Whether the model's forward has an argument of this name."""
-    return name in inspect.signature(model.forward).parameters
+    return name in _arguments(type(model).forward)
 
 
 def _takes_anything(model: nn.Module) -> bool:
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
+    return any(kind is inspect.Parameter.VAR_KEYWORD for kind in _arguments(type(model).forward).values())
+
+
+@lru_cache(maxsize=64)
+def _arguments(forward: Callable[..., Any]) -> dict[str, Any]:
+    """Names and kinds. Asked for in every forward, and slow to find."""
+    return {name: parameter.kind for name, parameter in inspect.signature(forward).parameters.items()}
 
 
 def fingerprint_model(model: PreTrainedModel) -> str:

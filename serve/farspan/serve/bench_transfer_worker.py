@@ -17,7 +17,7 @@ from farspan.engine.bench import EngineBench, bench_model
 from farspan.engine.engine import Engine
 from farspan.errors import FarspanError
 from farspan.kv.ticket import KvOffer, KvTicket
-from farspan.kv.transports.nixl import NixlTransport, adjacent_runs
+from farspan.kv.transports.nixl import NixlTransport, adjacent_runs, make_agent
 from farspan.serve.host import EngineHost
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, Pulled, Tokens
 
@@ -160,10 +160,8 @@ class _BareReader:
     """NIXL without anything around it."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
-        from nixl._api import nixl_agent, nixl_agent_config
-
         self._memory_B = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        self._agent = nixl_agent("bare", nixl_agent_config(backends=["UCX"]))
+        self._agent = make_agent("bare")
         self._agent.register_memory([self._memory_B])
         self._kind, self._device = "VRAM" if device.type == "cuda" else "DRAM", device.index or 0
         self._peers: set[str] = set()

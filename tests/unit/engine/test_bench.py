@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from farspan.engine import bench
-from farspan.engine.bench import EngineBench, Work, bench_engine, how_far_below
+from farspan.engine.bench import EngineBench, Work, bench_engine, contender, how_far_below
 from farspan.engine.bench_contenders import FARSPAN, GENERATE, VLLM
 from farspan.errors import ClusterError, ConfigError
 
@@ -104,6 +106,22 @@ def test_a_contender_that_is_late_is_not_waited_for_and_leaves_no_process(
     assert [row["contender"] for row in rows if "seconds" in row] == [FARSPAN]
     commands = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline") if file.exists()]
     assert b"sleep\x00987.25\x00" not in commands
+
+
+def test_who_is_not_asked_stands_still(tmp_path: Path) -> None:
+    bench_of_one = small(vllm_python=stand_in(tmp_path, "pass"))
+
+    def wait_until_it_stands() -> None:
+        (process,) = psutil.Process().children()
+        deadline = time.monotonic() + 30
+        while process.status() != psutil.STATUS_STOPPED:
+            assert time.monotonic() < deadline, process.status()
+
+    with contender(VLLM, tmp_path, bench_of_one, tmp_path / "log") as it:
+        wait_until_it_stands()
+        assert it.ask([[1]], 1, 30.0) == (1.0, [[3]])
+        wait_until_it_stands()
+    assert psutil.Process().children() == []
 
 
 def test_a_contender_that_dies_is_named_with_its_last_words(tmp_path: Path) -> None:

@@ -64,6 +64,17 @@ def finished(read) -> ReadStatus:
     return status
 
 
+def test_two_ends_between_which_nothing_travels_take_no_processor(ends):
+    source, receiver, _ = ends
+    before, began = time.process_time(), time.monotonic()
+    time.sleep(0.5)
+    used, passed = time.process_time() - before, time.monotonic() - began
+    assert used < 0.2 * passed, "NIXL's own threads spin: each takes a core"
+    read = receiver.read_epochs(source.address(), [0])
+    assert finished(read) is ReadStatus.DONE
+    read.close()
+
+
 def test_a_read_that_cannot_start_gives_everything_back_and_the_next_one_works(ends):
     source, receiver, counted = ends
     wrong = replace(source.address(), epochs_address=4096)

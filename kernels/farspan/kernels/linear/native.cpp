@@ -20,8 +20,8 @@ constexpr int64_t kLanes = 16;
 #else
 constexpr int64_t kLanes = 8;
 #endif
-// Outputs that a thread computes together for one row.
-constexpr int64_t kOuts = 8;
+// Outputs that a thread computes together for one row, and weights of a cache line.
+constexpr int64_t kOuts = 8, kLine = 32;
 // Many rows: a tile of outputs by rows, whose sums stay in registers; inputs at once, so that the widened weights of a
 // tile stay in the first cache; rows at once, so that their inputs stay in the second.
 constexpr int64_t kTileOuts = 4, kTileRows = 3, kBlock = 2048, kRows = 60;
@@ -130,6 +130,9 @@ void one_row(const Linear& c, int64_t first, const float* x, int64_t row) {
   int64_t whole = c.ins / kLanes * kLanes;
   for (int64_t i = 0; i < whole; i += kLanes) {
     lanes xs = load(x + i);
+    // What the next outputs need: eight streams of a row each are too short for the processor to foresee.
+    if (i % kLine == 0)
+      for (int64_t j = 0; j < kOuts; j++) __builtin_prefetch(w[j] + kOuts * c.weight_row + i);
 #pragma GCC unroll 8
     for (int64_t j = 0; j < kOuts; j++) sums[j] += xs * widen(w[j] + i);
   }

@@ -23,6 +23,8 @@ from farspan.kv.transports.base import EpochRead, Read, ReadStatus
 
 _STATUS = {"PROC": ReadStatus.PENDING, "DONE": ReadStatus.DONE, "ERR": ReadStatus.FAILED}
 _EPOCH_BYTES = 8
+# How long NIXL's own thread waits for an event before it looks by itself.
+_LOOK_EVERY_US = 10_000
 # Workers restart under new names: those not read from for longest are forgotten beyond this many.
 _MOST_PEERS = 256
 
@@ -34,7 +36,7 @@ class NixlTransport:
         """Raises TransferError when NIXL is not installed or has no UCX."""
         self._pool = pool
         self._incarnation = uuid.uuid4().hex
-        self._agent = _make_agent(self._incarnation)
+        self._agent = make_agent(self._incarnation)
         self._registered = [self._agent.register_memory([t]) for t in (pool.storage_PB, pool.epochs_P)]
         self._memory = "VRAM" if pool.device.type == "cuda" else "DRAM"
         self._device = pool.device.index or 0
@@ -200,12 +202,29 @@ def adjacent_runs(remote: list[int], local: list[int]) -> list[tuple[int, int, i
     return runs
 
 
-def _make_agent(name: str) -> Any:
+def make_agent(name: str) -> Any:
+    """A NIXL agent over UCX that takes no processor time while nothing travels.
+
+    NIXL's Python tells the thread of every agent to wait 0 microseconds, which takes a whole core of an idle worker.
+    It has no argument for it: the field of its config is written here.
+
+    Raises TransferError when NIXL is not installed or has no UCX.
+    """
     try:
-        from nixl._api import nixl_agent, nixl_agent_config
+        from nixl import _api as nixl
     except ImportError as problem:
         raise TransferError(name, f"NIXL is not installed ({problem}); it comes with farspan on Linux") from None
-    agent = nixl_agent(name, nixl_agent_config(backends=["UCX"]))
+    binding, plain = nixl.nixlBind, nixl.nixlBind.nixlAgentConfig
+
+    class Waiting(plain):  # type: ignore[misc, valid-type]
+        def __setattr__(self, field: str, value: Any) -> None:
+            super().__setattr__(field, _LOOK_EVERY_US if field == "pthrDelay" else value)
+
+    binding.nixlAgentConfig = Waiting
+    try:
+        agent = nixl.nixl_agent(name, nixl.nixl_agent_config(backends=["UCX"]))
+    finally:
+        binding.nixlAgentConfig = plain
     if "UCX" not in agent.backends:
         raise TransferError(name, "this NIXL has no UCX backend")
     return agent
