@@ -101,7 +101,7 @@ class Cluster:
             self._iterate(machine)
 
     def _iterate(self, machine: Machine) -> None:
-        quota = in_force(machine.quota, len(machine.prompts), len(machine.decoding))
+        quota = in_force(machine.quota, len(machine.prompts), len(machine.decoding), Quota(MAX_BATCH, MAX_SEQUENCES))
         rows = machine.decoding[: quota.decode_tokens or MAX_SEQUENCES][:MAX_SEQUENCES]
         budget = min(MAX_BATCH - len(rows), MAX_BATCH if quota.prefill_tokens is None else quota.prefill_tokens)
         chunks: list[tuple[Job, int]] = []

@@ -106,7 +106,9 @@ class Guide:
     def orders(self) -> dict[str, Orders]:
         """What each worker is told when it is asked next."""
         workers = self.workers
-        self._quotas = self._roles.assign(workers, self.demand())
+        if not self._rules.always_split:
+            # Otherwise it is settled who computes prompts.
+            self._quotas = self._roles.assign(workers, self.demand())
         return {w.worker: Orders(self._table.version(w.worker), self._quotas.get(w.worker)) for w in workers}
 
     def heard(self, load: WorkerLoad, asked_at_s: float) -> None:

@@ -71,9 +71,23 @@ def _quota(worker: WorkerLoad, given: float) -> Quota:
     return Quota(None if given >= 1 else prefill, None if given <= 0 else decode)
 
 
-def in_force(quota: Quota, num_prompting: int, num_decoding: int) -> Quota:
-    """What of a quota holds in an iteration: nothing while there is work of one kind only."""
-    return quota if num_prompting and num_decoding else NO_QUOTA
+def in_force(quota: Quota, num_prompting: int, num_decoding: int, most: Quota) -> Quota:
+    """What of a quota holds in an iteration: nothing while there is work of one kind only.
+
+    Both kinds get at least their part of what is here, counted in requests: what a worker was sent, it must get done,
+    whatever its role is. `most`: what an iteration takes without a quota.
+    """
+    if not num_prompting or not num_decoding:
+        return NO_QUOTA
+    part = num_prompting / (num_prompting + num_decoding)
+    return Quota(
+        _at_least(quota.prefill_tokens, part, most.prefill_tokens),
+        _at_least(quota.decode_tokens, 1 - part, most.decode_tokens),
+    )
+
+
+def _at_least(given: int | None, part: float, most: int | None) -> int | None:
+    return None if given is None or most is None else max(given, math.ceil(part * most))
 
 
 class Roles:

@@ -23,7 +23,8 @@ class Role:
     def keep(self) -> None:
         """Before every iteration."""
         burden = self._engine.burden
-        now = in_force(self.given, len(burden.prompting), burden.num_decoding)
+        most = Quota(self._engine.max_batch_tokens, self._engine.max_sequences)
+        now = in_force(self.given, len(burden.prompting), burden.num_decoding, most)
         wanted = Quota(
             _least(self._most.prefill_tokens, now.prefill_tokens), _least(self._most.decode_tokens, now.decode_tokens)
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -12,9 +11,7 @@ from tests.unit.serve.placed import GuidedServed
 from tests.unit.serve.tiny_folder import TEXT
 
 from farspan.config.schema import ObjectivesConfig, TransferConfig
-from farspan.errors import ClusterError
-from farspan.serve.messages import Failed, GenerationRequest, Tokens
-from farspan.serve.quotas import Orders, Quota
+from farspan.serve.quotas import Quota
 
 PROMPT = TEXT[200:900]
 MAX_TOKENS = 16
@@ -188,50 +185,3 @@ def test_two_workers_turn_round_their_roles_when_the_load_does_and_answer_the_sa
         ask(guided, f"answers{number}", "x", max_tokens=100, ignore_eos=True)
     assert guide.demand().share < mostly_prompts.share
     assert ask(guided, "at last")[0] == expected
-
-
-def test_a_stream_is_not_held_up_by_a_prompt_on_a_worker_for_answers(guided):
-    """With a quota of 16 tokens a prompt of 300 comes in pieces, and the stream gets a token with each of them."""
-
-    async def between(quota: Quota) -> int:
-        host = guided.workers._host("e")
-        await guided.workers.report("e", Orders(quota=quota))
-        stream = host.stream(_request("stream", [5, 6, 7], 400), (), None)
-        await anext(stream)
-        prompt = [(3 * n) % 90 + (quota.prefill_tokens or 0) for n in range(300)]
-        prompting = asyncio.ensure_future(host.prefill(_request("prompt", prompt, 2)))
-        given = 0
-        while not prompting.done():
-            item = await anext(stream)
-            assert isinstance(item, Tokens)
-            given += len(item.tokens)
-        await stream.aclose()
-        prefilled = await prompting
-        await host.release(prefilled.ticket.ticket_id)
-        await host.cancel("stream")
-        return given
-
-    async def run() -> tuple[int, int]:
-        return await between(Quota(16, None)), await between(Quota(None, None))
-
-    by_pieces, whole = asyncio.run(run())
-    assert by_pieces >= 300 // 16
-    assert whole < by_pieces
-
-
-def _request(name: str, prompt: list[int], max_tokens: int) -> GenerationRequest:
-    from farspan.engine.request import SamplingParams
-
-    return GenerationRequest(name, tuple(prompt), SamplingParams(max_tokens=max_tokens, ignore_eos=True))
-
-
-def test_failures_that_another_worker_cannot_mend_are_not_blamed_on_this_one(guided):
-    from farspan.errors import TransferError
-    from farspan.serve.along import Along
-    from farspan.serve.policy import Place, Route
-
-    along = Along(guided.workers, guided.ways.guide, Route(False, "", decode=Place("decode", "d")))
-    along._lose(Place("decode", "d"), Failed(TransferError("r", "the connection broke")))
-    assert along._lost == set()
-    along._lose(Place("decode", "d"), Failed(ClusterError("gone")))
-    assert along._lost == {"d"}

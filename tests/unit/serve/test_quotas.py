@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -41,9 +42,18 @@ def test_workers_for_prompts_give_first():
 
 
 def test_a_quota_holds_only_while_there_is_work_of_both_kinds():
-    quota = Quota(16, 1)
-    assert in_force(quota, 1, 1) == quota
-    assert in_force(quota, 0, 5) == in_force(quota, 5, 0) == NO_QUOTA
+    quota, most = Quota(16, 1), Quota(2048, 64)
+    assert in_force(quota, 0, 5, most) == in_force(quota, 5, 0, most) == NO_QUOTA
+    assert in_force(NO_QUOTA, 3, 5, most) == NO_QUOTA
+
+
+def test_whatever_its_role_a_worker_gets_done_what_it_was_sent():
+    most = Quota(2048, 64)
+    # Sixteen prompts beside a stream are not computed in pieces of 16 tokens, nor does the stream wait for all of them.
+    assert in_force(Quota(16, None), 16, 1, most) == Quota(math.ceil(2048 * 16 / 17), None)
+    assert in_force(Quota(None, 1), 16, 1, most) == Quota(None, 4)
+    assert in_force(Quota(16, None), 1, 15, most) == Quota(128, None)
+    assert in_force(Quota(1000, 60), 1, 15, most) == Quota(1000, 60)
 
 
 def test_roles_move_when_what_arrives_has_changed_and_not_before():
