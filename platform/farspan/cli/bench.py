@@ -27,15 +27,17 @@ def run_bench(
     width: int | None = None,
     layers: int | None = None,
     vllm_env: str | None = None,
+    peers: str = "generate,batching",
+    turns: int = 3,
     long_tokens: int | None = None,
 ) -> None:
     """Run one bench, or all but `train`, which takes half an hour, and `serve`, and show the rows; see `show_results`.
 
-    `minutes`, `width` and `layers` are those of `train`, `vllm_env` is that of `engine`, `long_tokens` that of `serve`.
+    `minutes`, `width` and `layers` are those of `train`; `vllm_env`, `peers` and `turns` those of `engine`;
+    `long_tokens` that of `serve`.
     """
     import torch
 
-    from farspan.engine.bench import EngineBench, bench_engine
     from farspan.kernels.attention.bench import bench_attention
     from farspan.kernels.paged_decode.bench import bench_paged_decode
     from farspan.memory.bench import bench_memory
@@ -44,11 +46,10 @@ def run_bench(
     from farspan.train.long_context import bench_long_context
     from farspan.train.long_context_gpu import bench_one_gpu
 
-    vllm_python = None if vllm_env is None else str(Path(vllm_env) / "bin" / "python")
     benches: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "attention": bench_attention,
         "paged-decode": bench_paged_decode,
-        "engine": lambda: bench_engine(EngineBench(vllm_python=vllm_python)),
+        "engine": lambda: _bench_engine(vllm_env, peers, turns),
         "memory": bench_memory,
         "parallel": bench_parallel,
         "transfer": bench_transfer,
@@ -67,6 +68,19 @@ def run_bench(
         raise ConfigError("--save", "must be used in farspan's own repository", str(Path.cwd()), "change to its root")
     show_progress()
     show_results({name: bench() for name, bench in benches.items() if what in ("all", name)}, as_json, save)
+
+
+def _bench_engine(vllm_env: str | None, peers: str, turns: int) -> list[dict[str, Any]]:
+    from farspan.engine.bench import EngineBench, bench_engine
+    from farspan.engine.bench_contenders import BATCHED, GENERATE
+
+    known, wanted = {"generate": GENERATE, "batching": BATCHED}, [name for name in peers.split(",") if name != "none"]
+    if unknown := next((name for name in wanted if name not in known), None):
+        raise ConfigError("--peers", "must be generate, batching, both, or none", unknown, nearest(unknown, list(known)))
+    if turns < 1:
+        raise ConfigError("--turns", "must be at least 1", turns, "use --turns 3")
+    python = None if vllm_env is None else str(Path(vllm_env) / "bin" / "python")
+    return bench_engine(EngineBench(vllm_python=python, turns=turns, peers=tuple(known[name] for name in wanted)))
 
 
 def _bench_serve(long_tokens: int | None) -> list[dict[str, Any]]:

@@ -256,13 +256,17 @@ def bench(
     ] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     save: Annotated[bool, typer.Option("--save", help="Write benchmarks/baselines/<bench>-<machine>.json.")] = False,
-    minutes: Annotated[float | None, typer.Option(help="train: length of each of two runs [10].")] = None,
+    minutes: Annotated[float | None, typer.Option(help="train: length of each of three runs [10].")] = None,
     width: Annotated[int | None, typer.Option(help="train: width of the model [640], by heads of 64.")] = None,
     layers: Annotated[int | None, typer.Option(help="train: its layers [10: 60 million weights].")] = None,
     vllm_env: Annotated[
         str | None,
         typer.Option("--vllm-env", help="engine: a Python environment that holds vLLM, beside which to run."),
     ] = None,
+    peers: Annotated[
+        str, typer.Option(help="engine: who else runs beside it: generate, batching, both by a comma, or none.")
+    ] = "generate,batching",
+    turns: Annotated[int, typer.Option(help="engine: how often each is timed.")] = 3,
     long_tokens: Annotated[int | None, typer.Option(help="serve: length of the prompts that disturb [16384].")] = None,
 ) -> None:
     """Measure this machine, side by side with the best peer, on the same work."""
@@ -276,6 +280,8 @@ def bench(
         width=width,
         layers=layers,
         vllm_env=vllm_env,
+        peers=peers,
+        turns=turns,
         long_tokens=long_tokens,
     )
 

@@ -209,3 +209,17 @@ def test_building_a_corpus_and_evaluating_an_exported_model_from_the_command_lin
     # Random weights know nothing: about log(300) nats.
     assert result["loss"] == pytest.approx(torch.tensor(300.0).log().item(), abs=0.3)
     assert sum(row[3] for row in result["by_position"]) == result["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--peers", "generat"], "--peers: must be generate, batching, both, or none, got 'generat'; did you mean"),
+        (["--peers", "none", "--turns", "0"], "--turns: must be at least 1, got 0; use --turns 3"),
+    ],
+)
+def test_a_bench_of_the_engine_refuses_what_it_cannot_run(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["bench", "engine", *words]) == 2
+    assert sentence in capsys.readouterr().err
