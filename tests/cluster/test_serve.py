@@ -307,6 +307,9 @@ def test_a_decode_worker_killed_in_the_middle_of_an_answer_is_not_noticed_by_the
 
 
 def test_choices_and_their_logprobs_go_on_over_http_when_their_decode_worker_is_killed(server):
+    # More than what lies between a worker and a client that reads slowly.
+    num_tokens = 500
+
     def ask(kill: int | None) -> dict[int, list]:
         """(text, log-probability) of every token told, choice by choice."""
         told: dict[int, list] = {0: [], 1: [], 2: []}
@@ -315,7 +318,7 @@ def test_choices_and_their_logprobs_go_on_over_http_when_their_decode_worker_is_
             messages=[{"role": "user", "content": TEXT[:300]}],
             n=3,
             seed=7,
-            max_tokens=150,
+            max_tokens=num_tokens,
             logprobs=True,
             top_logprobs=2,
             stream=True,
@@ -336,7 +339,7 @@ def test_choices_and_their_logprobs_go_on_over_http_when_their_decode_worker_is_
     wait_until(lambda: server.infos()["decode"].pid != killed)
     whole = ask(None)
     assert [trace["recovered"] for trace in traces] == [True, False]
-    assert all(len(tokens) == 150 for tokens in whole.values())
+    assert all(len(tokens) == num_tokens for tokens in whole.values())
     assert len({tuple(token for token, _ in tokens) for tokens in whole.values()}) == 3
     for index, tokens in whole.items():
         assert [token for token, _ in cut[index]] == [token for token, _ in tokens]

@@ -44,7 +44,7 @@ class ServeBench:
     running: int = 4
     """Streams whose gaps are measured while long prompts arrive."""
     long_tokens: int = 16384
-    num_long: int = 3
+    num_long: int = 1
     shared_tokens: int = 4096
     start_timeout_s: float = 300.0
 
