@@ -14,10 +14,10 @@ import pytest
 import typer
 import yaml
 
+from farspan.cli.configs import apart
 from farspan.config import schema
 from farspan.config.cluster import ClusterSpec
 from farspan.config.load import load_config
-from farspan.cli.configs import apart
 from farspan.errors import ConfigError, FarspanError
 from farspan.telemetry import kinds
 
