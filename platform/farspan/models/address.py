@@ -11,7 +11,7 @@ from farspan.models.checkpoint import WEIGHTS, WEIGHTS_INDEX
 from farspan.storage.paths import LocalPlace, join_uri, parse_uri
 from farspan.storage.publish import fetch_folder
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 SAFETENSORS = ".safetensors"
 _KINDS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _TEMPLATES = "additional_chat_templates"

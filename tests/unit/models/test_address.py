@@ -47,6 +47,8 @@ def test_a_model_on_s3_answers_as_the_local_folder_does(s3: S3Bucket, folder: Pa
     want = local.state_dict()
     assert want.keys() == fetched.state_dict().keys()
     assert all(torch.equal(tensor, want[name]) for name, tensor in fetched.state_dict().items())
+    # Of the machine's one copy, not a copy of each process.
+    assert f"{copy / WEIGHTS}" in Path("/proc/self/maps").read_text(encoding="utf-8")
     prompt = load_tokenizer(copy)("def fibonacci(n):")["input_ids"]
     answers = []
     for model in (local, fetched):
