@@ -18,6 +18,7 @@ import s3fs
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    FlexibleChecksumError,
     HTTPClientError,
     NoCredentialsError,
     PartialCredentialsError,
@@ -25,7 +26,7 @@ from botocore.exceptions import (
 from botocore.exceptions import ConnectionError as NotConnectedError
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
-from farspan.errors import NoAnswerError, NotFoundError, StorageError, UnreachableError
+from farspan.errors import CorruptDataError, NoAnswerError, NotFoundError, StorageError, UnreachableError
 from farspan.storage.local import explain_os_error
 from farspan.storage.paths import check_relative
 from farspan.storage.store import FileInfo, Store
@@ -148,6 +149,8 @@ class S3Store(Store):
                 )
             if isinstance(one, ClientError):
                 return self._explain_answer(doing, one)
+            if isinstance(one, FlexibleChecksumError):
+                return CorruptDataError(self.uri, f"{doing}: what arrived is not what was sent (checksum); try again")
         if isinstance(problem, FileNotFoundError):
             return self._explain_absence(doing)
         broken = next((one for one in chain if isinstance(one, BotoCoreError)), None)
