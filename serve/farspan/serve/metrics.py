@@ -101,7 +101,7 @@ class _Collected:
 
 def rendered(families: Sequence[Metric]) -> bytes:
     """The text Prometheus reads."""
-    return generate_latest(_Collected(families))  # type: ignore[arg-type]
+    return generate_latest(_Collected(families))
 
 
 def by_model(measured: Mapping[str, Sequence[Metric]]) -> list[Metric]:

@@ -125,7 +125,7 @@ def test_the_policy_is_what_ray_serve_takes_and_ray_applies_its_delays_to_it():
     from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
     policy = AutoscalingPolicy(
-        policy_function="farspan.serve.sizing:Sizing", policy_kwargs={"first_token_s": 2.0, "token_s": 0.1}
+        policy_function="farspan.serve.sizing:Sizing", policy_kwargs={"objectives": {"": [2.0, 0.1]}}
     )
     policy = cloudpickle.loads(cloudpickle.dumps(policy))
     asked = _apply_app_level_autoscaling_config(_resolve_policy_callable(policy))
