@@ -5,6 +5,7 @@ FarspanError
 ├── StorageError         a file, folder or object store did not do what was asked
 │   ├── NotFoundError        nothing is there
 │   ├── UnreachableError     it may be there, but it could not be read or written
+│   │   └── NoAnswerError        the place does not answer now, and may later
 │   └── CorruptDataError     it is there, and its bytes are not the ones that were written
 ├── CheckpointError      a checkpoint folder that cannot be used
 ├── ModelError           a model farspan cannot run exactly
@@ -66,6 +67,10 @@ class NotFoundError(StorageError):
 
 class UnreachableError(StorageError):
     """It may be there, but it could not be read or written."""
+
+
+class NoAnswerError(UnreachableError):
+    """The place does not answer now, and may later."""
 
 
 class CorruptDataError(StorageError):

@@ -207,7 +207,7 @@ def test_a_new_checkpoint_replaces_the_old_one_and_every_answer_is_of_one_of_the
     with served(folder, tmp_path / "keys", decode) as (config, running):
         with load(running) as streams:
             wait_until(lambda: len(streams.said) >= 8)
-            update_app(replace(config, model=str(other)), running)
+            update_app(running, replace(config, model=str(other)))
             wait_until(lambda: all(said.text == new[said.number] for said in streams.said[-4:]))
         mixed = [said.text for said in streams.said if said.text not in (old[said.number], new[said.number])]
         assert mixed == []

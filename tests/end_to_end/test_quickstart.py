@@ -12,8 +12,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load, load_file
 from tests.support.corpus import small_corpus
 from tests.support.s3 import S3Bucket
+
+from farspan.data.manifest import TOKENIZER_FOLDER
+from farspan.models.checkpoint import load_tokenizer, make_config, random_causal_lm, save_causal_lm
 
 FARSPAN = [sys.executable, "-m", "farspan.cli.main"]
 MARK = "FARSPAN_TEST_MARK"
@@ -91,14 +96,38 @@ def corpus_on_s3(s3: S3Bucket, tmp_path: Path) -> str:
     return f"{s3.uri}/corpus"
 
 
-def test_training_reads_from_and_publishes_to_s3(s3: S3Bucket, corpus_on_s3: str, tmp_path: Path) -> None:
+@pytest.fixture
+def base_on_s3(s3: S3Bucket, corpus_on_s3: str, tmp_path: Path) -> str:
+    tokenizer = load_tokenizer(tmp_path / "corpus" / TOKENIZER_FOLDER)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = make_config("llama", {**sizes, "vocab_size": len(tokenizer)})
+    save_causal_lm(tmp_path / "base", config, random_causal_lm(config, 41).state_dict(), tokenizer)
+    for file in (tmp_path / "base").iterdir():
+        s3.put(f"base/{file.name}", file.read_bytes())
+    s3.put("base/optimizer.pt", b"a pickle")
+    return f"{s3.uri}/base"
+
+
+def test_training_starts_from_reads_from_and_publishes_to_s3(
+    s3: S3Bucket, corpus_on_s3: str, base_on_s3: str, tmp_path: Path
+) -> None:
+    # A step of this length changes no weight: what is published must be what training started from.
     (tmp_path / "run.yaml").write_text(
-        "model: {settings: {hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32}}\n"
-        f"data: {{corpus: '{corpus_on_s3}', sequence_tokens: 64}}\n"
+        f"model: {{source: '{base_on_s3}'}}\ndata: {{corpus: '{corpus_on_s3}', sequence_tokens: 64}}\n"
+        "optim: {lr: 1.0e-30}\n"
         f"output: '{s3.uri}/run'\ntrain: {{steps: 2}}\nparallel: {{workers: 2, sp: 2}}\n"
     )
-    answer = subprocess.run([*FARSPAN, "train", "run.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    answer = subprocess.run(
+        [*FARSPAN, "train", "run.yaml"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "HOME": str(tmp_path / "home")},
+    )  # fmt: skip
     assert answer.returncode == 0, answer.stdout + answer.stderr
+    (copy,) = (tmp_path / "home" / ".cache" / "farspan" / "models").iterdir()
+    assert not (copy / "optimizer.pt").exists()
+    trained = load(s3.get("run/model/model.safetensors"))
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    assert trained.keys() == base.keys()
+    assert all(torch.equal(trained[name], base[name]) for name in base)
     keys = s3.keys()
     assert "run/model/farspan_manifest.json" in keys
     assert "run/model/model.safetensors" in keys

@@ -14,6 +14,7 @@ import pytest
 import typer
 import yaml
 
+from farspan.cli.configs import apart
 from farspan.config import schema
 from farspan.config.cluster import ClusterSpec
 from farspan.config.load import load_config
@@ -78,14 +79,16 @@ def test_a_command_in_the_docs_is_one_that_farspan_parses(page: str, line: str) 
         command = command.commands[verb]
     context = command.make_context(verb, words)
     config, overrides = context.params.get("config"), context.params.get("overrides")
-    if config is None:
-        return
-    file = REPOSITORY / config
-    assert file.is_file(), f"{page}: no {config}"
-    wanted = SCHEMAS["data" if verb == "build" else verb]
-    refusal = _refusal(wanted, str(file), list(overrides or []))
-    shown = (DOCS / "how-to" / "errors.md").read_text(encoding="utf-8")
-    assert refusal is None or f"error: {refusal}" in shown, f"{page}: {refusal}"
+    configs = [] if config is None else [config]
+    if "configs" in context.params:
+        configs, overrides = apart(context.params["configs"])
+    for config in configs:
+        file = REPOSITORY / config
+        assert file.is_file(), f"{page}: no {config}"
+        wanted = SCHEMAS["data" if verb == "build" else verb]
+        refusal = _refusal(wanted, str(file), list(overrides or []))
+        shown = (DOCS / "how-to" / "errors.md").read_text(encoding="utf-8")
+        assert refusal is None or f"error: {refusal}" in shown, f"{page}: {refusal}"
 
 
 def _refusal(wanted: type, file: str, overrides: list[str]) -> str | None:

@@ -35,6 +35,8 @@ class Faults:
     """Answer 503."""
     broken_bodies: int = 0
     """Send half of the body of an answer to GET, then close the connection."""
+    altered_bodies: int = 0
+    """Send another last byte in an answer to GET."""
     outage_ends_s: float = 0.0
     """Until then (a monotonic clock) nothing is answered: 503 and dropped connections in turns."""
     refused: int = 0
@@ -43,10 +45,10 @@ class Faults:
     """Requests whose path contained `path`, since `plan`."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def plan(self, path: str = "", *, unavailable: int = 0, broken_bodies: int = 0) -> None:
+    def plan(self, path: str = "", *, unavailable: int = 0, broken_bodies: int = 0, altered_bodies: int = 0) -> None:
         with self._lock:
             self.path, self.seen = path, 0
-            self.unavailable, self.broken_bodies = unavailable, broken_bodies
+            self.unavailable, self.broken_bodies, self.altered_bodies = unavailable, broken_bodies, altered_bodies
             self.outage_ends_s, self.refused, self.dropped = 0.0, 0, 0
 
     def outage(self, seconds: float) -> None:
@@ -67,6 +69,9 @@ class Faults:
             if self.broken_bodies > 0 and method == "GET":
                 self.broken_bodies -= 1
                 return "broken body"
+            if self.altered_bodies > 0 and method == "GET":
+                self.altered_bodies -= 1
+                return "altered body"
             return None
 
     def _fail(self) -> str:
@@ -97,6 +102,9 @@ class FaultyServer:
             whole = b"".join(answer)
             # The announced length is that of the whole: the client sees a connection that broke off.
             return [whole[: len(whole) // 2]]
+        if fault == "altered body":
+            whole = b"".join(answer)
+            return [whole[:-1], bytes([whole[-1] ^ 1])]
         return answer
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from farspan.engine.offline import OfflineEngine, Progress, in_blocks, order_lin
 from farspan.engine.prompts import Answered, AnswerFile, Prompt, read_prompts
 from farspan.engine.request import SamplingParams
 from farspan.errors import ClusterError, FarspanError
+from farspan.models.address import fetch_model
 from farspan.models.checkpoint import load_tokenizer
-from farspan.storage.publish import fetch_folder
 
 # Prompts an engine is given at a time; neighbours share what they begin with, so they stay together.
 _SHARE_PROMPTS = 64
@@ -32,8 +31,7 @@ class _Worker:
         settings = parse_config(EngineConfig, config)
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        with tempfile.TemporaryDirectory(prefix="farspan-batch-") as scratch:
-            self._offline = OfflineEngine.open(fetch_folder(model, Path(scratch), require_manifest=False), settings)
+        self._offline = OfflineEngine.open(fetch_model(model), settings)
 
     def answer(self, prompts: list[Prompt]) -> list[Answered]:
         return list(self._offline.answers(prompts))
@@ -105,8 +103,7 @@ def run_batch(
     answers = AnswerFile(output)
     crew = None
     try:
-        with tempfile.TemporaryDirectory(prefix="farspan-batch-") as scratch:
-            tokenizer = load_tokenizer(fetch_folder(model, Path(scratch), require_manifest=False))
+        tokenizer = load_tokenizer(fetch_model(model))
 
         def note(done: list[Answered]) -> None:
             answers.append(done)

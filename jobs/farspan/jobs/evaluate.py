@@ -27,12 +27,12 @@ from farspan.engine.path import needed_kv_bytes
 from farspan.engine.request import SamplingParams
 from farspan.errors import ConfigError, ModelError
 from farspan.jobs.evaluate_tasks import TASKS, Filler, Question, Recall, score
+from farspan.models.address import fetch_model
 from farspan.models.attention import packed_hidden, use_farspan_attention
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer, open_config
 from farspan.models.parts import trunk_and_head
 from farspan.parallel.documents import attend_documents
 from farspan.parallel.whole import WholeSequence
-from farspan.storage.publish import fetch_folder
 
 _TILE_TOKENS = 1024
 _CHUNK_TOKENS = 4096
@@ -85,7 +85,7 @@ def evaluate(plan: EvaluationPlan, tell: Callable[[str], None]) -> Evaluation:
     """
     _refuse_unknown_tasks(plan.tasks)
     with tempfile.TemporaryDirectory(prefix="farspan-evaluate-") as scratch:
-        folder = fetch_folder(plan.model, Path(scratch) / "model", require_manifest=False)
+        folder = fetch_model(plan.model)
         corpus = open_corpus(plan.corpus, Path(scratch) / "corpus")
         lengths = _checked_lengths(plan, folder, corpus)
         losses = _losses(plan, lengths, folder, corpus, tell) if "loss" in plan.tasks else ()

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from farspan.errors import CheckpointError, ConfigError
+from farspan.models.address import fetch_model
 from farspan.models.checkpoint import (
     check_model_folder,
     load_causal_lm,
@@ -52,7 +53,7 @@ def _open_model(uri: str, folder: Path, scratch: Path, dtype: torch.dtype) -> Pr
     if not is_adapter_folder(folder):
         check_model_folder(folder, tokenizer=True)
         return load_causal_lm(folder, dtype)
-    base = fetch_folder(read_base(folder), scratch / "base", require_manifest=False)
+    base = fetch_model(read_base(folder))
     # Merged in fp32: an update is smaller than bf16's steps between large weights.
     return merge_folder(load_causal_lm(base, torch.float32), folder).to(dtype)
 

@@ -40,6 +40,13 @@ class _LinkedBackend(_RayBackend):
         worker_group.execute(choose_interface)
         super().on_start(worker_group, backend_config)
 
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        # Where one was lost the others wait for it in a collective. To leave the group in good order would wait with
+        # them, and Ray would then wait for each of them to answer, before it ends them anyway.
+        seen = worker_group.get_latest_poll_status()
+        if seen is None or not seen.errors:
+            super().on_shutdown(worker_group, backend_config)
+
 
 def choose_interface() -> None:
     """Let this process's groups go over the interface of its node's address."""

@@ -15,6 +15,7 @@ from farspan.jobs.metrics import RunMetrics
 from farspan.jobs.progress import StopWish
 from farspan.jobs.restart import Failure, RestartBudget
 from farspan.jobs.room import RoomWatch, find_room
+from farspan.storage.patience import patiently
 from farspan.telemetry.events import (
     EventBody,
     Note,
@@ -28,7 +29,6 @@ from farspan.telemetry.events import (
 from farspan.train.checkpoint import clear_checkpoints, newest_step
 from farspan.train.elastic import Size, at_size, legal_sizes
 from farspan.train.ladder import Ladder, Rung
-from farspan.train.patience import patiently
 from farspan.train.rescue import clear_rescue
 
 

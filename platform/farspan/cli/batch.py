@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,13 +55,12 @@ def _run_here(ask: BatchAsk, config: EngineConfig, prompts: Path, output: Path, 
     import torch
 
     from farspan.engine.offline import OfflineEngine, run_offline
-    from farspan.storage.publish import fetch_folder
+    from farspan.models.address import fetch_model
 
     if config.threads:
         torch.set_num_threads(config.threads)
-    with tempfile.TemporaryDirectory(prefix="farspan-batch-") as scratch:
-        folder = fetch_folder(absolute_uri(ask.model), Path(scratch), require_manifest=False)
-        return run_offline(OfflineEngine.open(folder, config), prompts, output, ask.params, bar)
+    folder = fetch_model(absolute_uri(ask.model))
+    return run_offline(OfflineEngine.open(folder, config), prompts, output, ask.params, bar)
 
 
 def _run_on_ray(ask: BatchAsk, config: EngineConfig, prompts: Path, output: Path, bar: BatchProgressBar) -> Progress:

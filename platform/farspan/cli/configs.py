@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from farspan.errors import NotFoundError
+from farspan.errors import ConfigError, NotFoundError
+
+
+def apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(files, overrides) of a command line that takes several configs. Raises ConfigError where no file is named."""
+    files = [word for word in words if "=" not in word or Path(word).is_file()]
+    if not files:
+        raise ConfigError("CONFIG", "must name a config file", words[0], "write it before the overrides")
+    return files, [word for word in words if word not in files]
 
 
 def shipped_config(name: str) -> str:

@@ -34,6 +34,12 @@ app.add_typer(cluster_verbs.app, name="cluster")
 app.add_typer(infra_verbs.app, name="infra")
 
 Config = Annotated[str, typer.Argument(help="YAML config file.", metavar="CONFIG")]
+Configs = Annotated[
+    list[str],
+    typer.Argument(
+        help="YAML config files, then a.b=c overrides, which hold for all.", metavar="CONFIG... [KEY=VALUE]..."
+    ),
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=c overrides of the config.", metavar="[KEY=VALUE]...")]
 
 
@@ -212,8 +218,7 @@ def export(
 
 @app.command()
 def serve(
-    config: Config,
-    overrides: Overrides = None,
+    configs: Configs,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config, start nothing.")] = False,
     cluster: Annotated[
         str | None, typer.Option(help="Submit to the Ray cluster with this dashboard address; it goes on there.")
@@ -225,10 +230,13 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Serve a model on Ray Serve with prefill and decode workers, until Ctrl-C; on a cluster until it is stopped."""
+    """Serve the model of each config on Ray Serve with prefill and decode workers, until Ctrl-C; on a cluster until it
+    is stopped.
+    """
+    from farspan.cli.configs import apart
     from farspan.cli.serve import run_serve
 
-    run_serve(config, overrides or [], dry_run=dry_run, cluster=cluster, join=join)
+    run_serve(*apart(configs), dry_run=dry_run, cluster=cluster, join=join)
 
 
 @app.command()

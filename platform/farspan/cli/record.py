@@ -13,9 +13,9 @@ from pathlib import Path
 from farspan.errors import UnreachableError
 from farspan.storage.door import open_store
 from farspan.storage.paths import LocalPlace, parse_uri
+from farspan.storage.patience import patiently
 from farspan.storage.store import Store
 from farspan.telemetry.events import CheckpointPublished, Event, EventBody, EventLog
-from farspan.train.patience import patiently
 
 EVENTS_FILE = "events.jsonl"
 _DEADLINE_S = 300.0

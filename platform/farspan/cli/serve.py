@@ -6,7 +6,7 @@ import logging
 import os
 import queue
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,19 +24,20 @@ if TYPE_CHECKING:
 
 
 def run_serve(
-    path: str, overrides: list[str], *, dry_run: bool, cluster: str | None = None, join: str | None = None
+    paths: Sequence[str], overrides: list[str], *, dry_run: bool, cluster: str | None = None, join: str | None = None
 ) -> None:
-    """Serve a config until Ctrl-C, here or, with `join` (a key file), on the Ray this process belongs to;
-    or hand it to a cluster."""
-    config = _load(path, overrides)
-    check_serve(config)
+    """Serve the model of each config until Ctrl-C, here or, with `join` (a key file), on the Ray this process belongs
+    to; or hand them to a cluster."""
+    configs = _load(paths, overrides)
+    for config in configs:
+        check_serve(config)
     if dry_run:
-        typer.echo(dump_config(config), nl=False)
+        typer.echo("---\n".join(map(dump_config, configs)), nl=False)
         return
     if cluster is not None:
         from farspan.cli.serve_cluster import deploy
 
-        deploy(config, cluster)
+        deploy(configs, cluster)
         return
     from farspan.jobs.launch import joined_ray, local_ray
     from farspan.serve.app import check_app, num_cpus, run_app
@@ -45,24 +46,24 @@ def run_serve(
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     console = Console(highlight=False, soft_wrap=True)
     # Before Ray is started: a folder that cannot be served is refused in a second, not in twenty.
-    check_app(config)
-    console.print(
-        f"starting {config.prefill.replicas} prefill and {config.decode.replicas} decode workers for {config.model}",
-        markup=False,
-    )
-    ray_here = local_ray(num_cpus(config) + 1)
+    check_app(*configs)
+    for config in configs:
+        workers = f"{config.prefill.replicas} prefill and {config.decode.replicas} decode workers"
+        console.print(f"starting {workers} for {config.model}", markup=False)
+    ray_here = local_ray(num_cpus(*configs) + 1)
     if join is not None:
         ray_here, keys = joined_ray(), Path(join).absolute()
         # On its way to the cluster the file lost its mode.
         keys.chmod(0o600)
-        config.api_key_file = str(keys)
+        for config in configs:
+            config.api_key_file = str(keys)
         overrides = [*overrides, f"api_key_file={keys}"]
-    with ray_here, run_app(config) as running:
+    with ray_here, run_app(*configs) as running:
         console.print(f"ready: {running.url}  model {running.model}  key file {running.api_key_file}", markup=False)
         console.print(f"Ctrl-C stops it; kill -HUP {os.getpid()} reads the config again", markup=False)
         try:
             for _ in _hangups():
-                _update(console, running, path, overrides)
+                _update(console, running, paths, overrides)
         except KeyboardInterrupt:
             console.print("stopping", markup=False)
 
@@ -78,25 +79,28 @@ def _hangups() -> Iterator[None]:
         signal.signal(signal.SIGHUP, before)
 
 
-def _update(console: Console, running: Running, path: str, overrides: list[str]) -> None:
+def _update(console: Console, running: Running, paths: Sequence[str], overrides: list[str]) -> None:
     """Serve what the config says now; what is wrong with it is told, and the old one goes on."""
     from farspan.serve.app import update_app
 
     try:
-        config = _load(path, overrides)
-        update_app(config, running)
+        configs = _load(paths, overrides)
+        update_app(running, *configs)
     except FarspanError as problem:
         console.print(f"not updated: {problem}", markup=False)
     else:
-        console.print(f"updated: {config.model}", markup=False)
+        console.print(f"updated: {', '.join(config.model for config in configs)}", markup=False)
 
 
-def _load(path: str, overrides: list[str]) -> ServeConfig:
-    """The config, with folders that workers find too, which run elsewhere."""
-    config = load_config(ServeConfig, path, overrides)
-    config.model = absolute_uri(config.model)
-    config.engine.adapters = _placed(config.engine.adapters, Path(path).parent, overrides)
-    return config
+def _load(paths: Sequence[str], overrides: list[str]) -> list[ServeConfig]:
+    """The configs, with folders that workers find too, which run elsewhere. What is typed holds for all."""
+    configs = []
+    for path in paths:
+        config = load_config(ServeConfig, path, overrides)
+        config.model = absolute_uri(config.model)
+        config.engine.adapters = _placed(config.engine.adapters, Path(path).parent, overrides)
+        configs.append(config)
+    return configs
 
 
 def _placed(adapters: dict[str, str], beside: Path, overrides: list[str]) -> dict[str, str]:

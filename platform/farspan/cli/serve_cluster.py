@@ -5,6 +5,7 @@ Keys stay on this machine: their hashes travel, as replicas know them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import typer
@@ -17,20 +18,23 @@ _READY = "ready: "
 _EVERYWHERE = ("0.0.0.0", "::")
 
 
-def deploy(config: ServeConfig, address: str) -> None:
+def deploy(configs: Sequence[ServeConfig], address: str) -> None:
     """Submit the endpoint, follow it until it answers, and leave it running."""
     from farspan.jobs.submit import head_of, is_this_machine, submit_command, wait_for_line
-    from farspan.serve.app import check_app, model_name
+    from farspan.serve.app import check_app
     from farspan.serve.keys import hashed_lines, read_keys
+    from farspan.serve.lineup import line_up
 
-    here = is_this_machine(address)
+    here, config = is_this_machine(address), configs[0]
+    names = [place.name for place in line_up(configs)]
     if here:
-        check_app(config)
-    elif "://" not in config.model:
-        raise ConfigError("model", "must be reachable from the cluster", config.model, "use s3://BUCKET/PATH")
+        check_app(*configs)
+    elif near := next((each.model for each in configs if "://" not in each.model), None):
+        raise ConfigError("model", "must be reachable from the cluster", near, "use s3://BUCKET/PATH")
     keys, key_file = read_keys(config)
-    files = {"config.yaml": dump_config(replace(config, api_key_file=None)), "keys": hashed_lines(keys)}
-    job = submit_command(address, "serve config.yaml --join keys", files, f"serve-{model_name(config)}")
+    files = {f"config-{n}.yaml": dump_config(replace(each, api_key_file=None)) for n, each in enumerate(configs)}
+    command = f"serve {' '.join(files)} --join keys"
+    job = submit_command(address, command, {**files, "keys": hashed_lines(keys)}, f"serve-{'-'.join(names)}")
     typer.echo(f"submitted {job.job_id} to {address}; farspan jobs stop {job.job_id} --cluster {address} ends it")
     said = wait_for_line(job, _READY, typer.echo).partition("  key file ")[0]
     head = None if here or config.host not in _EVERYWHERE else head_of(address)

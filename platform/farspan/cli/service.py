@@ -1,4 +1,6 @@
-"""The application in a config file of Ray Serve, as KubeRay's RayService takes it: `farspan.cli.service:build`."""
+"""The application in a config file of Ray Serve, as KubeRay's RayService takes it: `farspan.cli.service:build`, and
+`build_several` for several models behind one address.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,27 @@ if TYPE_CHECKING:
 
 def build(args: dict[str, Any]) -> Any:
     """The endpoint for a ServeConfig written as `args`. Raises ConfigError for what is misspelt or not safe."""
-    config = config_of(ServeConfig, args)
-    check_serve(config)
-    if config.api_key_file is None:
+    return _built([config_of(ServeConfig, args)])
+
+
+def build_several(args: dict[str, Any]) -> Any:
+    """The endpoint for several models, each a ServeConfig in the list `models`. Raises what `build` raises."""
+    models = args.get("models")
+    if set(args) != {"models"} or not isinstance(models, list) or not models:
+        raise ConfigError(
+            "args", "must be a list of configs named models", sorted(args), "write models: [{model: ...}]"
+        )
+    return _built([config_of(ServeConfig, model) for model in models])
+
+
+def _built(configs: list[ServeConfig]) -> Any:
+    for config in configs:
+        check_serve(config)
+    if configs[0].api_key_file is None:
         raise ConfigError("api_key_file", "must be given in Serve's config", None, "mount a secret and name its file")
     from farspan.serve.app import build_app
 
-    return build_app(config, _keys(config))
+    return build_app(_keys(configs[0]), *configs)
 
 
 def _keys(config: ServeConfig) -> tuple[ApiKey, ...]:

@@ -23,8 +23,8 @@ from farspan.data.shards import INDEX_FILE, INDEX_SCHEMA, Shard, read_batch
 from farspan.errors import CorruptDataError, NotFoundError
 from farspan.storage.door import open_store
 from farspan.storage.local import LocalStore
-from farspan.storage.manifest import FolderManifest, describe_file
-from farspan.storage.publish import fetch_folder, read_manifest
+from farspan.storage.manifest import FolderManifest, describe_file, read_manifest
+from farspan.storage.publish import fetch_folder
 
 _REBUILD = "run `farspan data build` again"
 

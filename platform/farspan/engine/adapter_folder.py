@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def read_adapter(model: PreTrainedModel, uri: str) -> AdapterFile:
         CheckpointError: it holds no adapter, another model's, or one that cannot be served exactly.
     """
     with tempfile.TemporaryDirectory(prefix="farspan-adapter-") as scratch:
-        folder = fetch_folder(absolute_uri(uri), Path(scratch), require_manifest=False)
+        folder = fetch_folder(absolute_uri(uri), Path(scratch), require_manifest=False, choose=_chosen)
         settings = _read_settings(uri, folder)
         tensors = _read_tensors(uri, folder)
     wanted = _wanted(uri, model, settings)
@@ -73,6 +73,11 @@ def read_adapter(model: PreTrainedModel, uri: str) -> AdapterFile:
     layers = dict(model.named_modules())
     pairs = {name: _pair(uri, name, layers[name], tensors, want) for name, want in sorted(wanted.items())}
     return AdapterFile(pairs, _digest(pairs))
+
+
+def _chosen(names: list[str], read: Callable[[str], bytes]) -> list[str]:
+    """Nothing else of the folder is copied, least of all a pickle."""
+    return [name for name in names if name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
 
 
 @dataclass(frozen=True, slots=True)

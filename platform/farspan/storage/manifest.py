@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from farspan.errors import CorruptDataError
+from farspan.errors import CorruptDataError, NotFoundError
+from farspan.storage.local import explained
 from farspan.storage.paths import check_relative
+from farspan.storage.store import Store
 
 MANIFEST_NAME = "farspan_manifest.json"
 UNFINISHED_NAME = "farspan_publishing"
@@ -84,6 +86,45 @@ def describe_file(file: Path, path: str) -> FileEntry:
             digest.update(chunk)
             size += len(chunk)
     return FileEntry(path, size, digest.hexdigest())
+
+
+def verify_folder(folder: Path, manifest: FolderManifest, *, contents: bool = True) -> None:
+    """Check every file of a local folder against its manifest.
+
+    Raises:
+        CorruptDataError: naming the first file that is missing or differs, in size or (with `contents`) in sha256.
+    """
+    for entry in manifest.files:
+        file = folder / entry.path
+        if not file.is_file():
+            raise _torn(folder, entry, "is missing")
+        with explained(str(folder), f"checking {entry.path}"):
+            if file.stat().st_size != entry.size:
+                raise _torn(folder, entry, f"has {file.stat().st_size} bytes instead of {entry.size}")
+            if contents:
+                verify_file(folder, entry)
+
+
+def verify_file(folder: Path, entry: FileEntry) -> None:
+    """Check one file's sha256.
+
+    Raises:
+        CorruptDataError: it is not the file that was published.
+    """
+    if describe_file(folder / entry.path, entry.path) != entry:
+        raise _torn(folder, entry, "is not the file that was published (sha256 differs)")
+
+
+def read_manifest(store: Store) -> FolderManifest | None:
+    """The manifest of a folder; None where there is none."""
+    try:
+        return FolderManifest.from_json(store.uri, store.read_bytes(MANIFEST_NAME))
+    except NotFoundError:
+        return None
+
+
+def _torn(folder: Path, entry: FileEntry, what: str) -> CorruptDataError:
+    return CorruptDataError(str(folder), f"{entry.path} {what}; delete the folder and make or fetch it again")
 
 
 def _rows(files: tuple[FileEntry, ...]) -> list[dict[str, Any]]:

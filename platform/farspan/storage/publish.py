@@ -7,16 +7,25 @@ not there. See docs/decisions/0002-storage-door.md.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from pathlib import Path
 
-from farspan.errors import CorruptDataError, NotFoundError, StorageError, UnreachableError
+from farspan.errors import CorruptDataError, NoAnswerError, NotFoundError, StorageError, UnreachableError
+from farspan.storage.copies import Choose, copy_remote
 from farspan.storage.door import open_store
 from farspan.storage.local import LocalStore, explained, sync_path, walk_files
-from farspan.storage.manifest import MANIFEST_NAME, UNFINISHED_NAME, FileEntry, FolderManifest, describe_file
+from farspan.storage.manifest import (
+    MANIFEST_NAME,
+    UNFINISHED_NAME,
+    FileEntry,
+    FolderManifest,
+    describe_file,
+    read_manifest,
+    verify_folder,
+)
 from farspan.storage.paths import check_relative
+from farspan.storage.patience import patiently
 from farspan.storage.staging import put_back, remove_stale, reveal, staging_folder
 from farspan.storage.store import Store
 
@@ -43,23 +52,32 @@ def publish_folder(source: Path, uri: str, *, frozen: bool = False) -> FolderMan
     return _publish_remote(source, names, store)
 
 
-def fetch_folder(uri: str, cache: Path, *, require_manifest: bool = True, contents: bool = True) -> Path:
+def fetch_folder(
+    uri: str,
+    cache: Path,
+    *,
+    require_manifest: bool = True,
+    contents: bool = True,
+    choose: Choose | None = None,
+    patience_s: float = 0.0,
+) -> Path:
     """A local folder with the files of `uri`: itself when it is local, else a checked copy below `cache`.
 
-    `require_manifest=False` also takes a folder that somebody else wrote (a Hugging Face folder): its bytes cannot be
-    checked against anything. `contents=False` checks a local folder by file sizes only, for callers that check each
-    file's sha256 when they first read it.
+    `require_manifest=False` also takes a folder that somebody else wrote (a Hugging Face folder): its bytes are checked
+    against the sizes and checksums that the place tells. `contents=False` checks a local folder by file sizes only, for
+    callers that check each file's sha256 when they first read it. `choose` says which files are copied; none: all. A
+    place that does not answer is asked again for `patience_s`.
 
     Raises:
         NotFoundError: nothing is published there.
         CorruptDataError: a file is missing, or is not the one that was published.
-        UnreachableError: the place does not answer.
+        UnreachableError: the place does not answer, or there is no room for a copy. And what `choose` raises.
     """
     store = open_store(uri)
     if isinstance(store, LocalStore):
         with explained(uri, "looking for the folder"):
             put_back(store.folder)
-    manifest = read_manifest(store)
+    manifest = patiently(lambda: read_manifest(store), uri, patience_s, NoAnswerError)
     if manifest is None and require_manifest:
         raise NotFoundError(uri, f"nothing is published there (no {MANIFEST_NAME}); check the path or publish again")
     if isinstance(store, LocalStore):
@@ -69,7 +87,7 @@ def fetch_folder(uri: str, cache: Path, *, require_manifest: bool = True, conten
             raise NotFoundError(uri, "no such folder, or an empty one; check the path")
         return store.folder
     with explained(str(cache), f"keeping a copy of {uri}"):
-        return _fetch_remote(store, manifest, cache)
+        return copy_remote(store, manifest, cache, choose, patience_s)
 
 
 def is_published(uri: str) -> bool:
@@ -91,45 +109,6 @@ def check_publishable(uri: str) -> None:
         _refuse_foreign_files(store)
     else:
         store.list()
-
-
-def verify_folder(folder: Path, manifest: FolderManifest, *, contents: bool = True) -> None:
-    """Check every file of a local folder against its manifest.
-
-    Raises:
-        CorruptDataError: naming the first file that is missing or differs, in size or (with `contents`) in sha256.
-    """
-    for entry in manifest.files:
-        file = folder / entry.path
-        if not file.is_file():
-            raise _torn(folder, entry, "is missing")
-        with explained(str(folder), f"checking {entry.path}"):
-            if file.stat().st_size != entry.size:
-                raise _torn(folder, entry, f"has {file.stat().st_size} bytes instead of {entry.size}")
-            if contents:
-                verify_file(folder, entry)
-
-
-def verify_file(folder: Path, entry: FileEntry) -> None:
-    """Check one file's sha256.
-
-    Raises:
-        CorruptDataError: it is not the file that was published.
-    """
-    if describe_file(folder / entry.path, entry.path) != entry:
-        raise _torn(folder, entry, "is not the file that was published (sha256 differs)")
-
-
-def read_manifest(store: Store) -> FolderManifest | None:
-    """The manifest of a folder; None where there is none."""
-    try:
-        return FolderManifest.from_json(store.uri, store.read_bytes(MANIFEST_NAME))
-    except NotFoundError:
-        return None
-
-
-def _torn(folder: Path, entry: FileEntry, what: str) -> CorruptDataError:
-    return CorruptDataError(str(folder), f"{entry.path} {what}; delete the folder and make or fetch it again")
 
 
 def _publish_local(source: Path, names: list[str], store: LocalStore, frozen: bool) -> FolderManifest:
@@ -205,49 +184,3 @@ def _publish_remote(source: Path, names: list[str], store: Store) -> FolderManif
         if entry.path not in kept:
             store.delete(entry.path)
     return manifest
-
-
-def _fetch_remote(store: Store, manifest: FolderManifest | None, cache: Path) -> Path:
-    """Download into `cache`, under a name that says which content of which place it is."""
-    listing = None if manifest else store.list()
-    if listing is not None and not listing:
-        raise NotFoundError(store.uri, "no such folder, or an empty one; check the path")
-    if listing is not None and any(info.path == UNFINISHED_NAME for info in listing):
-        raise CorruptDataError(store.uri, "an upload to it was cut off; publish the folder again")
-    identity = manifest.digest if manifest else repr(listing)
-    target = cache / hashlib.sha256(f"{store.uri}\n{identity}".encode()).hexdigest()[:32]
-    if (kept := _kept_copy(target)) is not None:
-        return kept
-    names = [entry.path for entry in manifest.files] if manifest else [info.path for info in listing or []]
-    with staging_folder(target) as staging:
-        entries = [_download(store, name, staging) for name in names]
-        if manifest is not None:
-            verify_folder(staging, manifest)
-        copied = manifest or FolderManifest(tuple(entries))
-        (staging / MANIFEST_NAME).write_bytes(copied.to_json())
-        reveal(staging, target)
-    return target
-
-
-def _kept_copy(target: Path) -> Path | None:
-    """An earlier download, when every byte of it is still right."""
-    store = LocalStore(str(target), target)
-    try:
-        manifest = read_manifest(store)
-        if manifest is not None:
-            verify_folder(target, manifest)
-            return target
-    except CorruptDataError:
-        pass
-    return None
-
-
-def _download(store: Store, name: str, staging: Path) -> FileEntry:
-    target = staging / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        store.download(name, target)
-    except NotFoundError:
-        reason = f"{name} is named by the folder but is not there; publish the folder again"
-        raise CorruptDataError(store.uri, reason) from None
-    return describe_file(target, name)

@@ -7,6 +7,7 @@ server that is not Amazon's). Each request is tried `ATTEMPTS` times with expone
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,12 +18,15 @@ import s3fs
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    FlexibleChecksumError,
+    HTTPClientError,
     NoCredentialsError,
     PartialCredentialsError,
 )
+from botocore.exceptions import ConnectionError as NotConnectedError
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
-from farspan.errors import NotFoundError, StorageError, UnreachableError
+from farspan.errors import CorruptDataError, NoAnswerError, NotFoundError, StorageError, UnreachableError
 from farspan.storage.local import explain_os_error
 from farspan.storage.paths import check_relative
 from farspan.storage.store import FileInfo, Store
@@ -33,6 +37,10 @@ CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 30
 # Large files travel in parts, ten at a time: this bounds the memory a transfer takes to ten parts.
 PART_BYTES = 16 * 1024 * 1024
+
+# What the network does, and not what somebody set: it may be over in a minute.
+_CUT_OFF = (HTTPClientError, NotConnectedError)
+_MD5 = re.compile("[0-9a-f]{32}")
 
 _Answer = TypeVar("_Answer")
 
@@ -104,6 +112,15 @@ class S3Store(Store):
         ]
         return sorted(files, key=lambda info: info.path)
 
+    def md5(self, file: FileInfo) -> str | None:
+        # The ETag of what was uploaded in parts is that of its parts; of what a key encrypts, a random one.
+        if not _MD5.fullmatch(file.version):
+            return None
+        at = {"Bucket": self.bucket, "Key": self._at(file.path).removeprefix(f"{self.bucket}/")}
+        head = self._ask(f"looking at {file.path}", lambda: self._files.call_s3("head_object", **at))
+        plain = head.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in head
+        return file.version if plain else None
+
     def delete(self, path: str) -> None:
         # One request per object: the bulk request reports failures that s3fs does not raise.
         try:
@@ -132,12 +149,16 @@ class S3Store(Store):
                 )
             if isinstance(one, ClientError):
                 return self._explain_answer(doing, one)
+            if isinstance(one, FlexibleChecksumError):
+                return CorruptDataError(self.uri, f"{doing}: what arrived is not what was sent (checksum); try again")
         if isinstance(problem, FileNotFoundError):
             return self._explain_absence(doing)
         broken = next((one for one in chain if isinstance(one, BotoCoreError)), None)
-        if broken is not None or isinstance(problem, ConnectionError | TimeoutError):
+        if isinstance(broken, _CUT_OFF) or isinstance(problem, ConnectionError | TimeoutError | aiohttp.ClientError):
             failed = f"{self._endpoint()} does not answer ({type(broken or problem).__name__}, {ATTEMPTS} attempts)"
-            return self._unreachable(doing, failed, "check AWS_ENDPOINT_URL and the network")
+            return self._no_answer(doing, failed, "check AWS_ENDPOINT_URL and the network")
+        if broken is not None:
+            return self._unreachable(doing, f"{type(broken).__name__}: {broken}", "check the AWS settings")
         if isinstance(problem, OSError) and problem.errno is not None:
             return explain_os_error(self.uri, doing, problem)
         return self._unreachable(doing, str(problem), "try again")
@@ -153,7 +174,7 @@ class S3Store(Store):
             way_out = "check the credentials and the bucket's policy (it must allow list, get, put and delete)"
             return self._unreachable(doing, f"access is denied ({status} {code})", way_out)
         if status >= 500:
-            return self._unreachable(doing, f"the server answered {status} {code} {ATTEMPTS} times", "try again later")
+            return self._no_answer(doing, f"the server answered {status} {code} {ATTEMPTS} times", "try again later")
         return self._unreachable(doing, f"the server answered {status} {code}", "check the address and the region")
 
     def _explain_absence(self, doing: str) -> StorageError:
@@ -172,6 +193,9 @@ class S3Store(Store):
 
     def _unreachable(self, doing: str, failed: str, way_out: str) -> StorageError:
         return UnreachableError(self.uri, f"bucket {self.bucket!r}, {doing}: {failed}; {way_out}")
+
+    def _no_answer(self, doing: str, failed: str, way_out: str) -> StorageError:
+        return NoAnswerError(self.uri, f"bucket {self.bucket!r}, {doing}: {failed}; {way_out}")
 
     def _endpoint(self) -> str:
         client: Any = self._files._s3

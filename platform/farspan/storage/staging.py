@@ -12,15 +12,21 @@ import fcntl
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from farspan.errors import UnreachableError
 from farspan.storage.local import sync_path
 
 PUBLISHING = ".publishing-"
 REPLACED = ".replaced-"
+MAKING = ".making-"
+# Longer than it takes to read the largest files once more, while nothing grows.
+STALLED_S = 900.0
+_POLL_S = 0.05
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -38,6 +44,61 @@ def staging_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(lock)
+
+
+@contextmanager
+def one_at_a_time(target: Path, stalled_s: float = STALLED_S) -> Iterator[None]:
+    """For one process (or thread) at a time; others wait while what it stages for `target` grows.
+
+    Where a file system has no locks nobody waits: two make the same, and one of them is kept.
+
+    Raises:
+        UnreachableError: nothing grew for `stalled_s`.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    file = target.with_name(f"{MAKING}{target.name}")
+    lock = _waited_for(file, target, stalled_s)
+    try:
+        yield
+    finally:
+        # Before the lock is given up: who waits for a file that is gone makes a new one.
+        file.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _waited_for(file: Path, target: Path, stalled_s: float) -> int:
+    """The descriptor that holds the lock of `file`."""
+    grown, since_s = -1, time.monotonic()
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+        if _lock(handle) and _is_open(file, handle):
+            return handle
+        os.close(handle)
+        if (now := _staged_bytes(target)) != grown:
+            grown, since_s = now, time.monotonic()
+        elif time.monotonic() - since_s > stalled_s:
+            reason = f"another process of this machine makes it and got nowhere for {stalled_s:g} s; end that process"
+            raise UnreachableError(str(target), reason)
+        time.sleep(_POLL_S)
+
+
+def _is_open(file: Path, handle: int) -> bool:
+    """Whether `handle` is that file still, or one that was removed since."""
+    try:
+        return os.path.samestat(file.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _staged_bytes(target: Path) -> int:
+    num_bytes = 0
+    for folder in _siblings(target, PUBLISHING):
+        for parent, _, names in os.walk(folder):
+            for name in names:
+                # It may be renamed into place at this moment.
+                with suppress(OSError):
+                    num_bytes += Path(parent, name).stat().st_size
+    return num_bytes
 
 
 def reveal(folder: Path, target: Path) -> None:

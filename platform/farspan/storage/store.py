@@ -66,6 +66,10 @@ class Store(ABC):
     def list(self, prefix: str = "") -> list[FileInfo]:
         """All files at or below the folder `prefix`, in path order; empty when there is none."""
 
+    def md5(self, file: FileInfo) -> str | None:
+        """Checksum that the place itself keeps for a file of its listing, in lower-case hexadecimal; None: none."""
+        return None
+
     @abstractmethod
     def delete(self, path: str) -> None:
         """Remove one file; fine when it is not there."""

@@ -19,6 +19,7 @@ from farspan.chunked.seco import ChunkedStep
 from farspan.config.schema import ParallelConfig, RunConfig
 from farspan.data.reader import Corpus, open_corpus
 from farspan.errors import ConfigError
+from farspan.models.address import fetch_model
 from farspan.models.attention import use_farspan_attention
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer, make_config, open_config, random_causal_lm
 from farspan.models.lora import Adapter, add_adapter, base_of
@@ -29,14 +30,13 @@ from farspan.parallel.strategy import SequenceParallel, SequenceRanks
 from farspan.plan.choose import choose_parallel
 from farspan.plan.facts import model_facts
 from farspan.plan.hybrid import document_cost, rank_tokens, spill_of
-from farspan.storage.publish import fetch_folder
+from farspan.storage.patience import patiently
 from farspan.train.checkpoint import TrainState
 from farspan.train.chunks import Chunks
 from farspan.train.fsdp2 import Fsdp2Weights
 from farspan.train.hdp import HybridStep
 from farspan.train.loss import PackedLoss
 from farspan.train.offload import ArenaMemory, RunOffload, RunTiers
-from farspan.train.patience import patiently
 from farspan.train.samples import WitnessedReader
 from farspan.train.step import TrainStep
 from farspan.train.useful import useful_work
@@ -140,7 +140,7 @@ def required_certificate(config: RunConfig, model: PretrainedConfig, parallel: P
 def model_config(config: RunConfig, vocab_size: int | None, cache: Path) -> PretrainedConfig:
     """The transformers config of a run; a model made from scratch takes the corpus's vocabulary and length."""
     if config.model.source is not None:
-        return open_config(fetch_folder(config.model.source, cache / "model", require_manifest=False))
+        return open_config(fetch_model(config.model.source, cache / "model", weights=False))
     fitting = {"max_position_embeddings": config.data.sequence_tokens}
     if vocab_size is not None:
         fitting["vocab_size"] = vocab_size
@@ -160,7 +160,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 def _model(config: RunConfig, corpus: Corpus, cache: Path) -> PreTrainedModel:
     weights_dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
     if config.model.source is not None:
-        folder = fetch_folder(config.model.source, cache / "model", require_manifest=False)
+        folder = fetch_model(config.model.source, patience_s=config.resources.timeout_s / 2)
         model = load_causal_lm(folder, weights_dtype)
         _refuse_other_tokenizer(folder, corpus)
     else:

@@ -25,9 +25,10 @@ from farspan.errors import CheckpointError, CorruptDataError, FarspanError, NotF
 from farspan.models.checkpoint import load_causal_lm, save_causal_lm
 from farspan.models.lora import Adapter, is_adapter_folder, load_adapter, merged_weights, save_adapter
 from farspan.storage.door import open_store
+from farspan.storage.manifest import read_manifest
 from farspan.storage.paths import join_uri
-from farspan.storage.publish import fetch_folder, is_published, publish_folder, read_manifest
-from farspan.train.patience import patiently
+from farspan.storage.patience import patiently
+from farspan.storage.publish import fetch_folder, is_published, publish_folder
 from farspan.train.retention import remove_folder
 from farspan.train.shards import ShardIndex, read_piece, read_whole
 from farspan.train.weights import WeightsEngine

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from farspan.config.schema import RunConfig
+from farspan.storage.patience import patiently
 from farspan.telemetry.events import EventBody, Note, RunFinished, RunPreempted, StepReport
 from farspan.train.boundary import Boundary
 from farspan.train.build import Training
 from farspan.train.checkpoint import TrainState, load_newest, newest_step, on_rank_0, save_model
 from farspan.train.outside import NothingOutside, Outside
-from farspan.train.patience import patiently
 from farspan.train.reprobe import probe_layout, refuse_failed
 from farspan.train.rescue import Rescue, load_rescue
 from farspan.train.samples import Place, Seen, chain_samples, refuse_uneven

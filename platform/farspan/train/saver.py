@@ -28,10 +28,10 @@ from farspan.errors import FarspanError, StorageError, TrainingError
 from farspan.models.checkpoint import save_causal_lm
 from farspan.models.lora import Adapter, save_adapter
 from farspan.storage.paths import join_uri
+from farspan.storage.patience import patiently
 from farspan.storage.publish import publish_folder
 from farspan.telemetry.events import CheckpointPublished, EventBody, Note
 from farspan.train.checkpoint import CONFIG, OPTIMIZER, PLAN, RNG, STATE, TrainState, list_steps, model_names, on_rank_0
-from farspan.train.patience import patiently
 from farspan.train.rescue import clear_rescue
 from farspan.train.retention import remove_expired
 from farspan.train.shards import SHARDS, Piece, ShardIndex, copy_piece

@@ -8,11 +8,12 @@ import re
 import time
 import uuid
 from contextlib import suppress
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_LATEST, Metric
 from starlette.requests import ClientDisconnect
 
 from farspan.config.schema import ServeConfig
@@ -26,12 +27,12 @@ from farspan.serve.folder import open_model_folder
 from farspan.serve.keys import ApiKey, find_key
 from farspan.serve.limits import Limits
 from farspan.serve.messages import Caller, WorkerInfo
-from farspan.serve.metrics import Metrics
+from farspan.serve.metrics import Metrics, rendered
 from farspan.serve.naming import ModelNames
 from farspan.serve.prompt import detokenized, tokenized
 from farspan.serve.questions import chat_question, completion_question
 from farspan.serve.readiness import Readiness
-from farspan.serve.reply import Reply, model_list
+from farspan.serve.reply import Reply, model_entries
 from farspan.serve.router import Workers
 from farspan.serve.shape import ApiError
 from farspan.serve.spans import Spans, exporter_to
@@ -55,8 +56,18 @@ class AllWorkers(Workers, Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Heard(Generic[Body]):
+    """A request whose key and shape are right."""
+
+    key: ApiKey
+    asked: Body
+    ignored: tuple[str, ...]
+    """Fields nobody knows."""
+
+
 class Api:
-    """The ingress: checks, tokenizes, answers."""
+    """The ingress of one model: checks, tokenizes, answers."""
 
     def __init__(
         self,
@@ -65,14 +76,15 @@ class Api:
         keys: tuple[ApiKey, ...],
         workers: AllWorkers,
         ways: Ways | None = None,
+        limits: Limits | None = None,
     ) -> None:
-        """`ways`: none for workers nobody can tell apart."""
+        """`ways`: none for workers nobody can tell apart; `limits`: of the keys, where models share them."""
         self._ways = ways
         self._config, self._keys, self._workers = config, keys, workers
-        self._models = ModelNames(model_name, config.engine.adapters)
+        self.names = ModelNames(model_name, config.engine.adapters)
         self._tokenizer: Any = load_tokenizer(open_model_folder(config.model))
-        self._names = TokenNames(self._tokenizer)
-        self._limits, self._metrics = Limits(keys), Metrics()
+        self._token_names = TokenNames(self._tokenizer)
+        self._limits, self._metrics = limits or Limits(keys), Metrics()
         self._needed = sum(role.min_replicas != 0 for role in (config.prefill, config.decode))
         self._traces, self._readiness = TraceBook(), Readiness(workers.info, needed=self._needed)
         collector = config.telemetry.otlp_endpoint
@@ -89,62 +101,96 @@ class Api:
 
     async def ready(self) -> Response:
         """200 once a worker of each role answers that may not be empty."""
-        status, told = await self._readiness.told()
+        status, told = await self.readiness()
         return JSONResponse(told, status_code=status)
 
+    async def readiness(self) -> tuple[int, dict[str, Any]]:
+        """(status, content) of the answer of `ready`."""
+        return await self._readiness.told()
+
     async def models(self, request: Request) -> Response:
-        self._authorize(request)
-        longest = (await self._smallest()).max_context_tokens
+        self.authorize(request)
+        return JSONResponse({"object": "list", "data": self.entries((await self._smallest()).max_context_tokens)})
+
+    async def context(self) -> int | None:
+        """The longest context of this model; none, while no worker says it."""
+        with suppress(FarspanError):
+            return (await self._smallest()).max_context_tokens
+        return None
+
+    def entries(self, longest: int | None) -> list[dict[str, Any]]:
+        """This model and its adapters, as a list of models tells them."""
         chats = bool(getattr(self._tokenizer, "chat_template", None))
-        return JSONResponse(model_list(self._models.listed, self._created, longest, chat_template=chats))
+        return model_entries(self.names.listed, self._created, longest, chat_template=chats)
 
     async def trace(self, request: Request, request_id: str) -> Response:
-        key = self._authorize(request)
-        found = self._traces.find(request_id, key.derived("tenant"))
+        found = self.report(self.authorize(request), request_id)
         if found is None:
-            raise ApiError(404, f"no trace of request {request_id[:80]!r}", code="not_found")
-        return JSONResponse(found.report())
+            raise no_trace(request_id)
+        return JSONResponse(found)
+
+    def report(self, key: ApiKey, request_id: str) -> dict[str, Any] | None:
+        """What a request of this key took, where it was asked here."""
+        found = self._traces.find(request_id, key.derived("tenant"))
+        return None if found is None else found.report()
 
     async def completions(self, request: Request) -> Response:
-        key = self._authorize(request)
-        asked, ignored = await self._body(request, CompletionRequest)
-        question = completion_question(self._tokenizer, asked)
-        return await self._answer(request, key, question, ignored)
+        return await self.complete(request, await self.heard(request, CompletionRequest))
+
+    async def complete(self, request: Request, heard: Heard[CompletionRequest]) -> Response:
+        question = completion_question(self._tokenizer, heard.asked)
+        return await self._answer(request, heard.key, question, heard.ignored)
 
     async def chat(self, request: Request) -> Response:
-        key = self._authorize(request)
-        asked, ignored = await self._body(request, ChatRequest)
-        question = chat_question(self._tokenizer, asked, self._config.tool_format)
-        return await self._answer(request, key, question, ignored)
+        return await self.converse(request, await self.heard(request, ChatRequest))
+
+    async def converse(self, request: Request, heard: Heard[ChatRequest]) -> Response:
+        question = chat_question(self._tokenizer, heard.asked, self._config.tool_format)
+        return await self._answer(request, heard.key, question, heard.ignored)
 
     async def tokenize(self, request: Request) -> Response:
-        key = self._authorize(request)
-        asked, ignored = await self._body(request, TokenizeRequest)
-        self._models.adapter(asked.model or self._models.model)
-        with self._limits.of(key).admitted():
+        return await self.tokens(await self.heard(request, TokenizeRequest))
+
+    async def tokens(self, heard: Heard[TokenizeRequest]) -> Response:
+        asked = heard.asked
+        self.names.adapter(asked.model or self.names.model)
+        with self._limits.of(heard.key).admitted():
             tokens = await asyncio.to_thread(tokenized, self._tokenizer, asked)
         longest = (await self._smallest()).max_context_tokens
         told: dict[str, Any] = {"count": len(tokens), "max_model_len": longest, "tokens": tokens}
         if asked.return_token_strs:
-            told["token_strs"] = [self._names.name_of(token) for token in tokens]
-        return JSONResponse(told, headers=ignored_header(ignored))
+            told["token_strs"] = [self._token_names.name_of(token) for token in tokens]
+        return JSONResponse(told, headers=ignored_header(heard.ignored))
 
     async def detokenize(self, request: Request) -> Response:
-        key = self._authorize(request)
-        asked, ignored = await self._body(request, DetokenizeRequest)
-        self._models.adapter(asked.model or self._models.model)
-        with self._limits.of(key).admitted():
+        return await self.text(await self.heard(request, DetokenizeRequest))
+
+    async def text(self, heard: Heard[DetokenizeRequest]) -> Response:
+        asked = heard.asked
+        self.names.adapter(asked.model or self.names.model)
+        with self._limits.of(heard.key).admitted():
             text = await asyncio.to_thread(detokenized, self._tokenizer, asked.tokens)
-        return JSONResponse({"prompt": text}, headers=ignored_header(ignored))
+        return JSONResponse({"prompt": text}, headers=ignored_header(heard.ignored))
 
     async def metrics(self, request: Request) -> Response:
-        self._authorize(request)
-        with suppress(FarspanError):
-            # Without workers the other numbers are still worth reading.
-            return Response(self._metrics.render(await self._workers.info()), media_type=CONTENT_TYPE_LATEST)
-        return Response(self._metrics.render([]), media_type=CONTENT_TYPE_LATEST)
+        self.authorize(request)
+        return Response(rendered(await self.measured()), media_type=CONTENT_TYPE_LATEST)
 
-    def _authorize(self, request: Request) -> ApiKey:
+    async def measured(self) -> list[Metric]:
+        """Every number of this model."""
+        infos: list[WorkerInfo] = []
+        # Without workers the other numbers are still worth reading.
+        with suppress(FarspanError):
+            infos = await self._workers.info()
+        return self._metrics.families(infos)
+
+    async def heard(self, request: Request, shape: type[Body]) -> Heard[Body]:
+        """A request of that shape. Raises ApiError for one without a key, too large, too slow, or of another shape."""
+        key = self.authorize(request)
+        return Heard(key, *await self._body(request, shape))
+
+    def authorize(self, request: Request) -> ApiKey:
+        """The key of a request. Raises ApiError 401."""
         key = find_key(request.headers.get("authorization"), self._keys)
         if key is None:
             raise ApiError(401, "a valid API key is required: Authorization: Bearer <key>", code="invalid_api_key")
@@ -198,7 +244,7 @@ class Api:
             # Lower is answered first over HTTP, higher in the engine.
             priority=-max(asked.priority, key.allowance.priority),
             deadline_at_s=None if deadline_s is None else time.time() + deadline_s,
-            adapter=self._models.adapter(asked.model),
+            adapter=self.names.adapter(asked.model),
         )
 
     async def _answer(self, http: Request, key: ApiKey, question: Question, ignored: tuple[str, ...]) -> Response:
@@ -218,7 +264,7 @@ class Api:
         public_id = given if _PLAIN_ID.fullmatch(given) else uuid.uuid4().hex
         trace = self._traces.open(public_id, 0, caller.tenant)
         answering = Answering(question, around, caller, self._limits.of(key), trace)
-        reply = Reply(public_id, asked.model, question.style, self._names)
+        reply = Reply(public_id, asked.model, question.style, self._token_names)
         route = http.url.path
         steps = self._spans.told(answering.steps(), route, http.headers, asked.model, trace, answering.counted)
         try:
@@ -231,6 +277,11 @@ class Api:
             await steps.aclose()
             raise
         return EventStream(events(first, steps, reply, answering.counted, asked), ignored_header(ignored))
+
+
+def no_trace(request_id: str) -> ApiError:
+    """What a client hears that asks for a request nobody knows."""
+    return ApiError(404, f"no trace of request {request_id[:80]!r}", code="not_found")
 
 
 def _deadline_s(http: Request, asked: GenerationFields) -> float | None:

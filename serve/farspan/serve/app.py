@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,13 @@ from farspan.serve.agent import end_agents
 from farspan.serve.api import Api
 from farspan.serve.folder import open_model_folder
 from farspan.serve.keys import ApiKey, read_keys
-from farspan.serve.naming import ModelNames
+from farspan.serve.limits import Limits
+from farspan.serve.lineup import Place, line_up
 from farspan.serve.port import refuse_taken_port
 from farspan.serve.router import Router
 from farspan.serve.routes import build_http
 from farspan.serve.scaling import apply, declared, is_scaled, replicas_of
+from farspan.serve.several import Several
 from farspan.serve.sizing import as_metrics
 from farspan.serve.ways import GuidedWays
 from farspan.serve.worker import DecodeWorker, PrefillWorker
@@ -49,37 +51,40 @@ class Running:
     url: str
     """Base address of the OpenAI API, ending in /v1."""
     model: str
+    """Its name, or those of all its models."""
     api_key_file: str
 
 
-def model_name(config: ServeConfig) -> str:
-    """What clients call the model."""
-    return config.name or config.model.rstrip("/").rpartition("/")[2]
-
-
-def check_app(config: ServeConfig) -> Path:
-    """Refuse what cannot be served before anything starts; the local model folder.
+def check_app(config: ServeConfig, *more: ServeConfig) -> Path:
+    """Refuse what cannot be served before anything starts; the local folder of the (first) model.
 
     Raises ConfigError, CheckpointError, StorageError or ModelError in one sentence.
     """
-    check_serve(config)
-    folder = open_model_folder(config.model)
-    refuse_config(open_config(folder))
-    # Said again where a config file of Serve's begins: it must never be a replica that finds out.
-    ModelNames(model_name(config), config.engine.adapters)
+    folder, *_ = _checked_folders((config, *more))
     refuse_taken_port(config.host, config.port)
     return folder
+
+
+def _checked_folders(configs: Sequence[ServeConfig]) -> list[Path]:
+    for config in configs:
+        check_serve(config)
+    # Said again where a config file of Serve's begins: it must never be a replica that finds out.
+    line_up(configs)
+    folders = [open_model_folder(config.model) for config in configs]
+    for folder in folders:
+        refuse_config(open_config(folder))
+    return folders
 
 
 class Ingress(Api):
     """The `Api` over the handles of the deployments."""
 
     def __init__(
-        self, config: ServeConfig, model_name: str, keys: tuple[ApiKey, ...], prefill: Any, decode: Any
+        self, place: Place, keys: tuple[ApiKey, ...], prefill: Any, decode: Any, limits: Limits | None = None
     ) -> None:
         router = Router(prefill, decode)
-        self._guided = GuidedWays(router, config)
-        super().__init__(config, model_name, keys, router, self._guided)
+        self._label, self._guided = place.label, GuidedWays(router, place.config)
+        super().__init__(place.config, place.name, keys, router, self._guided, limits)
 
     async def check_health(self) -> None:
         """Asked by Serve before the first request, and again and again."""
@@ -88,7 +93,7 @@ class Ingress(Api):
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve's autoscaler is told."""
         self._guided.listen()
-        return as_metrics(self._guided.guide.signals(self._metrics.num_open))
+        return as_metrics(self._guided.guide.signals(self._metrics.num_open), self._label)
 
     def __del__(self) -> None:
         # Absent when the model could not be opened.
@@ -96,26 +101,53 @@ class Ingress(Api):
             self.close()
 
 
-def build_app(config: ServeConfig, keys: tuple[ApiKey, ...]) -> Any:
-    """The Serve application: ingress over prefill and decode workers."""
-    ModelNames(model_name(config), config.engine.adapters)
-    workers = [
-        serve.deployment(PrefillWorker).options(name="prefill", **_options(config.prefill, config)).bind(config),
-        serve.deployment(DecodeWorker).options(name="decode", **_options(config.decode, config)).bind(config),
-    ]
-    ingress = serve.deployment(serve.ingress(build_http)(Ingress)).options(
+class Ingresses(Several):
+    """One `Ingress` for each model, in one process. What a key may use holds for all of them together."""
+
+    def __init__(self, places: tuple[Place, ...], keys: tuple[ApiKey, ...], *workers: Any) -> None:
+        """`workers`: the handles of prefill and decode, for one model after another."""
+        limits = Limits(keys)
+        roles = zip(workers[::2], workers[1::2], strict=True)
+        self._ingresses = [Ingress(p, keys, *pair, limits) for p, pair in zip(places, roles, strict=True)]
+        super().__init__(self._ingresses)
+
+    async def check_health(self) -> None:
+        for ingress in self._ingresses:
+            await ingress.check_health()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        told = [await ingress.record_autoscaling_stats() for ingress in self._ingresses]
+        return {name: value for each in told for name, value in each.items()}
+
+
+def build_app(keys: tuple[ApiKey, ...], *configs: ServeConfig) -> Any:
+    """The Serve application: ingress over the prefill and decode workers of each model."""
+    places, scaled = line_up(configs), is_scaled(*configs)
+    workers = [worker for place in places for worker in _workers(place, scaled=scaled)]
+    ingress = serve.deployment(serve.ingress(build_http)(Ingress if len(places) == 1 else Ingresses)).options(
         name="api",
-        max_ongoing_requests=1000,
+        max_ongoing_requests=1000 * len(places),
         ray_actor_options={"num_cpus": _INGRESS_CPUS},
         health_check_period_s=2,
         graceful_shutdown_wait_loop_s=0.1,
-        **_lasting(config),
-        **replicas_of(RoleConfig(), config),
+        **_lasting(max(configs, key=lambda config: config.drain_s)),
+        **replicas_of(RoleConfig(), configs[0], scaled=scaled),
     )
-    return ingress.bind(config, model_name(config), keys, *workers)
+    return ingress.bind(places[0] if len(places) == 1 else places, keys, *workers)
 
 
-def _options(role: RoleConfig, config: ServeConfig) -> dict[str, Any]:
+def _workers(place: Place, *, scaled: bool) -> list[Any]:
+    """The deployments of one model."""
+    config, beside = place.config, place.num_beside
+    return [
+        serve.deployment(kind)
+        .options(name=f"{kind.role}{place.label}", **_options(role, config, scaled=scaled))
+        .bind(config, beside)
+        for kind, role in ((PrefillWorker, config.prefill), (DecodeWorker, config.decode))
+    ]
+
+
+def _options(role: RoleConfig, config: ServeConfig, *, scaled: bool) -> dict[str, Any]:
     return {
         "max_ongoing_requests": config.engine.max_sequences * _REQUESTS_PER_SEQUENCE,
         "ray_actor_options": {"num_cpus": role.cpus, "num_gpus": role.gpus, "resources": dict(role.custom)},
@@ -125,7 +157,7 @@ def _options(role: RoleConfig, config: ServeConfig) -> dict[str, Any]:
         "graceful_shutdown_wait_loop_s": 0.1,
         "request_router_config": RequestRouterConfig(request_router_class=_ROUTER),
         **_lasting(config),
-        **replicas_of(role, config),
+        **replicas_of(role, config, scaled=scaled),
     }
 
 
@@ -135,47 +167,51 @@ def _lasting(config: ServeConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def run_app(config: ServeConfig) -> Iterator[Running]:
-    """A running server for the time of the block, on the Ray this process is connected to.
+def run_app(config: ServeConfig, *more: ServeConfig) -> Iterator[Running]:
+    """A running server for the time of the block, on the Ray this process is connected to; of several models, where
+    there are more configs.
 
     Raises:
         ConfigError, CheckpointError, StorageError: before anything starts.
         ClusterError: the application did not become ready within start_timeout_s.
     """
-    check_app(config)
+    check_app(config, *more)
     keys, key_file = read_keys(config)
-    deadline_s = time.monotonic() + config.start_timeout_s
+    timeout_s = max(each.start_timeout_s for each in (config, *more))
+    deadline_s = time.monotonic() + timeout_s
     try:
-        _deploy(config, keys, str(key_file), deadline_s)
+        _deploy((config, *more), keys, str(key_file), deadline_s)
         url = f"http://{_in_url(config.host)}:{config.port}"
-        _wait_ready(url, deadline_s, config.start_timeout_s)
-        yield Running(f"{url}/v1", model_name(config), str(key_file))
+        _wait_ready(url, deadline_s, timeout_s)
+        yield Running(f"{url}/v1", ", ".join(place.name for place in line_up((config, *more))), str(key_file))
     finally:
         serve.shutdown()
         end_agents()
 
 
-def update_app(config: ServeConfig, running: Running) -> None:
-    """Replace what runs by what `config` says now, worker by worker: no answer is lost, no request refused.
+def update_app(running: Running, config: ServeConfig, *more: ServeConfig) -> None:
+    """Replace what runs by what the configs say now, worker by worker: no answer is lost, no request refused.
 
     Raises:
         ConfigError, CheckpointError, StorageError, ModelError: nothing was changed.
         ClusterError: the new workers did not come; the old ones go on.
     """
-    check_serve(config)
-    refuse_config(open_config(open_model_folder(config.model)))
+    _checked_folders((config, *more))
     keys, key_file = read_keys(config)
     if f"http://{_in_url(config.host)}:{config.port}/v1" != running.url:
         raise ConfigError("port", "stays what it was while a server runs", config.port, "start another server")
-    _deploy(config, keys, str(key_file), time.monotonic() + config.start_timeout_s)
+    timeout_s = max(each.start_timeout_s for each in (config, *more))
+    _deploy((config, *more), keys, str(key_file), time.monotonic() + timeout_s)
 
 
-def num_cpus(config: ServeConfig) -> float:
+def num_cpus(*configs: ServeConfig) -> float:
     """Logical CPUs the replicas ask Ray for."""
-    return sum((role.max_replicas or role.replicas) * role.cpus for role in (config.prefill, config.decode))
+    roles = [role for config in configs for role in (config.prefill, config.decode)]
+    return sum((role.max_replicas or role.replicas) * role.cpus for role in roles)
 
 
-def _deploy(config: ServeConfig, keys: tuple[ApiKey, ...], key_file: str, deadline_s: float) -> None:
+def _deploy(configs: Sequence[ServeConfig], keys: tuple[ApiKey, ...], key_file: str, deadline_s: float) -> None:
+    config = configs[0]
     # serve.run has no deadline of its own.
     pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="deploy")
     try:
@@ -186,10 +222,10 @@ def _deploy(config: ServeConfig, keys: tuple[ApiKey, ...], key_file: str, deadli
                 host=config.host, port=config.port, request_timeout_s=config.request_timeout_s, keep_alive_timeout_s=75
             ),
         )
-        if is_scaled(config):
-            deployed = pool.submit(apply, declared(config, APP_NAME, key_file), APP_NAME, deadline_s)
+        if is_scaled(*configs):
+            deployed = pool.submit(apply, declared(line_up(configs), APP_NAME, key_file), APP_NAME, deadline_s)
         else:
-            deployed = pool.submit(serve.run, build_app(config, keys), name=APP_NAME, route_prefix="/")
+            deployed = pool.submit(serve.run, build_app(keys, *configs), name=APP_NAME, route_prefix="/")
         deployed.result(timeout=max(1.0, deadline_s - time.monotonic()))
     except TimeoutError:
         raise ClusterError(

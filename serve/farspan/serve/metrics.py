@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 
 from farspan.errors import RequestError
 from farspan.serve.messages import WorkerInfo
@@ -68,8 +68,8 @@ class Metrics:
             self._requests.labels(outcome).inc()
             self._measure(trace, counted)
 
-    def render(self, infos: Sequence[WorkerInfo]) -> bytes:
-        """The text Prometheus reads."""
+    def families(self, infos: Sequence[WorkerInfo]) -> list[Metric]:
+        """Every number, with those of the workers as they say them now."""
         for info in infos:
             states = {"all": info.num_pages, "free": info.num_free, "quarantined": info.num_quarantined}
             for state, count in states.items():
@@ -77,7 +77,7 @@ class Metrics:
             for what, count in ({} if info.host is None else asdict(info.host)).items():
                 self._host.labels(info.role, what).set(count)
             self._open.labels(info.role).set(info.num_requests)
-        return generate_latest(self._registry)
+        return list(self._registry.collect())
 
     def _measure(self, trace: RequestTrace, counted: Counted) -> None:
         kinds = {"prompt": counted.prompt_tokens, "answer": counted.answer_tokens, "cached": counted.cached_tokens}
@@ -87,6 +87,32 @@ class Metrics:
         if trace.arrivals.first_s is not None:
             self._first.observe(trace.arrivals.first_s)
             self._whole.observe(time.monotonic() - trace.started_s)
+
+
+class _Collected:
+    """What `generate_latest` asks of a registry."""
+
+    def __init__(self, families: Sequence[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Sequence[Metric]:
+        return self._families
+
+
+def rendered(families: Sequence[Metric]) -> bytes:
+    """The text Prometheus reads."""
+    return generate_latest(_Collected(families))
+
+
+def by_model(measured: Mapping[str, Sequence[Metric]]) -> list[Metric]:
+    """The numbers of several models as one list, each sample with the name of its model."""
+    merged: dict[str, Metric] = {}
+    for model, families in measured.items():
+        for family in families:
+            whole = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                whole.add_sample(sample.name, {"model": model, **sample.labels}, sample.value)
+    return list(merged.values())
 
 
 def _outcome(problem: Exception) -> str:

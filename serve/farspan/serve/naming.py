@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from farspan.errors import ConfigError
 from farspan.serve.shape import ApiError
@@ -31,7 +31,17 @@ class ModelNames:
         """The adapter a client means. Raises ApiError 404."""
         if asked in self._adapters:
             return self._adapters[asked]
-        told = ", ".join(map(repr, self.listed[:_MOST_TOLD])) + (", ..." if len(self.listed) > _MOST_TOLD else "")
-        verb = "is" if len(self.listed) == 1 else "are"
-        message = f"model {asked[:80]!r} is not served here, {told} {verb}"
-        raise ApiError(404, message, code="model_not_found", param="model")
+        raise unknown_model(asked, self.listed)
+
+    @property
+    def all(self) -> Collection[str]:
+        """Every name there is, also those that are not listed."""
+        return self._adapters.keys()
+
+
+def unknown_model(asked: str, listed: Sequence[str]) -> ApiError:
+    """What a client hears that asks for none of the models `listed`."""
+    told = ", ".join(map(repr, listed[:_MOST_TOLD])) + (", ..." if len(listed) > _MOST_TOLD else "")
+    verb = "is" if len(listed) == 1 else "are"
+    message = f"model {asked[:80]!r} is not served here, {told} {verb}"
+    return ApiError(404, message, code="model_not_found", param="model")

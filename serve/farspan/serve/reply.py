@@ -159,9 +159,14 @@ def _message(steps: Sequence[Step]) -> dict[str, Any]:
     return {**message, "tool_calls": calls} if calls else message
 
 
-def model_list(names: Sequence[str], created: int, max_context_tokens: int, *, chat_template: bool) -> dict[str, Any]:
-    """The model served here, then its adapters. `chat_template`: whether they answer chat completions."""
+def model_entries(
+    names: Sequence[str], created: int, max_context_tokens: int | None, *, chat_template: bool
+) -> list[dict[str, Any]]:
+    """A model, then its adapters. `chat_template`: whether they answer chat completions; the context: none, where it
+    is not known now.
+    """
     entry = {"object": "model", "created": created, "owned_by": "farspan"}
-    more = {"max_model_len": max_context_tokens, "chat_template": chat_template}
+    longest = {} if max_context_tokens is None else {"max_model_len": max_context_tokens}
+    more = {**longest, "chat_template": chat_template}
     model, *adapters = ({"id": name, **entry, **more} for name in names)
-    return {"object": "list", "data": [model, *({**adapter, "parent": names[0]} for adapter in adapters)]}
+    return [model, *({**adapter, "parent": names[0]} for adapter in adapters)]

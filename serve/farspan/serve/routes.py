@@ -16,23 +16,24 @@ from farspan.serve.api import Api
 from farspan.serve.choices import ClientGoneError
 from farspan.serve.faults import as_api_error, internal_error
 from farspan.serve.openapi import describe
+from farspan.serve.several import Several
 from farspan.serve.shape import ApiError
 
 logger = logging.getLogger(__name__)
 
 
 def build_http() -> FastAPI:
-    """The routes, in front of the `Api` of the replica they run in."""
+    """The routes, in front of the replica they run in."""
 
-    def here() -> Api:
-        api: Api = serve.get_replica_context().servable_object
+    def here() -> Api | Several:
+        api: Api | Several = serve.get_replica_context().servable_object
         return api
 
     return route(here)
 
 
-def route(here: Callable[[], Api]) -> FastAPI:
-    """The routes, in front of the `Api` that `here` finds."""
+def route(here: Callable[[], Api | Several]) -> FastAPI:
+    """The routes, in front of what `here` finds."""
     http = FastAPI(title="farspan", docs_url=None, redoc_url=None, openapi_url=None)
     described = describe()
     http.add_middleware(LastResort)

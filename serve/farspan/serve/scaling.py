@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,22 +15,25 @@ from ray.serve.schema import ApplicationStatus, ServeApplicationSchema, ServeDep
 
 from farspan.config.schema import RoleConfig, ServeConfig
 from farspan.errors import ClusterError
+from farspan.serve.lineup import Place, objectives_of
 
 _BUILDER = "farspan.cli.service:build"
+_BUILDER_OF_SEVERAL = "farspan.cli.service:build_several"
 _POLICY = "farspan.serve.sizing:Sizing"
 _POLL_S = 0.1
 # So much of what was measured is kept: the policy reads the newest.
 _KEPT = 5
 
 
-def is_scaled(config: ServeConfig) -> bool:
-    """Whether the number of workers may change."""
-    return any(least != most for least, most in map(_bounds, (config.prefill, config.decode)))
+def is_scaled(*configs: ServeConfig) -> bool:
+    """Whether the number of workers may change, of any of the models."""
+    roles = [role for config in configs for role in (config.prefill, config.decode)]
+    return any(least != most for least, most in map(_bounds, roles))
 
 
-def replicas_of(role: RoleConfig, config: ServeConfig) -> dict[str, Any]:
-    """The options of a deployment that say how many replicas it has."""
-    if not is_scaled(config):
+def replicas_of(role: RoleConfig, config: ServeConfig, *, scaled: bool | None = None) -> dict[str, Any]:
+    """The options of a deployment that say how many replicas it has. `scaled`: none where its model is alone."""
+    if not (is_scaled(config) if scaled is None else scaled):
         return {"num_replicas": role.replicas}
     least, most = _bounds(role)
     scaling = config.scaling
@@ -49,18 +53,17 @@ def replicas_of(role: RoleConfig, config: ServeConfig) -> dict[str, Any]:
     return {"autoscaling_config": autoscaling}
 
 
-def declared(config: ServeConfig, name: str, key_file: str) -> ServeDeploySchema:
+def declared(places: Sequence[Place], name: str, key_file: str) -> ServeDeploySchema:
     """The application as a config file of Ray Serve would name it: only there has it a policy of its own."""
-    aims = config.objectives
-    policy = {
-        "policy_function": _POLICY,
-        "policy_kwargs": {"first_token_s": aims.first_token_s, "token_s": aims.token_s},
-    }
+    objectives = {label: list(seconds) for label, seconds in objectives_of(places).items()}
+    policy = {"policy_function": _POLICY, "policy_kwargs": {"objectives": objectives}}
+    models = [asdict(replace(place.config, api_key_file=key_file)) for place in places]
+    alone = len(models) == 1
     application = ServeApplicationSchema(
         name=name,
         route_prefix="/",
-        import_path=_BUILDER,
-        args=asdict(replace(config, api_key_file=key_file)),
+        import_path=_BUILDER if alone else _BUILDER_OF_SEVERAL,
+        args=models[0] if alone else {"models": models},
         autoscaling_policy=policy,
     )
     return ServeDeploySchema(applications=[application])

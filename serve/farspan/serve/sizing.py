@@ -7,7 +7,7 @@ imports the others there: what decides is in autoscale.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, Protocol
 
@@ -26,27 +26,30 @@ class Context(Protocol):
 
 
 class Sizing:
-    """The policy. The deployment `api` tells what it measures."""
+    """The policy, for each model by itself. The deployment `api` tells what it measures."""
 
-    def __init__(self, first_token_s: float, token_s: float) -> None:
-        self._objectives = Objectives(first_token_s, token_s)
+    def __init__(self, objectives: Mapping[str, Sequence[float]]) -> None:
+        """(first_token_s, token_s) of each model, by what the names of its deployments end in."""
+        self._objectives = {label: Objectives(*seconds) for label, seconds in objectives.items()}
 
     def __call__(self, contexts: Mapping[Any, Context]) -> tuple[dict[Any, int], dict[Any, dict[str, Any]]]:
         """(replicas, nothing to remember) of each deployment."""
         named = {context.deployment_name: context for context in contexts.values()}
         wanted = {name: context.target_num_replicas for name, context in named.items()}
-        # While Serve starts or deletes an application, not all of it is there.
-        if {"api", "prefill", "decode"} <= set(named):
-            roles = role(named["prefill"]), role(named["decode"])
-            wanted["prefill"], wanted["decode"] = sizes(signals(named["api"]), *roles, self._objectives)
+        for label, objectives in self._objectives.items():
+            prefill, decode = f"prefill{label}", f"decode{label}"
+            # While Serve starts or deletes an application, not all of it is there.
+            if {"api", prefill, decode} <= set(named):
+                roles = role(named[prefill]), role(named[decode])
+                wanted[prefill], wanted[decode] = sizes(signals(named["api"], label), *roles, objectives)
         return {key: wanted[context.deployment_name] for key, context in contexts.items()}, {}
 
 
-def signals(api: Context) -> Signals:
-    """The newest signals; of several ingresses, what each sees is added up, or the worst of it holds."""
+def signals(api: Context, label: str = "") -> Signals:
+    """The newest signals of a model; of several ingresses, what each sees is added up, or the worst of it holds."""
     found: dict[str, float] = {}
     for name in (field.name for field in fields(Signals)):
-        values = [series[-1].value for series in (api.raw_metrics or {}).get(name, {}).values() if series]
+        values = [series[-1].value for series in (api.raw_metrics or {}).get(f"{name}{label}", {}).values() if series]
         if values:
             added = name in ("prompt_tokens_s", "answer_tokens_s", "num_open")
             found[name] = sum(values) if added else max(values)
@@ -62,6 +65,6 @@ def role(context: Context) -> Role:
     )
 
 
-def as_metrics(told: Signals) -> dict[str, float]:
-    """The signals as Ray Serve takes them from a replica."""
-    return {name: float(value) for name, value in asdict(told).items()}
+def as_metrics(told: Signals, label: str = "") -> dict[str, float]:
+    """The signals of a model as Ray Serve takes them from a replica."""
+    return {f"{name}{label}": float(value) for name, value in asdict(told).items()}

@@ -33,8 +33,9 @@ class Worker:
 
     role = "worker"
 
-    def __init__(self, config: ServeConfig) -> None:
-        torch.set_num_threads(worker_threads(config, os.cpu_count() or 1))
+    def __init__(self, config: ServeConfig, num_beside: int = 0) -> None:
+        """`num_beside`: workers of other models on the same machines."""
+        torch.set_num_threads(worker_threads(config, os.cpu_count() or 1, num_beside))
         folder = open_model_folder(config.model)
         model = load_causal_lm(folder, getattr(torch, config.engine.dtype))
         if torch.cuda.is_available():
@@ -138,9 +139,9 @@ def machine_kind(engine: Engine) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
-def worker_threads(config: ServeConfig, num_cpus: int) -> int:
+def worker_threads(config: ServeConfig, num_cpus: int, num_beside: int = 0) -> int:
     """CPU threads of one worker: its share of the machine, so that workers do not fight over cores."""
-    num_workers = sum(role.max_replicas or role.replicas for role in (config.prefill, config.decode))
+    num_workers = num_beside + sum(role.max_replicas or role.replicas for role in (config.prefill, config.decode))
     return config.engine.threads or max(1, num_cpus // max(1, num_workers))
 
 

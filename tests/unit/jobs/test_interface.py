@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import ray
 
-from farspan.jobs.interface import choose_interface, interface_of
+from farspan.jobs.interface import LinkedTorchConfig, choose_interface, interface_of
 
 NAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
@@ -50,3 +51,34 @@ def test_nothing_is_chosen_where_no_interface_has_the_address(monkeypatch: pytes
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "203.0.113.9")
     choose_interface()
     assert not set(NAMES) & set(os.environ)
+
+
+class _Group:
+    """A worker group of Ray Train's, and whether its workers were asked to leave their process group."""
+
+    def __init__(self, errors: dict[int, Exception] | None) -> None:
+        self._seen = None if errors is None else SimpleNamespace(errors=errors)
+        self.asked = False
+
+    def get_latest_poll_status(self) -> SimpleNamespace | None:
+        return self._seen
+
+    def execute_async(self, *_: object, **__: object) -> list[object]:
+        self.asked = True
+        return []
+
+    def __len__(self) -> int:
+        return 2
+
+
+@pytest.mark.parametrize(
+    ("errors", "asked"), [(None, True), ({}, True), ({1: RuntimeError("its host is gone")}, False)]
+)
+def test_workers_that_wait_for_a_lost_one_are_not_asked_to_leave_in_good_order(
+    errors: dict[int, Exception] | None, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "get", lambda futures, timeout: [])
+    group = _Group(errors)
+    config = LinkedTorchConfig(backend="gloo")
+    config.backend_cls().on_shutdown(group, config)
+    assert group.asked == asked

@@ -190,7 +190,7 @@ def test_folders_of_adapters_are_relative_to_the_config_that_names_them(tmp_path
     here.mkdir()
     (beside / "serve.yaml").write_text("engine:\n  adapters: {law: a/law, far: 's3://bucket/far', old: /old}\n")
     monkeypatch.chdir(here)
-    run_serve("../configs/serve.yaml", ["model=m", "engine.adapters.typed=b/typed"], dry_run=True)
+    run_serve(["../configs/serve.yaml"], ["model=m", "engine.adapters.typed=b/typed"], dry_run=True)
     told = capsys.readouterr().out
     for line in (f"law: {beside}/a/law", "far: s3://bucket/far", "old: /old", f"typed: {here}/b/typed"):
         assert line in told, told

@@ -19,8 +19,9 @@ from farspan.config.schema import EngineConfig, RoleConfig, ServeConfig
 from farspan.engine.request import SamplingParams
 from farspan.errors import CheckpointError, ClusterError, ConfigError, ModelError
 from farspan.serve import app
-from farspan.serve.app import check_app, model_name, run_app
+from farspan.serve.app import check_app, run_app
 from farspan.serve.folder import open_model_folder
+from farspan.serve.lineup import line_up, model_name
 from farspan.serve.messages import Failed, GenerationRequest
 from farspan.serve.scaling import declared, is_scaled, replicas_of
 from farspan.serve.worker import refusal, worker_threads
@@ -177,7 +178,7 @@ def test_an_application_whose_size_may_change_is_declared_as_a_config_file_would
     assert is_scaled(open_ended)
     ranges = [replicas_of(role, open_ended)["autoscaling_config"] for role in (nobody, open_ended.decode)]
     assert [(r.min_replicas, r.initial_replicas, r.max_replicas) for r in ranges] == [(0, 0, 4), (1, 1, 1)]
-    (application,) = declared(open_ended, "farspan", "/keys").applications
+    (application,) = declared(line_up([open_ended]), "farspan", "/keys").applications
     assert application.autoscaling_policy["policy_function"] == "farspan.serve.sizing:Sizing"
     # What is built from it is what was asked for.
     built = config_of(ServeConfig, application.args)

@@ -101,7 +101,7 @@ def test_the_policy_reads_the_newest_signals_of_the_ingress_and_answers_for_ever
     api = Context("api", raw_metrics=series(seen))
     contexts = {1: api, 2: Context("prefill"), 3: Context("decode")}
     assert signals(api) == seen
-    assert Sizing(2.0, 0.1)(contexts) == ({1: 1, 2: 3, 3: 4}, {})
+    assert Sizing({"": (2.0, 0.1)})(contexts) == ({1: 1, 2: 3, 3: 4}, {})
 
 
 def test_signals_of_several_ingresses_are_one_load():
@@ -111,10 +111,10 @@ def test_signals_of_several_ingresses_are_one_load():
 
 def test_while_the_application_is_not_all_there_nothing_changes():
     contexts = {2: Context("prefill", target_num_replicas=3), 3: Context("decode")}
-    assert Sizing(2.0, 0.1)(contexts) == ({2: 3, 3: 1}, {})
+    assert Sizing({"": (2.0, 0.1)})(contexts) == ({2: 3, 3: 1}, {})
     contexts = {1: Context("api"), 2: Context("prefill", target_num_replicas=3), 3: Context("decode")}
     # The ingress has said nothing yet.
-    assert Sizing(2.0, 0.1)(contexts)[0][1] == 1
+    assert Sizing({"": (2.0, 0.1)})(contexts)[0][1] == 1
 
 
 def test_the_policy_is_what_ray_serve_takes_and_ray_applies_its_delays_to_it():
@@ -125,7 +125,7 @@ def test_the_policy_is_what_ray_serve_takes_and_ray_applies_its_delays_to_it():
     from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
     policy = AutoscalingPolicy(
-        policy_function="farspan.serve.sizing:Sizing", policy_kwargs={"first_token_s": 2.0, "token_s": 0.1}
+        policy_function="farspan.serve.sizing:Sizing", policy_kwargs={"objectives": {"": [2.0, 0.1]}}
     )
     policy = cloudpickle.loads(cloudpickle.dumps(policy))
     asked = _apply_app_level_autoscaling_config(_resolve_policy_callable(policy))

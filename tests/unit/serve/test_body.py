@@ -9,7 +9,7 @@ import pytest
 
 from farspan.serve.body import read_body
 from farspan.serve.conversation import ChatRequest
-from farspan.serve.reply import model_list
+from farspan.serve.reply import model_entries
 from farspan.serve.shape import ApiError
 from farspan.serve.wire import CompletionRequest
 
@@ -164,7 +164,7 @@ def test_content_that_is_not_text_is_refused():
 
 @pytest.mark.parametrize("chats", [True, False])
 def test_the_model_list_says_whether_the_model_chats(chats):
-    (entry,) = model_list(["m"], 1, 64, chat_template=chats)["data"]
+    (entry,) = model_entries(["m"], 1, 64, chat_template=chats)
     assert SimpleNamespace(**entry).chat_template is chats
 
 

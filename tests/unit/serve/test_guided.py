@@ -11,6 +11,7 @@ from tests.unit.serve.placed import GuidedServed
 from tests.unit.serve.tiny_folder import TEXT
 
 from farspan.config.schema import ObjectivesConfig, TransferConfig
+from farspan.serve.metrics import rendered
 from farspan.serve.quotas import Quota
 
 PROMPT = TEXT[200:900]
@@ -120,7 +121,7 @@ def test_who_would_be_too_late_gets_429_and_is_told_when_to_come_again(guided):
     # 200 tokens and more at 0.4 s each, five of them are allowed.
     assert 50 < after_s <= 300
     assert f"try again in {after_s} s" in error["message"]
-    assert b'farspan_requests_total{outcome="limited"} 1.0' in guided.api._metrics.render([])
+    assert b'farspan_requests_total{outcome="limited"} 1.0' in rendered(guided.api._metrics.families([]))
     # Without a deadline there is nothing to be late for.
     assert guided.post("/v1/completions", {**body, "deadline_s": None}).status_code == 200
 
