@@ -100,8 +100,13 @@ class Failed:
     error: FarspanError
 
 
-StreamItem = Pulled | Tokens | Failed
-PrefillItem = KvOffer | Prefilled | Failed
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """Nothing new, but the worker is there: without it nobody could tell a long prompt from a frozen process."""
+
+
+StreamItem = Pulled | Tokens | Failed | Alive
+PrefillItem = KvOffer | Prefilled | Failed | Alive
 
 
 NUM_ROLES = 2

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from ray.serve.exceptions import RayServeException
 from farspan.errors import ClusterError
 from farspan.kv.ticket import KvOffer, KvTicket
 from farspan.serve.faults import being_cancelled
+from farspan.serve.life import SILENT_S, Watch, unless_silent
 from farspan.serve.load import WorkerLoad
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, StreamItem, WorkerInfo
 from farspan.serve.policy import Place
@@ -27,6 +29,7 @@ _CONTROL_TIMEOUT_S = 10.0
 _REPORT_TIMEOUT_S = 2.0
 # A prefill worker of its own is an optimisation: while none is there, prompts are computed where they are decoded.
 _ASSIGN_TIMEOUT_S = 3.0
+_REMEMBERED_S = 60.0
 
 
 class Workers(Protocol):
@@ -50,8 +53,11 @@ class Workers(Protocol):
 class Router:
     """`Workers` over the deployments' handles. A lost worker is a `Failed` value like any other failure."""
 
-    def __init__(self, prefill: Any, decode: Any) -> None:
-        self._prefill, self._decode = prefill, decode
+    def __init__(self, prefill: Any, decode: Any, silent_s: float = SILENT_S) -> None:
+        """`silent_s`: a worker that says nothing for so long is lost."""
+        self._prefill, self._decode, self._silent_s = prefill, decode, silent_s
+        self._heard_at_s: dict[str, float] = {}
+        """When each worker last said how it stands."""
         self._prefill_stream, self._decode_stream = prefill.options(stream=True), decode.options(stream=True)
         self._relays: dict[str, Relay] = {}
         """Of each request whose prompt is computed on a worker of its own, until it is answered."""
@@ -69,11 +75,13 @@ class Router:
                 async with asyncio.timeout(_ASSIGN_TIMEOUT_S):
                     choice = handle.prefill_in_parts.choose_replica(request)
                     chosen = await stack.enter_async_context(choice)
-                answer = await _heard(handle.dispatch(chosen, request), relay)
+                answer = await _heard(handle.dispatch(chosen, request), relay, self._silent_s)
         except TimeoutError:
             return Failed(ClusterError(f"no prefill worker was free within {_ASSIGN_TIMEOUT_S:g} s"))
         except (RayError, RayServeException) as problem:
             return Failed(ClusterError(f"the prefill worker was lost: {type(problem).__name__}"))
+        except ClusterError as problem:
+            return Failed(problem)
         except asyncio.CancelledError:
             if being_cancelled():
                 raise
@@ -97,7 +105,7 @@ class Router:
         relay = self._relays.pop(request.request_id, None)
         try:
             if relay is not None and (chosen := relay.settle()) is not None:
-                told = _items(relay.dispatch(chosen, request, answered, ticket))
+                told = _items(relay.dispatch(chosen, request, answered, ticket), self._watch())
                 async with aclosing(told) as items:
                     given = False
                     async for item in items:
@@ -108,7 +116,8 @@ class Router:
                         yield item
                     else:
                         return
-            async with aclosing(_items(handle.resume.remote(request, answered, ticket))) as items:
+            call = handle.resume.remote(request, answered, ticket)
+            async with aclosing(_items(call, self._watch(lambda: self._is_lost(place)))) as items:
                 async for item in items:
                     yield item
         finally:
@@ -135,7 +144,7 @@ class Router:
     async def reports(self, orders: Mapping[str, Orders]) -> list[WorkerLoad]:
         """How all workers stand that answer in time, each told its orders."""
         told = await asyncio.gather(*(self._reports(handle, orders) for handle in (self._prefill, self._decode)))
-        return [load for loads in told for load in loads]
+        return self._note([load for loads in told for load in loads])
 
     async def wake(self, timeout_s: float) -> list[WorkerLoad]:
         """How a worker stands; where all were stopped, one is started by that. Nothing when none comes in time."""
@@ -144,7 +153,23 @@ class Router:
         except (TimeoutError, RayError, RayServeException, ClusterError) as problem:
             logger.warning("no worker came: %s", type(problem).__name__)
             return []
-        return [load]
+        return self._note([load])
+
+    def _note(self, loads: list[WorkerLoad]) -> list[WorkerLoad]:
+        now_s = time.monotonic()
+        heard = {worker: at_s for worker, at_s in self._heard_at_s.items() if now_s - at_s < _REMEMBERED_S}
+        self._heard_at_s = {**heard, **dict.fromkeys((load.worker for load in loads), now_s)}
+        return loads
+
+    def _watch(self, is_lost: Callable[[], bool] | None = None) -> Watch:
+        return Watch("the decode worker", self._silent_s, is_lost)
+
+    def _is_lost(self, place: Place | None) -> bool:
+        """Whether a worker says nothing any more, and there is another one to go to."""
+        if place is None:
+            return False
+        fresh = {worker for worker, at_s in self._heard_at_s.items() if time.monotonic() - at_s <= self._silent_s}
+        return bool(fresh) and place.worker not in fresh
 
     async def _reports(self, handle: Any, orders: Mapping[str, Orders]) -> list[WorkerLoad]:
         try:
@@ -171,12 +196,12 @@ class Router:
         errand.add_done_callback(self._errands.discard)
 
 
-async def _heard(stream: Any, relay: Relay) -> Prefilled | Failed:
+async def _heard(stream: Any, relay: Relay, silent_s: float) -> Prefilled | Failed:
     """What a prefill worker says in the end; what it offers on the way is passed on."""
     answer: Prefilled | Failed = Failed(ClusterError("the prefill worker ended without an answer"))
     over = False
     try:
-        async for item in stream:
+        async for item in unless_silent(stream, Watch("the prefill worker", silent_s)):
             if isinstance(item, KvOffer):
                 relay.tell(item)
             else:
@@ -188,21 +213,27 @@ async def _heard(stream: Any, relay: Relay) -> Prefilled | Failed:
     return answer
 
 
-async def _items(stream: Any) -> AsyncGenerator[StreamItem]:
+async def _items(stream: Any, watch: Watch) -> AsyncGenerator[StreamItem]:
     """What a decode worker says, and that it was lost, if it was."""
     over = False
     try:
-        async for item in stream:
-            yield item
+        async with aclosing(unless_silent(stream, watch)) as items:
+            async for item in items:
+                yield item
         over = True
     except (RayError, RayServeException) as problem:
         over = True
-        yield Failed(ClusterError(f"the decode worker was lost: {type(problem).__name__}"))
+        yield Failed(ClusterError(f"{watch.whom} was lost: {type(problem).__name__}"))
+    except ClusterError as problem:
+        # It is told to stop before anybody else begins.
+        stream.cancel()
+        over = True
+        yield Failed(problem)
     except asyncio.CancelledError:
         if being_cancelled():
             raise
         over = True
-        yield Failed(ClusterError("the call of the decode worker was given up"))
+        yield Failed(ClusterError(f"the call of {watch.whom} was given up"))
     finally:
         if not over:
             stream.cancel()
