@@ -31,6 +31,9 @@ _REPORT_TIMEOUT_S = 2.0
 _ASSIGN_TIMEOUT_S = 3.0
 _REMEMBERED_S = 60.0
 
+Hear = Callable[[WorkerLoad, float], None]
+"""Told of a worker's answer, and when it was asked."""
+
 
 class Workers(Protocol):
     """What `answer` asks of the cluster."""
@@ -141,10 +144,14 @@ class Router:
             raise ClusterError(f"no worker answers: {'; '.join(str(problem) for problem in told)}")
         return infos
 
-    async def reports(self, orders: Mapping[str, Orders]) -> list[WorkerLoad]:
-        """How all workers stand that answer in time, each told its orders."""
-        told = await asyncio.gather(*(self._reports(handle, orders) for handle in (self._prefill, self._decode)))
-        return self._note([load for loads in told for load in loads])
+    async def reports(self, orders: Mapping[str, Orders], hear: Hear) -> None:
+        """Ask all workers how they stand, each told its orders; answers are told as they come."""
+
+        def heard(load: WorkerLoad, asked_at_s: float) -> None:
+            self._note(load)
+            hear(load, asked_at_s)
+
+        await asyncio.gather(*(_reports(handle, orders, heard) for handle in (self._prefill, self._decode)))
 
     async def wake(self, timeout_s: float) -> list[WorkerLoad]:
         """How a worker stands; where all were stopped, one is started by that. Nothing when none comes in time."""
@@ -153,13 +160,13 @@ class Router:
         except (TimeoutError, RayError, RayServeException, ClusterError) as problem:
             logger.warning("no worker came: %s", type(problem).__name__)
             return []
-        return self._note([load])
+        self._note(load)
+        return [load]
 
-    def _note(self, loads: list[WorkerLoad]) -> list[WorkerLoad]:
+    def _note(self, load: WorkerLoad) -> None:
         now_s = time.monotonic()
-        heard = {worker: at_s for worker, at_s in self._heard_at_s.items() if now_s - at_s < _REMEMBERED_S}
-        self._heard_at_s = {**heard, **dict.fromkeys((load.worker for load in loads), now_s)}
-        return loads
+        self._heard_at_s = {worker: at_s for worker, at_s in self._heard_at_s.items() if now_s - at_s < _REMEMBERED_S}
+        self._heard_at_s[load.worker] = now_s
 
     def _watch(self, is_lost: Callable[[], bool] | None = None) -> Watch:
         return Watch("the decode worker", self._silent_s, is_lost)
@@ -170,18 +177,6 @@ class Router:
             return False
         fresh = {worker for worker, at_s in self._heard_at_s.items() if time.monotonic() - at_s <= self._silent_s}
         return bool(fresh) and place.worker not in fresh
-
-    async def _reports(self, handle: Any, orders: Mapping[str, Orders]) -> list[WorkerLoad]:
-        try:
-            call = handle.broadcast("report", orders)
-            told = await _plain(call.results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True))
-        except (RayError, RayServeException, RuntimeError, ClusterError):
-            # None of the role is there.
-            return []
-        except TimeoutError:
-            # One of them hangs: the others are asked one by one.
-            told = await asyncio.gather(*(_standing(handle, name, orders[name]) for name in orders))
-        return [load for load in told if isinstance(load, WorkerLoad)]
 
     def _at(self, place: Place | None, anybody: Any, *, stream: bool = False) -> Any:
         if place is None:
@@ -239,14 +234,33 @@ async def _items(stream: Any, watch: Watch) -> AsyncGenerator[StreamItem]:
             stream.cancel()
 
 
-async def _standing(handle: Any, worker: str, orders: Orders) -> WorkerLoad | None:
+async def _reports(handle: Any, orders: Mapping[str, Orders], hear: Hear) -> None:
+    """How the workers of a deployment stand."""
+    asked_at_s = time.monotonic()
+    try:
+        call = handle.broadcast("report", orders)
+        told = await _plain(call.results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True))
+    except (RayError, RayServeException, RuntimeError, ClusterError):
+        # None of the role is there.
+        return
+    except TimeoutError:
+        # One of them hangs, and with it the answers of all: they are asked one by one, and none waits for another.
+        await asyncio.gather(*(_standing(handle, name, orders[name], hear) for name in orders))
+        return
+    for load in told:
+        if isinstance(load, WorkerLoad):
+            hear(load, asked_at_s)
+
+
+async def _standing(handle: Any, worker: str, orders: Orders, hear: Hear) -> None:
     """How one worker stands; another answers in its place where it is gone."""
+    asked_at_s = time.monotonic()
     call = handle.options(session_id=worker).report.remote({worker: orders})
     try:
         load: WorkerLoad = await asyncio.wait_for(_plain(call), _REPORT_TIMEOUT_S)
     except (TimeoutError, RayError, RayServeException, ClusterError):
-        return None
-    return load
+        return
+    hear(load, asked_at_s)
 
 
 async def _told(handle: Any) -> WorkerInfo | str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,11 @@ class PlacedWorkers(LocalWorkers):
     def release(self, ticket_id: str, place: Place | None = None) -> None:
         self._errand(self._host("p" if place is None else place.worker).release(ticket_id))
 
-    async def reports(self, orders: Mapping[str, Orders]) -> list[WorkerLoad]:
+    async def reports(self, orders: Mapping[str, Orders], hear: Callable[[WorkerLoad, float], None]) -> None:
         self.quotas.update(orders)
-        return [await self.report(name, orders.get(name, Orders())) for name in NAMES if name not in self.gone]
+        for name in (name for name in NAMES if name not in self.gone):
+            asked_at_s = time.monotonic()
+            hear(await self.report(name, orders.get(name, Orders())), asked_at_s)
 
     async def wake(self, timeout_s: float) -> list[WorkerLoad]:
         return [await self.report("d", Orders())]
@@ -104,6 +106,4 @@ class GuidedServed(Served):
         return super().post(path, body, key, **more)
 
     async def hear(self) -> None:
-        asked_at_s = time.monotonic()
-        for load in await self.workers.reports(self.ways.guide.orders()):
-            self.ways.guide.heard(load, asked_at_s)
+        await self.workers.reports(self.ways.guide.orders(), self.ways.guide.heard)

@@ -13,6 +13,7 @@ from farspan.serve.load import WorkerLoad
 from farspan.serve.mailbox import Inbox
 from farspan.serve.messages import Alive, Failed, GenerationRequest, Tokens
 from farspan.serve.policy import Place
+from farspan.serve.quotas import Orders
 from farspan.serve.router import Router
 
 SILENT_S = 0.2
@@ -72,6 +73,10 @@ class Handle:
         return list(self.loads)
 
 
+def nobody(_: WorkerLoad, __: float) -> None:
+    return None
+
+
 def load(worker: str) -> WorkerLoad:
     sizes = {"page_tokens": 16, "token_bytes": 1.0, "max_batch_tokens": 8, "max_sequences": 8}
     return WorkerLoad(
@@ -84,7 +89,7 @@ def resumed(call: Call, *heard: str, place: Place | None = None, silent_s: float
 
     async def run() -> list[object]:
         router = Router(Handle(Call()), Handle(call, *(load(worker) for worker in heard)), silent_s)
-        await router.reports({})
+        await router.reports({}, nobody)
         hearing = asyncio.ensure_future(hear(router))
         try:
             async with asyncio.timeout(30):
@@ -95,7 +100,7 @@ def resumed(call: Call, *heard: str, place: Place | None = None, silent_s: float
     async def hear(router: Router) -> None:
         while True:
             await asyncio.sleep(silent_s / 10)
-            await router.reports({})
+            await router.reports({}, nobody)
 
     return asyncio.run(run())
 
@@ -153,5 +158,38 @@ def test_a_stream_with_nothing_to_say_says_that_it_is_alive() -> None:
         inbox.push(FIRST)
         assert await inbox.take(30.0) == FIRST
         assert await inbox.take(0.01) == Alive()
+
+    asyncio.run(run())
+
+
+def test_workers_are_heard_of_while_one_of_them_is_frozen() -> None:
+    class OneFrozen(Handle):
+        def options(self, session_id: str = "", **_: object) -> SimpleNamespace:
+            return SimpleNamespace(report=SimpleNamespace(remote=lambda _: self.one(session_id)))
+
+        async def results_async(self, **_: object) -> list[WorkerLoad]:
+            raise TimeoutError
+
+        async def one(self, name: str) -> WorkerLoad:
+            if name == "frozen":
+                await asyncio.Event().wait()
+            return load(name)
+
+    async def run() -> None:
+        heard: dict[str, float] = {}
+        router = Router(Handle(Call()), OneFrozen(Call()), SILENT_S)
+        asking = asyncio.ensure_future(
+            router.reports(
+                {name: Orders() for name in ("a", "frozen", "b")},
+                lambda load, asked_at_s: heard.update({load.worker: asked_at_s}),
+            )
+        )
+        async with asyncio.timeout(30):
+            while len(heard) < 2:
+                await asyncio.sleep(0)
+        # The others' answers do not wait for it.
+        assert not asking.done()
+        asking.cancel()
+        assert heard.keys() == {"a", "b"}
 
     asyncio.run(run())
