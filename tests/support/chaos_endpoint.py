@@ -16,6 +16,7 @@ from ray.serve.exceptions import RayServeException
 from ray.util.state import list_actors
 from tests.support.chaos_client import Asked, Client
 from tests.support.local_ray import LocalRay
+from tests.unit.serve.tiny_folder import TEXT
 
 from farspan.config.schema import EngineConfig, ServeConfig, TransferConfig
 from farspan.serve.app import APP_NAME, Running, run_app
@@ -77,31 +78,33 @@ class Endpoint:
         return [info for info in found if info is not None]
 
     def wait_replaced(self, component: Component, pid: int) -> None:
-        wait_until(lambda: [p for p in self.pids(component) if p != pid] != [], f"another {component}", _REPLACED_S)
+        wait_until(lambda: (now := self.pids(component)) != [pid] and len(now) == 1, f"one {component}", _REPLACED_S)
         if component.is_worker:
             wait_until(lambda: (told := self.info(component)) is not None and told.pid != pid, "it answers")
 
     def wait_whole(self) -> None:
         """Both roles are there, keep what they compute in host memory, and work together; nothing is held."""
         wait_until(lambda: len(self.infos()) == 2, "a worker of each role")
-        number = iter(range(10_000))
-        wait_until(lambda: self._splits(f"{time.monotonic()} {next(number)}"), "a prompt travels")
+        wait_until(self._splits, "a prompt travels")
         wait_until(lambda: all(info.host is not None and not info.host.lost for info in self._asked()), "host memory")
         wait_until(lambda: len(found := self.infos()) == 2 and all(map(is_idle, found)), "nothing held", 2 * LEASE_S)
         for role in ("prefill", "decode"):
             serve.get_deployment_handle(role, app_name=APP_NAME).check_integrity.remote().result(timeout_s=60)
 
-    def _splits(self, salt: str) -> bool:
+    def _splits(self) -> bool:
         """Whether a request is computed by one worker and answered by the other, as if nothing had ever happened."""
         client = self.client(asks_again=True)
-        reading = client.start(Asked("probe", {"prompt": "def f(x):", "max_tokens": 3, "temperature": 0}), salt)
+        # Both workers fill a page of it, and look for their host's agent.
+        reading = client.start(
+            Asked("probe", {"prompt": TEXT[5000:5200], "max_tokens": 20, "temperature": 0}), f"{time.monotonic()}"
+        )
         client.whole(reading)
         trace = client.trace(reading)
         return bool(trace) and (trace["route"], trace["recovered"], trace["transport"]) == ("split", False, "nixl")
 
     def _asked(self) -> list[WorkerInfo]:
         """What workers say that were given something to do: they look for a lost agent only then."""
-        self._splits(f"asked {time.monotonic()}")
+        self._splits()
         return self.infos()
 
 
