@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 from ray.util.state import list_actors
 from tests.support.chaos_client import Asked, Client
 from tests.support.local_ray import LocalRay
@@ -56,6 +58,8 @@ _CLASSES = {
 class Endpoint:
     running: Running
     dashboard: str
+    handles: dict[Component, DeploymentHandle[Any]]
+    """Made while the controller answers."""
 
     def client(self, *, asks_again: bool = False) -> Client:
         return Client(self.running.url, KEY, self.running.model, asks_again)
@@ -66,15 +70,14 @@ class Endpoint:
 
     def info(self, role: Component) -> WorkerInfo | None:
         """None: it does not answer now."""
-        handle = serve.get_deployment_handle(role.value, app_name=APP_NAME)
         try:
-            told: WorkerInfo = handle.info.remote().result(timeout_s=10)
+            told: WorkerInfo = self.handles[role].info.remote().result(timeout_s=10)
         except (ray.exceptions.RayError, RayServeException, TimeoutError):
             return None
         return told
 
     def infos(self) -> list[WorkerInfo]:
-        found = [self.info(role) for role in (Component.PREFILL, Component.DECODE)]
+        found = [self.info(role) for role in self.handles]
         return [info for info in found if info is not None]
 
     def wait_replaced(self, component: Component, pid: int) -> None:
@@ -88,8 +91,8 @@ class Endpoint:
         wait_until(self._splits, "a prompt travels")
         wait_until(lambda: all(info.host is not None and not info.host.lost for info in self._asked()), "host memory")
         wait_until(lambda: len(found := self.infos()) == 2 and all(map(is_idle, found)), "nothing held", 2 * LEASE_S)
-        for role in ("prefill", "decode"):
-            serve.get_deployment_handle(role, app_name=APP_NAME).check_integrity.remote().result(timeout_s=60)
+        for handle in self.handles.values():
+            handle.check_integrity.remote().result(timeout_s=60)
 
     def _splits(self) -> bool:
         """Whether a request is computed by one worker and answered by the other, as if nothing had ever happened."""
@@ -140,4 +143,6 @@ def chaos_endpoint(cluster: LocalRay, folder: Path, keys: Path) -> Iterator[Endp
         start_timeout_s=180,
     )
     with run_app(config) as running:
-        yield Endpoint(running, cluster.dashboard)
+        roles = (Component.PREFILL, Component.DECODE)
+        handles = {role: serve.get_deployment_handle(role.value, app_name=APP_NAME) for role in roles}
+        yield Endpoint(running, cluster.dashboard, handles)
