@@ -78,8 +78,9 @@ class Worker:
             yield refused
             return
         yield Alive()
-        async for item in self._host.stream(request, answered, ticket):
-            yield item
+        async with aclosing(self._host.stream(request, answered, ticket)) as items:
+            async for item in items:
+                yield item
 
     async def release(self, ticket_id: str) -> bool:
         """The pages arrived elsewhere, or nobody wants them; true when this worker had handed them out."""
