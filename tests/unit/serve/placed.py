@@ -12,7 +12,7 @@ import httpx
 from tests.unit.serve.in_process import LocalWorkers, Served
 
 from farspan.config.schema import ServeConfig
-from farspan.errors import ClusterError
+from farspan.errors import ClusterError, FarspanError
 from farspan.kv.ticket import KvTicket
 from farspan.serve.load import Identity, WorkerLoad
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, StreamItem, Tokens
@@ -31,6 +31,7 @@ class PlacedWorkers(LocalWorkers):
         self.gone: set[str] = set()
         self.die_in: int | None = None
         """Whoever gives so many tokens is lost, once."""
+        self.dies_of: FarspanError = ClusterError("the decode worker was lost: ActorDiedError")
         self.resumed: list[tuple[str | None, int]] = []
         """(who was asked for, tokens given before) of every stream."""
         self.quotas: dict[str, Orders] = {}
@@ -60,7 +61,7 @@ class PlacedWorkers(LocalWorkers):
                     if self.die_in <= 0:
                         self.gone.add(name)
                         self.die_in = None
-                        yield Failed(ClusterError("the decode worker was lost: ActorDiedError"))
+                        yield Failed(self.dies_of)
                         return
                 yield item
         finally:

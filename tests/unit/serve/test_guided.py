@@ -12,7 +12,7 @@ from tests.unit.serve.placed import GuidedServed
 from tests.unit.serve.tiny_folder import TEXT
 
 from farspan.config.schema import ObjectivesConfig, TransferConfig
-from farspan.errors import ClusterError
+from farspan.errors import ClusterError, EngineError
 from farspan.serve.messages import Failed, GenerationRequest, Tokens
 from farspan.serve.quotas import Orders, Quota
 
@@ -84,8 +84,9 @@ def test_where_roles_are_kept_apart_pages_travel_and_the_text_is_the_same(guided
     assert trace["decode_worker"] in ("d", "e")
 
 
-def test_an_answer_whose_worker_is_lost_goes_on_with_another_that_was_not(guided, expected):
-    guided.workers.die_in = 5
+@pytest.mark.parametrize("problem", [ClusterError("it was silent"), EngineError("the decode worker stopped")])
+def test_an_answer_whose_worker_is_lost_goes_on_with_another_that_was_not(guided, expected, problem):
+    guided.workers.die_in, guided.workers.dies_of = 5, problem
     text, trace = ask(guided, "lost")
     assert text == expected
     assert len(trace["recoveries"]) == 1
