@@ -73,11 +73,12 @@ class Inbox:
 
         Tokens that piled up while the reader was slow come together.
         """
-        try:
-            async with asyncio.timeout(patience_s):
-                await self._filled.wait()
-        except TimeoutError:
-            return Alive()
+        if not self._filled.is_set():
+            try:
+                async with asyncio.timeout(patience_s):
+                    await self._filled.wait()
+            except TimeoutError:
+                return Alive()
         item = self._items.popleft()
         while isinstance(item, Tokens) and self._items and isinstance(self._items[0], Tokens):
             following = self._items.popleft()
