@@ -36,10 +36,10 @@ FORMED = Asked(
     "formed",
     {"prompt": TEXT[3000:3100], "max_tokens": 400, "seed": 3, "structured_outputs": {"regex": "([a-z]{2,7} ){40}"}},
 )
-LONG = Asked("long", {"prompt": TEXT[:12_000], "max_tokens": 100, "temperature": 0, "ignore_eos": True})
+LONG = Asked("long", {"prompt": TEXT[:8_000], "max_tokens": 100, "temperature": 0, "ignore_eos": True})
 BESIDE = (GREEDY, SEEDED, PAIR, FORMED)
 # More pages than all the others together ever hold: what is beyond belongs to the long prompt.
-PAGES_BESIDE = 180
+PAGES_BESIDE = 120
 
 
 class Phase(StrEnum):

@@ -122,7 +122,7 @@ class EngineHost:
                 return item
         raise AssertionError("the engine answers every request")
 
-    async def prefill_in_parts(self, request: GenerationRequest) -> AsyncGenerator[PrefillItem]:
+    async def prefill_in_parts(self, request: GenerationRequest) -> AsyncGenerator[PrefillItem | Alive]:
         """`prefill`, with an offer of its full pages after each part of a prompt that takes several."""
         async with aclosing(self._serve(request, prefill_only=True, in_parts=True)) as items:
             async for item in items:
@@ -138,7 +138,7 @@ class EngineHost:
 
     async def stream(
         self, request: GenerationRequest, answered: tuple[int, ...], ticket: KvTicket | None
-    ) -> AsyncGenerator[StreamItem]:
+    ) -> AsyncGenerator[StreamItem | Alive]:
         """The tokens after `answered`. With a ticket, the prompt's pages are fetched instead of computed."""
         async for item in self._serve(request, answered=answered, ticket=ticket):
             assert not isinstance(item, Prefilled | KvOffer)
@@ -178,7 +178,7 @@ class EngineHost:
         in_parts: bool = False,
         answered: tuple[int, ...] = (),
         ticket: KvTicket | None = None,
-    ) -> AsyncGenerator[StreamItem | PrefillItem]:
+    ) -> AsyncGenerator[StreamItem | PrefillItem | Alive]:
         self.check()
         inbox = Inbox()
         client = _Client(request, inbox.push, time.monotonic(), prefill_only, in_parts, answered, ticket)

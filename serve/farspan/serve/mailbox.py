@@ -68,7 +68,7 @@ class Inbox:
     def push(self, item: StreamItem | PrefillItem) -> None:
         tell(self._loop, lambda: self._put(item))
 
-    async def take(self, patience_s: float | None = None) -> StreamItem | PrefillItem:
+    async def take(self, patience_s: float | None = None) -> StreamItem | PrefillItem | Alive:
         """The next item, or `Alive` when there is none for so long.
 
         Tokens that piled up while the reader was slow come together.

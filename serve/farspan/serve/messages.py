@@ -105,8 +105,8 @@ class Alive:
     """Nothing new, but the worker is there: without it nobody could tell a long prompt from a frozen process."""
 
 
-StreamItem = Pulled | Tokens | Failed | Alive
-PrefillItem = KvOffer | Prefilled | Failed | Alive
+StreamItem = Pulled | Tokens | Failed
+PrefillItem = KvOffer | Prefilled | Failed
 
 
 NUM_ROLES = 2

@@ -55,7 +55,7 @@ class Worker:
         """Compute a prompt and its first token; a ticket for its pages."""
         return refusal(request, self._weights) or await self._host.prefill(request)
 
-    async def prefill_in_parts(self, request: GenerationRequest) -> AsyncIterator[PrefillItem]:
+    async def prefill_in_parts(self, request: GenerationRequest) -> AsyncIterator[PrefillItem | Alive]:
         """`prefill`, with offers of pages while it computes."""
         if (refused := refusal(request, self._weights)) is not None:
             yield refused
@@ -72,7 +72,7 @@ class Worker:
 
     async def resume(
         self, request: GenerationRequest, answered: tuple[int, ...], ticket: KvTicket | None
-    ) -> AsyncIterator[StreamItem]:
+    ) -> AsyncIterator[StreamItem | Alive]:
         """Fetch a prompt's pages (or compute them, where there is no ticket) and go on with the answer."""
         if (refused := refusal(request, self._weights)) is not None:
             yield refused

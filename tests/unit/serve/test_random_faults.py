@@ -63,7 +63,7 @@ def draw(seed: int) -> dict[str, dict[int, Fault]]:
     choose = random.Random(seed)
     frozen = choose.choice(list(NAMES))
     kinds = {name: freeze if name == frozen else choose.choice([pause, Replica.reset]) for name in NAMES}
-    return {name: {choose.randrange(12): kind} for name, kind in kinds.items()}
+    return {name: {choose.randrange(4): kind} for name, kind in kinds.items()}
 
 
 async def hear(ways: GuidedWays, router: Router) -> None:
@@ -109,7 +109,8 @@ def test_answers_are_exact_and_nothing_stays_held_whatever_workers_do(hosts, exp
             asking = (told(ways, f"{seed}-{n}", prompt, traces) for n, prompt in enumerate(ASKED))
             answers = await asyncio.gather(*asking)
         assert answers == expected
-        assert any(trace.recovered for trace in traces)
+        # Unless nobody asked whoever was to freeze.
+        assert any(trace.recovered for trace in traces) or all(replica.awake.is_set() for replica in replicas)
         hearing.cancel()
         for replica in replicas:
             replica.awake.set()
