@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ray.exceptions import RayError
@@ -53,14 +54,22 @@ class Workers(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    """That a worker said how it stands."""
+
+    worker: str
+    deployment: str
+    at_s: float
+
+
 class Router:
     """`Workers` over the deployments' handles. A lost worker is a `Failed` value like any other failure."""
 
     def __init__(self, prefill: Any, decode: Any, silent_s: float = SILENT_S) -> None:
         """`silent_s`: a worker that says nothing for so long is lost."""
         self._prefill, self._decode, self._silent_s = prefill, decode, silent_s
-        self._heard_at_s: dict[str, float] = {}
-        """When each worker last said how it stands."""
+        self._heard: dict[str, _Heard] = {}
         self._prefill_stream, self._decode_stream = prefill.options(stream=True), decode.options(stream=True)
         self._relays: dict[str, Relay] = {}
         """Of each request whose prompt is computed on a worker of its own, until it is answered."""
@@ -144,14 +153,27 @@ class Router:
             raise ClusterError(f"no worker answers: {'; '.join(str(problem) for problem in told)}")
         return infos
 
-    async def reports(self, orders: Mapping[str, Orders], hear: Hear) -> None:
-        """Ask all workers how they stand, each told its orders; answers are told as they come."""
+    async def reports(self, orders: Mapping[str, Orders], hear: Hear) -> set[str]:
+        """Ask all workers how they stand, each told its orders; answers are told as they come. Those that are gone."""
 
         def heard(load: WorkerLoad, asked_at_s: float) -> None:
             self._note(load)
             hear(load, asked_at_s)
 
-        await asyncio.gather(*(_reports(handle, orders, heard) for handle in (self._prefill, self._decode)))
+        roles = (("prefill", self._prefill), ("decode", self._decode))
+        gone = await asyncio.gather(*(self._round(role, handle, orders, heard) for role, handle in roles))
+        return set().union(*gone)
+
+    async def _round(self, deployment: str, handle: Any, orders: Mapping[str, Orders], hear: Hear) -> set[str]:
+        """One role is asked; its workers that were heard of before, and are no longer there."""
+        asked_at_s = time.monotonic()
+        if not await _reports(handle, orders, hear):
+            return set()
+        known = [heard for heard in self._heard.values() if heard.deployment == deployment]
+        gone = {heard.worker for heard in known if heard.at_s < asked_at_s}
+        for worker in gone:
+            del self._heard[worker]
+        return gone
 
     async def wake(self, timeout_s: float) -> list[WorkerLoad]:
         """How a worker stands; where all were stopped, one is started by that. Nothing when none comes in time."""
@@ -165,17 +187,18 @@ class Router:
 
     def _note(self, load: WorkerLoad) -> None:
         now_s = time.monotonic()
-        self._heard_at_s = {worker: at_s for worker, at_s in self._heard_at_s.items() if now_s - at_s < _REMEMBERED_S}
-        self._heard_at_s[load.worker] = now_s
+        self._heard = {worker: heard for worker, heard in self._heard.items() if now_s - heard.at_s < _REMEMBERED_S}
+        self._heard[load.worker] = _Heard(load.worker, load.deployment, now_s)
 
     def _watch(self, is_lost: Callable[[], bool] | None = None) -> Watch:
         return Watch("the decode worker", self._silent_s, is_lost)
 
     def _is_lost(self, place: Place | None) -> bool:
-        """Whether a worker says nothing any more, and there is another one to go to."""
+        """Whether a worker is gone or says nothing any more, and there is another one to go to."""
         if place is None:
             return False
-        fresh = {worker for worker, at_s in self._heard_at_s.items() if time.monotonic() - at_s <= self._silent_s}
+        since_s = time.monotonic() - self._silent_s
+        fresh = {heard.worker for heard in self._heard.values() if heard.at_s >= since_s}
         return bool(fresh) and place.worker not in fresh
 
     def _at(self, place: Place | None, anybody: Any, *, stream: bool = False) -> Any:
@@ -234,22 +257,25 @@ async def _items(stream: Any, watch: Watch) -> AsyncGenerator[StreamItem]:
             stream.cancel()
 
 
-async def _reports(handle: Any, orders: Mapping[str, Orders], hear: Hear) -> None:
-    """How the workers of a deployment stand."""
+async def _reports(handle: Any, orders: Mapping[str, Orders], hear: Hear) -> bool:
+    """How the workers of a deployment stand; whether all that there are have answered."""
     asked_at_s = time.monotonic()
     try:
         call = handle.broadcast("report", orders)
         told = await _plain(call.results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True))
-    except (RayError, RayServeException, RuntimeError, ClusterError):
+    except RayServeException:
         # None of the role is there.
-        return
+        return True
+    except (RayError, RuntimeError, ClusterError):
+        return False
     except TimeoutError:
         # One of them hangs, and with it the answers of all: they are asked one by one, and none waits for another.
         await asyncio.gather(*(_standing(handle, name, orders[name], hear) for name in orders))
-        return
+        return False
     for load in told:
         if isinstance(load, WorkerLoad):
             hear(load, asked_at_s)
+    return True
 
 
 async def _standing(handle: Any, worker: str, orders: Orders, hear: Hear) -> None:

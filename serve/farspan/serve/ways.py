@@ -65,8 +65,8 @@ class LengthWays:
 class HeardWorkers(PlacedWorkers, Protocol):
     """Workers that say how they stand."""
 
-    async def reports(self, orders: Mapping[str, Orders], hear: Callable[[WorkerLoad, float], None]) -> None:
-        """`hear` is told of each answer when it comes, and when it was asked for."""
+    async def reports(self, orders: Mapping[str, Orders], hear: Callable[[WorkerLoad, float], None]) -> set[str]:
+        """`hear` is told of each answer when it comes, and when it was asked for. Those that are known to be gone."""
         ...
 
     async def wake(self, timeout_s: float) -> list[WorkerLoad]: ...
@@ -113,5 +113,6 @@ class GuidedWays:
     async def _hear(self) -> None:
         while True:
             asked_at_s = time.monotonic()
-            await self._workers.reports(self.guide.orders(), self.guide.heard)
+            for worker in await self._workers.reports(self.guide.orders(), self.guide.heard):
+                self.guide.gone(worker)
             await asyncio.sleep(max(0.0, _HEAR_S - (time.monotonic() - asked_at_s)))

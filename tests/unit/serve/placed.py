@@ -70,11 +70,12 @@ class PlacedWorkers(LocalWorkers):
     def release(self, ticket_id: str, place: Place | None = None) -> None:
         self._errand(self._host("p" if place is None else place.worker).release(ticket_id))
 
-    async def reports(self, orders: Mapping[str, Orders], hear: Callable[[WorkerLoad, float], None]) -> None:
+    async def reports(self, orders: Mapping[str, Orders], hear: Callable[[WorkerLoad, float], None]) -> set[str]:
         self.quotas.update(orders)
         for name in (name for name in NAMES if name not in self.gone):
             asked_at_s = time.monotonic()
             hear(await self.report(name, orders.get(name, Orders())), asked_at_s)
+        return self.gone & orders.keys()
 
     async def wake(self, timeout_s: float) -> list[WorkerLoad]:
         return [await self.report("d", Orders())]

@@ -144,7 +144,7 @@ def test_an_endpoint_without_workers_wakes_one_or_says_503(guided):
         comes = True
 
         async def reports(self, orders, hear):
-            return None
+            return set()
 
         async def wake(self, timeout_s):
             return await super().wake(timeout_s) if self.comes else []

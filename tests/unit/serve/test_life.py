@@ -7,6 +7,9 @@ import time
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 
+import pytest
+from ray.serve.exceptions import RayServeException
+
 from farspan.engine.request import SamplingParams
 from farspan.kv.ticket import KvOffer, SourceAddress
 from farspan.serve.load import WorkerLoad
@@ -70,6 +73,8 @@ class Handle:
         return self
 
     async def results_async(self, **_: object) -> list[WorkerLoad]:
+        if not self.loads:
+            raise RayServeException("no replica")
         return list(self.loads)
 
 
@@ -77,10 +82,10 @@ def nobody(_: WorkerLoad, __: float) -> None:
     return None
 
 
-def load(worker: str) -> WorkerLoad:
+def load(worker: str, deployment: str = "decode") -> WorkerLoad:
     sizes = {"page_tokens": 16, "token_bytes": 1.0, "max_batch_tokens": 8, "max_sequences": 8}
     return WorkerLoad(
-        worker=worker, deployment="decode", incarnation="1", kind="k", weights="w", layout="l", **sizes
+        worker=worker, deployment=deployment, incarnation="1", kind="k", weights="w", layout="l", **sizes
     )  # fmt: skip
 
 
@@ -158,6 +163,24 @@ def test_a_stream_with_nothing_to_say_says_that_it_is_alive() -> None:
         inbox.push(FIRST)
         assert await inbox.take(30.0) == FIRST
         assert await inbox.take(0.01) == Alive()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("others", [(), ("b",)])
+def test_a_worker_that_is_gone_is_known_to_be_gone_when_its_role_is_asked_next(others) -> None:
+    """Nobody waits for it to be silent, nor for another in its place."""
+
+    async def run() -> None:
+        decode = Handle(Call(HANGS), load("a"), *map(load, others))
+        router = Router(Handle(Call(), load("p", "prefill")), decode, silent_s=60.0)
+        assert await router.reports({}, nobody) == set()
+        decode.loads = tuple(map(load, others))
+        assert not router._is_lost(Place("decode", "a"))
+        assert await router.reports({}, nobody) == {"a"}
+        assert await router.reports({}, nobody) == set()
+        assert router._is_lost(Place("decode", "a"))
+        assert not router._is_lost(Place("prefill", "p"))
 
     asyncio.run(run())
 
