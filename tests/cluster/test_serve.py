@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -306,6 +306,26 @@ def test_a_decode_worker_killed_in_the_middle_of_an_answer_is_not_noticed_by_the
     wait_until(lambda: all(idle(info) for info in server.infos().values()))
 
 
+def test_a_decode_worker_frozen_in_the_middle_of_an_answer_is_not_noticed_by_the_client_and_may_wake(server, plain):
+    _, begins, _ = plain(TEXT[3500:4400])
+    asked = {"model": "tiny", "prompt": TEXT[3500:4400], "max_tokens": 400, "temperature": 0}
+    asked["extra_body"] = {"ignore_eos": True}
+    expected = server.client.completions.create(**asked).choices[0].text
+    assert expected.startswith(begins)
+    frozen = server.infos()["decode"].pid
+    stream = iter(server.client.completions.create(**asked, stream=True))
+    first = next(stream)
+    os.kill(frozen, signal.SIGSTOP)
+    try:
+        text = first.choices[0].text + "".join(chunk.choices[0].text for chunk in stream)
+    finally:
+        os.kill(frozen, signal.SIGCONT)
+    assert text == expected
+    assert any("silent" in reason for reason in server.trace(first.id)["recoveries"])
+    # What it still computes for somebody who went elsewhere it gives up.
+    wait_until(lambda: all(idle(info) for info in server.infos().values()))
+
+
 def test_choices_and_their_logprobs_go_on_over_http_when_their_decode_worker_is_killed(server):
     # More than what lies between a worker and a client that reads slowly.
     num_tokens = 500
@@ -371,6 +391,8 @@ def test_a_ticket_that_was_taken_back_is_not_noticed_by_the_client(server, plain
             if ticket is not None:
                 assert await self._prefill.release.remote(ticket.ticket_id)
                 await self.overwrite()
+                # However long that took, it is the pages that tell, not the clock.
+                ticket = replace(ticket, lease_until_s=time.time() + server.config.transfer.lease_s)
             async for item in super().resume(request, answered, ticket):
                 yield item
 

@@ -75,8 +75,9 @@ def _bench_engine(vllm_env: str | None, peers: str, turns: int) -> list[dict[str
     from farspan.engine.bench_contenders import BATCHED, GENERATE
 
     known, wanted = {"generate": GENERATE, "batching": BATCHED}, [name for name in peers.split(",") if name != "none"]
-    if unknown := next((name for name in wanted if name not in known), None):
-        raise ConfigError("--peers", "must be generate, batching, both, or none", unknown, nearest(unknown, list(known)))
+    for name in wanted:
+        if name not in known:
+            raise ConfigError("--peers", "must be generate, batching, both, or none", name, nearest(name, list(known)))
     if turns < 1:
         raise ConfigError("--turns", "must be at least 1", turns, "use --turns 3")
     python = None if vllm_env is None else str(Path(vllm_env) / "bin" / "python")

@@ -13,7 +13,7 @@ from farspan.kv.host_index import HostCounts
 logger = logging.getLogger(__name__)
 
 # How often a cache that was lost is looked for.
-_REJOIN_S = 30.0
+_REJOIN_S = 10.0
 
 
 class HostLink:

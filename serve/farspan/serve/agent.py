@@ -21,7 +21,8 @@ from farspan.kv.layout import KvLayout
 
 NAMESPACE = "farspan"
 _NAME = "farspan-host-"
-_START_S = 60.0
+# A worker that starts beside a frozen agent waits so long, and goes on without.
+_START_S = 30.0
 # Longer than it takes to put a worker in the place of a lost one.
 _LINGER_S = 600.0
 

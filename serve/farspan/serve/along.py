@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Protocol
 
-from farspan.errors import ClusterError
+from farspan.errors import ClusterError, EngineError, RequestError
 from farspan.kv.ticket import KvTicket
 from farspan.serve.guide import Guide
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, Pulled, StreamItem
@@ -91,7 +91,9 @@ class Along:
         return replace(request, weights=self._weights)
 
     def _lose(self, place: Place | None, failed: Failed) -> None:
-        if isinstance(failed.error, ClusterError) and place is not None:
+        # Also one whose engine has ended, and that Serve has not replaced yet. A request that is refused is no loss.
+        over = isinstance(failed.error, ClusterError | EngineError) and not isinstance(failed.error, RequestError)
+        if over and place is not None:
             self._lost.add(place.worker)
             self._guide.lost(place)
 

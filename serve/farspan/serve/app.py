@@ -42,6 +42,8 @@ _READY_POLL_S = 0.1
 _REQUESTS_PER_SEQUENCE = 4
 # Nearly nothing, but more than the head of a cluster offers: an endpoint must not end with the head.
 _INGRESS_CPUS = 0.01
+# Three checks in a row that nobody answers end a replica: one that is frozen has another in its place in 40 s.
+_HEALTH = {"health_check_period_s": 2, "health_check_timeout_s": 10}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +130,8 @@ def build_app(keys: tuple[ApiKey, ...], *configs: ServeConfig) -> Any:
         name="api",
         max_ongoing_requests=1000 * len(places),
         ray_actor_options={"num_cpus": _INGRESS_CPUS},
-        health_check_period_s=2,
         graceful_shutdown_wait_loop_s=0.1,
+        **_HEALTH,
         **_lasting(max(configs, key=lambda config: config.drain_s)),
         **replicas_of(RoleConfig(), configs[0], scaled=scaled),
     )
@@ -153,7 +155,7 @@ def _options(role: RoleConfig, config: ServeConfig, *, scaled: bool) -> dict[str
         "ray_actor_options": {"num_cpus": role.cpus, "num_gpus": role.gpus, "resources": dict(role.custom)},
         # What a constructor refuses (a model that fails its self-check) it refuses every time.
         "max_constructor_retry_count": 2,
-        "health_check_period_s": 2,
+        **_HEALTH,
         "graceful_shutdown_wait_loop_s": 0.1,
         "request_router_config": RequestRouterConfig(request_router_class=_ROUTER),
         **_lasting(config),

@@ -145,7 +145,7 @@ class _Worker:
                     return item
                 if isinstance(item, Tokens):
                     tokens += item.tokens
-                else:
+                elif isinstance(item, Pulled):
                     pulled, at_s = item, time.monotonic()
                     if only_pull:
                         break

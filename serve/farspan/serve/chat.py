@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from farspan.engine.request import TokenLogprobs
 from farspan.errors import ClusterError, FarspanError, RequestError
@@ -52,33 +52,27 @@ async def answer(
         FarspanError: the workers failed more often than we try.
     """
     num_tokens = 0
-    finished = False
-    try:
-        async with aclosing(answer_tokens(request, route, workers, trace)) as batches:
-            async for batch in batches:
-                words = text.push(batch)
-                count = len(words.offsets)
-                num_tokens += count
-                trace.token(count)
-                if num_tokens == count:
-                    trace.cached_tokens = batch.num_cached
-                finished, trace.finish = batch.finish is not None, words.finish
-                yield Delta(
-                    words.text,
-                    words.finish,
-                    num_tokens,
-                    batch.tokens[:count],
-                    batch.logprobs[:count],
-                    words.offsets,
-                    batch.prompt_logprobs,
-                    batch.num_cached,
-                )
-                if words.finish is not None:
-                    return
-    finally:
-        if not finished:
-            # A stop string, or a client that went away: the workers must not go on.
-            workers.cancel(request.request_id)
+    async with aclosing(answer_tokens(request, route, workers, trace)) as batches:
+        async for batch in batches:
+            words = text.push(batch)
+            count = len(words.offsets)
+            num_tokens += count
+            trace.token(count)
+            if num_tokens == count:
+                trace.cached_tokens = batch.num_cached
+            trace.finish = words.finish
+            yield Delta(
+                words.text,
+                words.finish,
+                num_tokens,
+                batch.tokens[:count],
+                batch.logprobs[:count],
+                words.offsets,
+                batch.prompt_logprobs,
+                batch.num_cached,
+            )
+            if words.finish is not None:
+                return
 
 
 async def answer_tokens(
@@ -89,28 +83,28 @@ async def answer_tokens(
     trace.asked_s = trace.age_s
     answered: tuple[int, ...] = ()
     ticket: KvTicket | None = None
-    first: Tokens | None = None
-    if route.split:
-        prefilled = await workers.prefill(request)
-        if isinstance(prefilled, Failed):
-            _recover(trace, prefilled.error)
-        else:
-            first = _first_token(prefilled)
-            ticket, trace.prefill_s = prefilled.ticket, prefilled.seconds
+    asking = _Asking(request, workers, trace)
     try:
-        if first is not None:
-            answered = first.tokens
-            yield first
-            if first.finish is not None:
-                return
+        if route.split:
+            prefilled = await workers.prefill(asking.now)
+            if isinstance(prefilled, Failed):
+                asking.again(prefilled.error)
+            else:
+                ticket, trace.prefill_s = prefilled.ticket, prefilled.seconds
+                answered = (prefilled.token,)
+                asking.over = prefilled.finish is not None
+                yield _first_token(prefilled)
+                if asking.over:
+                    return
         for attempt in range(_ATTEMPTS):
             # Pages are fetched once; every further attempt computes them where it decodes.
             fetched = ticket if attempt == 0 else None
-            async with aclosing(workers.resume(request, answered, fetched)) as items:
+            async with aclosing(workers.resume(asking.now, answered, fetched)) as items:
                 async for item in items:
                     if isinstance(item, Failed):
-                        _recover(trace, item.error)
+                        asking.again(item.error)
                         if attempt + 1 == _ATTEMPTS:
+                            asking.over = True
                             raise item.error
                         break
                     if ticket is not None:
@@ -121,26 +115,48 @@ async def answer_tokens(
                         _note(trace, item)
                         continue
                     answered += item.tokens
+                    asking.over = item.finish is not None
                     yield item
-                    if item.finish is not None:
+                    if asking.over:
                         return
         raise ClusterError(f"request {request.request_id}: the decode worker ended without an answer")
     finally:
         if ticket is not None:
             workers.release(ticket.ticket_id)
+        asking.end()
+
+
+class _Asking:
+    """Under which name the workers are asked: another one whenever a worker was lost.
+
+    One that was only believed to be lost can then be told to stop, and takes no attempt for another.
+    """
+
+    def __init__(self, request: GenerationRequest, workers: Workers, trace: RequestTrace) -> None:
+        self.now, self._request, self._workers, self._trace = request, request, workers, trace
+        self._failures, self.over = 0, False
+
+    def again(self, error: FarspanError) -> None:
+        """Remember a failure that another attempt can mend; a request nobody could answer fails here."""
+        if isinstance(error, RequestError):
+            raise error
+        self._trace.recovered = True
+        self._trace.recoveries.append(str(error))
+        if isinstance(error, ClusterError):
+            # It may live on, behind a connection that broke, or wake.
+            self._workers.cancel(self.now.request_id)
+            self._failures += 1
+            self.now = replace(self._request, request_id=f"{self._request.request_id}~{self._failures}")
+
+    def end(self) -> None:
+        """A stop string, or a client that went away: the workers must not go on."""
+        if not self.over:
+            self._workers.cancel(self.now.request_id)
 
 
 def _first_token(prefilled: Prefilled) -> Tokens:
     logprobs = () if prefilled.logprobs is None else (prefilled.logprobs,)
     return Tokens((prefilled.token,), prefilled.finish, logprobs, prefilled.prompt_logprobs, prefilled.num_cached)
-
-
-def _recover(trace: RequestTrace, error: FarspanError) -> None:
-    """Remember a failure that another attempt can mend; a request nobody could answer fails here."""
-    if isinstance(error, RequestError):
-        raise error
-    trace.recovered = True
-    trace.recoveries.append(str(error))
 
 
 def _note(trace: RequestTrace, pulled: Pulled) -> None:

@@ -101,7 +101,10 @@ class Guide:
     def lost(self, place: Place | None) -> None:
         """A worker that did not answer: nobody goes there until it is heard of again."""
         if place is not None:
-            self._table.forget(place.worker)
+            self.gone(place.worker)
+
+    def gone(self, worker: str) -> None:
+        self._table.forget(worker)
 
     def orders(self) -> dict[str, Orders]:
         """What each worker is told when it is asked next."""

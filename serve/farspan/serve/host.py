@@ -29,6 +29,7 @@ from farspan.kv.transports.base import Transport
 from farspan.serve.load import Identity, WorkerLoad
 from farspan.serve.mailbox import Command, Inbox, Mailbox, tell
 from farspan.serve.messages import (
+    Alive,
     Caller,
     Failed,
     GenerationRequest,
@@ -75,8 +76,12 @@ class _Client:
 class EngineHost:
     """One worker's engine. `start` before use, `stop` at the end."""
 
-    def __init__(self, role: str, engine: Engine, transport: Transport, config: TransferConfig) -> None:
+    def __init__(
+        self, role: str, engine: Engine, transport: Transport, config: TransferConfig, pulse_s: float | None = None
+    ) -> None:
+        """`pulse_s`: how long a stream says nothing before it says that it is `Alive`; none: it never does."""
         self._role, self._engine, self._transport, self._config = role, engine, transport, config
+        self._pulse_s = pulse_s
         self._leases = LeaseTable(engine.pool, config.lease_s)
         self._offered: dict[str, str] = {}
         """The request of each open ticket."""
@@ -112,15 +117,16 @@ class EngineHost:
     async def prefill(self, request: GenerationRequest) -> Prefilled | Failed:
         """Compute a prompt and its first token, and hold its pages for whoever gets the ticket."""
         async for item in self._serve(request, prefill_only=True):
-            assert isinstance(item, Prefilled | Failed)
-            return item
+            assert isinstance(item, Prefilled | Failed | Alive)
+            if not isinstance(item, Alive):
+                return item
         raise AssertionError("the engine answers every request")
 
-    async def prefill_in_parts(self, request: GenerationRequest) -> AsyncGenerator[PrefillItem]:
+    async def prefill_in_parts(self, request: GenerationRequest) -> AsyncGenerator[PrefillItem | Alive]:
         """`prefill`, with an offer of its full pages after each part of a prompt that takes several."""
         async with aclosing(self._serve(request, prefill_only=True, in_parts=True)) as items:
             async for item in items:
-                assert isinstance(item, KvOffer | Prefilled | Failed)
+                assert isinstance(item, KvOffer | Prefilled | Failed | Alive)
                 yield item
 
     async def follow(self, offer: KvOffer) -> bool:
@@ -132,7 +138,7 @@ class EngineHost:
 
     async def stream(
         self, request: GenerationRequest, answered: tuple[int, ...], ticket: KvTicket | None
-    ) -> AsyncGenerator[StreamItem]:
+    ) -> AsyncGenerator[StreamItem | Alive]:
         """The tokens after `answered`. With a ticket, the prompt's pages are fetched instead of computed."""
         async for item in self._serve(request, answered=answered, ticket=ticket):
             assert not isinstance(item, Prefilled | KvOffer)
@@ -172,7 +178,7 @@ class EngineHost:
         in_parts: bool = False,
         answered: tuple[int, ...] = (),
         ticket: KvTicket | None = None,
-    ) -> AsyncGenerator[StreamItem | PrefillItem]:
+    ) -> AsyncGenerator[StreamItem | PrefillItem | Alive]:
         self.check()
         inbox = Inbox()
         client = _Client(request, inbox.push, time.monotonic(), prefill_only, in_parts, answered, ticket)
@@ -180,7 +186,7 @@ class EngineHost:
         over = False
         try:
             while not over:
-                item = await inbox.take()
+                item = await inbox.take(self._pulse_s)
                 over = isinstance(item, Prefilled | Failed) or (isinstance(item, Tokens) and item.finish is not None)
                 yield item
         finally:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from farspan.errors import EngineError
-from farspan.serve.messages import PrefillItem, StreamItem, Tokens
+from farspan.serve.messages import Alive, PrefillItem, StreamItem, Tokens
 
 
 def _nobody(_: EngineError) -> None:
@@ -68,9 +68,17 @@ class Inbox:
     def push(self, item: StreamItem | PrefillItem) -> None:
         tell(self._loop, lambda: self._put(item))
 
-    async def take(self) -> StreamItem | PrefillItem:
-        """The next item. Tokens that piled up while the reader was slow come together."""
-        await self._filled.wait()
+    async def take(self, patience_s: float | None = None) -> StreamItem | PrefillItem | Alive:
+        """The next item, or `Alive` when there is none for so long.
+
+        Tokens that piled up while the reader was slow come together.
+        """
+        if not self._filled.is_set():
+            try:
+                async with asyncio.timeout(patience_s):
+                    await self._filled.wait()
+            except TimeoutError:
+                return Alive()
         item = self._items.popleft()
         while isinstance(item, Tokens) and self._items and isinstance(self._items[0], Tokens):
             following = self._items.popleft()

@@ -100,6 +100,11 @@ class Failed:
     error: FarspanError
 
 
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """Nothing new, but the worker is there: without it nobody could tell a long prompt from a frozen process."""
+
+
 StreamItem = Pulled | Tokens | Failed
 PrefillItem = KvOffer | Prefilled | Failed
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ray.exceptions import RayError
@@ -14,6 +16,7 @@ from ray.serve.exceptions import RayServeException
 from farspan.errors import ClusterError
 from farspan.kv.ticket import KvOffer, KvTicket
 from farspan.serve.faults import being_cancelled
+from farspan.serve.life import SILENT_S, Watch, unless_silent
 from farspan.serve.load import WorkerLoad
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, StreamItem, WorkerInfo
 from farspan.serve.policy import Place
@@ -27,6 +30,10 @@ _CONTROL_TIMEOUT_S = 10.0
 _REPORT_TIMEOUT_S = 2.0
 # A prefill worker of its own is an optimisation: while none is there, prompts are computed where they are decoded.
 _ASSIGN_TIMEOUT_S = 3.0
+_REMEMBERED_S = 60.0
+
+Hear = Callable[[WorkerLoad, float], None]
+"""Told of a worker's answer, and when it was asked."""
 
 
 class Workers(Protocol):
@@ -47,11 +54,22 @@ class Workers(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    """That a worker said how it stands."""
+
+    worker: str
+    deployment: str
+    at_s: float
+
+
 class Router:
     """`Workers` over the deployments' handles. A lost worker is a `Failed` value like any other failure."""
 
-    def __init__(self, prefill: Any, decode: Any) -> None:
-        self._prefill, self._decode = prefill, decode
+    def __init__(self, prefill: Any, decode: Any, silent_s: float = SILENT_S) -> None:
+        """`silent_s`: a worker that says nothing for so long is lost."""
+        self._prefill, self._decode, self._silent_s = prefill, decode, silent_s
+        self._heard: dict[str, _Heard] = {}
         self._prefill_stream, self._decode_stream = prefill.options(stream=True), decode.options(stream=True)
         self._relays: dict[str, Relay] = {}
         """Of each request whose prompt is computed on a worker of its own, until it is answered."""
@@ -69,11 +87,13 @@ class Router:
                 async with asyncio.timeout(_ASSIGN_TIMEOUT_S):
                     choice = handle.prefill_in_parts.choose_replica(request)
                     chosen = await stack.enter_async_context(choice)
-                answer = await _heard(handle.dispatch(chosen, request), relay)
+                answer = await _heard(handle.dispatch(chosen, request), relay, self._silent_s)
         except TimeoutError:
             return Failed(ClusterError(f"no prefill worker was free within {_ASSIGN_TIMEOUT_S:g} s"))
         except (RayError, RayServeException) as problem:
             return Failed(ClusterError(f"the prefill worker was lost: {type(problem).__name__}"))
+        except ClusterError as problem:
+            return Failed(problem)
         except asyncio.CancelledError:
             if being_cancelled():
                 raise
@@ -97,7 +117,7 @@ class Router:
         relay = self._relays.pop(request.request_id, None)
         try:
             if relay is not None and (chosen := relay.settle()) is not None:
-                told = _items(relay.dispatch(chosen, request, answered, ticket))
+                told = _items(relay.dispatch(chosen, request, answered, ticket), self._watch())
                 async with aclosing(told) as items:
                     given = False
                     async for item in items:
@@ -108,7 +128,8 @@ class Router:
                         yield item
                     else:
                         return
-            async with aclosing(_items(handle.resume.remote(request, answered, ticket))) as items:
+            call = handle.resume.remote(request, answered, ticket)
+            async with aclosing(_items(call, self._watch(lambda: self._is_lost(place)))) as items:
                 async for item in items:
                     yield item
         finally:
@@ -132,10 +153,27 @@ class Router:
             raise ClusterError(f"no worker answers: {'; '.join(str(problem) for problem in told)}")
         return infos
 
-    async def reports(self, orders: Mapping[str, Orders]) -> list[WorkerLoad]:
-        """How all workers stand that answer in time, each told its orders."""
-        told = await asyncio.gather(*(self._reports(handle, orders) for handle in (self._prefill, self._decode)))
-        return [load for loads in told for load in loads]
+    async def reports(self, orders: Mapping[str, Orders], hear: Hear) -> set[str]:
+        """Ask all workers how they stand, each told its orders; answers are told as they come. Those that are gone."""
+
+        def heard(load: WorkerLoad, asked_at_s: float) -> None:
+            self._note(load)
+            hear(load, asked_at_s)
+
+        roles = (("prefill", self._prefill), ("decode", self._decode))
+        gone = await asyncio.gather(*(self._round(role, handle, orders, heard) for role, handle in roles))
+        return set().union(*gone)
+
+    async def _round(self, deployment: str, handle: Any, orders: Mapping[str, Orders], hear: Hear) -> set[str]:
+        """One role is asked; its workers that were heard of before, and are no longer there."""
+        asked_at_s = time.monotonic()
+        if not await _reports(handle, orders, hear):
+            return set()
+        known = [heard for heard in self._heard.values() if heard.deployment == deployment]
+        gone = {heard.worker for heard in known if heard.at_s < asked_at_s}
+        for worker in gone:
+            del self._heard[worker]
+        return gone
 
     async def wake(self, timeout_s: float) -> list[WorkerLoad]:
         """How a worker stands; where all were stopped, one is started by that. Nothing when none comes in time."""
@@ -144,19 +182,24 @@ class Router:
         except (TimeoutError, RayError, RayServeException, ClusterError) as problem:
             logger.warning("no worker came: %s", type(problem).__name__)
             return []
+        self._note(load)
         return [load]
 
-    async def _reports(self, handle: Any, orders: Mapping[str, Orders]) -> list[WorkerLoad]:
-        try:
-            call = handle.broadcast("report", orders)
-            told = await _plain(call.results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True))
-        except (RayError, RayServeException, RuntimeError, ClusterError):
-            # None of the role is there.
-            return []
-        except TimeoutError:
-            # One of them hangs: the others are asked one by one.
-            told = await asyncio.gather(*(_standing(handle, name, orders[name]) for name in orders))
-        return [load for load in told if isinstance(load, WorkerLoad)]
+    def _note(self, load: WorkerLoad) -> None:
+        now_s = time.monotonic()
+        self._heard = {worker: heard for worker, heard in self._heard.items() if now_s - heard.at_s < _REMEMBERED_S}
+        self._heard[load.worker] = _Heard(load.worker, load.deployment, now_s)
+
+    def _watch(self, is_lost: Callable[[], bool] | None = None) -> Watch:
+        return Watch("the decode worker", self._silent_s, is_lost)
+
+    def _is_lost(self, place: Place | None) -> bool:
+        """Whether a worker is gone or says nothing any more, and there is another one to go to."""
+        if place is None:
+            return False
+        since_s = time.monotonic() - self._silent_s
+        fresh = {heard.worker for heard in self._heard.values() if heard.at_s >= since_s}
+        return bool(fresh) and place.worker not in fresh
 
     def _at(self, place: Place | None, anybody: Any, *, stream: bool = False) -> Any:
         if place is None:
@@ -171,12 +214,12 @@ class Router:
         errand.add_done_callback(self._errands.discard)
 
 
-async def _heard(stream: Any, relay: Relay) -> Prefilled | Failed:
+async def _heard(stream: Any, relay: Relay, silent_s: float) -> Prefilled | Failed:
     """What a prefill worker says in the end; what it offers on the way is passed on."""
     answer: Prefilled | Failed = Failed(ClusterError("the prefill worker ended without an answer"))
     over = False
     try:
-        async for item in stream:
+        async for item in unless_silent(stream, Watch("the prefill worker", silent_s)):
             if isinstance(item, KvOffer):
                 relay.tell(item)
             else:
@@ -188,34 +231,62 @@ async def _heard(stream: Any, relay: Relay) -> Prefilled | Failed:
     return answer
 
 
-async def _items(stream: Any) -> AsyncGenerator[StreamItem]:
+async def _items(stream: Any, watch: Watch) -> AsyncGenerator[StreamItem]:
     """What a decode worker says, and that it was lost, if it was."""
     over = False
     try:
-        async for item in stream:
-            yield item
+        async with aclosing(unless_silent(stream, watch)) as items:
+            async for item in items:
+                yield item
         over = True
     except (RayError, RayServeException) as problem:
         over = True
-        yield Failed(ClusterError(f"the decode worker was lost: {type(problem).__name__}"))
+        yield Failed(ClusterError(f"{watch.whom} was lost: {type(problem).__name__}"))
+    except ClusterError as problem:
+        # It is told to stop before anybody else begins.
+        stream.cancel()
+        over = True
+        yield Failed(problem)
     except asyncio.CancelledError:
         if being_cancelled():
             raise
         over = True
-        yield Failed(ClusterError("the call of the decode worker was given up"))
+        yield Failed(ClusterError(f"the call of {watch.whom} was given up"))
     finally:
         if not over:
             stream.cancel()
 
 
-async def _standing(handle: Any, worker: str, orders: Orders) -> WorkerLoad | None:
+async def _reports(handle: Any, orders: Mapping[str, Orders], hear: Hear) -> bool:
+    """How the workers of a deployment stand; whether all that there are have answered."""
+    asked_at_s = time.monotonic()
+    try:
+        call = handle.broadcast("report", orders)
+        told = await _plain(call.results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True))
+    except RayServeException:
+        # None of the role is there.
+        return True
+    except (RayError, RuntimeError, ClusterError):
+        return False
+    except TimeoutError:
+        # One of them hangs, and with it the answers of all: they are asked one by one, and none waits for another.
+        await asyncio.gather(*(_standing(handle, name, orders[name], hear) for name in orders))
+        return False
+    for load in told:
+        if isinstance(load, WorkerLoad):
+            hear(load, asked_at_s)
+    return True
+
+
+async def _standing(handle: Any, worker: str, orders: Orders, hear: Hear) -> None:
     """How one worker stands; another answers in its place where it is gone."""
+    asked_at_s = time.monotonic()
     call = handle.options(session_id=worker).report.remote({worker: orders})
     try:
         load: WorkerLoad = await asyncio.wait_for(_plain(call), _REPORT_TIMEOUT_S)
     except (TimeoutError, RayError, RayServeException, ClusterError):
-        return None
-    return load
+        return
+    hear(load, asked_at_s)
 
 
 async def _told(handle: Any) -> WorkerInfo | str:

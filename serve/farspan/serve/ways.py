@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from farspan.config.schema import ServeConfig
@@ -65,7 +65,9 @@ class LengthWays:
 class HeardWorkers(PlacedWorkers, Protocol):
     """Workers that say how they stand."""
 
-    async def reports(self, orders: Mapping[str, Orders]) -> list[WorkerLoad]: ...
+    async def reports(self, orders: Mapping[str, Orders], hear: Callable[[WorkerLoad, float], None]) -> set[str]:
+        """`hear` is told of each answer when it comes, and when it was asked for. Those that are known to be gone."""
+        ...
 
     async def wake(self, timeout_s: float) -> list[WorkerLoad]: ...
 
@@ -111,6 +113,6 @@ class GuidedWays:
     async def _hear(self) -> None:
         while True:
             asked_at_s = time.monotonic()
-            for load in await self._workers.reports(self.guide.orders()):
-                self.guide.heard(load, asked_at_s)
+            for worker in await self._workers.reports(self.guide.orders(), self.guide.heard):
+                self.guide.gone(worker)
             await asyncio.sleep(max(0.0, _HEAR_S - (time.monotonic() - asked_at_s)))

@@ -23,8 +23,9 @@ from farspan.models.checkpoint import load_causal_lm, load_tokenizer
 from farspan.serve.agent import open_host_cache
 from farspan.serve.folder import open_model_folder
 from farspan.serve.host import EngineHost
+from farspan.serve.life import PULSE_S
 from farspan.serve.load import Identity, WorkerLoad
-from farspan.serve.messages import Failed, GenerationRequest, Prefilled, PrefillItem, StreamItem, WorkerInfo
+from farspan.serve.messages import Alive, Failed, GenerationRequest, Prefilled, PrefillItem, StreamItem, WorkerInfo
 from farspan.serve.quotas import Orders
 
 
@@ -44,7 +45,7 @@ class Worker:
         engine = Engine(model, config.engine, tokenizer=load_tokenizer(folder), host_cache=open_cache)
         refuse_split(engine, config)
         self._host = EngineHost(
-            self.role, engine, choose_transport(config.transfer.transport, engine.pool), config.transfer
+            self.role, engine, choose_transport(config.transfer.transport, engine.pool), config.transfer, PULSE_S
         )
         self._weights = engine.pool.layout.model
         self._identity = Identity(replica_name(), self.role, uuid.uuid4().hex, machine_kind(engine))
@@ -55,11 +56,13 @@ class Worker:
         """Compute a prompt and its first token; a ticket for its pages."""
         return refusal(request, self._weights) or await self._host.prefill(request)
 
-    async def prefill_in_parts(self, request: GenerationRequest) -> AsyncIterator[PrefillItem]:
+    async def prefill_in_parts(self, request: GenerationRequest) -> AsyncIterator[PrefillItem | Alive]:
         """`prefill`, with offers of pages while it computes."""
         if (refused := refusal(request, self._weights)) is not None:
             yield refused
             return
+        # It was taken on, and waits in no queue but the engine's.
+        yield Alive()
         async with aclosing(self._host.prefill_in_parts(request)) as items:
             async for item in items:
                 yield item
@@ -70,13 +73,15 @@ class Worker:
 
     async def resume(
         self, request: GenerationRequest, answered: tuple[int, ...], ticket: KvTicket | None
-    ) -> AsyncIterator[StreamItem]:
+    ) -> AsyncIterator[StreamItem | Alive]:
         """Fetch a prompt's pages (or compute them, where there is no ticket) and go on with the answer."""
         if (refused := refusal(request, self._weights)) is not None:
             yield refused
             return
-        async for item in self._host.stream(request, answered, ticket):
-            yield item
+        yield Alive()
+        async with aclosing(self._host.stream(request, answered, ticket)) as items:
+            async for item in items:
+                yield item
 
     async def release(self, ticket_id: str) -> bool:
         """The pages arrived elsewhere, or nobody wants them; true when this worker had handed them out."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import httpx
 from tests.unit.serve.in_process import LocalWorkers, Served
 
 from farspan.config.schema import ServeConfig
-from farspan.errors import ClusterError
+from farspan.errors import ClusterError, FarspanError
 from farspan.kv.ticket import KvTicket
 from farspan.serve.load import Identity, WorkerLoad
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, StreamItem, Tokens
@@ -31,6 +31,7 @@ class PlacedWorkers(LocalWorkers):
         self.gone: set[str] = set()
         self.die_in: int | None = None
         """Whoever gives so many tokens is lost, once."""
+        self.dies_of: FarspanError = ClusterError("the decode worker was lost: ActorDiedError")
         self.resumed: list[tuple[str | None, int]] = []
         """(who was asked for, tokens given before) of every stream."""
         self.quotas: dict[str, Orders] = {}
@@ -60,7 +61,7 @@ class PlacedWorkers(LocalWorkers):
                     if self.die_in <= 0:
                         self.gone.add(name)
                         self.die_in = None
-                        yield Failed(ClusterError("the decode worker was lost: ActorDiedError"))
+                        yield Failed(self.dies_of)
                         return
                 yield item
         finally:
@@ -69,9 +70,12 @@ class PlacedWorkers(LocalWorkers):
     def release(self, ticket_id: str, place: Place | None = None) -> None:
         self._errand(self._host("p" if place is None else place.worker).release(ticket_id))
 
-    async def reports(self, orders: Mapping[str, Orders]) -> list[WorkerLoad]:
+    async def reports(self, orders: Mapping[str, Orders], hear: Callable[[WorkerLoad, float], None]) -> set[str]:
         self.quotas.update(orders)
-        return [await self.report(name, orders.get(name, Orders())) for name in NAMES if name not in self.gone]
+        for name in (name for name in NAMES if name not in self.gone):
+            asked_at_s = time.monotonic()
+            hear(await self.report(name, orders.get(name, Orders())), asked_at_s)
+        return self.gone & orders.keys()
 
     async def wake(self, timeout_s: float) -> list[WorkerLoad]:
         return [await self.report("d", Orders())]
@@ -104,6 +108,4 @@ class GuidedServed(Served):
         return super().post(path, body, key, **more)
 
     async def hear(self) -> None:
-        asked_at_s = time.monotonic()
-        for load in await self.workers.reports(self.ways.guide.orders()):
-            self.ways.guide.heard(load, asked_at_s)
+        await self.workers.reports(self.ways.guide.orders(), self.ways.guide.heard)

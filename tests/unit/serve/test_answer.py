@@ -39,6 +39,7 @@ class FakeWorkers:
     def __init__(self, failures=(), lengths=(), prefill_failure=None) -> None:
         self.failures, self.lengths, self.prefill_failure = failures, lengths, prefill_failure
         self.attempts: list[tuple[int, bool]] = []
+        self.names: list[str] = []
         self.released: list[str] = []
         self.cancelled: list[str] = []
 
@@ -48,6 +49,7 @@ class FakeWorkers:
     async def resume(self, request, answered, ticket):
         number = len(self.attempts)
         self.attempts.append((len(answered), ticket is not None))
+        self.names.append(request.request_id)
         assert answered == ANSWER[: len(answered)]
         if ticket is not None and not (number < len(self.failures) and self.lengths[number] == 0):
             yield Pulled(2, 128, 0.25, "memory")
@@ -111,7 +113,19 @@ def test_a_failure_at_any_point_leaves_the_answer_exact_and_the_ticket_given_bac
     text, finish, trace = tell(workers)
     assert (text, finish, trace.recovered) == (WHOLE, "length", True)
     assert workers.attempts == attempts
-    assert (workers.released, workers.cancelled) == (released, [])
+    assert workers.released == released
+
+
+def test_a_worker_that_was_lost_is_told_to_stop_and_the_next_attempt_has_another_name():
+    workers = FakeWorkers([BROKEN, LOST], [0, 3])
+    tell(workers)
+    # Whoever says itself that it failed holds nothing; who was lost may wake.
+    assert workers.names == ["r", "r", "r~1"]
+    assert workers.cancelled == ["r"]
+    workers = FakeWorkers([LOST], [4], prefill_failure=LOST)
+    tell(workers)
+    assert workers.names == ["r~1", "r~2"]
+    assert workers.cancelled == ["r", "r~1"]
 
 
 def test_workers_that_fail_every_time_end_the_answer_with_their_error():
@@ -119,7 +133,7 @@ def test_workers_that_fail_every_time_end_the_answer_with_their_error():
     with pytest.raises(ClusterError, match="decode worker was lost"):
         tell(workers)
     assert len(workers.attempts) == 3
-    assert (workers.released, workers.cancelled) == (["t"], ["r"])
+    assert (workers.released, workers.cancelled) == (["t"], ["r", "r~1"])
 
 
 def test_a_request_nobody_can_answer_is_not_tried_again():

@@ -11,6 +11,7 @@ from tests.unit.serve.placed import GuidedServed
 from tests.unit.serve.tiny_folder import TEXT
 
 from farspan.config.schema import ObjectivesConfig, TransferConfig
+from farspan.errors import ClusterError, EngineError
 from farspan.serve.metrics import rendered
 from farspan.serve.quotas import Quota
 
@@ -82,8 +83,9 @@ def test_where_roles_are_kept_apart_pages_travel_and_the_text_is_the_same(guided
     assert trace["decode_worker"] in ("d", "e")
 
 
-def test_an_answer_whose_worker_is_lost_goes_on_with_another_that_was_not(guided, expected):
-    guided.workers.die_in = 5
+@pytest.mark.parametrize("problem", [ClusterError("it was silent"), EngineError("the decode worker stopped")])
+def test_an_answer_whose_worker_is_lost_goes_on_with_another_that_was_not(guided, expected, problem):
+    guided.workers.die_in, guided.workers.dies_of = 5, problem
     text, trace = ask(guided, "lost")
     assert text == expected
     assert len(trace["recoveries"]) == 1
@@ -140,8 +142,8 @@ def test_an_endpoint_without_workers_wakes_one_or_says_503(guided):
 
         comes = True
 
-        async def reports(self, orders):
-            return []
+        async def reports(self, orders, hear):
+            return set()
 
         async def wake(self, timeout_s):
             return await super().wake(timeout_s) if self.comes else []
