@@ -326,6 +326,26 @@ def check_engine(engine: EngineConfig) -> None:
         check_adapter_name(name)
     _at_least("engine.adapter_bytes", engine.adapter_bytes, 1)
     _at_least("engine.threads", engine.threads, 0)
+    check_ranks(engine)
+
+
+def check_ranks(engine: EngineConfig) -> None:
+    """Refuse what an engine of several ranks does not do."""
+    _at_least("engine.tensor_parallel", engine.tensor_parallel, 1)
+    if engine.tensor_parallel == 1:
+        return
+    for field, value, legal, why in (
+        ("engine.offload_bytes", engine.offload_bytes, 0, "each rank has pages of its own heads alone"),
+        ("engine.host_cache_bytes", engine.host_cache_bytes, 0, "each rank has pages of its own heads alone"),
+        ("engine.adapters", dict(engine.adapters), {}, "adapters are not cut over ranks"),
+    ):
+        if value != legal:
+            raise ConfigError(
+                field,
+                f"does not go with engine.tensor_parallel={engine.tensor_parallel}: {why}",
+                value,
+                f"leave {field} out or use engine.tensor_parallel=1",
+            )
 
 
 def check_adapter_name(name: str) -> None:
@@ -361,6 +381,7 @@ def check_serve(config: ServeConfig) -> None:
     _one_of("transfer.split", config.transfer.split, SPLITS)
     _check_role("prefill", config.prefill)
     _check_role("decode", config.decode)
+    _check_split(config)
     _check_objectives(config)
     _above("transfer.deadline_s", config.transfer.deadline_s, 0)
     _above("transfer.lease_s", config.transfer.lease_s, config.transfer.deadline_s)
@@ -384,6 +405,17 @@ def _check_collector(address: str | None) -> None:
         way_out = "use telemetry.otlp_endpoint=http://collector:4318"
         raise ConfigError(
             "telemetry.otlp_endpoint", "must be an http(s) address without user or query", address, way_out
+        )
+
+
+def _check_split(config: ServeConfig) -> None:
+    if config.transfer.split == "always" and config.engine.tensor_parallel > 1:
+        raise ConfigError(
+            "transfer.split",
+            f"must be predicted with engine.tensor_parallel={config.engine.tensor_parallel}: pages of several ranks do "
+            "not travel between workers, so that the one that answers computes the prompt too",
+            config.transfer.split,
+            "use transfer.split=predicted or engine.tensor_parallel=1",
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 import xxhash
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from farspan.errors import EngineError
 from farspan.kv.layout import GONE, KvLayout
+
+# Where the content of a page comes from that is all zero.
+ZEROS = -1
 
 
 class PagePool:
@@ -54,6 +58,7 @@ class PagePool:
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._free = list(range(num_pages - 1, -1, -1))
         self._keys, self._values = _layer_views(self.storage_PB, layout)
+        self._changes: list[tuple[int, int]] | None = None
 
     @property
     def num_pages(self) -> int:
@@ -95,6 +100,8 @@ class PagePool:
             self.epochs_P[pages] += 1
             # A former owner's NaN would spread through the masked slots of a padded read: 0 * NaN is NaN.
             self.storage_PB[pages] = 0
+            if self._changes is not None:
+                self._changes += [(page, ZEROS) for page in pages]
         for page in pages:
             self._holders[page] = 1
         return pages
@@ -144,6 +151,25 @@ class PagePool:
         """Give a held page the content of another."""
         assert self._holders[target] == 1, f"page {target} has {self._holders[target]} holders"
         self.storage_PB[target] = self.storage_PB[source]
+        if self._changes is not None:
+            self._changes.append((target, source))
+
+    def take_changes(self) -> list[tuple[int, int]]:
+        """(page, where its content comes from) of each page that was given content without computing.
+
+        Since the last call, in order; the first call begins to remember.
+        """
+        changes, self._changes = self._changes or [], []
+        return changes
+
+    def mirror(self, changes: Sequence[tuple[int, int]]) -> None:
+        """Give pages the content that pages of another pool were given, which decides for this one."""
+        for zeros, run in groupby(changes, key=lambda change: change[1] == ZEROS):
+            if zeros:
+                self.storage_PB[[page for page, _ in run]] = 0
+                continue
+            for target, source in run:
+                self.storage_PB[target] = self.storage_PB[source]
 
     def take_over(self, page: int) -> None:
         """Allocate an idle page with the content it has: nobody finds it any more."""

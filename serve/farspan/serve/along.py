@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Protocol
 
-from farspan.errors import ClusterError
+from farspan.errors import ClusterError, EngineError, RequestError
 from farspan.kv.ticket import KvTicket
 from farspan.serve.guide import Guide
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, Pulled, StreamItem
@@ -91,7 +91,9 @@ class Along:
         return replace(request, weights=self._weights)
 
     def _lose(self, place: Place | None, failed: Failed) -> None:
-        if isinstance(failed.error, ClusterError) and place is not None:
+        # An engine that ended, as by the loss of a rank, answers nobody else either.
+        ended = isinstance(failed.error, EngineError) and not isinstance(failed.error, RequestError)
+        if (ended or isinstance(failed.error, ClusterError)) and place is not None:
             self._lost.add(place.worker)
             self._guide.lost(place)
 

@@ -18,6 +18,7 @@ from ray.serve.exceptions import RayServeException
 
 from farspan.config.check import check_serve
 from farspan.config.schema import RoleConfig, ServeConfig
+from farspan.engine.cut_plan import check_cut
 from farspan.engine.probe import refuse_config
 from farspan.errors import ClusterError, ConfigError
 from farspan.models.checkpoint import open_config
@@ -27,6 +28,7 @@ from farspan.serve.folder import open_model_folder
 from farspan.serve.keys import ApiKey, read_keys
 from farspan.serve.naming import ModelNames
 from farspan.serve.port import refuse_taken_port
+from farspan.serve.ranks import rank_options
 from farspan.serve.router import Router
 from farspan.serve.routes import build_http
 from farspan.serve.scaling import apply, declared, is_scaled, replicas_of
@@ -64,11 +66,18 @@ def check_app(config: ServeConfig) -> Path:
     """
     check_serve(config)
     folder = open_model_folder(config.model)
-    refuse_config(open_config(folder))
+    _refuse_model(config, folder)
     # Said again where a config file of Serve's begins: it must never be a replica that finds out.
     ModelNames(model_name(config), config.engine.adapters)
     refuse_taken_port(config.host, config.port)
     return folder
+
+
+def _refuse_model(config: ServeConfig, folder: Path) -> None:
+    model = open_config(folder)
+    refuse_config(model)
+    if config.engine.tensor_parallel > 1:
+        check_cut(model, config.engine.tensor_parallel)
 
 
 class Ingress(Api):
@@ -126,6 +135,7 @@ def _options(role: RoleConfig, config: ServeConfig) -> dict[str, Any]:
         "request_router_config": RequestRouterConfig(request_router_class=_ROUTER),
         **_lasting(config),
         **replicas_of(role, config),
+        **rank_options(role, config),
     }
 
 
@@ -163,7 +173,7 @@ def update_app(config: ServeConfig, running: Running) -> None:
         ClusterError: the new workers did not come; the old ones go on.
     """
     check_serve(config)
-    refuse_config(open_config(open_model_folder(config.model)))
+    _refuse_model(config, open_model_folder(config.model))
     keys, key_file = read_keys(config)
     if f"http://{_in_url(config.host)}:{config.port}/v1" != running.url:
         raise ConfigError("port", "stays what it was while a server runs", config.port, "start another server")
@@ -172,7 +182,8 @@ def update_app(config: ServeConfig, running: Running) -> None:
 
 def num_cpus(config: ServeConfig) -> float:
     """Logical CPUs the replicas ask Ray for."""
-    return sum((role.max_replicas or role.replicas) * role.cpus for role in (config.prefill, config.decode))
+    each = sum((role.max_replicas or role.replicas) * role.cpus for role in (config.prefill, config.decode))
+    return each * config.engine.tensor_parallel
 
 
 def _deploy(config: ServeConfig, keys: tuple[ApiKey, ...], key_file: str, deadline_s: float) -> None:

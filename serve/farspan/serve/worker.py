@@ -15,6 +15,7 @@ import torch
 from ray import serve
 
 from farspan.config.schema import ServeConfig
+from farspan.engine.cut import Share
 from farspan.engine.engine import Engine
 from farspan.errors import ClusterError, ModelError
 from farspan.kv.ticket import KvOffer, KvTicket
@@ -26,6 +27,7 @@ from farspan.serve.host import EngineHost
 from farspan.serve.load import Identity, WorkerLoad
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, PrefillItem, StreamItem, WorkerInfo
 from farspan.serve.quotas import Orders
+from farspan.serve.ranks import Ranks, on_device
 
 
 class Worker:
@@ -34,13 +36,18 @@ class Worker:
     role = "worker"
 
     def __init__(self, config: ServeConfig) -> None:
-        torch.set_num_threads(worker_threads(config, os.cpu_count() or 1))
+        threads = worker_threads(config, os.cpu_count() or 1)
+        torch.set_num_threads(threads)
+        self._ranks: Ranks | None = None
+        if config.engine.tensor_parallel > 1:
+            self._ranks = Ranks(config, getattr(config, self.role), threads)
         folder = open_model_folder(config.model)
         model = load_causal_lm(folder, getattr(torch, config.engine.dtype))
-        if torch.cuda.is_available():
-            model = model.to("cuda")
+        # Before it moves: the device has room for its share alone.
+        share = None if self._ranks is None else Share.of(model, self._ranks.meet())
+        model = on_device(model)
         open_cache = partial(open_host_cache, config.engine.host_cache_bytes)
-        engine = Engine(model, config.engine, tokenizer=load_tokenizer(folder), host_cache=open_cache)
+        engine = Engine(model, config.engine, tokenizer=load_tokenizer(folder), host_cache=open_cache, share=share)
         refuse_split(engine, config)
         self._host = EngineHost(
             self.role, engine, choose_transport(config.transfer.transport, engine.pool), config.transfer
@@ -97,8 +104,10 @@ class Worker:
         await self._host.check_integrity()
 
     def check_health(self) -> None:
-        """Serve replaces a replica whose engine thread has ended."""
+        """Serve replaces a replica whose engine thread, or another rank, has ended."""
         self._host.check()
+        if self._ranks is not None:
+            self._ranks.check()
 
     async def __del__(self) -> None:
         # Absent when the model could not be loaded.
@@ -134,14 +143,15 @@ def replica_name() -> str:
 
 def machine_kind(engine: Engine) -> str:
     """Equal for workers that take equally long."""
-    device = engine.pool.device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device, num_ranks = engine.pool.device, engine.pool.layout.num_ranks
+    one = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return one if num_ranks == 1 else f"{num_ranks} x {one}"
 
 
 def worker_threads(config: ServeConfig, num_cpus: int) -> int:
-    """CPU threads of one worker: its share of the machine, so that workers do not fight over cores."""
+    """CPU threads of one worker, or one rank of it: its share of the machine, so that they do not fight over cores."""
     num_workers = sum(role.max_replicas or role.replicas for role in (config.prefill, config.decode))
-    return config.engine.threads or max(1, num_cpus // max(1, num_workers))
+    return config.engine.threads or max(1, num_cpus // max(1, num_workers * config.engine.tensor_parallel))
 
 
 def refuse_split(engine: Engine, config: ServeConfig) -> None:
