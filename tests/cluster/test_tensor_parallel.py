@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 import torch
@@ -18,7 +19,7 @@ from ray import serve
 from ray.util.state import list_actors
 from tests.unit.serve.tiny_folder import TEXT, write_tiny_model
 
-from farspan.config.schema import EngineConfig, RoleConfig, ServeConfig
+from farspan.config.schema import EngineConfig, RoleConfig, ServeConfig, TransferConfig
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
 from farspan.serve.app import run_app
 
@@ -66,6 +67,8 @@ def server(ray_cluster, tmp_path_factory) -> Iterator[Server]:
         prefill=RoleConfig(cpus=0.25),
         decode=RoleConfig(cpus=0.25),
         engine=EngineConfig(dtype="float64", kv_bytes=32 * 1024 * 1024, max_batch_tokens=512, tensor_parallel=2),
+        # Each answer needs four ranks, and pages of two from two.
+        transfer=TransferConfig(split="always"),
         start_timeout_s=180,
     )
     with run_app(config) as running:
@@ -94,8 +97,14 @@ def test_workers_of_two_ranks_answer_as_transformers_does(server):
     with ThreadPoolExecutor(len(asked)) as pool:
         texts = list(pool.map(server.text, asked))
     assert texts == [server.expected(prompt) for prompt in asked]
+    answer = server.client.completions.create(model="tiny", prompt=asked[1], max_tokens=MAX_TOKENS, temperature=0)
     # What was computed is found again, and says the same.
-    assert [server.text(prompt) for prompt in asked] == texts
+    assert answer.choices[0].text == texts[1]
+    trace = httpx.get(f"{server.url}/requests/{answer.id}/trace", headers={"Authorization": f"Bearer {server.key}"})
+    told = trace.json()
+    assert (told["recovered"], told["transport"], told["route"]) == (False, "nixl", "split")
+    page_bytes = 2 * 16 * 2 * (16 + 16) * 8
+    assert told["kv_bytes"] == -(-answer.usage.prompt_tokens // 16) * page_bytes
 
 
 @pytest.mark.soak

@@ -14,16 +14,18 @@ from transformers import PreTrainedModel
 from farspan.config.schema import EngineConfig
 from farspan.engine.cut import Share
 from farspan.engine.engine import Engine
+from farspan.engine.follow import follow
 from farspan.engine.gang import Gang
-from farspan.engine.lead import follow
 from farspan.engine.request import FailedEvent, SamplingParams
 
 SIZES: dict[str, dict[str, object]] = {
-    "llama": {},
-    "llama of four": {"num_attention_heads": 8},
-    "qwen2": {"attention_bias": True},
-    "qwen3": {},
+    "llama": {"vocab_size": 98},
+    "llama of four": {"num_attention_heads": 8, "vocab_size": 100},
+    "qwen2": {},
+    # Its vocabulary does not divide: every rank has the whole head.
+    "qwen3": {"vocab_size": 97},
     "gemma2": {
+        "vocab_size": 98,
         "sliding_window": 10,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "query_pre_attn_scalar": 8,

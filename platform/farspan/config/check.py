@@ -381,7 +381,6 @@ def check_serve(config: ServeConfig) -> None:
     _one_of("transfer.split", config.transfer.split, SPLITS)
     _check_role("prefill", config.prefill)
     _check_role("decode", config.decode)
-    _check_split(config)
     _check_objectives(config)
     _above("transfer.deadline_s", config.transfer.deadline_s, 0)
     _above("transfer.lease_s", config.transfer.lease_s, config.transfer.deadline_s)
@@ -405,17 +404,6 @@ def _check_collector(address: str | None) -> None:
         way_out = "use telemetry.otlp_endpoint=http://collector:4318"
         raise ConfigError(
             "telemetry.otlp_endpoint", "must be an http(s) address without user or query", address, way_out
-        )
-
-
-def _check_split(config: ServeConfig) -> None:
-    if config.transfer.split == "always" and config.engine.tensor_parallel > 1:
-        raise ConfigError(
-            "transfer.split",
-            f"must be predicted with engine.tensor_parallel={config.engine.tensor_parallel}: pages of several ranks do "
-            "not travel between workers, so that the one that answers computes the prompt too",
-            config.transfer.split,
-            "use transfer.split=predicted or engine.tensor_parallel=1",
         )
 
 

@@ -80,9 +80,10 @@ class Engine:
         """
         path = open_path(model, config, share)
         speed_up(model)
-        self._leader = None if share is None else Leader(path.runner, path.pool, share.gang)
+        self.leader = None if share is None else Leader(path.runner, path.pool, share.gang)
+        """Where other ranks compute with this one."""
         text = model.config.get_text_config(decoder=True)
-        self.path, self.pool, self.states, self._runner = path.name, path.pool, path.states, self._leader or path.runner
+        self.path, self.pool, self.states, self._runner = path.name, path.pool, path.states, self.leader or path.runner
         self.adapters = Adapters(model, path, config)
         self.pages_are_all = path.pages_are_all
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
@@ -133,7 +134,7 @@ class Engine:
     @property
     def lost(self) -> str:
         """Why this engine will never compute anything again; empty: it will."""
-        return "" if self._leader is None else self._leader.lost
+        return "" if self.leader is None else self.leader.lost
 
     @property
     def burden(self) -> Burden:
@@ -387,8 +388,8 @@ class Engine:
 
     def close(self) -> None:
         """Let the other ranks end, where there are any."""
-        if self._leader is not None:
-            self._leader.close()
+        if self.leader is not None:
+            self.leader.close()
 
     def check_integrity(self) -> None:
         """Raises EngineError when a page or a state is lost or doubly owned."""
@@ -445,9 +446,8 @@ class Engine:
         if not self.pages_are_all:
             raise RequestError(
                 request_id,
-                "this model keeps all or part of a sequence in a cache that is not in pages, or in pages of other "
-                "ranks, which does not travel to another worker; compute prompt and answer in one "
-                "(transfer.split=predicted)",
+                "this model keeps all or part of a sequence in a cache that is not in pages, which does not travel to "
+                "another worker; compute prompt and answer in one (transfer.colocate_below_tokens)",
             )
 
     def _longest(self, num_prompt: int, params: SamplingParams) -> int:

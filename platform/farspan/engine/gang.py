@@ -28,6 +28,15 @@ class Word(IntEnum):
     BEAT = 1
     """Answer that you are there."""
     RUN = 2
+    """Compute these pieces."""
+    ADDRESS = 3
+    """Open your transport, and tell where others reach it."""
+    DIGEST = 4
+    """Tell the digests of these pages."""
+    FETCH = 5
+    """Begin to read these pages of another worker's rank."""
+    POLL = 6
+    """Tell how these fetches stand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +95,13 @@ class Gang:
             self._from_leader(rest)
         return Word(int(frame[0])), torch.cat([frame[2 : min(2 + count, _FRAME)], rest]).numpy()
 
-    def answer(self) -> None:
-        """Wait until every rank is here."""
-        here = torch.ones(1)
-        self._with_others(lambda: dist.all_reduce(here, group=self.control))
+    def collect(self, numbers: np.ndarray) -> list[np.ndarray]:
+        """On the leader the int64 numbers of every rank, as many of each; elsewhere nothing."""
+        # One more, so that ranks meet also where there is nothing to tell.
+        mine = torch.from_numpy(np.concatenate([np.zeros(1, np.int64), numbers]))
+        parts = [torch.empty_like(mine) for _ in range(self.size)] if self.leads else None
+        self._with_others(lambda: dist.gather(mine, parts, group=self.control, group_dst=_LEADER))
+        return [part[1:].numpy() for part in parts or []]
 
     def leaders(self, number: float) -> float:
         """The leader's number, on every rank."""

@@ -83,8 +83,7 @@ class Path:
     @property
     def pages_are_all(self) -> bool:
         """Whether pages are all that another engine needs to go on, those included that hold a packed state."""
-        layout = self.pool.layout
-        return layout.num_ranks == 1 and (self.states is None or layout.num_state_pages > 0)
+        return self.states is None or self.pool.layout.num_state_pages > 0
 
 
 _Attempt: TypeAlias = Callable[[PreTrainedModel, EngineConfig, tuple[str, ...], Share | None], Path]

@@ -118,6 +118,11 @@ class KvLayout:
         return self.page_elements * self.torch_dtype.itemsize
 
     @property
+    def whole_page_bytes(self) -> int:
+        """Bytes of a page on all ranks."""
+        return self.page_bytes * self.num_ranks
+
+    @property
     def cost_bytes(self) -> int:
         """Bytes of memory that a held page stands for."""
         return self.page_bytes + self.page_tokens * self.counted_token_bytes

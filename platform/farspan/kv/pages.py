@@ -7,7 +7,7 @@ B bytes of a page.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import torch
@@ -59,6 +59,7 @@ class PagePool:
         self._free = list(range(num_pages - 1, -1, -1))
         self._keys, self._values = _layer_views(self.storage_PB, layout)
         self._changes: list[tuple[int, int]] | None = None
+        self._others_digests: Callable[[Sequence[int]], list[list[int]]] | None = None
 
     @property
     def num_pages(self) -> int:
@@ -204,6 +205,18 @@ class PagePool:
     def digest(self, page: int) -> int:
         """64-bit xxh3 of the page's bytes."""
         return xxhash.xxh3_64_intdigest(self.storage_PB[page].cpu().numpy().data)
+
+    def digests(self, pages: Sequence[int]) -> list[int]:
+        """Digests of whole pages, those parts included that other ranks hold."""
+        own = [self.digest(page) for page in pages]
+        if self._others_digests is None or not own:
+            return own
+        parts = zip(own, *self._others_digests(pages), strict=True)
+        return [xxhash.xxh3_64_intdigest(b"".join(part.to_bytes(8, "little") for part in each)) for each in parts]
+
+    def join_digests(self, others: Callable[[Sequence[int]], list[list[int]]]) -> None:
+        """From now on pages have parts elsewhere: `others` gives the digests of pages for each rank that holds them."""
+        self._others_digests = others
 
     def check_integrity(self) -> None:
         """Raises EngineError unless every page is in exactly one state."""

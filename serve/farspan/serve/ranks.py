@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import ray
@@ -19,9 +20,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from farspan.config.schema import RoleConfig, ServeConfig
 from farspan.engine.cut import Share
+from farspan.engine.follow import follow
 from farspan.engine.gang import Gang
-from farspan.engine.lead import follow
 from farspan.errors import ClusterError, EngineError, FarspanError
+from farspan.kv.transports.choose import choose_transport
 from farspan.models.checkpoint import load_causal_lm
 from farspan.serve.folder import open_model_folder
 
@@ -55,7 +57,7 @@ class Rank:
         model = load_causal_lm(open_model_folder(config.model), getattr(torch, config.engine.dtype))
         store.set(_ready(self._rank), "")
         share = Share.of(model, _form(config, store, self._rank))
-        follow(on_device(model), config.engine, share)
+        follow(on_device(model), config.engine, share, partial(choose_transport, config.transfer.transport))
 
 
 class Ranks:
@@ -69,11 +71,14 @@ class Ranks:
         if group is None:
             raise ClusterError("a worker of several ranks needs a placement group with a bundle for each")
         numbers = range(1, config.engine.tensor_parallel)
-        make = ray.remote(Rank).options(num_cpus=role.cpus, num_gpus=role.gpus)
         self._actors = [
-            make.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, number)).remote(
-                config, number, threads
+            ray.remote(Rank)
+            .options(
+                num_cpus=role.cpus,
+                num_gpus=role.gpus,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, number),
             )
+            .remote(config, number, threads)
             for number in numbers
         ]
         self._ends = {actor.follow.remote(self._store.port): n for n, actor in zip(numbers, self._actors, strict=True)}
@@ -109,10 +114,9 @@ def on_device(model: Any) -> Any:
 def _reason(end: Any) -> str:
     try:
         ray.get(end, timeout=0)
-    except FarspanError as problem:
-        return str(problem)
-    except (RayError, TimeoutError) as problem:
-        return str(problem).strip().splitlines()[-1].strip()
+    except (FarspanError, RayError, TimeoutError) as problem:
+        # The text of Ray's own error is a traceback of the other process.
+        return str(getattr(problem, "cause", None) or problem).strip().splitlines()[-1].strip()
     return "it was told to"
 
 

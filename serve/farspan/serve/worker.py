@@ -17,8 +17,10 @@ from ray import serve
 from farspan.config.schema import ServeConfig
 from farspan.engine.cut import Share
 from farspan.engine.engine import Engine
+from farspan.engine.ranked import RankedTransport
 from farspan.errors import ClusterError, ModelError
 from farspan.kv.ticket import KvOffer, KvTicket
+from farspan.kv.transports.base import Transport
 from farspan.kv.transports.choose import choose_transport
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
 from farspan.serve.agent import open_host_cache
@@ -49,9 +51,7 @@ class Worker:
         open_cache = partial(open_host_cache, config.engine.host_cache_bytes)
         engine = Engine(model, config.engine, tokenizer=load_tokenizer(folder), host_cache=open_cache, share=share)
         refuse_split(engine, config)
-        self._host = EngineHost(
-            self.role, engine, choose_transport(config.transfer.transport, engine.pool), config.transfer
-        )
+        self._host = EngineHost(self.role, engine, _transport(engine, config), config.transfer)
         self._weights = engine.pool.layout.model
         self._identity = Identity(replica_name(), self.role, uuid.uuid4().hex, machine_kind(engine))
         self._drain_s = min(config.drain_s, config.transfer.deadline_s)
@@ -139,6 +139,11 @@ def refusal(request: GenerationRequest, weights: str) -> Failed | None:
 def replica_name() -> str:
     """What calls name this replica by."""
     return str(serve.get_replica_context().replica_id.unique_id)
+
+
+def _transport(engine: Engine, config: ServeConfig) -> Transport:
+    own = choose_transport(config.transfer.transport, engine.pool)
+    return own if engine.leader is None else RankedTransport(own, engine.leader, engine.pool)
 
 
 def machine_kind(engine: Engine) -> str:

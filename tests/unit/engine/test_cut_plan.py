@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from tests.support.zoo import zoo_config
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from farspan.engine.cut_plan import Cut, check_cut, plan_cuts
-from farspan.engine.orders import Order, read_order, write_order
-from farspan.engine.runner import Piece
 from farspan.errors import ConfigError, ModelError
-from farspan.kv.layout import GONE
 
 CUT = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "deepseek_v3"]
 
@@ -103,22 +98,3 @@ def test_matrices_side_by_side_are_cut_each():
     mine_gate, mine_up = nn.functional.linear(x_TE, whole.weight[rows]).chunk(2, -1)
     torch.testing.assert_close(mine_gate, gate[:, 4:8])
     torch.testing.assert_close(mine_up, up[:, 4:8])
-
-
-numbers = st.integers(0, 2**40)
-pieces = st.builds(
-    lambda tokens, past, pages, logits: Piece(tokens, past, pages, num_logits=min(logits, len(tokens))),
-    st.lists(numbers, min_size=1, max_size=9),
-    numbers,
-    st.lists(numbers | st.just(GONE), max_size=9),
-    st.integers(1, 9),
-)
-
-
-@given(st.lists(st.tuples(numbers, st.integers(-1, 2**40)), max_size=5), st.lists(pieces, max_size=5))
-def test_an_order_is_read_as_it_was_written(changes, told):
-    read = read_order(write_order(Order(changes, told)))
-    assert list(read.changes) == changes
-    assert [(list(p.tokens), p.past, list(p.pages), p.num_logits) for p in read.pieces] == [
-        (p.tokens, p.past, p.pages, p.num_logits) for p in told
-    ]

@@ -172,14 +172,13 @@ def test_sizes_and_objectives_that_make_no_sense_are_refused_with_the_nearest_le
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("transfer.split=always", "transfer.split: must be predicted with engine.tensor_parallel=2: pages of several"),
         ("engine.offload_bytes=9", "engine.offload_bytes: does not go with engine.tensor_parallel=2: each rank has"),
         ("engine.host_cache_bytes=9", "engine.host_cache_bytes: does not go with engine.tensor_parallel=2: each rank"),
         ("engine.adapters={a: b}", "engine.adapters: does not go with engine.tensor_parallel=2: adapters are not cut"),
     ],
 )
 def test_what_several_ranks_do_not_do_is_refused_before_anything_starts(setting, said):
-    legal = ["model=m", "engine.tensor_parallel=2", "transfer.split=predicted"]
+    legal = ["model=m", "engine.tensor_parallel=2"]
     check_serve(load_config(ServeConfig, "serve/configs/local.yaml", legal))
     with pytest.raises(ConfigError) as refused:
         check_serve(load_config(ServeConfig, "serve/configs/local.yaml", [*legal, setting]))
