@@ -32,20 +32,22 @@ from farspan.engine.cut import Share
 from farspan.engine.engine import Engine
 from farspan.engine.follow import follow
 from farspan.engine.gang import Gang
+from farspan.engine.probe import exact_experts
 from farspan.errors import EngineError, ModelError
 
 _DEADLINE_S = 8.0
 
 
 def told_by_one(name: str, settings: dict[str, object]):
-    page_bytes = Engine(make(name), engine_config(page_tokens=4)).pool.layout.page_bytes
-    return tell(Engine(make(name), config_for(page_bytes, **settings))), page_bytes
+    layout = Engine(make(name), engine_config()).pool.layout
+    place_bytes = layout.page_bytes * layout.num_groups
+    return tell(Engine(make(name), config_for(place_bytes, **settings))), place_bytes
 
 
 @pytest.mark.parametrize(
     ("name", "num_ranks", "settings"),
     [
-        ("llama", 2, {}),
+        ("llama tied", 2, {}),
         ("qwen2", 2, {"draft_tokens": 3}),
         ("gemma2", 2, {}),
         ("qwen3", 2, {"prefix_cache": False}),
@@ -56,18 +58,20 @@ def told_by_one(name: str, settings: dict[str, object]):
     ids=str,
 )
 def test_ranks_answer_as_one_rank_and_as_transformers(ranks: RankPool, name, num_ranks, settings):
-    expected, page_bytes = told_by_one(name, settings)
+    expected, place_bytes = told_by_one(name, settings)
     split = 2 if num_ranks == 4 else num_ranks
-    got = ranks.run(tell_ranks, num_ranks, name, page_bytes // split, settings)[0]
+    got = ranks.run(tell_ranks, num_ranks, name, place_bytes // split, settings)[0]
     assert got is not None
     assert_same(got, expected)
     model = make(name)
+    exact_experts(model)
     for request_id in ("long", "short", "again"):
         prompt, tokens = asked()[request_id], got.tokens(request_id)
         assert len(tokens) == GREEDY.max_tokens
         assert len(set(tokens)) >= 5, f"a vacuous answer: {tokens}"
         assert_chosen(whole_logits(model, [*prompt, *tokens]), prompt, tokens, got.logprobs(request_id))
-    assert got.preemptions > 0, "there were pages enough for all"
+    # Windows give pages back before anybody needs them.
+    assert (got.preemptions > 0) == (name != "gemma2"), "there were pages enough for all"
     found = max(event[4] for event in got.events if event[0] == "again")
     assert found == (30 if settings.get("prefix_cache", True) else 0)
     # As many pages, each of them a part of the bytes; and a part of the weights.
@@ -166,7 +170,7 @@ def run_rank(rank: int, store: str, pipe: Connection) -> None:
         os._exit(0)
 
 
-@pytest.mark.parametrize("killed", [1, 0])
+@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.soak)])
 def test_when_a_rank_is_killed_the_others_end_at_once(killed, tmp_path: Path):
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(2)]

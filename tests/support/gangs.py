@@ -20,6 +20,7 @@ from farspan.engine.request import FailedEvent, SamplingParams
 
 SIZES: dict[str, dict[str, object]] = {
     "llama": {"vocab_size": 98},
+    "llama tied": {"vocab_size": 98, "tie_word_embeddings": True},
     "llama of four": {"num_attention_heads": 8, "vocab_size": 100},
     "qwen2": {},
     # Its vocabulary does not divide: every rank has the whole head.
@@ -29,7 +30,7 @@ SIZES: dict[str, dict[str, object]] = {
         "sliding_window": 10,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "query_pre_attn_scalar": 8,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": False,
     },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
@@ -62,7 +63,7 @@ class Told:
 
 GREEDY = SamplingParams(max_tokens=14, logprobs=0)
 DRAWN = replace(GREEDY, temperature=0.9, top_p=0.95, seed=5)
-PAGES = 26
+PLACES = 20
 
 
 def asked() -> dict[str, list[int]]:
@@ -112,10 +113,9 @@ def tell(engine: Engine) -> Told:
 
 
 def config_for(page_bytes: int, num_ranks: int = 1, **settings: object) -> EngineConfig:
-    """So many pages of that size as the story wants."""
-    return engine_config(
-        max_batch_tokens=16, kv_bytes=PAGES * page_bytes, tensor_parallel=num_ranks, **{"page_tokens": 4, **settings}
-    )
+    """So many places as the story wants. `page_bytes`: of a page of each group, on one rank."""
+    kv_bytes = PLACES * page_bytes
+    return engine_config(max_batch_tokens=16, kv_bytes=kv_bytes, tensor_parallel=num_ranks, **settings)
 
 
 def gang_here(deadline_s: float = 60.0) -> Gang:
