@@ -25,7 +25,7 @@ from tests.support.gangs import (
     tell_ranks,
 )
 from tests.support.ranks import RankPool
-from tests.unit.engine.oracle import whole_logits
+from tests.unit.engine.oracle import EAGER, whole_logits
 from tests.unit.engine.tiny import engine_config, prompts, tiny_model
 
 from farspan.engine.cut import Share
@@ -69,7 +69,9 @@ def test_ranks_answer_as_one_rank_and_as_transformers(ranks: RankPool, name, num
         prompt, tokens = asked()[request_id], got.tokens(request_id)
         assert len(tokens) == GREEDY.max_tokens
         assert len(set(tokens)) >= 5, f"a vacuous answer: {tokens}"
-        assert_chosen(whole_logits(model, [*prompt, *tokens]), prompt, tokens, got.logprobs(request_id))
+        # transformers' eager attention, the only one that knows soft caps, has a softmax in single precision.
+        tolerance = 1e-5 if name in EAGER else 1e-9
+        assert_chosen(whole_logits(model, [*prompt, *tokens]), prompt, tokens, got.logprobs(request_id), tolerance)
     # Windows give pages back before anybody needs them.
     assert (got.preemptions > 0) == (name != "gemma2"), "there were pages enough for all"
     found = max(event[4] for event in got.events if event[0] == "again")

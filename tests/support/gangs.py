@@ -149,9 +149,11 @@ def assert_same(got: Told, expected: Told, tolerance: float = 1e-9) -> None:
     assert got.preemptions == expected.preemptions
 
 
-def assert_chosen(logits_TV: torch.Tensor, prompt: Sequence[int], tokens: list[int], logprobs: list[float]) -> None:
+def assert_chosen(
+    logits_TV: torch.Tensor, prompt: Sequence[int], tokens: list[int], logprobs: list[float], tolerance: float
+) -> None:
     """Greedy tokens and their log-probabilities are those of transformers' own logits over prompt and answer."""
     rows_NV = logits_TV[len(prompt) - 1 : len(prompt) - 1 + len(tokens)]
     assert rows_NV.argmax(-1).tolist() == tokens
     expected = rows_NV.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0].tolist()
-    assert max(abs(a - b) for a, b in zip(logprobs, expected, strict=True)) <= 1e-9
+    assert max(abs(a - b) for a, b in zip(logprobs, expected, strict=True)) <= tolerance
