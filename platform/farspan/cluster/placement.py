@@ -28,9 +28,9 @@ def training_bundle(asked: ResourcesConfig) -> dict[str, float]:
     return {"CPU": asked.cpus_per_worker, **_gpus(asked.gpus_per_worker), **asked.custom}
 
 
-def role_bundle(role: RoleConfig) -> dict[str, float]:
-    """What one worker of an endpoint asks Ray for."""
-    return {"CPU": role.cpus, **_gpus(role.gpus), **role.custom}
+def role_bundle(role: RoleConfig, num_ranks: int = 1) -> dict[str, float]:
+    """What one worker of an endpoint asks Ray for; all its ranks are on one node."""
+    return {"CPU": role.cpus * num_ranks, **_gpus(role.gpus * num_ranks), **role.custom}
 
 
 def asks_of_run(config: RunConfig) -> list[Ask]:
@@ -42,7 +42,8 @@ def asks_of_run(config: RunConfig) -> list[Ask]:
 
 def asks_of_endpoint(config: ServeConfig) -> list[Ask]:
     """Both roles; the ingress asks for next to nothing."""
-    return [Ask(f"{name}.replicas", role.replicas, role_bundle(role)) for name, role in _roles(config)]
+    ranks = config.engine.tensor_parallel
+    return [Ask(f"{name}.replicas", role.replicas, role_bundle(role, ranks)) for name, role in _roles(config)]
 
 
 def misfits(launcher: Mapping[str, Any], asks: Sequence[Ask]) -> list[str]:

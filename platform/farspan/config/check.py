@@ -326,6 +326,26 @@ def check_engine(engine: EngineConfig) -> None:
         check_adapter_name(name)
     _at_least("engine.adapter_bytes", engine.adapter_bytes, 1)
     _at_least("engine.threads", engine.threads, 0)
+    check_ranks(engine)
+
+
+def check_ranks(engine: EngineConfig) -> None:
+    """Refuse what an engine of several ranks does not do."""
+    _at_least("engine.tensor_parallel", engine.tensor_parallel, 1)
+    if engine.tensor_parallel == 1:
+        return
+    for field, value, legal, why in (
+        ("engine.offload_bytes", engine.offload_bytes, 0, "each rank has pages of its own heads alone"),
+        ("engine.host_cache_bytes", engine.host_cache_bytes, 0, "each rank has pages of its own heads alone"),
+        ("engine.adapters", dict(engine.adapters), {}, "adapters are not cut over ranks"),
+    ):
+        if value != legal:
+            raise ConfigError(
+                field,
+                f"does not go with engine.tensor_parallel={engine.tensor_parallel}: {why}",
+                value,
+                f"leave {field} out or use engine.tensor_parallel=1",
+            )
 
 
 def check_adapter_name(name: str) -> None:

@@ -300,9 +300,9 @@ class RoleConfig:
     max_replicas: int | None = None
     """Most of them; none: always `replicas`."""
     cpus: float = 0.5
-    """CPUs each of them asks Ray for."""
+    """CPUs each of them, or each rank of it, asks Ray for."""
     gpus: float = 0.0
-    """GPUs each of them asks Ray for."""
+    """GPUs each of them, or each rank of it, asks Ray for."""
     custom: dict[str, float] = field(default_factory=dict)
     """Further resources each of them asks for, such as farspan-decode=1, which nodes of that type alone have."""
 
@@ -316,7 +316,9 @@ class EngineConfig:
     page_tokens: int = 16
     """Tokens of one KV page."""
     kv_bytes: int = 256 * 1024 * 1024
-    """Memory for KV pages in each worker; never exceeded."""
+    """Memory for KV pages in each worker, or in each rank of it; never exceeded."""
+    tensor_parallel: int = 1
+    """Ranks of each worker: processes of one machine that share its weights and KV pages, some heads each."""
     max_batch_tokens: int = 2048
     """Tokens computed in one iteration; longer prompts are computed in chunks."""
     max_sequences: int = 64

@@ -20,11 +20,13 @@ from farspan.engine.advance import Advanced, Ends, advance, collect_prompt_logpr
 from farspan.engine.beyond import host_traffic, page_offload, prefix_cache
 from farspan.engine.burden import Burden, burden_of
 from farspan.engine.check import check_prompt
+from farspan.engine.cut import Share
 from farspan.engine.draft import Ask, Drafter, DraftRoom, SuffixDrafter, allowed_draft, draft_limit, split_room
 from farspan.engine.fairness import Claim, Service, fair_order
 from farspan.engine.faster import speed_up
 from farspan.engine.history import Recall
 from farspan.engine.holdings import Holdings
+from farspan.engine.lead import Leader
 from farspan.engine.path import open_path
 from farspan.engine.request import (
     Completion,
@@ -62,8 +64,11 @@ class Engine:
         drafter: Drafter | None = None,
         clock: Callable[[], float] = time.monotonic,
         host_cache: Callable[[KvLayout], BlockCache] | None = None,
+        share: Share | None = None,
     ) -> None:
         """Takes the model over (its attention is switched). Deadlines are times of `clock`.
+
+        With `share`, of the leader, the model is its part of one that other ranks compute with it (`engine/lead.py`).
 
         `tokenizer`, a fast one of transformers, is needed for stop strings and grammars only. `drafter` guesses
         tokens; none: from the sequence's own text when engine.draft_tokens is not 0. `host_cache` opens what keeps
@@ -73,10 +78,12 @@ class Engine:
         ConfigError when pages that are moved out would not be all that a sequence of this model needs, TierError when
         the host has less memory than engine.host_cache_bytes, and what `Adapters.add` raises.
         """
-        path = open_path(model, config)
+        path = open_path(model, config, share)
         speed_up(model)
+        self.leader = None if share is None else Leader(path.runner, path.pool, share.gang)
+        """Where other ranks compute with this one."""
         text = model.config.get_text_config(decoder=True)
-        self.path, self.pool, self.states, self._runner = path.name, path.pool, path.states, path.runner
+        self.path, self.pool, self.states, self._runner = path.name, path.pool, path.states, self.leader or path.runner
         self.adapters = Adapters(model, path, config)
         self.pages_are_all = path.pages_are_all
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
@@ -123,6 +130,11 @@ class Engine:
     def stalled(self) -> bool:
         """The last step could do nothing: pages that are held outside must come back first."""
         return self._stalled
+
+    @property
+    def lost(self) -> str:
+        """Why this engine will never compute anything again; empty: it will."""
+        return "" if self.leader is None else self.leader.lost
 
     @property
     def burden(self) -> Burden:
@@ -373,6 +385,11 @@ class Engine:
             for request_id in collected:
                 self.cancel(request_id)
         return [whole_answer(events) for events in collected.values()]
+
+    def close(self) -> None:
+        """Let the other ranks end, where there are any."""
+        if self.leader is not None:
+            self.leader.close()
 
     def check_integrity(self) -> None:
         """Raises EngineError when a page or a state is lost or doubly owned."""

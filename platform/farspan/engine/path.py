@@ -9,23 +9,28 @@ refused           no path gives what transformers gives: ModelError with all rea
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from farspan.config.check import check_ranks
 from farspan.config.schema import EngineConfig
 from farspan.engine.alone import AloneRunner, Manner, measure_cache
 from farspan.engine.attention import ATTENTION_NAME, register_attention
 from farspan.engine.continuity import ContinuityTrial
+from farspan.engine.cut import Share
 from farspan.engine.lowrank import LowRank
 from farspan.engine.probe import (
     attention_of,
+    check_prompts,
+    exact_experts,
     fingerprint_model,
     forward,
     plain_logits,
@@ -36,7 +41,7 @@ from farspan.engine.probe import (
 from farspan.engine.recurrent import PackedCache, restore_forward, swap_forward
 from farspan.engine.runner import Piece, Runner
 from farspan.engine.survey import Survey, WatchedAttention, survey
-from farspan.errors import EngineError, ModelError
+from farspan.errors import ConfigError, EngineError, ModelError
 from farspan.kv.layout import KvLayout
 from farspan.kv.pages import PagePool
 from farspan.kv.states import StateLayout, StatePool
@@ -47,7 +52,6 @@ logger = logging.getLogger(__name__)
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 1e-1}
 # Recurrences compute in single precision whatever the type, and cut differently they differ by that.
 _RECURRENT_TOLERANCE = 2e-3
-_CHECK_TOKENS = (23, 17)
 _CHECK_BOUNDS = (0, 9, 10, 11, 23)
 # A model whose sequences need no pages at all still takes one for each.
 _ONE_PAGE = 2**40
@@ -82,24 +86,28 @@ class Path:
         return self.states is None or self.pool.layout.num_state_pages > 0
 
 
-def open_path(model: PreTrainedModel, config: EngineConfig) -> Path:
+_Attempt: TypeAlias = Callable[[PreTrainedModel, EngineConfig, tuple[str, ...], Share | None], Path]
+
+
+def open_path(model: PreTrainedModel, config: EngineConfig, share: Share | None = None) -> Path:
     """The fastest path on which this model gives what transformers gives. Takes the model over.
 
-    Raises ModelError when there is none, EngineError when kv_bytes is too small to try.
+    With a share of it, on all ranks at the same time. Raises ModelError when there is none, EngineError when kv_bytes
+    is too small to try, ConfigError when engine.tensor_parallel is not the number of ranks.
     """
     refuse_config(model.config)
+    _refuse_ranks(config, share)
     own = attention_of(model)
     if own == ATTENTION_NAME:
         # An engine had this model before.
         own = "sdpa" if model._supports_sdpa else "eager"
         set_attention(model, own)
-    if model.dtype == torch.float64 and model._can_set_experts_implementation():
-        # The grouped kernel knows no double precision.
-        model.set_experts_implementation("eager")
+    exact_experts(model)
     reasons: list[str] = []
-    for attempt in (_open_packed, _open_alone):
+    attempts: tuple[_Attempt, ...] = (_open_packed, _open_alone) if share is None else (_open_packed,)
+    for attempt in attempts:
         try:
-            path = attempt(model, config, tuple(reasons))
+            path = attempt(model, config, tuple(reasons), share)
         except EngineError:
             raise
         except ModelError as problem:
@@ -114,6 +122,18 @@ def open_path(model: PreTrainedModel, config: EngineConfig) -> Path:
             restore_forward(module)
         set_attention(model, own)
     raise ModelError(f"{model.config.model_type} is not served: {'; '.join(reasons)}")
+
+
+def _refuse_ranks(config: EngineConfig, share: Share | None) -> None:
+    check_ranks(config)
+    size = 1 if share is None else share.gang.size
+    if config.tensor_parallel != size:
+        raise ConfigError(
+            "engine.tensor_parallel",
+            f"must be the number of ranks that compute together here, {size}",
+            config.tensor_parallel,
+            f"use engine.tensor_parallel={size}",
+        )
 
 
 def needed_kv_bytes(model: PreTrainedModel, config: EngineConfig, num_tokens: int, num_sequences: int) -> int:
@@ -149,7 +169,7 @@ def _longest(model: PreTrainedModel, config: EngineConfig) -> int:
     return config.max_context_tokens or getattr(text, "max_position_embeddings", None) or 2**31
 
 
-def _open_packed(model: PreTrainedModel, config: EngineConfig, reasons: tuple[str, ...]) -> Path:
+def _open_packed(model: PreTrainedModel, config: EngineConfig, reasons: tuple[str, ...], share: Share | None) -> Path:
     refuse_packing(model, config)
     own = attention_of(model)
     register_attention()
@@ -157,30 +177,35 @@ def _open_packed(model: PreTrainedModel, config: EngineConfig, reasons: tuple[st
     if attention_of(model) != ATTENTION_NAME:
         raise ModelError(f"{model.config.model_type} does not compute attention through transformers' registry")
     found = survey(model, forward)
+    if share is not None and found.mixers:
+        raise ModelError("recurrent layers are not cut over ranks; use engine.tensor_parallel=1")
     for mixer in found.mixers:
         swap_forward(mixer)
     dtype = str(model.dtype).removeprefix("torch.")
     page_tokens = config.page_tokens if found.layers else _ONE_PAGE
     layout = KvLayout(
-        fingerprint_model(model),
+        fingerprint_model(model) if share is None else share.fingerprint,
         tuple(found.layers),
         dtype,
         page_tokens,
         state=found.states.fingerprint() if found.mixers else "",
         state_bytes=found.states.slot_bytes,
         grouped=found.page_groups(_longest(model, config)),
+        num_ranks=1 if share is None else share.gang.size,
     )
     stepwise = bool(_begins_anew(model, found))
     pool, states = _pools(layout, found.states if found.mixers else None, config, model.device)
     lowrank = LowRank()
     runner = Runner(model, pool, found, states, stepwise=stepwise, lowrank=lowrank)
+    if share is not None:
+        share.gang.agree(hashlib.sha256(f"{layout.fingerprint()} {pool.num_pages}".encode()).digest())
     # Where transformers' fused attention has no soft cap or sinks, it leaves them out without a word.
     plain = "eager" if found.capped else own
-    _check(model, plain, runner, pool, states, "packed and paged")
+    _check(model, plain, runner, pool, states, "packed and paged", share)
     return Path("packed stepwise" if stepwise else "packed", runner, pool, states, lowrank, reasons)
 
 
-def _open_alone(model: PreTrainedModel, config: EngineConfig, reasons: tuple[str, ...]) -> Path:
+def _open_alone(model: PreTrainedModel, config: EngineConfig, reasons: tuple[str, ...], _: Share | None) -> Path:
     token_bytes, state_bytes = measure_cache(model)
     dtype = str(model.dtype).removeprefix("torch.")
     page_tokens = config.page_tokens if token_bytes else _ONE_PAGE
@@ -192,7 +217,7 @@ def _open_alone(model: PreTrainedModel, config: EngineConfig, reasons: tuple[str
         lowrank = LowRank()
         runner = AloneRunner(model, states, manner, lowrank)
         try:
-            _check(model, attention_of(model), runner, pool, states, str(manner))
+            _check(model, attention_of(model), runner, pool, states, str(manner), None)
         except EngineError:
             raise
         except ModelError as problem:
@@ -210,7 +235,7 @@ def _begins_anew(model: PreTrainedModel, found: Survey) -> set[str]:
         return set()
     trial = ContinuityTrial(model.config)
     cache = PackedCache(model.config, trial)
-    tokens_T = _check_prompts(model)[0]
+    tokens_T = check_prompts(model)[0]
     forward(model, tokens_T, torch.arange(len(tokens_T)), WatchedAttention(model), None, cache)
     return trial.begins_anew
 
@@ -235,17 +260,32 @@ def _pools(
     return PagePool(layout, left, device, most), StatePool(states, num_slots, device)
 
 
-def _check_prompts(model: PreTrainedModel) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    vocab_size = model.get_input_embeddings().num_embeddings
-    return [torch.randint(0, vocab_size, (count,), generator=generator) for count in _CHECK_TOKENS]
-
-
 def _check(
-    model: PreTrainedModel, plain: str, runner: Runs, pool: PagePool, states: StatePool | None, name: str
+    model: PreTrainedModel,
+    plain: str,
+    runner: Runs,
+    pool: PagePool,
+    states: StatePool | None,
+    name: str,
+    share: Share | None,
 ) -> None:
     """Refuse a path whose logits are not transformers' own, on two prompts cut in chunks and run side by side."""
-    prompts = _check_prompts(model)
+    prompts = check_prompts(model)
+    got, ends = _run_in_chunks(prompts, runner, pool, states)
+    if share is None:
+        error = _error(got, [plain_logits(model, prompt, plain) for prompt in prompts], ends)
+    else:
+        # Only the leader has whole logits.
+        error = share.gang.leaders(_error(got, share.expected, ends) if share.gang.leads else 0.0)
+    # Written so that NaN is refused too.
+    if not error <= tolerance(model.dtype, states is not None):
+        raise ModelError(f"{name} logits differ from transformers' by {error:.2g} of their norm")
+
+
+def _run_in_chunks(
+    prompts: Sequence[Tensor], runner: Runs, pool: PagePool, states: StatePool | None
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Logits [R, V] after every chunk of every prompt, and the (prompt, token) of each row."""
     owners = [f"check {number}" for number in range(len(prompts))]
     pages = [pool.alloc(pool.layout.num_pages(len(prompt))) for prompt in prompts]
     try:
@@ -265,9 +305,10 @@ def _check(
             pool.free(held or [])
             if states is not None:
                 states.release(owner)
-    wanted = [plain_logits(model, prompt, plain) for prompt in prompts]
-    paged, expected = torch.cat(got).double(), torch.stack([wanted[i][end] for i, end in ends]).double()
-    error = float((paged - expected).norm() / expected.norm().clamp_min(1e-30))
-    # Written so that NaN is refused too.
-    if not error <= tolerance(model.dtype, states is not None):
-        raise ModelError(f"{name} logits differ from transformers' by {error:.2g} of their norm")
+    return torch.cat(got), ends
+
+
+def _error(got_RV: Tensor, whole: Sequence[Tensor], ends: Sequence[tuple[int, int]]) -> float:
+    """Difference of logits as a part of their norm. `whole`: logits [T, V] of each prompt."""
+    expected_RV = torch.stack([whole[i][end] for i, end in ends]).to(got_RV.device).double()
+    return float((got_RV.double() - expected_RV).norm() / expected_RV.norm().clamp_min(1e-30))

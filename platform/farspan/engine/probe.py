@@ -18,6 +18,7 @@ from farspan.engine.attention import KEYWORD
 from farspan.errors import ModelError
 
 _SAMPLED_ELEMENTS = 4096
+_CHECK_TOKENS = (23, 17)
 
 
 def refuse_config(config: PretrainedConfig) -> None:
@@ -32,6 +33,20 @@ def refuse_config(config: PretrainedConfig) -> None:
     # Its frequencies depend on the longest sequence computed so far: one request would change another.
     if "dynamic" in rope_types(text):
         raise ModelError(f"{name} has rope_type dynamic, which mixes requests; use default, linear, llama3 or yarn")
+
+
+def exact_experts(model: PreTrainedModel) -> None:
+    """Let experts be computed in the model's own type."""
+    if model.dtype == torch.float64 and model._can_set_experts_implementation():
+        # The grouped kernel knows no double precision.
+        model.set_experts_implementation("eager")
+
+
+def check_prompts(model: PreTrainedModel) -> list[Tensor]:
+    """What a way to run the model is tried out on."""
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = model.get_input_embeddings().num_embeddings
+    return [torch.randint(0, vocab_size, (count,), generator=generator) for count in _CHECK_TOKENS]
 
 
 def rope_types(text: PretrainedConfig) -> set[str]:

@@ -45,7 +45,7 @@ class KvLayout:
     """
 
     model: str
-    """Fingerprint of the weights and config the pages were computed with."""
+    """Fingerprint of the weights and config the pages were computed with, of all ranks together."""
     layers: tuple[LayerShape, ...]
     dtype: str
     """Name of a torch type, for example float32."""
@@ -57,6 +57,8 @@ class KvLayout:
     state_bytes: int = 0
     grouped: tuple[PageGroup, ...] = ()
     """Empty: all layers are one group that keeps everything."""
+    num_ranks: int = 1
+    """So many ranks have the heads of every page between them; `layers` are those of one rank."""
 
     @classmethod
     def uniform(
@@ -114,6 +116,11 @@ class KvLayout:
     def page_bytes(self) -> int:
         """Bytes of a page in the pool."""
         return self.page_elements * self.torch_dtype.itemsize
+
+    @property
+    def whole_page_bytes(self) -> int:
+        """Bytes of a page on all ranks."""
+        return self.page_bytes * self.num_ranks
 
     @property
     def cost_bytes(self) -> int:

@@ -7,7 +7,8 @@ B bytes of a page.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import torch
 import xxhash
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from farspan.errors import EngineError
 from farspan.kv.layout import GONE, KvLayout
+
+# Where the content of a page comes from that is all zero.
+ZEROS = -1
 
 
 class PagePool:
@@ -54,6 +58,8 @@ class PagePool:
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._free = list(range(num_pages - 1, -1, -1))
         self._keys, self._values = _layer_views(self.storage_PB, layout)
+        self._changes: list[tuple[int, int]] | None = None
+        self._others_digests: Callable[[Sequence[int]], list[list[int]]] | None = None
 
     @property
     def num_pages(self) -> int:
@@ -95,6 +101,8 @@ class PagePool:
             self.epochs_P[pages] += 1
             # A former owner's NaN would spread through the masked slots of a padded read: 0 * NaN is NaN.
             self.storage_PB[pages] = 0
+            if self._changes is not None:
+                self._changes += [(page, ZEROS) for page in pages]
         for page in pages:
             self._holders[page] = 1
         return pages
@@ -144,6 +152,25 @@ class PagePool:
         """Give a held page the content of another."""
         assert self._holders[target] == 1, f"page {target} has {self._holders[target]} holders"
         self.storage_PB[target] = self.storage_PB[source]
+        if self._changes is not None:
+            self._changes.append((target, source))
+
+    def take_changes(self) -> list[tuple[int, int]]:
+        """(page, where its content comes from) of each page that was given content without computing.
+
+        Since the last call, in order; the first call begins to remember.
+        """
+        changes, self._changes = self._changes or [], []
+        return changes
+
+    def mirror(self, changes: Sequence[tuple[int, int]]) -> None:
+        """Give pages the content that pages of another pool were given, which decides for this one."""
+        for zeros, run in groupby(changes, key=lambda change: change[1] == ZEROS):
+            if zeros:
+                self.storage_PB[[page for page, _ in run]] = 0
+                continue
+            for target, source in run:
+                self.storage_PB[target] = self.storage_PB[source]
 
     def take_over(self, page: int) -> None:
         """Allocate an idle page with the content it has: nobody finds it any more."""
@@ -178,6 +205,18 @@ class PagePool:
     def digest(self, page: int) -> int:
         """64-bit xxh3 of the page's bytes."""
         return xxhash.xxh3_64_intdigest(self.storage_PB[page].cpu().numpy().data)
+
+    def digests(self, pages: Sequence[int]) -> list[int]:
+        """Digests of whole pages, those parts included that other ranks hold."""
+        own = [self.digest(page) for page in pages]
+        if self._others_digests is None or not own:
+            return own
+        parts = zip(own, *self._others_digests(pages), strict=True)
+        return [xxhash.xxh3_64_intdigest(b"".join(part.to_bytes(8, "little") for part in each)) for each in parts]
+
+    def join_digests(self, others: Callable[[Sequence[int]], list[list[int]]]) -> None:
+        """From now on pages have parts elsewhere: `others` gives the digests of pages for each rank that holds them."""
+        self._others_digests = others
 
     def check_integrity(self) -> None:
         """Raises EngineError unless every page is in exactly one state."""

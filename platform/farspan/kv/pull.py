@@ -116,7 +116,9 @@ def _refuse(offered: KvTicket | KvOffer, layout: KvLayout, transport: str, unix_
         raise TransferError(offered.request_id, reason)
 
     if offered.layout != layout.fingerprint():
-        refuse("the source has another model or KV layout")
+        refuse("the source has another model or KV layout, or another number of ranks")
+    if len(offered.source.ranks) + 1 != layout.num_ranks:
+        refuse(f"the source names {len(offered.source.ranks) + 1} ranks, its layout {layout.num_ranks}")
     if offered.source.transport != transport:
         refuse(f"the source speaks {offered.source.transport}, not {transport}")
     if offered.lease_until_s <= unix_s:

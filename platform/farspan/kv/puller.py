@@ -207,10 +207,11 @@ class Puller:
 
     def _find_foreign(self, part: Part) -> str:
         assert part.epochs is not None
-        for ref, local, epoch in zip(part.refs, part.pages, part.epochs.epochs(), strict=True):
+        for ref, epoch in zip(part.refs, part.epochs.epochs(), strict=True):
             if epoch != ref.epoch:
                 return f"page {ref.page} of the source was re-used (epoch {epoch}, offered {ref.epoch})"
-            if self._pool.digest(local) != ref.digest:
+        for ref, digest in zip(part.refs, self._pool.digests(part.pages), strict=True):
+            if digest != ref.digest:
                 return f"page {ref.page} of the source arrived with other bytes than were offered"
         return ""
 

@@ -21,6 +21,8 @@ class SourceAddress:
     pages_address: int
     epochs_address: int
     num_pages: int
+    ranks: tuple[SourceAddress, ...] = ()
+    """Of the other ranks that hold a part of every page, in their order; epochs are read here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,7 @@ class LeaseTable:
             pages=tuple(growing.refs[first:]),
             num_tokens=num_tokens,
             layout=self._pool.layout.fingerprint(),
-            page_bytes=self._pool.layout.page_bytes,
+            page_bytes=self._pool.layout.whole_page_bytes,
             lease_until_s=now_s + self._lease_s,
         )
 
@@ -160,7 +162,7 @@ class LeaseTable:
             pages=(*growing.refs, *self._refs(pages[len(growing.refs) :])),
             num_tokens=num_tokens,
             layout=self._pool.layout.fingerprint(),
-            page_bytes=self._pool.layout.page_bytes,
+            page_bytes=self._pool.layout.whole_page_bytes,
             lease_until_s=now_s + self._lease_s,
             adapter=adapter,
         )
@@ -183,4 +185,5 @@ class LeaseTable:
         return over
 
     def _refs(self, pages: Sequence[int]) -> list[PageRef]:
-        return [PageRef(page, self._pool.epoch(page), self._pool.digest(page)) for page in pages]
+        digests = self._pool.digests(pages)
+        return [PageRef(page, self._pool.epoch(page), digest) for page, digest in zip(pages, digests, strict=True)]

@@ -91,7 +91,8 @@ class Along:
         return replace(request, weights=self._weights)
 
     def _lose(self, place: Place | None, failed: Failed) -> None:
-        # Also one whose engine has ended, and that Serve has not replaced yet. A request that is refused is no loss.
+        # Also one whose engine has ended, as by the loss of a rank, and that Serve has not replaced yet. A request that
+        # is refused is no loss.
         over = isinstance(failed.error, ClusterError | EngineError) and not isinstance(failed.error, RequestError)
         if over and place is not None:
             self._lost.add(place.worker)

@@ -18,6 +18,7 @@ from ray.serve.exceptions import RayServeException
 
 from farspan.config.check import check_serve
 from farspan.config.schema import RoleConfig, ServeConfig
+from farspan.engine.cut_plan import check_cut
 from farspan.engine.probe import refuse_config
 from farspan.errors import ClusterError, ConfigError
 from farspan.models.checkpoint import open_config
@@ -28,6 +29,7 @@ from farspan.serve.keys import ApiKey, read_keys
 from farspan.serve.limits import Limits
 from farspan.serve.lineup import Place, line_up
 from farspan.serve.port import refuse_taken_port
+from farspan.serve.ranks import rank_options
 from farspan.serve.router import Router
 from farspan.serve.routes import build_http
 from farspan.serve.scaling import apply, declared, is_scaled, replicas_of
@@ -73,8 +75,11 @@ def _checked_folders(configs: Sequence[ServeConfig]) -> list[Path]:
     # Said again where a config file of Serve's begins: it must never be a replica that finds out.
     line_up(configs)
     folders = [open_model_folder(config.model) for config in configs]
-    for folder in folders:
-        refuse_config(open_config(folder))
+    for config, folder in zip(configs, folders, strict=True):
+        model = open_config(folder)
+        refuse_config(model)
+        if config.engine.tensor_parallel > 1:
+            check_cut(model, config.engine.tensor_parallel)
     return folders
 
 
@@ -160,6 +165,7 @@ def _options(role: RoleConfig, config: ServeConfig, *, scaled: bool) -> dict[str
         "request_router_config": RequestRouterConfig(request_router_class=_ROUTER),
         **_lasting(config),
         **replicas_of(role, config, scaled=scaled),
+        **rank_options(role, config),
     }
 
 
@@ -208,8 +214,11 @@ def update_app(running: Running, config: ServeConfig, *more: ServeConfig) -> Non
 
 def num_cpus(*configs: ServeConfig) -> float:
     """Logical CPUs the replicas ask Ray for."""
-    roles = [role for config in configs for role in (config.prefill, config.decode)]
-    return sum((role.max_replicas or role.replicas) * role.cpus for role in roles)
+    return sum(
+        (role.max_replicas or role.replicas) * role.cpus * config.engine.tensor_parallel
+        for config in configs
+        for role in (config.prefill, config.decode)
+    )
 
 
 def _deploy(configs: Sequence[ServeConfig], keys: tuple[ApiKey, ...], key_file: str, deadline_s: float) -> None:

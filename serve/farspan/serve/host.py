@@ -107,6 +107,7 @@ class EngineHost:
         if self._thread.is_alive():
             self._thread.join(timeout=30)
         self._commands.close(self._ended())
+        self._engine.close()
         self._transport.close()
 
     def check(self) -> None:
@@ -235,6 +236,8 @@ class EngineHost:
         return EngineError(f"the {self._role} worker stopped: {self._dead or 'shutting down'}")
 
     def _turn(self) -> None:
+        if self._engine.lost:
+            raise EngineError(self._engine.lost)
         for command in self._commands.take(self._patience()):
             command.act()
         for ticket_id in self._leases.expire(time.time()):

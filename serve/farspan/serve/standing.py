@@ -55,7 +55,7 @@ def load_of(
         weights=layout.model,
         layout=layout.fingerprint(),
         page_tokens=layout.page_tokens,
-        token_bytes=layout.page_bytes / page,
+        token_bytes=layout.whole_page_bytes / page,
         max_batch_tokens=engine.max_batch_tokens,
         max_sequences=engine.max_sequences,
         prefill_tokens=quota.prefill_tokens,

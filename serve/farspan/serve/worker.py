@@ -15,9 +15,12 @@ import torch
 from ray import serve
 
 from farspan.config.schema import ServeConfig
+from farspan.engine.cut import Share
 from farspan.engine.engine import Engine
+from farspan.engine.ranked import RankedTransport
 from farspan.errors import ClusterError, ModelError
 from farspan.kv.ticket import KvOffer, KvTicket
+from farspan.kv.transports.base import Transport
 from farspan.kv.transports.choose import choose_transport
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
 from farspan.serve.agent import open_host_cache
@@ -27,6 +30,7 @@ from farspan.serve.life import PULSE_S
 from farspan.serve.load import Identity, WorkerLoad
 from farspan.serve.messages import Alive, Failed, GenerationRequest, Prefilled, PrefillItem, StreamItem, WorkerInfo
 from farspan.serve.quotas import Orders
+from farspan.serve.ranks import Ranks, on_device
 
 
 class Worker:
@@ -36,17 +40,20 @@ class Worker:
 
     def __init__(self, config: ServeConfig, num_beside: int = 0) -> None:
         """`num_beside`: workers of other models on the same machines."""
-        torch.set_num_threads(worker_threads(config, os.cpu_count() or 1, num_beside))
+        threads = worker_threads(config, os.cpu_count() or 1, num_beside)
+        torch.set_num_threads(threads)
+        self._ranks: Ranks | None = None
+        if config.engine.tensor_parallel > 1:
+            self._ranks = Ranks(config, getattr(config, self.role), threads)
         folder = open_model_folder(config.model)
         model = load_causal_lm(folder, getattr(torch, config.engine.dtype))
-        if torch.cuda.is_available():
-            model = model.to("cuda")
+        # Before it moves: the device has room for its share alone.
+        share = None if self._ranks is None else Share.of(model, self._ranks.meet())
+        model = on_device(model)
         open_cache = partial(open_host_cache, config.engine.host_cache_bytes)
-        engine = Engine(model, config.engine, tokenizer=load_tokenizer(folder), host_cache=open_cache)
+        engine = Engine(model, config.engine, tokenizer=load_tokenizer(folder), host_cache=open_cache, share=share)
         refuse_split(engine, config)
-        self._host = EngineHost(
-            self.role, engine, choose_transport(config.transfer.transport, engine.pool), config.transfer, PULSE_S
-        )
+        self._host = EngineHost(self.role, engine, _transport(engine, config), config.transfer, PULSE_S)
         self._weights = engine.pool.layout.model
         self._identity = Identity(replica_name(), self.role, uuid.uuid4().hex, machine_kind(engine))
         self._drain_s = min(config.drain_s, config.transfer.deadline_s)
@@ -103,8 +110,10 @@ class Worker:
         await self._host.check_integrity()
 
     def check_health(self) -> None:
-        """Serve replaces a replica whose engine thread has ended."""
+        """Serve replaces a replica whose engine thread, or another rank, has ended."""
         self._host.check()
+        if self._ranks is not None:
+            self._ranks.check()
 
     async def __del__(self) -> None:
         # Absent when the model could not be loaded.
@@ -138,16 +147,22 @@ def replica_name() -> str:
     return str(serve.get_replica_context().replica_id.unique_id)
 
 
+def _transport(engine: Engine, config: ServeConfig) -> Transport:
+    own = choose_transport(config.transfer.transport, engine.pool)
+    return own if engine.leader is None else RankedTransport(own, engine.leader, engine.pool)
+
+
 def machine_kind(engine: Engine) -> str:
     """Equal for workers that take equally long."""
-    device = engine.pool.device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device, num_ranks = engine.pool.device, engine.pool.layout.num_ranks
+    one = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return one if num_ranks == 1 else f"{num_ranks} x {one}"
 
 
 def worker_threads(config: ServeConfig, num_cpus: int, num_beside: int = 0) -> int:
-    """CPU threads of one worker: its share of the machine, so that workers do not fight over cores."""
+    """CPU threads of one worker, or one rank of it: its share of the machine, so that they do not fight over cores."""
     num_workers = num_beside + sum(role.max_replicas or role.replicas for role in (config.prefill, config.decode))
-    return config.engine.threads or max(1, num_cpus // max(1, num_workers))
+    return config.engine.threads or max(1, num_cpus // max(1, num_workers * config.engine.tensor_parallel))
 
 
 def refuse_split(engine: Engine, config: ServeConfig) -> None:

@@ -91,6 +91,9 @@ def test_an_elastic_run_needs_room_for_its_least_and_an_endpoint_for_both_roles(
         ("prefill.replicas", 1, {"CPU": 0.5}),
         ("decode.replicas", 3, {"CPU": 0.5, "farspan-decode": 1}),
     ]
+    # Ranks of one worker find room on one node, or none.
+    endpoint.engine.tensor_parallel, endpoint.decode.gpus = 4, 1
+    assert asks_of_endpoint(endpoint)[1].bundle == {"CPU": 2.0, "GPU": 4, "farspan-decode": 1}
 
 
 @pytest.mark.parametrize("verb", ["plan", "validate"])

@@ -124,6 +124,35 @@ def test_layouts_that_differ_in_anything_have_different_fingerprints():
         replace(LAYOUT, dtype="float32"),
         replace(LAYOUT, page_tokens=6),
         replace(LAYOUT, layers=(*LAYOUT.layers[:2], LayerShape(2, 4, 6))),
+        replace(LAYOUT, num_ranks=2),
     ]
-    assert len({layout.fingerprint() for layout in [LAYOUT, *others]}) == 6
+    assert len({layout.fingerprint() for layout in [LAYOUT, *others]}) == 7
     assert replace(LAYOUT).fingerprint() == LAYOUT.fingerprint()
+
+
+def test_a_pool_that_mirrors_another_has_its_content_after_any_history():
+    decider, mirror = (PagePool(LAYOUT, 12 * LAYOUT.page_bytes) for _ in range(2))
+    assert decider.take_changes() == []
+    chooser, held = random.Random(3), []
+
+    def compute() -> None:
+        """Both write the same into pages that are held, as ranks do after each message."""
+        mirror.mirror(decider.take_changes())
+        for page in {page for pages in held for page in pages}:
+            content = torch.randint(1, 256, (LAYOUT.page_bytes,), dtype=torch.uint8)
+            decider.storage_PB[page], mirror.storage_PB[page] = content, content
+        assert torch.equal(decider.storage_PB, mirror.storage_PB)
+
+    for _ in range(300):
+        action = chooser.choice(["alloc", "alloc", "free", "copy", "compute"])
+        if action == "alloc" and (pages := decider.alloc(chooser.randint(1, 3))) is not None:
+            held.append(pages)
+        elif action == "free" and held:
+            decider.free(held.pop(chooser.randrange(len(held))))
+        elif action == "copy" and len(held) > 1:
+            source, target = chooser.sample(held, 2)
+            decider.copy(source[0], target[0])
+        elif action == "compute":
+            compute()
+    compute()
+    assert decider.storage_PB.any()

@@ -19,10 +19,11 @@ from farspan.config.schema import EngineConfig, RoleConfig, ServeConfig
 from farspan.engine.request import SamplingParams
 from farspan.errors import CheckpointError, ClusterError, ConfigError, ModelError
 from farspan.serve import app
-from farspan.serve.app import check_app, run_app
+from farspan.serve.app import check_app, num_cpus, run_app
 from farspan.serve.folder import open_model_folder
 from farspan.serve.lineup import line_up, model_name
 from farspan.serve.messages import Failed, GenerationRequest
+from farspan.serve.ranks import rank_options
 from farspan.serve.scaling import declared, is_scaled, replicas_of
 from farspan.serve.worker import refusal, worker_threads
 
@@ -160,12 +161,52 @@ def free_port() -> int:
         ("scaling.down_s=-1", "scaling.down_s: must lie in 0..inf, got -1.0; use scaling.down_s=0"),
         ("drain_s=-1", "drain_s: must lie in 0..inf, got -1.0; use drain_s=0"),
         ("transfer.split=allways", "transfer.split: must be one of predicted, always, got 'allways'"),
+        ("engine.tensor_parallel=0", "engine.tensor_parallel: must be at least 1, got 0; use engine.tensor_parallel=1"),
     ],
 )
 def test_sizes_and_objectives_that_make_no_sense_are_refused_with_the_nearest_legal_value(setting, said):
     with pytest.raises(ConfigError) as refused:
         check_serve(load_config(ServeConfig, "serve/configs/local.yaml", ["model=m", setting]))
     assert str(refused.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("engine.offload_bytes=9", "engine.offload_bytes: does not go with engine.tensor_parallel=2: each rank has"),
+        ("engine.host_cache_bytes=9", "engine.host_cache_bytes: does not go with engine.tensor_parallel=2: each rank"),
+        ("engine.adapters={a: b}", "engine.adapters: does not go with engine.tensor_parallel=2: adapters are not cut"),
+    ],
+)
+def test_what_several_ranks_do_not_do_is_refused_before_anything_starts(setting, said):
+    legal = ["model=m", "engine.tensor_parallel=2"]
+    check_serve(load_config(ServeConfig, "serve/configs/local.yaml", legal))
+    with pytest.raises(ConfigError) as refused:
+        check_serve(load_config(ServeConfig, "serve/configs/local.yaml", [*legal, setting]))
+    assert str(refused.value).startswith(said)
+    assert "engine.tensor_parallel=1" in str(refused.value)
+
+
+def test_a_degree_that_the_model_cannot_be_cut_by_is_refused_before_ray_starts(folder):
+    config = ServeConfig(model=str(folder), port=free_port(), engine=EngineConfig(tensor_parallel=3))
+    with pytest.raises(ConfigError, match=r"engine.tensor_parallel: must divide the 4 heads"), run_app(config):
+        raise AssertionError("it must not start")
+    assert not ray.is_initialized()
+    config.engine.tensor_parallel = 2
+    check_app(config)
+
+
+def test_each_rank_of_a_worker_has_a_bundle_on_one_machine_and_the_first_what_makes_it_one_worker():
+    config = ServeConfig(model="m", decode=RoleConfig(cpus=2, gpus=1, custom={"farspan-decode": 1}))
+    assert rank_options(config.decode, config) == {}
+    config.engine.tensor_parallel = 3
+    rest = {"CPU": 2, "GPU": 1}
+    assert rank_options(config.decode, config) == {
+        "placement_group_bundles": [{**rest, "farspan-decode": 1}, rest, rest],
+        "placement_group_strategy": "STRICT_PACK",
+    }
+    assert rank_options(config.prefill, config)["placement_group_bundles"] == [{"CPU": 0.5}] * 3
+    assert num_cpus(config) == 7.5
 
 
 def test_an_application_whose_size_may_change_is_declared_as_a_config_file_would_be():
