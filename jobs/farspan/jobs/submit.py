@@ -57,6 +57,8 @@ def submit_command(address: str, command: str, files: dict[str, str], name: str)
         folder = Path(scratch) / "job"
         folder.mkdir()
         for file, text in files.items():
+            # Ray keeps the mode, whenever it unpacks them; among them may be keys.
+            (folder / file).touch(mode=0o600)
             (folder / file).write_text(text, encoding="utf-8")
         wheel = build_wheel(Path(scratch))
         try:

@@ -53,8 +53,6 @@ def run_serve(
     ray_here = local_ray(num_cpus(*configs) + 1)
     if join is not None:
         ray_here, keys = joined_ray(), Path(join).absolute()
-        # On its way to the cluster the file lost its mode.
-        keys.chmod(0o600)
         for config in configs:
             config.api_key_file = str(keys)
         overrides = [*overrides, f"api_key_file={keys}"]

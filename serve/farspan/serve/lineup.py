@@ -25,7 +25,7 @@ class Place:
     """What the names of its deployments and of what it measures end in; nothing, where it is the only one."""
     config: ServeConfig
     num_beside: int
-    """Workers of the other models, with which it shares machines."""
+    """Ranks of the other models' workers, with which it shares machines."""
 
 
 def model_name(config: ServeConfig) -> str:
@@ -47,10 +47,10 @@ def line_up(configs: Sequence[ServeConfig]) -> tuple[Place, ...]:
     if len(set(labels)) < len(labels):
         rule = "must differ from another model's in more than the letters that no deployment's name can have"
         raise ConfigError("name", rule, ", ".join(names), "give one of them another name")
-    workers = [_num_workers(config) for config in configs]
+    ranks = [_num_ranks(config) for config in configs]
     return tuple(
-        Place(name, label, config, sum(workers) - mine)
-        for name, label, config, mine in zip(names, labels, configs, workers, strict=True)
+        Place(name, label, config, sum(ranks) - mine)
+        for name, label, config, mine in zip(names, labels, configs, ranks, strict=True)
     )
 
 
@@ -78,5 +78,6 @@ def _refuse_other_address(first: str, agreed: ServeConfig, name: str, config: Se
             raise ConfigError(field, rule, mine, f"give {field}=VALUE for all")
 
 
-def _num_workers(config: ServeConfig) -> int:
-    return sum(role.max_replicas or role.replicas for role in (config.prefill, config.decode))
+def _num_ranks(config: ServeConfig) -> int:
+    num_workers = sum(role.max_replicas or role.replicas for role in (config.prefill, config.decode))
+    return num_workers * config.engine.tensor_parallel

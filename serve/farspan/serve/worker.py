@@ -39,7 +39,7 @@ class Worker:
     role = "worker"
 
     def __init__(self, config: ServeConfig, num_beside: int = 0) -> None:
-        """`num_beside`: workers of other models on the same machines."""
+        """`num_beside`: ranks of other models' workers on the same machines."""
         threads = worker_threads(config, os.cpu_count() or 1, num_beside)
         torch.set_num_threads(threads)
         self._ranks: Ranks | None = None
