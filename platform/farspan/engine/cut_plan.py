@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import nn
@@ -195,7 +196,7 @@ def _head_size(attention: nn.Module, size: int) -> int:
     """Inputs or outputs of one head, as far as the module says it."""
     # Heads of latent attention have several sizes.
     if hasattr(attention, "kv_b_proj"):
-        return size // int(attention.num_heads)
+        return size // cast(int, attention.num_heads)
     known = getattr(attention, "head_dim", None)
     return known if isinstance(known, int) and size % known == 0 else 1
 

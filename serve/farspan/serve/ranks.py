@@ -124,13 +124,15 @@ def _ready(rank: int) -> str:
     return f"ready/{rank}"
 
 
-def _store(config: ServeConfig, port: int, *, leads: bool) -> dist.TCPStore:
+def _store(config: ServeConfig, port: int, *, leads: bool) -> Any:
     timeout = timedelta(seconds=config.start_timeout_s)
     size = config.engine.tensor_parallel
-    return dist.TCPStore(_LOOPBACK, port, size, is_master=leads, timeout=timeout, wait_for_workers=False)
+    # Torch has it, and does not say so to mypy.
+    store: Any = dist.TCPStore  # type: ignore[attr-defined]
+    return store(_LOOPBACK, port, size, is_master=leads, timeout=timeout, wait_for_workers=False)
 
 
-def _form(config: ServeConfig, store: dist.TCPStore, rank: int) -> Gang:
+def _form(config: ServeConfig, store: Any, rank: int) -> Gang:
     """The groups of all ranks; every rank calls it at about the same time."""
     # What the machine's own name means may be an address of another interface.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
