@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import count
 
 import pytest
 from tests.support.serve_simulator import MAX_BATCH, MAX_SEQUENCES, Cluster, Job
@@ -104,6 +105,7 @@ def adaptive(seed: int) -> tuple[float, list[int]]:
     """Goodput, and how many workers were for prompts alone in each second: by the guide as it stands."""
     roles: list[int] = []
     routes: dict[int, Route] = {}
+    numbers = count()
 
     def standing(cluster: Cluster) -> list[WorkerLoad]:
         return [
@@ -129,7 +131,8 @@ def adaptive(seed: int) -> tuple[float, list[int]]:
 
     def route(cluster: Cluster, job: Job) -> tuple[int, int]:
         hear(cluster)
-        request = GenerationRequest(str(id(job)), (1,) * job.prompt, SamplingParams(max_tokens=400))
+        # Not the address of the job: ways that are as good are decided by the name, and it must be the same every time.
+        request = GenerationRequest(str(next(numbers)), (1,) * job.prompt, SamplingParams(max_tokens=400))
         chosen = guide.route(request)
         guide.arrived(chosen, job.prompt)
         routes[id(job)] = chosen
