@@ -106,7 +106,11 @@ def test_a_host_is_lost_and_training_goes_on_without_it_in_time_until_it_is_back
     for step, (loss, samples) in found.items():
         assert samples == want[step][1]
         assert loss == pytest.approx(want[step][0], rel=1e-6)
-    print(f"{how}: started again {decided_s:.1f} s after the cut, first step {recovered_s:.1f} s, {last} steps")
+    heard_s = next(event.time_s for event in run.events if isinstance(event.body, RunRestarted)) - cut_at
+    print(
+        f"{how}: told of after {heard_s:.1f} s, started again {decided_s:.1f} s after the cut, first step "
+        f"{recovered_s:.1f} s, {last} steps"
+    )
     assert decided_s < RECOVERED_S
     # New processes import torch in it, which takes a busy machine longer than a real one.
     assert recovered_s < 2 * RECOVERED_S

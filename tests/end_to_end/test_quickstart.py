@@ -117,6 +117,7 @@ def test_training_starts_from_reads_from_and_publishes_to_s3(
         "optim: {lr: 1.0e-30}\n"
         f"output: '{s3.uri}/run'\ntrain: {{steps: 2}}\nparallel: {{workers: 2, sp: 2}}\n"
     )
+    (tmp_path / "home").mkdir()
     answer = subprocess.run(
         [*FARSPAN, "train", "run.yaml"],
         cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "HOME": str(tmp_path / "home")},

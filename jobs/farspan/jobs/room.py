@@ -55,7 +55,7 @@ class RoomWatch:
 
     def __init__(self, config: RunConfig, size: Size, larger: Sequence[Size], wish: StopWish) -> None:
         self._config, self._size, self._larger, self._wish = config, size, larger, wish
-        self._stop = threading.Event()
+        self._stop, self._begun = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="farspan-room", daemon=True)
 
     def __enter__(self) -> RoomWatch:
@@ -70,8 +70,14 @@ class RoomWatch:
         if self._larger:
             self._thread.join(timeout=_START_S)
 
+    def heard(self) -> None:
+        """The workers are there: what is free from now on is beside their own room."""
+        self._begun.set()
+
     def _watch(self) -> None:
         while not self._stop.wait(self._config.parallel.grow_every_s):
+            if not self._begun.is_set():
+                continue
             for size in self._larger:
                 # Beside the workers that train: their own room is theirs again after the restart.
                 if fits(self._config, size.workers - self._size.workers, _LOOK_S):

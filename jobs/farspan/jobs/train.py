@@ -108,8 +108,13 @@ class _Attempts:
         self._workers = size.workers
         wish = StopWish(self.wish)
         larger = [other for other in sizes if other.workers > size.workers]
-        with RoomWatch(config, size, larger, wish):
-            run_attempt(at_size(config, size), self.plan, self._hear, wish)
+        with RoomWatch(config, size, larger, wish) as watch:
+
+            def hear(body: EventBody) -> None:
+                watch.heard()
+                self._hear(body)
+
+            run_attempt(at_size(config, size), self.plan, hear, wish)
 
     def _tell_size(self, size: Size, sizes: list[Size]) -> None:
         why = "all that were asked for have room" if size == sizes[0] else f"no room for {sizes[0].workers}"
