@@ -256,7 +256,7 @@ def test_a_command_line_takes_a_config_for_each_model_and_what_is_typed_holds_fo
     for wrong, reason in (
         (["serve", "port=8002", "--dry-run"], "CONFIG: must name a config file"),
         (["serve", *files, str(tmp_path / "none.yaml"), "--dry-run"], "none.yaml"),
-        (["serve", *files, "prot=8002", "--dry-run"], "did you mean port"),
+        (["serve", *files, "prot=8002", "--dry-run"], "did you mean 'port'"),
     ):
         assert run(wrong) == 2
         assert reason in " ".join(capsys.readouterr().err.split())
@@ -268,7 +268,7 @@ def test_a_command_line_takes_a_config_for_each_model_and_what_is_typed_holds_fo
         ({"model": "/a"}, "must be a list of configs named models"),
         ({"models": []}, "must be a list of configs named models"),
         ({"models": [{"model": "/a"}, {"model": "/b"}]}, "api_key_file: must be given"),
-        ({"models": [{"model": "/a", "prot": 1}]}, "did you mean port"),
+        ({"models": [{"model": "/a", "prot": 1}]}, "did you mean 'port'"),
     ],
 )
 def test_a_config_file_of_ray_serve_that_names_several_models_is_checked_before_anything_starts(args, reason):
