@@ -7,6 +7,7 @@ from pathlib import Path
 
 import peft
 import pytest
+from tests.support.s3 import S3Bucket
 from tests.unit.serve.tiny_folder import write_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -38,6 +39,25 @@ def test_a_file_is_answered_and_what_the_user_got_wrong_is_one_sentence(
     ):
         assert run(wrong) == 2
         assert reason in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_model_on_s3_gives_the_answers_of_the_local_folder(
+    s3: S3Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    model, prompts = tmp_path / "model", tmp_path / "in.jsonl"
+    write_tiny_model(model)
+    for file in model.iterdir():
+        s3.put(f"model/{file.name}", file.read_bytes())
+    prompts.write_text('{"id": "a", "prompt": "import os"}\n{"id": "b", "prompt": "def f(x):"}\n')
+    answers = []
+    for uri in (str(model), f"{s3.uri}/model"):
+        output = tmp_path / f"out-{len(answers)}.jsonl"
+        line = ["batch", str(prompts), "--model", uri, "--output", str(output), "--max-tokens", "12"]
+        assert run([*line, "engine.dtype=float64", "engine.kv_bytes=4194304"]) == 0
+        answers.append(sorted(output.read_text().splitlines()))
+    assert answers[0] == answers[1]
+    assert all(len(set(json.loads(line)["tokens"])) >= 6 for line in answers[0])
 
 
 def test_adapters_are_named_on_the_command_line_by_folders_relative_to_where_it_is_typed(

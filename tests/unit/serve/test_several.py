@@ -19,6 +19,9 @@ from tests.unit.serve.in_process import Served
 from tests.unit.serve.test_autoscale import Context, told
 from tests.unit.serve.tiny_folder import TEXT, write_tiny_model
 
+from farspan.cli.main import run
+from farspan.cli.service import build_several
+from farspan.config.load import parse_config
 from farspan.config.schema import EngineConfig, RoleConfig, ServeConfig
 from farspan.errors import ClusterError, ConfigError
 from farspan.models.checkpoint import load_causal_lm
@@ -241,3 +244,33 @@ def test_each_model_has_as_many_workers_as_its_own_clients_need():
     # As for a single model in test_autoscale.
     assert wanted == {"api": 1, "prefill-a": 3, "decode-a": 4, "prefill-b": 1, "decode-b": wanted["decode-b"]}
     assert wanted["decode-b"] < 4
+
+
+def test_a_command_line_takes_a_config_for_each_model_and_what_is_typed_holds_for_all(tmp_path, capsys):
+    for name in ("large", "small"):
+        (tmp_path / f"{name}.yaml").write_text(f"model: /models/{name}\nport: 8001\n")
+    files = [str(tmp_path / "large.yaml"), str(tmp_path / "small.yaml")]
+    assert run(["serve", *files, "port=8002", "--dry-run"]) == 0
+    told = [parse_config(ServeConfig, text) for text in capsys.readouterr().out.split("---\n")]
+    assert [(one.model, one.port) for one in told] == [("/models/large", 8002), ("/models/small", 8002)]
+    for wrong, reason in (
+        (["serve", "port=8002", "--dry-run"], "CONFIG: must name a config file"),
+        (["serve", *files, str(tmp_path / "none.yaml"), "--dry-run"], "none.yaml"),
+        (["serve", *files, "prot=8002", "--dry-run"], "did you mean 'port'"),
+    ):
+        assert run(wrong) == 2
+        assert reason in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        ({"model": "/a"}, "must be a list of configs named models"),
+        ({"models": []}, "must be a list of configs named models"),
+        ({"models": [{"model": "/a"}, {"model": "/b"}]}, "api_key_file: must be given"),
+        ({"models": [{"model": "/a", "prot": 1}]}, "did you mean 'port'"),
+    ],
+)
+def test_a_config_file_of_ray_serve_that_names_several_models_is_checked_before_anything_starts(args, reason):
+    with pytest.raises(ConfigError, match=reason):
+        build_several(args)
