@@ -130,6 +130,7 @@ def test_every_request_gets_exactly_its_tokens_and_no_page_is_lost(
 ) -> None:
     client = endpoint.client(asks_again=component in (Component.INGRESS, Component.PROXY))
     (pid,) = endpoint.pids(component)
+    workers = {role: endpoint.pids(role) for role in (Component.PREFILL, Component.DECODE) if role is not component}
     with ExitStack() as stack:
         readings = disturbed(endpoint, client, phase, lambda: stack.enter_context(inflicted(pid, fault)))
         for reading in readings:
@@ -140,6 +141,7 @@ def test_every_request_gets_exactly_its_tokens_and_no_page_is_lost(
     if fault in (Fault.KILLED, Fault.LEFT):
         endpoint.wait_replaced(component, pid)
     endpoint.wait_whole()
+    assert {role: endpoint.pids(role) for role in workers} == workers, "a worker was replaced that nothing happened to"
 
 
 def disturbed(endpoint: Endpoint, client: Client, phase: Phase, disturb: Callable[[], None]) -> list[Reading]:

@@ -6,11 +6,13 @@ A read that is still pending is never released: releasing does not stop the byte
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from logging.handlers import MemoryHandler
 from typing import Any
 
 import numpy as np
@@ -211,7 +213,8 @@ def make_agent(name: str) -> Any:
     Raises TransferError when NIXL is not installed or has no UCX.
     """
     try:
-        from nixl import _api as nixl
+        with _logging_kept():
+            from nixl import _api as nixl
     except ImportError as problem:
         raise TransferError(name, f"NIXL is not installed ({problem}); it comes with farspan on Linux") from None
     binding, plain = nixl.nixlBind, nixl.nixlBind.nixlAgentConfig
@@ -228,3 +231,24 @@ def make_agent(name: str) -> Any:
     if "UCX" not in agent.backends:
         raise TransferError(name, "this NIXL has no UCX backend")
     return agent
+
+
+@contextmanager
+def _logging_kept() -> Iterator[None]:
+    """NIXL configures logging when it is imported, which closes the handlers of the whole process.
+
+    Files open again by themselves; what buffers for a file loses it. Ray Serve's controller asks each replica for its
+    log file when it starts again, and stops those that cannot say.
+    """
+    loggers = [
+        logging.root,
+        *(log for log in logging.root.manager.loggerDict.values() if isinstance(log, logging.Logger)),
+    ]
+    buffers = [handler for log in loggers for handler in log.handlers if isinstance(handler, MemoryHandler)]
+    targets, raising = [buffer.target for buffer in buffers], logging.raiseExceptions
+    try:
+        yield
+    finally:
+        for buffer, target in zip(buffers, targets, strict=True):
+            buffer.setTarget(target)
+        logging.raiseExceptions = raising
