@@ -226,12 +226,14 @@ def _request(name: str, prompt: list[int], max_tokens: int) -> GenerationRequest
 
 
 def test_failures_that_another_worker_cannot_mend_are_not_blamed_on_this_one(guided):
-    from farspan.errors import TransferError
+    from farspan.errors import EngineError, RequestError, TransferError
     from farspan.serve.along import Along
     from farspan.serve.policy import Place, Route
 
     along = Along(guided.workers, guided.ways.guide, Route(False, "", decode=Place("decode", "d")))
     along._lose(Place("decode", "d"), Failed(TransferError("r", "the connection broke")))
+    along._lose(Place("decode", "d"), Failed(RequestError("r", "the prompt is too long")))
     assert along._lost == set()
     along._lose(Place("decode", "d"), Failed(ClusterError("gone")))
-    assert along._lost == {"d"}
+    along._lose(Place("decode", "e"), Failed(EngineError("another rank is lost")))
+    assert along._lost == {"d", "e"}
