@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -37,9 +38,19 @@ class Server:
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=self.url, api_key=self.key, timeout=180, max_retries=0)
 
-    def text(self, prompt: str, max_tokens: int = MAX_TOKENS) -> str:
+    def answer(self, prompt: str, max_tokens: int) -> tuple[Any, dict[str, Any]]:
+        """An answer, and what it took."""
         answer = self.client.completions.create(model="tiny", prompt=prompt, max_tokens=max_tokens, temperature=0)
-        return str(answer.choices[0].text)
+        trace = httpx.get(f"{self.url}/requests/{answer.id}/trace", headers={"Authorization": f"Bearer {self.key}"})
+        return answer, trace.json()
+
+    def text(self, prompt: str) -> str:
+        return str(self.answer(prompt, MAX_TOKENS)[0].choices[0].text)
+
+    def route(self, prompt: str) -> str:
+        """How a request is answered now: split, when both workers are there."""
+        told = self.answer(prompt, 2)[1]
+        return "recovered" if told["recovered"] else str(told["route"])
 
     def expected(self, prompt: str, max_tokens: int = MAX_TOKENS) -> str:
         """Greedy text of transformers' own generate."""
@@ -97,11 +108,9 @@ def test_workers_of_two_ranks_answer_as_transformers_does(server):
     with ThreadPoolExecutor(len(asked)) as pool:
         texts = list(pool.map(server.text, asked))
     assert texts == [server.expected(prompt) for prompt in asked]
-    answer = server.client.completions.create(model="tiny", prompt=asked[1], max_tokens=MAX_TOKENS, temperature=0)
     # What was computed is found again, and says the same.
+    answer, told = server.answer(asked[1], MAX_TOKENS)
     assert answer.choices[0].text == texts[1]
-    trace = httpx.get(f"{server.url}/requests/{answer.id}/trace", headers={"Authorization": f"Bearer {server.key}"})
-    told = trace.json()
     assert (told["recovered"], told["transport"], told["route"]) == (False, "nixl", "split")
     page_bytes = 2 * 16 * 2 * (16 + 16) * 8
     assert told["kv_bytes"] == -(-answer.usage.prompt_tokens // 16) * page_bytes
@@ -128,5 +137,6 @@ def test_a_rank_that_is_killed_takes_its_worker_along_and_no_client_notices(serv
         killed.add(victim)
         told = [first + "".join(each) for first, each in zip(told, streams, strict=True)]
         assert told == expected
-        wait_until(lambda: len(rank_pids() - killed) == 2)
+        # Until another worker is there in its place, and the ingress knows it.
+        wait_until(lambda: len(rank_pids() - killed) == 2 and server.route(prompts[0]) == "split")
         assert server.text(prompts[0]) == server.expected(prompts[0])

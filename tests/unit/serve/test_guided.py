@@ -11,8 +11,11 @@ from tests.unit.serve.placed import GuidedServed
 from tests.unit.serve.tiny_folder import TEXT
 
 from farspan.config.schema import ObjectivesConfig, TransferConfig
-from farspan.errors import ClusterError, EngineError
+from farspan.errors import ClusterError, EngineError, RequestError, TransferError
+from farspan.serve.along import Along
+from farspan.serve.messages import Failed
 from farspan.serve.metrics import rendered
+from farspan.serve.policy import Place, Route
 from farspan.serve.quotas import Quota
 
 PROMPT = TEXT[200:900]
@@ -188,3 +191,13 @@ def test_two_workers_turn_round_their_roles_when_the_load_does_and_answer_the_sa
         ask(guided, f"answers{number}", "x", max_tokens=100, ignore_eos=True)
     assert guide.demand().share < mostly_prompts.share
     assert ask(guided, "at last")[0] == expected
+
+
+def test_failures_that_another_worker_cannot_mend_are_not_blamed_on_this_one(guided):
+    along = Along(guided.workers, guided.ways.guide, Route(False, "", decode=Place("decode", "d")))
+    along._lose(Place("decode", "d"), Failed(TransferError("r", "the connection broke")))
+    along._lose(Place("decode", "d"), Failed(RequestError("r", "the prompt is too long")))
+    assert along._lost == set()
+    along._lose(Place("decode", "d"), Failed(ClusterError("gone")))
+    along._lose(Place("decode", "e"), Failed(EngineError("another rank is lost")))
+    assert along._lost == {"d", "e"}

@@ -205,6 +205,28 @@ def test_when_the_engine_breaks_everybody_is_told_and_the_host_reports_ill(hosts
     asyncio.run(run())
 
 
+def test_a_host_with_nothing_to_do_reports_ill_when_a_rank_of_its_engine_is_lost(hosts):
+    class Alone:
+        """A leader whose other ranks are gone."""
+
+        lost = "rank 0 of 2: another rank is lost"
+
+        def close(self) -> None:
+            return None
+
+    async def run() -> None:
+        hosts.decode.check()
+        hosts.engines[1].leader = Alone()
+        ends_s = time.monotonic() + 30
+        while hosts.decode._thread.is_alive():
+            assert time.monotonic() < ends_s, "nobody noticed"
+            await asyncio.sleep(0.01)
+        with pytest.raises(EngineError, match="another rank is lost"):
+            hosts.decode.check()
+
+    asyncio.run(run())
+
+
 def test_whoever_still_waits_in_the_queue_when_the_engine_dies_is_told(hosts):
     (prompt,) = prompts(10)
     host = hosts.decode
