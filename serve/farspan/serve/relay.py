@@ -21,55 +21,50 @@ _TELL_TIMEOUT_S = 10.0
 
 
 class Relay:
-    """The offers of one request, on their way to the decode worker that will answer it."""
+    """The offers of one request, on their way to the decode worker that will answer it.
+
+    No place is kept there meanwhile: nobody would give it back for an ingress that died.
+    """
 
     def __init__(self, decode: Any, request: GenerationRequest) -> None:
         """`decode`: the handle of the decode workers, for calls that stream."""
         self._decode, self._request = decode, request
         self._offers: asyncio.Queue[KvOffer] = asyncio.Queue()
-        self._chosen: Any = None
-        self._over = asyncio.Event()
+        self._told: str | None = None
         self._telling: asyncio.Task[None] | None = None
-        self._holding: asyncio.Task[None] | None = None
 
     @property
     def has_told(self) -> bool:
         """Whether a worker may hold pages for it."""
-        return self._holding is not None
+        return self._telling is not None
 
     def tell(self, offer: KvOffer) -> None:
         """Pass an offer on, after those before it; returns at once."""
-        if self._holding is None:
-            self._holding = asyncio.ensure_future(self._hold())
+        if self._telling is None:
+            self._telling = asyncio.ensure_future(self._tell())
         self._offers.put_nowait(offer)
 
     def settle(self) -> Any:
-        """The worker that was told of the pages, as Serve knows it, or None. Nothing more is told."""
-        for task in (self._telling, None if self._chosen is not None else self._holding):
-            if task is not None:
-                task.cancel()
-        return self._chosen
+        """The handle of the worker that was told of the pages, or None; any other takes its calls when it is gone.
 
-    def dispatch(self, chosen: Any, *arguments: Any) -> Any:
-        """Ask the worker that was told for the answer."""
-        return self._decode.dispatch(chosen, *arguments)
+        Nothing more is told.
+        """
+        self.end()
+        return None if self._told is None else self._decode.options(session_id=self._told, stream=True)
 
     def end(self) -> None:
         """The worker is not needed any more."""
-        self.settle()
-        self._over.set()
+        if self._telling is not None:
+            self._telling.cancel()
 
-    async def _hold(self) -> None:
-        """Keep a place at one worker, for the answer that it will be asked for, until the answer is over."""
+    async def _tell(self) -> None:
         try:
             async with self._decode.resume.choose_replica(self._request) as chosen:
-                self._chosen = chosen
-                self._telling = asyncio.ensure_future(self._tell_all(chosen.replica_id))
-                await self._over.wait()
+                self._told = chosen.replica_id
         except (RayError, RayServeException) as problem:
             logger.warning("no decode worker could be chosen early: %s", type(problem).__name__)
-        finally:
-            self._chosen = None
+            return
+        await self._tell_all(chosen.replica_id)
 
     async def _tell_all(self, replica_id: str) -> None:
         """One offer after the other, as long as the worker wants them."""

@@ -115,26 +115,12 @@ class Router:
     ) -> AsyncGenerator[StreamItem]:
         handle = self._at(place, self._decode_stream, stream=True)
         relay = self._relays.pop(request.request_id, None)
-        try:
-            if relay is not None and (chosen := relay.settle()) is not None:
-                told = _items(relay.dispatch(chosen, request, answered, ticket), self._watch())
-                async with aclosing(told) as items:
-                    given = False
-                    async for item in items:
-                        if not given and isinstance(item, Failed) and isinstance(item.error, ClusterError):
-                            # It was lost while the prompt was computed: any other one can do the same.
-                            break
-                        given = True
-                        yield item
-                    else:
-                        return
-            call = handle.resume.remote(request, answered, ticket)
-            async with aclosing(_items(call, self._watch(lambda: self._is_lost(place)))) as items:
-                async for item in items:
-                    yield item
-        finally:
-            if relay is not None:
-                relay.end()
+        # Whoever was told of the pages has them.
+        told = None if relay is None else relay.settle()
+        call = (told or handle).resume.remote(request, answered, ticket)
+        async with aclosing(_items(call, self._watch(lambda: self._is_lost(place)))) as items:
+            async for item in items:
+                yield item
 
     def release(self, ticket_id: str, place: Place | None = None) -> None:
         self._send(self._at(place, self._prefill), "release", ticket_id)
