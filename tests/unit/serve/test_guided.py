@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -167,9 +168,13 @@ def test_an_endpoint_without_workers_wakes_one_or_says_503(guided):
 def test_after_answers_the_guide_knows_how_long_they_take(guided):
     for number in range(12):
         ask(guided, f"r{number}", TEXT[number * 137 : number * 137 + 400], ignore_eos=True)
-    # Predicted from what was seen, on a machine that does other things too: before, it was wrong by any factor.
-    _, trace = ask(guided, "known", TEXT[9000:9400], ignore_eos=True)
-    assert 0.1 < trace["time_to_first_token_s"] / trace["predicted_first_token_s"] < 10
+    # Predicted from what was seen: before, it was wrong by any factor. The machine does other things too, and stops
+    # some requests for them, but not most.
+    ratios = []
+    for number in range(7):
+        _, trace = ask(guided, f"known{number}", TEXT[9000 + number * 141 : 9400 + number * 141], ignore_eos=True)
+        ratios.append(trace["time_to_first_token_s"] / trace["predicted_first_token_s"])
+    assert 0.1 < statistics.median(ratios) < 10
     signals = guided.ways.guide.signals(0)
     assert signals.answer_tokens_s > 0
     assert signals.prompt_tokens_s > 0
