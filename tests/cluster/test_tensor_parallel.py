@@ -99,6 +99,7 @@ def wait_until(condition, timeout_s: float = 120.0) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.soak
 def test_workers_of_two_ranks_answer_as_transformers_does(server):
     assert len(rank_pids()) == 2
     handles = [serve.get_deployment_handle(name, app_name="farspan") for name in ("prefill", "decode")]
