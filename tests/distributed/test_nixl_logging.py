@@ -18,9 +18,9 @@ buffer = logging.handlers.MemoryHandler(1000, target=file)
 logging.getLogger("replica").addHandler(buffer)
 logging.getLogger("replica").error("before")
 
-from farspan.kv.transports.nixl import _make_agent
+from farspan.kv.transports.nixl import make_agent
 assert "nixl._api" not in sys.modules
-_make_agent("a")
+make_agent("a")
 assert "nixl._api" in sys.modules
 
 logging.getLogger("replica").error("after")
