@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from farspan.config.schema import EngineConfig, ServeConfig, TransferConfig
 from farspan.models.checkpoint import load_tokenizer
 from farspan.serve.agent import NAMESPACE
 from farspan.serve.app import run_app
+from farspan.serve.port import free_port
 
 MIB = 1 << 20
 
@@ -42,12 +42,9 @@ def served(folder: Path, tmp_path: Path) -> Iterator[openai.OpenAI]:
     key_file = tmp_path / "keys"
     key_file.touch(mode=0o600)
     key_file.write_text("sk-test\n")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     config = ServeConfig(
         model=str(folder),
-        port=port,
+        port=free_port(),
         api_key_file=str(key_file),
         engine=EngineConfig(dtype="float64", kv_bytes=192 * MIB, max_batch_tokens=512, host_cache_bytes=256 * MIB),
         transfer=TransferConfig(colocate_below_tokens=100_000),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from farspan.serve.app import Running, run_app
 from farspan.serve.chat import answer
 from farspan.serve.messages import GenerationRequest, Tokens
 from farspan.serve.policy import Route
+from farspan.serve.port import free_port
 from farspan.serve.relay import Relay
 from farspan.serve.router import Router
 from farspan.serve.text import AnswerText
@@ -72,12 +72,9 @@ def server(ray_cluster, folder, tmp_path_factory) -> Iterator[Server]:
     key_file = tmp_path_factory.mktemp("keys") / "keys"
     key_file.touch(mode=0o600)
     key_file.write_text("sk-first\nsk-second\n")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     config = ServeConfig(
         model=str(folder),
-        port=port,
+        port=free_port(),
         api_key_file=str(key_file),
         max_body_bytes=BODY_LIMIT,
         engine=EngineConfig(dtype="float64", kv_bytes=64 * 1024 * 1024, max_batch_tokens=512),

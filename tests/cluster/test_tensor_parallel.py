@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from tests.unit.serve.tiny_folder import TEXT, write_tiny_model
 from farspan.config.schema import EngineConfig, RoleConfig, ServeConfig, TransferConfig
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
 from farspan.serve.app import run_app
+from farspan.serve.port import free_port
 
 MAX_TOKENS = 24
 LONG = 300
@@ -68,12 +68,9 @@ def server(ray_cluster, tmp_path_factory) -> Iterator[Server]:
     write_tiny_model(folder)
     key_file.touch(mode=0o600)
     key_file.write_text("sk-ranks\n")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     config = ServeConfig(
         model=str(folder),
-        port=port,
+        port=free_port(),
         api_key_file=str(key_file),
         prefill=RoleConfig(cpus=0.25),
         decode=RoleConfig(cpus=0.25),

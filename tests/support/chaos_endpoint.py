@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from tests.unit.serve.tiny_folder import TEXT
 from farspan.config.schema import EngineConfig, ServeConfig, TransferConfig
 from farspan.serve.app import APP_NAME, Running, run_app
 from farspan.serve.messages import WorkerInfo
+from farspan.serve.port import free_port
 
 KEY = "sk-of-the-chaos"
 LEASE_S = 15.0
@@ -128,12 +128,9 @@ def chaos_endpoint(cluster: LocalRay, folder: Path, keys: Path) -> Iterator[Endp
     """One worker of each role, which share the work on every prompt, and host memory."""
     keys.touch(mode=0o600)
     keys.write_text(KEY + "\n", encoding="ascii")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     config = ServeConfig(
         model=str(folder),
-        port=port,
+        port=free_port(),
         api_key_file=str(keys),
         engine=EngineConfig(
             dtype="float64", kv_bytes=64 * _MIB, max_batch_tokens=256, host_cache_bytes=64 * _MIB, threads=1
