@@ -16,7 +16,7 @@ from tests.support.local_ray import LocalRay
 from tests.support.runs import tiny_run
 
 from farspan.errors import ClusterError, ConfigError, CorruptDataError, OutOfMemoryError
-from farspan.jobs.submit import follow, submit_training
+from farspan.jobs.submit import Submitted, connect, follow, submit_training
 from farspan.jobs.train import run_training
 from farspan.telemetry.events import (
     CheckpointPublished,
@@ -139,6 +139,13 @@ def test_a_job_that_fails_says_so(ray_cluster: LocalRay, tmp_path: Path) -> None
     with pytest.raises(ClusterError, match=rf"job {job.job_id} ended as FAILED"):
         follow(job, lines.append)
     assert f"{tmp_path / 'nowhere'}: no corpus is there; run `farspan data build`" in "\n".join(lines)
+
+
+def test_a_job_that_never_starts_says_why(ray_cluster: LocalRay) -> None:
+    client = connect(ray_cluster.dashboard)
+    job = client.submit_job(entrypoint="true", runtime_env={"working_dir": "gcs://_ray_pkg_0123456789abcdef.zip"})
+    with pytest.raises(ClusterError, match=r"ended as FAILED \(.*_ray_pkg_0123456789abcdef"):
+        follow(Submitted(client, job), lambda line: None)
 
 
 def test_an_address_where_nobody_listens_is_one_sentence(corpus: str, tmp_path: Path) -> None:

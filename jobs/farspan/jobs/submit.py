@@ -26,6 +26,7 @@ _MISSED_POLLS = 30
 _AGENTS_S = 60.0
 _ASK_S = 20
 _MOST_NODES = 10_000
+_REASON_CHARS = 2000
 STOP_S = 90
 """Seconds a stopped job has to publish its checkpoint before it is killed."""
 
@@ -195,5 +196,17 @@ def _lines(job: Submitted) -> Iterator[str]:
         if status == JobStatus.SUCCEEDED:
             return
         if status.is_terminal():
-            raise ClusterError(f"job {job.job_id} ended as {status}; its log is above")
+            raise ClusterError(f"job {job.job_id} ended as {status}{_reason(job)}; its log is above")
         time.sleep(_POLL_S)
+
+
+def _reason(job: Submitted) -> str:
+    """What Ray says of a job's end. A job that never started has no log: this is all that is told of it."""
+    try:
+        said = job.client.get_job_info(job.job_id).message or ""
+    except Exception:
+        # Ray reports every failure here as some RuntimeError or requests error; the job's end is told without.
+        return ""
+    # After these words Ray repeats the log.
+    words = " ".join(said.partition("last available logs")[0].split()).rstrip(", .")
+    return f" ({words[:_REASON_CHARS]})" if words else ""

@@ -28,7 +28,10 @@ def build_wheel(folder: Path) -> Path:
     contents[f"{info}/WHEEL"] = _WHEEL.encode()
     record = "".join(f"{name},sha256={_digest(data)},{len(data)}\n" for name, data in contents.items())
     contents[f"{info}/RECORD"] = f"{record}{info}/RECORD,,\n".encode()
-    path = folder / f"farspan-{number}-py3-none-any.whl"
+    # Ray knows a wheel by its name alone: other code under the same number must have another one, or a cluster that
+    # has seen this number runs the code it saw first. A build tag begins with a digit.
+    build = hashlib.sha256(record.encode()).hexdigest()[:16]
+    path = folder / f"farspan-{number}-0x{build}-py3-none-any.whl"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in contents.items():
             archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)

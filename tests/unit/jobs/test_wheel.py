@@ -7,6 +7,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
 from tests.support.corpus import REPOSITORY
 
 from farspan.jobs.wheel import build_wheel, package_files
@@ -33,6 +34,16 @@ def test_the_same_code_gives_the_same_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     assert build_wheel(tmp_path / "a").read_bytes() == build_wheel(tmp_path / "b").read_bytes()
+
+
+def test_other_code_has_another_name_because_a_cluster_knows_a_wheel_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = build_wheel(tmp_path)
+    assert build_wheel(tmp_path).name == before.name
+    changed = [*package_files(), ("farspan/added.py", b"")]
+    monkeypatch.setattr("farspan.jobs.wheel.package_files", lambda: iter(changed))
+    assert build_wheel(tmp_path).name != before.name
 
 
 def test_the_shipped_wheel_installs_and_imports_without_this_checkout(tmp_path: Path) -> None:
