@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from tests.support.corpus import REPOSITORY
 
 from farspan.jobs.bench_train import curve_row
@@ -19,7 +18,7 @@ import json, sys
 from farspan.jobs.bench_train import TrainBench, bench_train
 print(json.dumps(bench_train(TrainBench(
     num_steps=20, width=64, layers=2, heads=4, vocab_size=400, sequence_tokens=256, threads=1, lr=3e-3,
-    turns=1, turn_steps=5, warm_steps=2, max_documents=30, sources=(sys.argv[1],),
+    turns=1, turn_steps=5, warm_steps=2, goal_curve=0.0, max_documents=30, sources=(sys.argv[1],),
 ))))
 """
 
@@ -36,24 +35,19 @@ def test_a_job_of_twenty_steps_has_the_loss_curve_of_plain_transformers_and_torc
     assert math.isfinite(turns["farspan job / plain"])
     assert math.isfinite(long["farspan job / plain"])
     assert curve["steps"] == 20
-    assert "wrong" not in curve, curve
     assert curve["largest difference"] < 1e-4
+    # The goal here is one that nothing reaches: the plain loop is held against itself.
+    assert "wrong" in curve
     assert 0 < curve["plain's own, from weights one rounding away"] < 1e-4
     assert curve["job's loss at the end"] < 0.9 * curve["first loss"]
 
 
 def test_curves_that_part_are_wrong_also_where_one_is_not_a_number() -> None:
-    same = (3.0, 2.0, 1.0)
-    assert "wrong" not in curve_row(same, (3.0, 2.0, 1.0005), same, 1)
-    assert "wrong" in curve_row(same, (3.0, 2.002, 1.0), (3.0, 2.002, 1.0), 1)
-    assert "wrong" in curve_row((math.nan, 2.0, 1.0), same, same, 1)
-    assert "wrong" in curve_row((3.0, math.nan, 1.0), same, (3.0, 2.1, 1.0), 1)
-
-
-def test_how_far_rounding_takes_the_plain_loop_is_told_and_excuses_nothing() -> None:
-    row = curve_row((3.0, 2.0, 1.003), (3.0, 2.0, 1.0), (3.0, 2.004, 1.0), 1)
-    assert row["plain's own, from weights one rounding away"] == pytest.approx(0.004)
-    assert "wrong" in row
+    plain = (3.0, 2.0, 1.0)
+    assert "wrong" not in curve_row((3.0, 2.0, 1.0005), plain, 1)
+    assert "wrong" in curve_row((3.0, 2.002, 1.0), plain, 1)
+    assert "wrong" in curve_row((math.nan, 2.0, 1.0), plain, 1)
+    assert "wrong" in curve_row(plain, (3.0, math.nan, 1.0), 1)
 
 
 def _indented(text: str) -> str:

@@ -1,7 +1,7 @@
 """An endpoint handed to a cluster is a job: it goes on when the command has left, and ends when it is stopped."""
 
 import json
-import socket
+import re
 from pathlib import Path
 
 import httpx
@@ -10,6 +10,7 @@ from tests.support.local_ray import LocalRay
 from tests.unit.serve.tiny_folder import write_tiny_model
 
 from farspan.cli.main import run
+from farspan.serve.port import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KEY = "sk-canary-of-a-key"
@@ -21,9 +22,7 @@ def test_an_endpoint_is_submitted_answers_to_its_key_alone_and_is_stopped_like_a
     write_tiny_model(tmp_path / "model")
     (tmp_path / "key").write_text(KEY, encoding="ascii")
     (tmp_path / "key").chmod(0o600)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     config = str(REPOSITORY / "serve" / "configs" / "local.yaml")
     settings = [f"model={tmp_path}/model", f"port={port}", f"api_key_file={tmp_path}/key", "engine.kv_bytes=16777216"]
     here = ["--cluster", ray_cluster.dashboard]
@@ -31,7 +30,8 @@ def test_an_endpoint_is_submitted_answers_to_its_key_alone_and_is_stopped_like_a
     said = capsys.readouterr().out
     url = f"http://127.0.0.1:{port}/v1"
     assert f"ready: {url}  model model  key file {tmp_path}/key" in said
-    job = said.partition("submitted ")[2].split()[0]
+    # A job that never began was submitted once more: the last one is the endpoint.
+    job = re.findall(r"raysubmit_\w+", said)[-1]
 
     assert httpx.get(f"{url}/models").status_code == 401
     assert httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200

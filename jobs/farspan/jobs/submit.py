@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import sys
 import tempfile
@@ -21,6 +22,8 @@ from farspan.errors import ClusterError
 from farspan.jobs.launch import ray_environment
 from farspan.jobs.wheel import build_wheel
 
+logger = logging.getLogger(__name__)
+
 _POLL_S = 1.0
 _MISSED_POLLS = 30
 _AGENTS_S = 60.0
@@ -31,9 +34,9 @@ STOP_S = 90
 """Seconds a stopped job has to publish its checkpoint before it is killed."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Submitted:
-    """A job on a cluster."""
+    """A job on a cluster. Its id changes where it never began and is submitted once more."""
 
     client: JobSubmissionClient
     job_id: str
@@ -178,7 +181,7 @@ def follow(job: Submitted, tell: Callable[[str], None]) -> None:
 
 def _lines(job: Submitted) -> Iterator[str]:
     """The whole lines of a job's log, until it succeeds; a job that fails is a ClusterError after its last line."""
-    shown, missed = 0, 0
+    shown, missed, first = 0, 0, job.job_id
     while True:
         try:
             status, log = job.client.get_job_status(job.job_id), job.client.get_job_logs(job.job_id)
@@ -196,12 +199,29 @@ def _lines(job: Submitted) -> Iterator[str]:
         if status == JobStatus.SUCCEEDED:
             return
         if status.is_terminal():
-            raise ClusterError(f"job {job.job_id} ended as {status}{_reason(job)}; its log is above")
+            end = f"job {job.job_id} ended as {status}{_reason(job)}"
+            if shown or job.job_id != first or not _resubmit(job):
+                raise ClusterError(f"{end}; {'its log is above' if shown else 'it left no log'}")
+            yield f"{end} before it said anything; submitted once more as {job.job_id}"
         time.sleep(_POLL_S)
 
 
+def _resubmit(job: Submitted) -> bool:
+    """Submit a job again that failed without a word: a cluster may lose the process that starts one."""
+    try:
+        told = job.client.get_job_info(job.job_id)
+        if told.status != JobStatus.FAILED:
+            return False
+        again = {"entrypoint": told.entrypoint, "runtime_env": told.runtime_env, "metadata": told.metadata}
+        job.job_id = job.client.submit_job(**again)
+    except Exception as problem:
+        logger.warning("job %s was not submitted once more: %s", job.job_id, problem)
+        return False
+    return True
+
+
 def _reason(job: Submitted) -> str:
-    """What Ray says of a job's end. A job that never started has no log: this is all that is told of it."""
+    """What Ray says of a job's end. A job that never began has no log: this is all that is told of it."""
     try:
         said = job.client.get_job_info(job.job_id).message or ""
     except Exception:
