@@ -7,9 +7,6 @@
 
 #include <cstdint>
 #include <cstring>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -29,7 +26,6 @@ constexpr int64_t kTile = kTileOuts * kTileRows;
 
 typedef float lanes __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t words __attribute__((vector_size(kLanes * 4)));
-typedef uint16_t halves __attribute__((vector_size(kLanes * 2)));
 
 INLINE lanes load(const float* from) {
   lanes x;
@@ -37,13 +33,13 @@ INLINE lanes load(const float* from) {
   return x;
 }
 
-INLINE lanes widen(const uint16_t* from) {
-  halves narrow;
-  std::memcpy(&narrow, from, sizeof narrow);
-  words bits = __builtin_convertvector(narrow, words) << 16;
-  lanes wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
+// Two vectors at once, those of even places and those of odd ones: nothing has to cross the vector.
+INLINE void widen(const uint16_t* from, lanes* even, lanes* odd) {
+  words bits;
+  std::memcpy(&bits, from, sizeof bits);
+  words low = bits << 16, high = bits & 0xffff0000u;
+  std::memcpy(even, &low, sizeof low);
+  std::memcpy(odd, &high, sizeof high);
 }
 
 INLINE float widen_one(uint16_t bits) {
@@ -87,17 +83,25 @@ INLINE void totals(const lanes* x, float* to) {
   for (int64_t i = 0; i < 4; i++) to[i] = half[i] + half[i + 4];
 }
 
-INLINE int64_t padded(int64_t ins) { return (ins + kLanes - 1) / kLanes * kLanes; }
+// Inputs of a step.
+constexpr int64_t kPair = 2 * kLanes;
+
+INLINE int64_t padded(int64_t ins) { return (ins + kPair - 1) / kPair * kPair; }
 
 }  // namespace
 
 extern "C" {
+
+typedef void (*farspan_work)(const void* context, int64_t level, int64_t index, int64_t thread);
+typedef void (*farspan_team)(farspan_work, const void* context, int64_t levels, const int64_t* counts, int64_t threads);
 
 // Field for field the Structure in native.py. Strides count elements; a row's inputs lie side by side.
 struct Linear {
   const uint16_t *x, *weights, *bias;
   uint16_t* y;
   float* scratch;
+  // team/native.cpp
+  farspan_team team;
   int64_t rows, outs, ins, x_row, weight_row, y_row, threads;
 };
 }
@@ -109,14 +113,20 @@ INLINE void put(const Linear& c, int64_t row, int64_t out, float sum) {
   c.y[row * c.y_row + out] = narrow(sum);
 }
 
+INLINE void widen_pair(const uint16_t* from, float* to) {
+  lanes both[2];
+  widen(from, both, both + 1);
+  std::memcpy(to, both, sizeof both);
+}
+
+// Step by step the even places, then the odd ones, of inputs and weights alike; zeros behind the last.
 void widen_row(const uint16_t* from, int64_t ins, float* to) {
-  int64_t whole = ins / kLanes * kLanes, i = 0;
-  for (; i < whole; i += kLanes) {
-    lanes x = widen(from + i);
-    std::memcpy(to + i, &x, sizeof x);
-  }
-  for (; i < ins; i++) to[i] = widen_one(from[i]);
-  for (; i < padded(ins); i++) to[i] = 0.0f;
+  int64_t whole = ins / kPair * kPair;
+  for (int64_t i = 0; i < whole; i += kPair) widen_pair(from + i, to + i);
+  if (whole == ins) return;
+  uint16_t rest[kPair] = {};
+  std::memcpy(rest, from + whole, (ins - whole) * 2);
+  widen_pair(rest, to + whole);
 }
 
 // One row: every weight is used once, so it is widened on its way to the multiplication.
@@ -127,21 +137,26 @@ void one_row(const Linear& c, int64_t first, const float* x, int64_t row) {
     w[j] = c.weights + out * c.weight_row;
   }
   lanes sums[kOuts] = {};
-  int64_t whole = c.ins / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    lanes xs = load(x + i);
+  int64_t whole = c.ins / kPair * kPair;
+  for (int64_t i = 0; i < whole; i += kPair) {
+    lanes x_even = load(x + i), x_odd = load(x + i + kLanes);
     // What the next outputs need: eight streams of a row each are too short for the processor to foresee.
     if (i % kLine == 0)
       for (int64_t j = 0; j < kOuts; j++) __builtin_prefetch(w[j] + kOuts * c.weight_row + i);
 #pragma GCC unroll 8
-    for (int64_t j = 0; j < kOuts; j++) sums[j] += xs * widen(w[j] + i);
+    for (int64_t j = 0; j < kOuts; j++) {
+      lanes even, odd;
+      widen(w[j] + i, &even, &odd);
+      sums[j] += x_even * even;
+      sums[j] += x_odd * odd;
+    }
   }
   if (whole < c.ins) {
-    lanes xs = load(x + whole);
     for (int64_t j = 0; j < kOuts; j++) {
-      float rest[kLanes];
+      float rest[kPair];
       widen_row(w[j] + whole, c.ins - whole, rest);
-      sums[j] += xs * load(rest);
+      sums[j] += load(x + whole) * load(rest);
+      sums[j] += load(x + whole + kLanes) * load(rest + kLanes);
     }
   }
   float found[kOuts];
@@ -204,40 +219,51 @@ void many_rows(const Linear& c, int64_t first, const float* x, int64_t begin, in
 
 extern "C" {
 
-// Floats of one thread: widened weights, and the sums of all tiles of its rows.
-constexpr int64_t kOwn = kTileOuts * kBlock + (kRows / kTileRows) * kTile * kLanes;
-
 // Floats that `scratch` must have room for, which begins at a multiple of 64 bytes.
-int64_t farspan_linear_floats(int64_t rows, int64_t ins, int64_t threads) {
-  return (rows * padded(ins) + 15) / 16 * 16 + threads * kOwn;
+int64_t farspan_linear_floats(int64_t rows, int64_t ins) { return rows * padded(ins); }
 }
 
-void farspan_linear(const Linear* given) {
-  const Linear c = *given;
-  int64_t width = padded(c.ins), each = c.rows == 1 ? kOuts : kTileOuts;
-  int64_t groups = (c.outs + each - 1) / each;
-  float* own = c.scratch + (c.rows * width + 15) / 16 * 16;
-  // A share that is held up by another process leaves the later ones to the other threads.
-  int64_t share = groups / (c.threads * 8) + 1;
-#pragma omp parallel num_threads(c.threads)
-  {
-#ifdef _OPENMP
-    float* mine = own + omp_get_thread_num() * kOwn;
-#else
-    float* mine = own;
-#endif
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < c.rows; row++) widen_row(c.x + row * c.x_row, c.ins, c.scratch + row * width);
-    if (c.rows == 1) {
-#pragma omp for schedule(dynamic, share) nowait
-      for (int64_t group = 0; group < groups; group++) one_row(c, group * kOuts, c.scratch, 0);
-    } else {
-      for (int64_t begin = 0; begin < c.rows; begin += kRows) {
-        int64_t end = begin + kRows < c.rows ? begin + kRows : c.rows;
-#pragma omp for schedule(dynamic, share) nowait
-        for (int64_t group = 0; group < groups; group++) many_rows(c, group * kTileOuts, c.scratch, begin, end, mine);
-      }
-    }
+namespace {
+
+// Of one thread: widened weights, and the sums of all tiles of its rows.
+constexpr int64_t kOwn = kTileOuts * kBlock + (kRows / kTileRows) * kTile * kLanes;
+
+struct Shared {
+  const Linear& c;
+  // Groups of outputs, groups in a share, shares of a block of rows.
+  int64_t groups, size, shares;
+};
+
+// Level 0 widens rows, level 1 computes a share of the outputs for a block of rows.
+void work(const void* context, int64_t level, int64_t index, int64_t) {
+  const Shared& s = *static_cast<const Shared*>(context);
+  const Linear& c = s.c;
+  if (level == 0) {
+    widen_row(c.x + index * c.x_row, c.ins, c.scratch + index * padded(c.ins));
+    return;
   }
+  int64_t begin = index / s.shares * kRows, end = begin + kRows < c.rows ? begin + kRows : c.rows;
+  int64_t group = index % s.shares * s.size, stop = group + s.size < s.groups ? group + s.size : s.groups;
+  alignas(64) float mine[kOwn];
+  for (; group < stop; group++) {
+    if (c.rows == 1)
+      one_row(c, group * kOuts, c.scratch, 0);
+    else
+      many_rows(c, group * kTileOuts, c.scratch, begin, end, mine);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void farspan_linear(const Linear* given) {
+  const Linear& c = *given;
+  int64_t each = c.rows == 1 ? kOuts : kTileOuts, groups = (c.outs + each - 1) / each;
+  // A share that is held up by another process leaves the later ones to the other threads.
+  int64_t size = groups / (c.threads * 8) + 1, shares = (groups + size - 1) / size;
+  Shared shared{c, groups, size, shares};
+  int64_t counts[] = {c.rows, (c.rows + kRows - 1) / kRows * shares};
+  c.team(work, &shared, 2, counts, c.threads);
 }
 }

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from farspan.kernels.build import build_library, cache_folder
 from farspan.kernels.linear.contract import BindLinear, Linear, check_linear
+from farspan.kernels.team.native import load_library, load_team
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_POINTERS = ("x", "weights", "bias", "y", "scratch")
+_POINTERS = ("x", "weights", "bias", "y", "scratch", "team")
 _NUMBERS = ("rows", "outs", "ins", "x_row", "weight_row", "y_row", "threads")
 
 
@@ -29,24 +29,21 @@ class _Case(ctypes.Structure):
 @cache
 def load_native() -> BindLinear:
     """The kernel, compiled now if this machine has not done it before. Raises ImportError where it cannot be made."""
-    try:
-        library = ctypes.CDLL(str(build_library(cache_folder(), _SOURCE)))
-    except OSError as problem:
-        raise ImportError(f"the compiled kernel cannot be loaded: {problem}") from problem
+    library, team = load_library(_SOURCE), load_team()
     library.farspan_linear.restype, library.farspan_linear.argtypes = None, [ctypes.c_void_p]
     library.farspan_linear_floats.restype = ctypes.c_int64
-    library.farspan_linear_floats.argtypes = [ctypes.c_int64] * 3
-    return lambda w_NK, b_N: _bind(library, w_NK, b_N)
+    library.farspan_linear_floats.argtypes = [ctypes.c_int64] * 2
+    return lambda w_NK, b_N: _bind(library, team, w_NK, b_N)
 
 
-def _bind(library: ctypes.CDLL, w_NK: Tensor, b_N: Tensor | None) -> Linear:
+def _bind(library: ctypes.CDLL, team: int, w_NK: Tensor, b_N: Tensor | None) -> Linear:
     assert w_NK.dtype == torch.bfloat16, f"not compiled for {w_NK.dtype}"
     assert w_NK.stride(1) == 1, "the inputs of an output must lie side by side"
     run, floats = library.farspan_linear, library.farspan_linear_floats
     outs, ins = w_NK.shape
     bias = None if b_N is None else b_N.contiguous()
     # Filled in once: a decode step is many small calls, whose cost is what Python does around them.
-    bound = _Case(weights=w_NK.data_ptr(), bias=None if bias is None else bias.data_ptr())
+    bound = _Case(weights=w_NK.data_ptr(), bias=None if bias is None else bias.data_ptr(), team=team)
     bound.outs, bound.ins, bound.weight_row, bound.y_row = outs, ins, w_NK.stride(0), outs
 
     def linear_native(x_TK: Tensor) -> Tensor:
@@ -57,7 +54,7 @@ def _bind(library: ctypes.CDLL, w_NK: Tensor, b_N: Tensor | None) -> Linear:
         y_TN = torch.empty((rows, outs), dtype=torch.bfloat16)
         if rows == 0:
             return y_TN
-        scratch = torch.empty(floats(rows, ins, threads), dtype=torch.float32)
+        scratch = torch.empty(floats(rows, ins), dtype=torch.float32)
         case = _Case.from_buffer_copy(bound)
         case.x, case.y, case.scratch = x_TK.data_ptr(), y_TN.data_ptr(), scratch.data_ptr()
         case.rows, case.x_row, case.threads = rows, x_TK.stride(0), threads

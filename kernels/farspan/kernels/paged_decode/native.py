@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farspan.kernels.build import build_library, cache_folder
 from farspan.kernels.paged_decode.contract import AttendPages, check_pages
 from farspan.kernels.paged_decode.gathered import attend_pages_gathered
+from farspan.kernels.team.native import load_library, load_team
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 # From this many queries of a row on, gathering for a matrix product is the faster way.
@@ -24,7 +24,7 @@ _MANY_QUERIES = 9
 # Shares of a thread: one that is held up by another process leaves its later shares to the others.
 _SHARES_PER_THREAD = 4
 _LONGEST_HEAD = 512
-_POINTERS = ("q", "keys", "values", "log_weights", "tables", "lengths", "out", "lse", "parts", "scratch")
+_POINTERS = ("q", "keys", "values", "log_weights", "tables", "lengths", "out", "lse", "parts", "scratch", "team")
 _NUMBERS = (
     *("rows", "queries", "heads", "groups", "qk_dim", "v_dim", "slots", "q_row", "q_query", "q_head"),
     *("key_page", "key_slot", "key_group", "value_page", "value_slot", "value_group"),
@@ -46,10 +46,7 @@ class _Case(ctypes.Structure):
 @cache
 def load_native() -> AttendPages:
     """The kernel, compiled now if this machine has not done it before. Raises ImportError where it cannot be made."""
-    try:
-        library = ctypes.CDLL(str(build_library(cache_folder(), _SOURCE)))
-    except OSError as problem:
-        raise ImportError(f"the compiled kernel cannot be loaded: {problem}") from problem
+    library, team = load_library(_SOURCE), load_team()
     for name, result in (
         ("farspan_attend_pages", None),
         ("farspan_piece_floats", ctypes.c_int64),
@@ -77,13 +74,14 @@ def load_native() -> AttendPages:
         inputs = (q_BQHD, keys_PSGD, values_PSGC, tables_BN, lengths_B)
         if q_BQHD.shape[1] >= _MANY_QUERIES:
             return attend_pages_gathered(*inputs, **rule)
-        return _attend(library, *inputs, **rule)
+        return _attend(library, team, *inputs, **rule)
 
     return attend_pages_native
 
 
 def _attend(
     library: ctypes.CDLL,
+    team: int,
     q_BQHD: Tensor,
     keys_PSGD: Tensor,
     values_PSGC: Tensor,
@@ -116,7 +114,7 @@ def _attend(
         *(x.data_ptr() for x in (q_BQHD, keys_PSGD, values_PSGC)),
         None if weights_PSG is None else weights_PSG.data_ptr(),
         *(x.data_ptr() for x in (tables_BN, lengths_B, out_BQHC, lse_BQH)),
-        *(None, None),
+        *(None, None, team),
         *(num_rows, num_queries, num_heads, keys_PSGD.shape[2], q_BQHD.shape[3], v_dim, keys_PSGD.shape[1]),
         *strides,
         *weight_strides,
