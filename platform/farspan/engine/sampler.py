@@ -52,7 +52,9 @@ def choose_tokens(logits_NV: Tensor, rows: Sequence[SampleRow], eos_token_ids: f
         index = torch.tensor(sampled, device=scores_NV.device)
         tokens_N[index] = _draw(scores_NV[index], [rows[i] for i in sampled])
     # One transfer from the device: the token, whether the model computed numbers, whether anything is allowed.
-    finite_N, allowed_N = torch.isfinite(logits_NV.amax(-1)), scores_NV.amax(-1) > -torch.inf
+    highest_N = logits_NV.amax(-1)
+    allowed_N = (highest_N if scores_NV is logits_NV else scores_NV.amax(-1)) > -torch.inf
+    finite_N = torch.isfinite(highest_N)
     tokens, finite, allowed = torch.stack([tokens_N, finite_N.long(), allowed_N.long()]).tolist()
     problems = [_problem(bool(f), bool(a)) for f, a in zip(finite, allowed, strict=True)]
     logprobs = token_logprobs(logits_NV, tokens, [row.params.logprobs for row in rows])

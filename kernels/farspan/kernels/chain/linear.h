@@ -1,60 +1,30 @@
-// y = x w^T + b with bf16 inputs and output on a CPU that has no bf16 arithmetic. Contract: contract.py.
+// Linear layers of bf16 weights on a CPU that has no bf16 arithmetic.
 //
 // Weights are read as they lie, 16 bits each, and widened on the way; sums are fp32. One row is bound by the memory that
 // holds the weights, many rows by multiplications: four outputs by three rows share what is loaded. An output
-// is summed in one order however many rows there are: it does not depend on the rows beside it. No Python and no torch
-// in here: numbers and addresses come in, and nothing is allocated.
+// is summed in one order however many rows there are: it does not depend on the rows beside it.
+#pragma once
 
-#include <cstdint>
-#include <cstring>
-
-#define INLINE static inline __attribute__((always_inline))
+#include "vectors.h"
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int64_t kLanes = 16;
-#else
-constexpr int64_t kLanes = 8;
-#endif
 // Outputs that a thread computes together for one row, and weights of a cache line.
 constexpr int64_t kOuts = 8, kLine = 32;
 // Many rows: a tile of outputs by rows, whose sums stay in registers; inputs at once, so that the widened weights of a
 // tile stay in the first cache; rows at once, so that their inputs stay in the second.
 constexpr int64_t kTileOuts = 4, kTileRows = 3, kBlock = 2048, kRows = 60;
 constexpr int64_t kTile = kTileOuts * kTileRows;
+// Floats of a thread for many rows: widened weights, and the sums of all tiles of its rows.
+constexpr int64_t kOwn = kTileOuts * kBlock + (kRows / kTileRows) * kTile * kLanes;
 
-typedef float lanes __attribute__((vector_size(kLanes * 4)));
-typedef uint32_t words __attribute__((vector_size(kLanes * 4)));
-
-INLINE lanes load(const float* from) {
-  lanes x;
-  std::memcpy(&x, from, sizeof x);
-  return x;
-}
-
-// Two vectors at once, those of even places and those of odd ones: nothing has to cross the vector.
-INLINE void widen(const uint16_t* from, lanes* even, lanes* odd) {
-  words bits;
-  std::memcpy(&bits, from, sizeof bits);
-  words low = bits << 16, high = bits & 0xffff0000u;
-  std::memcpy(even, &low, sizeof low);
-  std::memcpy(odd, &high, sizeof high);
-}
-
-INLINE float widen_one(uint16_t bits) {
-  uint32_t wide_bits = static_cast<uint32_t>(bits) << 16;
-  float wide;
-  std::memcpy(&wide, &wide_bits, 4);
-  return wide;
-}
-
-INLINE uint16_t narrow(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  // To the nearest, ties to even; the sum would turn some NaN into infinity.
-  return x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
+// Strides count elements; inputs are widened already.
+struct Linear {
+  const float* x;
+  const uint16_t *weights, *bias;
+  uint16_t* y;
+  int64_t rows, outs, ins, weight_row, y_row;
+};
 
 typedef float eight __attribute__((vector_size(32)));
 
@@ -83,54 +53,14 @@ INLINE void totals(const lanes* x, float* to) {
   for (int64_t i = 0; i < 4; i++) to[i] = half[i] + half[i + 4];
 }
 
-// Inputs of a step.
-constexpr int64_t kPair = 2 * kLanes;
-
-INLINE int64_t padded(int64_t ins) { return (ins + kPair - 1) / kPair * kPair; }
-
-}  // namespace
-
-extern "C" {
-
-typedef void (*farspan_work)(const void* context, int64_t level, int64_t index, int64_t thread);
-typedef void (*farspan_team)(farspan_work, const void* context, int64_t levels, const int64_t* counts, int64_t threads);
-
-// Field for field the Structure in native.py. Strides count elements; a row's inputs lie side by side.
-struct Linear {
-  const uint16_t *x, *weights, *bias;
-  uint16_t* y;
-  float* scratch;
-  // team/native.cpp
-  farspan_team team;
-  int64_t rows, outs, ins, x_row, weight_row, y_row, threads;
-};
-}
-
-namespace {
-
 INLINE void put(const Linear& c, int64_t row, int64_t out, float sum) {
   if (c.bias) sum += widen_one(c.bias[out]);
   c.y[row * c.y_row + out] = narrow(sum);
 }
 
-INLINE void widen_pair(const uint16_t* from, float* to) {
-  lanes both[2];
-  widen(from, both, both + 1);
-  std::memcpy(to, both, sizeof both);
-}
-
-// Step by step the even places, then the odd ones, of inputs and weights alike; zeros behind the last.
-void widen_row(const uint16_t* from, int64_t ins, float* to) {
-  int64_t whole = ins / kPair * kPair;
-  for (int64_t i = 0; i < whole; i += kPair) widen_pair(from + i, to + i);
-  if (whole == ins) return;
-  uint16_t rest[kPair] = {};
-  std::memcpy(rest, from + whole, (ins - whole) * 2);
-  widen_pair(rest, to + whole);
-}
-
 // One row: every weight is used once, so it is widened on its way to the multiplication.
-void one_row(const Linear& c, int64_t first, const float* x, int64_t row) {
+void one_row(const Linear& c, int64_t first) {
+  const float* x = c.x;
   const uint16_t* w[kOuts];
   for (int64_t j = 0; j < kOuts; j++) {
     int64_t out = first + j < c.outs ? first + j : c.outs - 1;
@@ -162,7 +92,7 @@ void one_row(const Linear& c, int64_t first, const float* x, int64_t row) {
   float found[kOuts];
   totals(sums, found);
   totals(sums + 4, found + 4);
-  for (int64_t j = 0; j < kOuts && first + j < c.outs; j++) put(c, row, first + j, found[j]);
+  for (int64_t j = 0; j < kOuts && first + j < c.outs; j++) put(c, 0, first + j, found[j]);
 }
 
 // Seven loads for twelve multiplications of a whole vector.
@@ -183,7 +113,8 @@ INLINE void add_tile(const float* w, const float* const* x, int64_t size, lanes*
 }
 
 // Rows begin..end of four outputs. Each sum goes through the inputs in order, as that of one row does.
-void many_rows(const Linear& c, int64_t first, const float* x, int64_t begin, int64_t end, float* mine) {
+void many_rows(const Linear& c, int64_t first, int64_t begin, int64_t end, float* mine) {
+  const float* x = c.x;
   int64_t width = padded(c.ins);
   float* wide = mine;
   lanes* sums = reinterpret_cast<lanes*>(mine + kTileOuts * kBlock);
@@ -215,55 +146,30 @@ void many_rows(const Linear& c, int64_t first, const float* x, int64_t begin, in
   }
 }
 
-}  // namespace
-
-extern "C" {
-
-// Floats that `scratch` must have room for, which begins at a multiple of 64 bytes.
-int64_t farspan_linear_floats(int64_t rows, int64_t ins) { return rows * padded(ins); }
-}
-
-namespace {
-
-// Of one thread: widened weights, and the sums of all tiles of its rows.
-constexpr int64_t kOwn = kTileOuts * kBlock + (kRows / kTileRows) * kTile * kLanes;
-
-struct Shared {
-  const Linear& c;
+// Which outputs of which rows are one share of a layer.
+struct Cut {
   // Groups of outputs, groups in a share, shares of a block of rows.
   int64_t groups, size, shares;
+  int64_t count;
 };
 
-// Level 0 widens rows, level 1 computes a share of the outputs for a block of rows.
-void work(const void* context, int64_t level, int64_t index, int64_t) {
-  const Shared& s = *static_cast<const Shared*>(context);
-  const Linear& c = s.c;
-  if (level == 0) {
-    widen_row(c.x + index * c.x_row, c.ins, c.scratch + index * padded(c.ins));
-    return;
-  }
-  int64_t begin = index / s.shares * kRows, end = begin + kRows < c.rows ? begin + kRows : c.rows;
-  int64_t group = index % s.shares * s.size, stop = group + s.size < s.groups ? group + s.size : s.groups;
+INLINE Cut cut_linear(int64_t rows, int64_t outs, int64_t threads) {
+  int64_t each = rows == 1 ? kOuts : kTileOuts, groups = (outs + each - 1) / each;
+  // A share that is held up by another process leaves the later ones to the other threads.
+  int64_t size = groups / (threads * 8) + 1, shares = (groups + size - 1) / size;
+  return {groups, size, shares, (rows + kRows - 1) / kRows * shares};
+}
+
+void linear_share(const Linear& c, const Cut& cut, int64_t index) {
+  int64_t begin = index / cut.shares * kRows, end = begin + kRows < c.rows ? begin + kRows : c.rows;
+  int64_t group = index % cut.shares * cut.size, stop = group + cut.size < cut.groups ? group + cut.size : cut.groups;
   alignas(64) float mine[kOwn];
   for (; group < stop; group++) {
     if (c.rows == 1)
-      one_row(c, group * kOuts, c.scratch, 0);
+      one_row(c, group * kOuts);
     else
-      many_rows(c, group * kTileOuts, c.scratch, begin, end, mine);
+      many_rows(c, group * kTileOuts, begin, end, mine);
   }
 }
 
 }  // namespace
-
-extern "C" {
-
-void farspan_linear(const Linear* given) {
-  const Linear& c = *given;
-  int64_t each = c.rows == 1 ? kOuts : kTileOuts, groups = (c.outs + each - 1) / each;
-  // A share that is held up by another process leaves the later ones to the other threads.
-  int64_t size = groups / (c.threads * 8) + 1, shares = (groups + size - 1) / size;
-  Shared shared{c, groups, size, shares};
-  int64_t counts[] = {c.rows, (c.rows + kRows - 1) / kRows * shares};
-  c.team(work, &shared, 2, counts, c.threads);
-}
-}
