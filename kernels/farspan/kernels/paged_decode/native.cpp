@@ -102,10 +102,14 @@ struct Case {
   float *lse, *parts, *scratch;
   // team/native.cpp
   farspan_team team;
+  // Keys and values of each row's own token and where they go, or nothing: they are there already.
+  const void *new_keys, *new_values;
+  const int64_t *pages, *places;
   int64_t rows, queries, heads, groups, qk_dim, v_dim, slots;
   int64_t q_row, q_query, q_head, key_page, key_slot, key_group, value_page, value_slot, value_group;
   int64_t weight_page, weight_slot, weight_group, table_row;
   int64_t programs, window, causal, half, threads;
+  int64_t k_row, v_row, page_step;
   float scale, softcap;
 };
 }
@@ -360,6 +364,18 @@ struct Shared {
   int64_t total, working, scratch;
 };
 
+// All heads of a slot lie side by side, in the pages as in the rows.
+void write_slots(const Case& c) {
+  const int64_t size = c.half ? 2 : 4;
+  for (int64_t row = 0; row < c.rows; row++) {
+    const int64_t page = c.pages[row * c.page_step], place = c.places[row];
+    char* key = static_cast<char*>(const_cast<void*>(c.keys)) + (page * c.key_page + place * c.key_slot) * size;
+    char* value = static_cast<char*>(const_cast<void*>(c.values)) + (page * c.value_page + place * c.value_slot) * size;
+    std::memcpy(key, static_cast<const char*>(c.new_keys) + row * c.k_row * size, c.groups * c.qk_dim * size);
+    std::memcpy(value, static_cast<const char*>(c.new_values) + row * c.v_row * size, c.groups * c.v_dim * size);
+  }
+}
+
 // Level 0 computes the share of a program, level 1 merges the pieces of a row.
 void work(const void* context, int64_t level, int64_t index, int64_t thread) {
   const Shared& s = *static_cast<const Shared*>(context);
@@ -384,6 +400,7 @@ extern "C" {
 // Thread t works in its own part of the scratch; the number of parts is `threads`.
 void farspan_attend_pages(const Case* given) {
   const Case& c = *given;
+  if (c.new_keys) write_slots(c);
   int64_t total = 0;
   for (int64_t row = 0; row < c.rows; row++) total += count_tiles(c, c.lengths[row]);
   const int64_t working = total < c.programs ? total : c.programs;
