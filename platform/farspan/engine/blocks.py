@@ -64,7 +64,7 @@ def _switch_mlps(model: PreTrainedModel, bind: BindChain) -> int:
         with torch.inference_mode():
             own = module(x_TE)
         if isinstance(own, Tensor) and _near(chain(x_TE)[0], own):
-            module.forward = _Gated(module, chain, parts.width, Guard.of(module))  # type: ignore[assignment]
+            module.forward = _Gated(module, chain, parts.width, Guard.of(module))
             count += 1
     return count
 
@@ -108,7 +108,7 @@ def _switch_layers(model: PreTrainedModel, bind: BindChain) -> int:
     for layer, parts in layers.items():
         block = _fitting(layer, parts, bind, *given[layer]) if layer in given else None
         if block is not None:
-            layer.forward = block  # type: ignore[assignment]
+            layer.forward = block
             count += 1
     return count
 

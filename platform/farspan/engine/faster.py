@@ -71,7 +71,7 @@ def _switch_norms(model: PreTrainedModel) -> int:
         if norm is not None:
             own = bind(norm.weight_K, norm.eps, norm.kind)
             size = len(norm.weight_K)
-            module.forward = _Switched(module, norm.weight_K, own, size, size)  # type: ignore[assignment]
+            module.forward = _Switched(module, norm.weight_K, own, size, size)
             count += 1
     return count
 

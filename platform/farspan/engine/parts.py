@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,7 @@ from farspan.kernels.chain.reference import activate
 class Guard:
     """Whether a module still is what it was: the same weights in the same place, and no hook at any of its parts."""
 
-    weights: tuple[tuple[dict[str, Tensor | None], str, Tensor, int], ...]
+    weights: tuple[tuple[Mapping[str, Tensor | None], str, Tensor, int], ...]
     hooks: tuple[object, ...]
 
     @classmethod
@@ -61,11 +61,10 @@ class MlpParts:
 
 def mlp_parts(module: nn.Module) -> MlpParts | None:
     """A gated MLP by its usual names."""
-    found = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    gate, up, down = (_linear(module, name) for name in ("gate_proj", "up_proj", "down_proj"))
     activation = _activation(getattr(module, "act_fn", None))
-    if activation is None or not all(map(_is_linear, found)):
+    if activation is None or gate is None or up is None or down is None:
         return None
-    gate, up, down = found
     fits = gate.weight.shape == up.weight.shape == down.weight.shape[::-1]
     return MlpParts(gate, up, down, activation) if fits else None
 
@@ -153,10 +152,10 @@ def attention_parts(layer: nn.Module) -> Parts | None:
     inside = mlp_parts(mlp) if isinstance(mlp, nn.Module) else None
     if inside is None or not isinstance(attention, nn.Module):
         return None
-    q, k, v, o = (getattr(attention, f"{name}_proj", None) for name in "qkvo")
+    q, k, v, o = (_linear(attention, f"{name}_proj") for name in "qkvo")
     dim = getattr(attention, "head_dim", None)
     own = [*attention.parameters(recurse=False), *layer.parameters(recurse=False)]
-    if own or not all(map(_is_linear, (q, k, v, o))) or not isinstance(dim, int):
+    if own or q is None or k is None or v is None or o is None or not isinstance(dim, int):
         return None
     places = {f"{name}_norm": name for name in ("q", "k")}
     around = {"input_layernorm": "x", "post_attention_layernorm": "m"}
@@ -178,9 +177,12 @@ def attention_parts(layer: nn.Module) -> Parts | None:
     return Parts(attention, q, k, v, o, inside, dim, norms)
 
 
-def _is_linear(module: object) -> bool:
+def _linear(owner: nn.Module, name: str) -> nn.Linear | None:
+    module = getattr(owner, name, None)
     # Subclasses compute something else.
-    return type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and not module._forward_hooks
+    if type(module) is not nn.Linear or module.weight.dtype != torch.bfloat16 or module._forward_hooks:
+        return None
+    return module
 
 
 def _multiply(linear: nn.Linear, x: str, y: str) -> Multiply:

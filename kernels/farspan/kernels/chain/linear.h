@@ -9,8 +9,9 @@
 
 namespace {
 
-// Outputs that a thread computes together for one row, and weights of a cache line.
-constexpr int64_t kOuts = 8, kLine = 32;
+// Outputs that a thread computes one after the other for one row, weights of a cache line, and how far ahead of the one
+// that is used they are asked for.
+constexpr int64_t kOuts = 8, kLine = 32, kAhead = 8192;
 // Many rows: a tile of outputs by rows, whose sums stay in registers; inputs at once, so that the widened weights of a
 // tile stay in the first cache; rows at once, so that their inputs stay in the second.
 constexpr int64_t kTileOuts = 4, kTileRows = 3, kBlock = 2048, kRows = 60;
@@ -58,36 +59,29 @@ INLINE void put(const Linear& c, int64_t row, int64_t out, float sum) {
   c.y[row * c.y_row + out] = narrow(sum);
 }
 
-// One row: every weight is used once, so it is widened on its way to the multiplication.
-void one_row(const Linear& c, int64_t first) {
+// One row: every weight is used once, so it is widened on its way to the multiplication. Weights are read in the order in
+// which they lie, the memory asked for ahead of it up to `end`: what lies behind belongs to another share.
+void one_row(const Linear& c, int64_t first, const uint16_t* end) {
   const float* x = c.x;
-  const uint16_t* w[kOuts];
-  for (int64_t j = 0; j < kOuts; j++) {
-    int64_t out = first + j < c.outs ? first + j : c.outs - 1;
-    w[j] = c.weights + out * c.weight_row;
-  }
   lanes sums[kOuts] = {};
   int64_t whole = c.ins / kPair * kPair;
-  for (int64_t i = 0; i < whole; i += kPair) {
-    lanes x_even = load(x + i), x_odd = load(x + i + kLanes);
-    // What the next outputs need: eight streams of a row each are too short for the processor to foresee.
-    if (i % kLine == 0)
-      for (int64_t j = 0; j < kOuts; j++) __builtin_prefetch(w[j] + kOuts * c.weight_row + i);
-#pragma GCC unroll 8
-    for (int64_t j = 0; j < kOuts; j++) {
+  for (int64_t j = 0; j < kOuts && first + j < c.outs; j++) {
+    const uint16_t* w = c.weights + (first + j) * c.weight_row;
+    lanes sum = {};
+    for (int64_t i = 0; i < whole; i += kPair) {
+      if (i % kLine == 0 && w + i + kAhead < end) __builtin_prefetch(w + i + kAhead);
       lanes even, odd;
-      widen(w[j] + i, &even, &odd);
-      sums[j] += x_even * even;
-      sums[j] += x_odd * odd;
+      widen(w + i, &even, &odd);
+      sum += load(x + i) * even;
+      sum += load(x + i + kLanes) * odd;
     }
-  }
-  if (whole < c.ins) {
-    for (int64_t j = 0; j < kOuts; j++) {
+    if (whole < c.ins) {
       float rest[kPair];
-      widen_row(w[j] + whole, c.ins - whole, rest);
-      sums[j] += load(x + whole) * load(rest);
-      sums[j] += load(x + whole + kLanes) * load(rest + kLanes);
+      widen_row(w + whole, c.ins - whole, rest);
+      sum += load(x + whole) * load(rest);
+      sum += load(x + whole + kLanes) * load(rest + kLanes);
     }
+    sums[j] = sum;
   }
   float found[kOuts];
   totals(sums, found);
@@ -164,9 +158,10 @@ void linear_share(const Linear& c, const Cut& cut, int64_t index) {
   int64_t begin = index / cut.shares * kRows, end = begin + kRows < c.rows ? begin + kRows : c.rows;
   int64_t group = index % cut.shares * cut.size, stop = group + cut.size < cut.groups ? group + cut.size : cut.groups;
   alignas(64) float mine[kOwn];
+  const uint16_t* behind = c.weights + (stop * kOuts < c.outs ? stop * kOuts : c.outs) * c.weight_row;
   for (; group < stop; group++) {
     if (c.rows == 1)
-      one_row(c, group * kOuts);
+      one_row(c, group * kOuts, behind);
     else
       many_rows(c, group * kTileOuts, begin, end, mine);
   }

@@ -31,8 +31,9 @@ using std::memory_order_seq_cst;
 // What is open, in one word: number of the call, its threads, its shares, and the next share to claim.
 constexpr int kShareBits = 20, kThreadBits = 8;
 constexpr uint64_t kMostShares = (1u << kShareBits) - 1, kMostThreads = (1u << kThreadBits) - 1;
-// From one call of a layer to the next is less than this; waking a thread takes about as long.
-constexpr auto kPatience = std::chrono::microseconds(100);
+// So long a thread looks for the next call, of which a decode step makes one every 0.1 to 0.2 ms, before it sleeps; and
+// so long it looks for what others do before it offers them its processor.
+constexpr auto kIdle = std::chrono::microseconds(500), kTurn = std::chrono::microseconds(50);
 
 inline uint64_t next_of(uint64_t word) { return word & kMostShares; }
 inline uint64_t shares_of(uint64_t word) { return word >> kShareBits & kMostShares; }
@@ -47,10 +48,10 @@ inline void breathe() {
 #endif
 }
 
-// True as soon as `ready()` is; false when it is not within kPatience.
+// True as soon as `ready()` is; false when it is not in time.
 template <typename Ready>
-bool look_for(Ready ready) {
-  const auto end = std::chrono::steady_clock::now() + kPatience;
+bool look_for(Ready ready, std::chrono::microseconds patience) {
+  const auto end = std::chrono::steady_clock::now() + patience;
   do {
     for (int i = 0; i < 32; i++) {
       if (ready()) return true;
@@ -63,7 +64,7 @@ bool look_for(Ready ready) {
 // Whoever is waited for may need this very processor.
 template <typename Ready>
 void wait_for(Ready ready) {
-  while (!look_for(ready)) sched_yield();
+  while (!look_for(ready, kTurn)) sched_yield();
 }
 
 struct Call {
@@ -108,7 +109,7 @@ class Team {
   [[noreturn]] void stay(uint64_t thread) {
     auto called = [&] { return has_work(open_.load(memory_order_seq_cst), thread); };
     for (;;) {
-      if (!look_for(called)) {
+      if (!look_for(called, kIdle)) {
         std::unique_lock<std::mutex> quiet(sleep_);
         sleeping_.fetch_add(1, memory_order_seq_cst);
         wake_.wait(quiet, called);
