@@ -1,4 +1,5 @@
 """Compile a C++ kernel on the machine that runs it: one small file without headers of Python or torch, some seconds.
+Headers that lie beside it are part of it.
 
 The library is kept in the user's cache under a name made of all it depends on, and appears there whole. Processes that
 want it at the same time wait for one of them, but never beyond a deadline; a dead one's lock is released by the system.
@@ -22,7 +23,7 @@ import torch
 
 _FLAGS = (
     *("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
-    *("-fopenmp", "-Wno-psabi", "-shared", "-fPIC"),
+    *("-fopenmp-simd", "-pthread", "-Wno-psabi", "-shared", "-fPIC"),
 )
 # By what torch found on this processor. Part of the library's name: unlike machines may share a folder.
 _INSTRUCTIONS = {
@@ -50,7 +51,8 @@ def build_library(folder: Path, source: Path, deadline_s: float = _DEADLINE_S) -
     if compiler is None:
         raise ImportError("no C++ compiler is installed")
     flags = (*_FLAGS, *_INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
-    depends_on = "\0".join([compiler, platform.machine(), *flags]).encode() + source.read_bytes()
+    parts = [source, *sorted(source.parent.glob("*.h"))]
+    depends_on = "\0".join([compiler, platform.machine(), *flags]).encode() + b"".join(p.read_bytes() for p in parts)
     key = hashlib.sha256(depends_on).hexdigest()[:16]
     library = folder / f"{source.parent.name}-{key}.so"
     if library.exists():

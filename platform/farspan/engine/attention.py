@@ -25,6 +25,7 @@ from farspan.kernels.attention.contract import Forward
 from farspan.kernels.merge.sink import merge_sinks
 from farspan.kernels.paged_decode.contract import AttendPages
 from farspan.kernels.paged_decode.shared import attend_shared_prefix
+from farspan.kernels.paged_decode.tokens import Rows, TokensOfLayer, bind_tokens
 from farspan.kv.pages import PagePool
 from farspan.models.rules import LayerRule
 
@@ -155,6 +156,22 @@ class DecodeRows:
     prefix_length_1: Tensor | None = None
 
 
+class BoundTokens:
+    """For each call of a forward the kernel that decodes with its pages, made when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._kernels: dict[tuple[int, float, float | None], TokensOfLayer | None] = {}
+
+    def of(self, number: int, call: Call, asked: Asked, pool: PagePool, num_heads: int) -> TokensOfLayer | None:
+        key = number, asked.scale, asked.softcap
+        if key not in self._kernels:
+            pages, window = (pool.keys_PSGD(call.store), pool.values_PSGC(call.store)), call.rule.window
+            self._kernels[key] = bind_tokens(
+                call.pages, *pages, num_heads, scale=asked.scale, window=window, softcap=asked.softcap
+            )
+        return self._kernels[key]
+
+
 class PagedBatch:
     """One forward's pages: for each rule and group of layers, parts in the order of the packed tokens.
 
@@ -168,17 +185,31 @@ class PagedBatch:
         page_TG: Tensor,
         slot_T: Tensor,
         parts: Mapping[tuple[LayerRule, int], Sequence[DecodeRows | Segment]],
+        tokens: BoundTokens | None = None,
     ) -> None:
+        """`tokens`: the kernels of its calls, kept from batch to batch."""
         self._pool, self._calls = pool, calls
         self._page_TG, self._slot_T = page_TG, slot_T
         self._parts = parts
+        self._tokens = tokens
+        # Batches that are nothing but decode rows without a common beginning.
+        self._whole = {
+            key: Rows(page_TG[:, key[1]], slot_T, of[0].tables_BN, of[0].lengths_B)
+            for key, of in parts.items()
+            if len(of) == 1 and isinstance(of[0], DecodeRows) and of[0].prefix_N is None
+        }
         self._next = 0
 
     def __call__(
         self, module: nn.Module, window: int | None, q_THD: Tensor, k_TGD: Tensor, v_TGC: Tensor, asked: Asked
     ) -> Tensor:
-        call = self._calls[self._next]
+        number, call = self._next, self._calls[self._next]
         self._next += 1
+        rows = self._whole.get((call.rule, call.group))
+        if rows is not None and self._tokens is not None and call.writes and asked.sinks_H is None:
+            kernel = self._tokens.of(number, call, asked, self._pool, q_THD.shape[1])
+            if kernel is not None:
+                return kernel(q_THD, k_TGD, v_TGC, rows)
         keys_PSGD, values_PSGC = self._pool.keys_PSGD(call.store), self._pool.values_PSGC(call.store)
         if call.writes:
             page_T = self._page_TG[:, call.group]

@@ -5,12 +5,12 @@ One thread owns an engine. Pages are the only thing that leaves it: `take` after
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -470,7 +470,7 @@ class Engine:
     def _after(self, sequences: Sequence[SequenceState], pieces: Sequence[Piece], logits_RV: Tensor) -> list[Event]:
         """Choose tokens for the sequences whose every token is computed; the others go on with their prompts."""
         # The largest logit is NaN or infinite where any is NaN or all are; one look for the whole batch.
-        sound_R = torch.isfinite(logits_RV.amax(dim=-1)).tolist()
+        sound_R = [math.isfinite(high) for high in logits_RV.amax(dim=-1).tolist()]
         ready: list[SequenceState] = []
         first_rows: list[int] = []
         events: list[Event] = []

@@ -14,18 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from farspan.engine.blocks import switch_blocks
+from farspan.engine.norms import known_norm
 from farspan.kernels.linear.dispatch import choose_linear
-from farspan.kernels.rms_norm.contract import BindRmsNorm, Kind, RmsNorm
 from farspan.kernels.rms_norm.dispatch import choose_rms_norm
-
-# Largest difference of an element, as a part of it, and how many elements may differ at all: sums in another order.
-_TOLERANCE = {torch.float32: (1e-5, 1.0), torch.bfloat16: (2**-7, 0.05)}
-_EPS_NAMES = ("variance_epsilon", "eps")
 
 
 def speed_up(model: PreTrainedModel) -> int:
     """Switch what has a faster kernel here; gives how many modules. The model trains no more."""
-    return _switch_linears(model) + _switch_norms(model)
+    return _switch_linears(model) + _switch_norms(model) + switch_blocks(model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,46 +67,13 @@ def _switch_norms(model: PreTrainedModel) -> int:
     if bind is None:
         return 0
     for module in model.modules():
-        weight_K = _weight_of_norm(module, model.dtype)
-        own = None if weight_K is None else _own_norm(module, weight_K, bind)
-        if weight_K is not None and own is not None:
-            module.forward = _Switched(module, weight_K, own, len(weight_K), len(weight_K))
+        norm = known_norm(module, model.dtype, bind) if _has_own_forward(module) else None
+        if norm is not None:
+            own = bind(norm.weight_K, norm.eps, norm.kind)
+            size = len(norm.weight_K)
+            module.forward = _Switched(module, norm.weight_K, own, size, size)
             count += 1
     return count
-
-
-def _weight_of_norm(module: nn.Module, dtype: torch.dtype) -> Tensor | None:
-    """The one weight of a module that is a normalization by its name."""
-    weight = module._parameters.get("weight")
-    if not type(module).__name__.endswith("RMSNorm") or len(module._parameters) != 1 or weight is None:
-        return None
-    fits = (weight.ndim, weight.dtype) == (1, dtype) and _has_own_forward(module)
-    return weight.detach() if fits else None
-
-
-def _own_norm(module: nn.Module, weight: Tensor, bind: BindRmsNorm) -> RmsNorm | None:
-    """The kernel that gives what the module gives, on values as different as a model's."""
-    eps = next((float(getattr(module, name)) for name in _EPS_NAMES if getattr(module, name, None) is not None), None)
-    if eps is None:
-        return None
-    generator = torch.Generator().manual_seed(0)
-    x_TK = (torch.randn(6, len(weight), generator=generator) * torch.logspace(-3, 2, 6)[:, None]).to(weight.dtype)
-    with torch.inference_mode():
-        want = module(x_TK)
-        for kind in Kind:
-            own = bind(weight, eps, kind)
-            if _agree(own(x_TK), want):
-                return own
-    return None
-
-
-def _agree(got: Tensor, want: Tensor) -> bool:
-    if got.dtype != want.dtype or got.shape != want.shape:
-        return False
-    most, share = _TOLERANCE[want.dtype]
-    got, want = got.double(), want.double()
-    near = bool(((got - want).abs() <= most * want.abs() + 1e-30).all())
-    return near and float((got != want).double().mean()) <= share
 
 
 def _has_own_forward(module: nn.Module) -> bool:

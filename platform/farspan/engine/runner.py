@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from farspan.engine.attention import DecodeRows, PagedBatch, Segment, first_visible
+from farspan.engine.attention import BoundTokens, DecodeRows, PagedBatch, Segment, first_visible
 from farspan.engine.lowrank import BASE, LowRank
 from farspan.engine.probe import forward
 from farspan.engine.recurrent import BatchStates, PackedCache, Stretch
@@ -68,6 +68,7 @@ class Runner:
         whole = {(r, group) for r, group in self._tables - self._gathers if r.window is None and r.chunk is None}
         self._shares = set() if survey.capped and pool.device.type == "cpu" else whole
         self._sharing = next((group for _, group in self._shares), None)
+        self._tokens = BoundTokens()
         self._shell = None if states is None else PackedCache(model.config, None)
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
@@ -126,7 +127,7 @@ class Runner:
             start += length
         parts = {key: [*self._decode_parts(rows, *key), *segments] for key in self._tables}
         page_TG = torch.from_numpy(np.concatenate(used)).to(device)
-        return PagedBatch(self._pool, self._calls, page_TG, (positions_T % size).to(device), parts)
+        return PagedBatch(self._pool, self._calls, page_TG, (positions_T % size).to(device), parts, self._tokens)
 
     def _decode_parts(self, rows: Sequence[_Row], rule: LayerRule, group: int) -> list[DecodeRows | Segment]:
         """Single tokens by the kernel over pages: together, those that share a beginning by themselves."""

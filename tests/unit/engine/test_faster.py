@@ -9,11 +9,14 @@ import torch
 from tests.unit.engine.tiny import engine_config, prompts, tiny_model
 from torch import nn
 
-from farspan.engine import faster
+from farspan.engine import blocks, faster
 from farspan.engine.engine import Engine
+from farspan.engine.norms import known_norm
 from farspan.engine.request import SamplingParams
+from farspan.kernels.chain.native import load_native as load_chain
 from farspan.kernels.linear.native import load_native
 from farspan.kernels.linear.reference import bind_linear_reference
+from farspan.kernels.rms_norm.contract import Kind
 from farspan.kernels.rms_norm.reference import bind_rms_norm_reference
 
 NORMS = {"llama": 7, "gemma2": 13, "qwen3": 13}
@@ -24,6 +27,7 @@ def references(monkeypatch):
     """The kernels' references, which every machine has."""
     monkeypatch.setattr(faster, "choose_linear", lambda device, dtype: bind_linear_reference)
     monkeypatch.setattr(faster, "choose_rms_norm", lambda device, dtype: bind_rms_norm_reference)
+    monkeypatch.setattr(blocks, "choose_chain", lambda device, dtype: None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -49,12 +53,10 @@ def test_a_normalization_of_another_kind_keeps_its_own_forward(references) -> No
             self.weight, self.eps = nn.Parameter(torch.randn(8)), 1e-6
 
         def forward(self, x):
-            return 2 * bind_rms_norm_reference(self.weight, self.eps, faster.Kind.SCALED)(x)
+            return 2 * bind_rms_norm_reference(self.weight, self.eps, Kind.SCALED)(x)
 
     module = DoubledRMSNorm()
-    weight = faster._weight_of_norm(module, torch.float32)
-    assert weight is not None
-    assert faster._own_norm(module, weight, bind_rms_norm_reference) is None
+    assert known_norm(module, torch.float32) is None
 
 
 def test_rows_of_another_type_no_rows_and_exchanged_weights_go_to_the_module_itself(references) -> None:
@@ -83,13 +85,14 @@ def test_a_normalization_that_rounds_elsewhere_keeps_its_own_forward() -> None:
             return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight.float()).to(x.dtype)
 
     module = LateRMSNorm()
-    assert faster._own_norm(module, module.weight.detach(), bind_rms_norm_reference) is None
+    assert known_norm(module, torch.bfloat16) is None
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
 def test_answers_in_bf16_by_the_kernels_are_as_near_to_fp32_as_those_of_torch(monkeypatch) -> None:
     # Also where the processor has bf16 arithmetic.
     monkeypatch.setattr(faster, "choose_linear", lambda device, dtype: load_native())
+    monkeypatch.setattr(blocks, "choose_chain", lambda device, dtype: load_chain())
     rows = prompts(30, 18, 7)
     params = SamplingParams(max_tokens=1, logprobs=0, prompt_logprobs=0)
     wide = tiny_model().float()
@@ -98,6 +101,7 @@ def test_answers_in_bf16_by_the_kernels_are_as_near_to_fp32_as_those_of_torch(mo
         if not switched:
             monkeypatch.setattr(faster, "choose_linear", lambda device, dtype: None)
             monkeypatch.setattr(faster, "choose_rms_norm", lambda device, dtype: None)
+            monkeypatch.setattr(blocks, "choose_chain", lambda device, dtype: None)
         engine = Engine(tiny_model().bfloat16(), engine_config(dtype="bfloat16"))
         answers = engine.generate(rows, params)
         return torch.tensor([found.logprob for answer in answers for found in answer.prompt_logprobs])

@@ -1,67 +1,34 @@
-"""A bf16 linear layer on a CPU without bf16 arithmetic by native.cpp, called through ctypes. Contract: contract.py.
+"""A bf16 linear layer on a CPU without bf16 arithmetic: a chain of one step. Contract: contract.py.
 
 There torch widens the weights of every call into memory first, and computes several times slower than in fp32.
 """
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from farspan.kernels.build import build_library, cache_folder
+from farspan.kernels.chain.contract import BindChain, Multiply
+from farspan.kernels.chain.native import load_native as load_chain
 from farspan.kernels.linear.contract import BindLinear, Linear, check_linear
-
-_SOURCE = Path(__file__).with_name("native.cpp")
-_POINTERS = ("x", "weights", "bias", "y", "scratch")
-_NUMBERS = ("rows", "outs", "ins", "x_row", "weight_row", "y_row", "threads")
-
-
-class _Case(ctypes.Structure):
-    """Field for field the Linear of native.cpp."""
-
-    _fields_ = (*((name, ctypes.c_void_p) for name in _POINTERS), *((name, ctypes.c_int64) for name in _NUMBERS))
 
 
 @cache
 def load_native() -> BindLinear:
     """The kernel, compiled now if this machine has not done it before. Raises ImportError where it cannot be made."""
-    try:
-        library = ctypes.CDLL(str(build_library(cache_folder(), _SOURCE)))
-    except OSError as problem:
-        raise ImportError(f"the compiled kernel cannot be loaded: {problem}") from problem
-    library.farspan_linear.restype, library.farspan_linear.argtypes = None, [ctypes.c_void_p]
-    library.farspan_linear_floats.restype = ctypes.c_int64
-    library.farspan_linear_floats.argtypes = [ctypes.c_int64] * 3
-    return lambda w_NK, b_N: _bind(library, w_NK, b_N)
+    bind = load_chain()
+    return lambda w_NK, b_N: _bind(bind, w_NK, b_N)
 
 
-def _bind(library: ctypes.CDLL, w_NK: Tensor, b_N: Tensor | None) -> Linear:
+def _bind(bind: BindChain, w_NK: Tensor, b_N: Tensor | None) -> Linear:
     assert w_NK.dtype == torch.bfloat16, f"not compiled for {w_NK.dtype}"
-    assert w_NK.stride(1) == 1, "the inputs of an output must lie side by side"
-    run, floats = library.farspan_linear, library.farspan_linear_floats
-    outs, ins = w_NK.shape
     bias = None if b_N is None else b_N.contiguous()
-    # Filled in once: a decode step is many small calls, whose cost is what Python does around them.
-    bound = _Case(weights=w_NK.data_ptr(), bias=None if bias is None else bias.data_ptr())
-    bound.outs, bound.ins, bound.weight_row, bound.y_row = outs, ins, w_NK.stride(0), outs
+    chain = bind([Multiply("x", "y", w_NK, bias)], {"x": w_NK.shape[1]}, ["y"])
 
     def linear_native(x_TK: Tensor) -> Tensor:
         check_linear(x_TK, w_NK, bias)
-        if x_TK.stride(1) != 1:
-            x_TK = x_TK.contiguous()
-        rows, threads = x_TK.shape[0], torch.get_num_threads()
-        y_TN = torch.empty((rows, outs), dtype=torch.bfloat16)
-        if rows == 0:
-            return y_TN
-        scratch = torch.empty(floats(rows, ins, threads), dtype=torch.float32)
-        case = _Case.from_buffer_copy(bound)
-        case.x, case.y, case.scratch = x_TK.data_ptr(), y_TN.data_ptr(), scratch.data_ptr()
-        case.rows, case.x_row, case.threads = rows, x_TK.stride(0), threads
-        run(ctypes.addressof(case))
-        return y_TN
+        return chain(x_TK if x_TK.stride(1) == 1 else x_TK.contiguous())[0]
 
     return linear_native

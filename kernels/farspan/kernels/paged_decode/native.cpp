@@ -7,9 +7,6 @@
 
 #include <cstdint>
 #include <cstring>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -93,6 +90,9 @@ INLINE float bend(float x, float cap) { return cap * (1.0f - 2.0f / (exponential
 
 extern "C" {
 
+typedef void (*farspan_work)(const void* context, int64_t level, int64_t index, int64_t thread);
+typedef void (*farspan_team)(farspan_work, const void* context, int64_t levels, const int64_t* counts, int64_t threads);
+
 // Field for field the Structure in native.py. Strides count elements.
 struct Case {
   const void *q, *keys, *values;
@@ -100,10 +100,16 @@ struct Case {
   const int32_t *tables, *lengths;
   void* out;
   float *lse, *parts, *scratch;
+  // team/native.cpp
+  farspan_team team;
+  // Keys and values of each row's own token and where they go, or nothing: they are there already.
+  const void *new_keys, *new_values;
+  const int64_t *pages, *places;
   int64_t rows, queries, heads, groups, qk_dim, v_dim, slots;
   int64_t q_row, q_query, q_head, key_page, key_slot, key_group, value_page, value_slot, value_group;
   int64_t weight_page, weight_slot, weight_group, table_row;
   int64_t programs, window, causal, half, threads;
+  int64_t k_row, v_row, page_step;
   float scale, softcap;
 };
 }
@@ -348,31 +354,58 @@ int64_t farspan_scratch_floats(const Case* c) {
   return (c->queries * c->heads * (padded(c->qk_dim) + kScores) + c->groups * kTile + 15) / 16 * 16;
 }
 
+}
+
+namespace {
+
+struct Shared {
+  const Case& c;
+  // Tiles of all rows, programs that get any, floats of a thread.
+  int64_t total, working, scratch;
+};
+
+// All heads of a slot lie side by side, in the pages as in the rows.
+void write_slots(const Case& c) {
+  const int64_t size = c.half ? 2 : 4;
+  for (int64_t row = 0; row < c.rows; row++) {
+    const int64_t page = c.pages[row * c.page_step], place = c.places[row];
+    char* key = static_cast<char*>(const_cast<void*>(c.keys)) + (page * c.key_page + place * c.key_slot) * size;
+    char* value = static_cast<char*>(const_cast<void*>(c.values)) + (page * c.value_page + place * c.value_slot) * size;
+    std::memcpy(key, static_cast<const char*>(c.new_keys) + row * c.k_row * size, c.groups * c.qk_dim * size);
+    std::memcpy(value, static_cast<const char*>(c.new_values) + row * c.v_row * size, c.groups * c.v_dim * size);
+  }
+}
+
+// Level 0 computes the share of a program, level 1 merges the pieces of a row.
+void work(const void* context, int64_t level, int64_t index, int64_t thread) {
+  const Shared& s = *static_cast<const Shared*>(context);
+  const Case& c = s.c;
+  if (level == 0) {
+    const int64_t begin = index * s.total / s.working, stop = (index + 1) * s.total / s.working;
+    return attend_share(c, begin, stop, index, c.scratch + thread * s.scratch);
+  }
+  int64_t start = 0;
+  for (int64_t before = 0; before < index; before++) start += count_tiles(c, c.lengths[before]);
+  const int64_t tiles = count_tiles(c, c.lengths[index]);
+  // Where partition.places finds the pieces of this segment.
+  const int64_t first = tiles ? index + ((start + 1) * s.working - 1) / s.total : 0;
+  const int64_t stop = tiles ? index + ((start + tiles) * s.working - 1) / s.total + 1 : 0;
+  (c.half ? merge_row<bf16> : merge_row<float>)(c, index, first, stop);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Thread t works in its own part of the scratch; the number of parts is `threads`.
 void farspan_attend_pages(const Case* given) {
   const Case& c = *given;
+  if (c.new_keys) write_slots(c);
   int64_t total = 0;
   for (int64_t row = 0; row < c.rows; row++) total += count_tiles(c, c.lengths[row]);
-  const int64_t working = total < c.programs ? total : c.programs, scratch = farspan_scratch_floats(given);
-  // Thread t works in its own part of the scratch; the number of parts is `threads`.
-#pragma omp parallel num_threads(static_cast<int>(c.threads))
-  {
-    int64_t thread = 0;
-#ifdef _OPENMP
-    thread = omp_get_thread_num();
-#endif
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t w = 0; w < working; w++)
-      attend_share(c, w * total / working, (w + 1) * total / working, w, c.scratch + thread * scratch);
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < c.rows; row++) {
-      int64_t start = 0;
-      for (int64_t before = 0; before < row; before++) start += count_tiles(c, c.lengths[before]);
-      const int64_t tiles = count_tiles(c, c.lengths[row]);
-      // Where partition.places finds the pieces of this segment.
-      const int64_t first = tiles ? row + ((start + 1) * working - 1) / total : 0;
-      const int64_t stop = tiles ? row + ((start + tiles) * working - 1) / total + 1 : 0;
-      (c.half ? merge_row<bf16> : merge_row<float>)(c, row, first, stop);
-    }
-  }
+  const int64_t working = total < c.programs ? total : c.programs;
+  const Shared shared{c, total, working, farspan_scratch_floats(given)};
+  const int64_t counts[] = {working, c.rows};
+  c.team(work, &shared, 2, counts, c.threads);
 }
 }

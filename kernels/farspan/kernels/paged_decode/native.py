@@ -14,29 +14,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farspan.kernels.build import build_library, cache_folder
 from farspan.kernels.paged_decode.contract import AttendPages, check_pages
 from farspan.kernels.paged_decode.gathered import attend_pages_gathered
+from farspan.kernels.team.native import load_library, load_team
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 # From this many queries of a row on, gathering for a matrix product is the faster way.
 _MANY_QUERIES = 9
 # Shares of a thread: one that is held up by another process leaves its later shares to the others.
-_SHARES_PER_THREAD = 4
-_LONGEST_HEAD = 512
-_POINTERS = ("q", "keys", "values", "log_weights", "tables", "lengths", "out", "lse", "parts", "scratch")
+SHARES_PER_THREAD = 4
+LONGEST_HEAD = 512
+_POINTERS = ("q", "keys", "values", "log_weights", "tables", "lengths", "out", "lse", "parts", "scratch", "team")
+_NEW = ("new_keys", "new_values", "pages", "places")
 _NUMBERS = (
     *("rows", "queries", "heads", "groups", "qk_dim", "v_dim", "slots", "q_row", "q_query", "q_head"),
     *("key_page", "key_slot", "key_group", "value_page", "value_slot", "value_group"),
     *("weight_page", "weight_slot", "weight_group", "table_row", "programs", "window", "causal", "half", "threads"),
+    *("k_row", "v_row", "page_step"),
 )
 
 
-class _Case(ctypes.Structure):
+class Case(ctypes.Structure):
     """Field for field the Case of native.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_void_p) for name in (*_POINTERS, *_NEW)),
         *((name, ctypes.c_int64) for name in _NUMBERS),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
@@ -44,19 +46,23 @@ class _Case(ctypes.Structure):
 
 
 @cache
-def load_native() -> AttendPages:
-    """The kernel, compiled now if this machine has not done it before. Raises ImportError where it cannot be made."""
-    try:
-        library = ctypes.CDLL(str(build_library(cache_folder(), _SOURCE)))
-    except OSError as problem:
-        raise ImportError(f"the compiled kernel cannot be loaded: {problem}") from problem
+def open_library() -> ctypes.CDLL:
+    """The functions of native.cpp. Raises ImportError where they cannot be made."""
+    library = load_library(_SOURCE)
     for name, result in (
         ("farspan_attend_pages", None),
         ("farspan_piece_floats", ctypes.c_int64),
         ("farspan_scratch_floats", ctypes.c_int64),
     ):
         getattr(library, name).restype = result
-        getattr(library, name).argtypes = [ctypes.POINTER(_Case)]
+        getattr(library, name).argtypes = [ctypes.POINTER(Case)]
+    return library
+
+
+@cache
+def load_native() -> AttendPages:
+    """The kernel, compiled now if this machine has not done it before. Raises ImportError where it cannot be made."""
+    library, team = open_library(), load_team()
 
     def attend_pages_native(
         q_BQHD: Tensor,
@@ -77,13 +83,14 @@ def load_native() -> AttendPages:
         inputs = (q_BQHD, keys_PSGD, values_PSGC, tables_BN, lengths_B)
         if q_BQHD.shape[1] >= _MANY_QUERIES:
             return attend_pages_gathered(*inputs, **rule)
-        return _attend(library, *inputs, **rule)
+        return _attend(library, team, *inputs, **rule)
 
     return attend_pages_native
 
 
 def _attend(
     library: ctypes.CDLL,
+    team: int,
     q_BQHD: Tensor,
     keys_PSGD: Tensor,
     values_PSGC: Tensor,
@@ -99,7 +106,7 @@ def _attend(
     check_pages(q_BQHD, keys_PSGD, values_PSGC, tables_BN, lengths_B, causal, window, log_weights_PSG)
     assert q_BQHD.dtype == keys_PSGD.dtype == values_PSGC.dtype, "one type for queries, keys and values"
     assert q_BQHD.dtype in (torch.float32, torch.bfloat16), f"not compiled for {q_BQHD.dtype}"
-    assert max(q_BQHD.shape[3], values_PSGC.shape[3]) <= _LONGEST_HEAD, f"head dims end at {_LONGEST_HEAD}"
+    assert max(q_BQHD.shape[3], values_PSGC.shape[3]) <= LONGEST_HEAD, f"head dims end at {LONGEST_HEAD}"
     # A pool is far too large to be copied: its views must be plain already.
     assert keys_PSGD.stride(3) == values_PSGC.stride(3) == 1, "the head dim of pages must be contiguous"
     (num_rows, num_queries, num_heads, _), v_dim = q_BQHD.shape, values_PSGC.shape[3]
@@ -111,16 +118,18 @@ def _attend(
     threads = torch.get_num_threads()
     strides = (*q_BQHD.stride()[:3], *keys_PSGD.stride()[:3], *values_PSGC.stride()[:3])
     weight_strides = (0, 0, 0) if weights_PSG is None else weights_PSG.stride()
-    programs = threads * _SHARES_PER_THREAD if threads > 1 else 1
-    case = _Case(
+    programs = threads * SHARES_PER_THREAD if threads > 1 else 1
+    case = Case(
         *(x.data_ptr() for x in (q_BQHD, keys_PSGD, values_PSGC)),
         None if weights_PSG is None else weights_PSG.data_ptr(),
         *(x.data_ptr() for x in (tables_BN, lengths_B, out_BQHC, lse_BQH)),
-        *(None, None),
+        *(None, None, team),
+        *(None,) * len(_NEW),
         *(num_rows, num_queries, num_heads, keys_PSGD.shape[2], q_BQHD.shape[3], v_dim, keys_PSGD.shape[1]),
         *strides,
         *weight_strides,
         *(tables_BN.stride(0), programs, window or 0, causal, q_BQHD.dtype == torch.bfloat16, threads),
+        *(0, 0, 0),
         *(scale, softcap or 0.0),
     )
     pointer = ctypes.byref(case)

@@ -9,8 +9,8 @@
 namespace {
 
 constexpr int64_t kLanes = 8;
-// So many rows one thread is faster with alone.
-constexpr int64_t kAlone = 32;
+// Rows of a share: so many one thread is faster with alone.
+constexpr int64_t kRows = 32;
 typedef float lanes __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t words __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t halves __attribute__((vector_size(kLanes * 2)));
@@ -62,10 +62,15 @@ INLINE void store(bf16* to, lanes x) {
 
 extern "C" {
 
+typedef void (*farspan_work)(const void* context, int64_t level, int64_t index, int64_t thread);
+typedef void (*farspan_team)(farspan_work, const void* context, int64_t levels, const int64_t* counts, int64_t threads);
+
 // Field for field the Structure in native.py.
 struct Norm {
   const void *x, *w;
   void* y;
+  // team/native.cpp
+  farspan_team team;
   int64_t rows, size, x_row, half, one_more, threads;
   float eps;
 };
@@ -74,16 +79,17 @@ struct Norm {
 namespace {
 
 template <typename T>
-void normalize(const Norm& c, const T* all_x, const T* w, T* all_y) {
-  const int64_t rows = c.rows, size = c.size, x_row = c.x_row, threads = c.threads;
+void normalize(const Norm& c, int64_t begin, int64_t end) {
+  const T *all_x = static_cast<const T*>(c.x), *w = static_cast<const T*>(c.w);
+  T* all_y = static_cast<T*>(c.y);
+  const int64_t size = c.size, x_row = c.x_row;
   const float eps = c.eps;
   const bool one_more = c.one_more;
   int64_t whole = size / kLanes * kLanes, rest = size - whole;
   // The last vector of a row that is not full is computed from copies filled up with zeros.
   T last_x[kLanes] = {}, last_w[kLanes] = {}, last_y[kLanes];
   std::memcpy(last_w, w + whole, rest * sizeof(T));
-#pragma omp parallel for if (rows > kAlone) num_threads(threads) firstprivate(last_x, last_y)
-  for (int64_t row = 0; row < rows; row++) {
+  for (int64_t row = begin; row < end; row++) {
     const T* x = all_x + row * x_row;
     T* y = all_y + row * size;
     std::memcpy(last_x, x + whole, rest * sizeof(T));
@@ -109,15 +115,18 @@ void normalize(const Norm& c, const T* all_x, const T* w, T* all_y) {
   }
 }
 
+void work(const void* context, int64_t, int64_t index, int64_t) {
+  const Norm& c = *static_cast<const Norm*>(context);
+  const int64_t begin = index * kRows, end = begin + kRows < c.rows ? begin + kRows : c.rows;
+  (c.half ? normalize<bf16> : normalize<float>)(c, begin, end);
+}
+
 }  // namespace
 
 extern "C" {
 
 void farspan_rms_norm(const Norm* given) {
-  const Norm& c = *given;
-  if (c.half)
-    normalize(c, static_cast<const bf16*>(c.x), static_cast<const bf16*>(c.w), static_cast<bf16*>(c.y));
-  else
-    normalize(c, static_cast<const float*>(c.x), static_cast<const float*>(c.w), static_cast<float*>(c.y));
+  const int64_t counts[] = {(given->rows + kRows - 1) / kRows};
+  given->team(work, given, 1, counts, given->threads);
 }
 }

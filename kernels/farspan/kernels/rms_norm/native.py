@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from farspan.kernels.build import build_library, cache_folder
 from farspan.kernels.rms_norm.contract import BindRmsNorm, Kind, RmsNorm
+from farspan.kernels.team.native import load_library, load_team
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -23,7 +23,7 @@ class _Case(ctypes.Structure):
     """Field for field the Norm of native.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "w", "y")),
+        *((name, ctypes.c_void_p) for name in ("x", "w", "y", "team")),
         *((name, ctypes.c_int64) for name in ("rows", "size", "x_row", "half", "one_more", "threads")),
         ("eps", ctypes.c_float),
     )
@@ -32,19 +32,17 @@ class _Case(ctypes.Structure):
 @cache
 def load_native() -> BindRmsNorm:
     """The kernel, compiled now if this machine has not done it before. Raises ImportError where it cannot be made."""
-    try:
-        library = ctypes.CDLL(str(build_library(cache_folder(), _SOURCE)))
-    except OSError as problem:
-        raise ImportError(f"the compiled kernel cannot be loaded: {problem}") from problem
+    library, team = load_library(_SOURCE), load_team()
     library.farspan_rms_norm.restype, library.farspan_rms_norm.argtypes = None, [ctypes.c_void_p]
-    return lambda w_K, eps, kind: _bind(library, w_K, eps, kind)
+    return lambda w_K, eps, kind: _bind(library, team, w_K, eps, kind)
 
 
-def _bind(library: ctypes.CDLL, w_K: Tensor, eps: float, kind: Kind) -> RmsNorm:
+def _bind(library: ctypes.CDLL, team: int, w_K: Tensor, eps: float, kind: Kind) -> RmsNorm:
     assert w_K.dtype in DTYPES, f"not compiled for {w_K.dtype}"
     assert w_K.is_contiguous(), "a weight lies in one piece"
     run, size, dtype = library.farspan_rms_norm, w_K.shape[0], w_K.dtype
     bound = _Case(w=w_K.data_ptr(), size=size, half=dtype == torch.bfloat16, one_more=kind is Kind.ONE_MORE, eps=eps)
+    bound.team = team
 
     def rms_norm_native(x_TK: Tensor) -> Tensor:
         assert x_TK.ndim == 2, "rows of values"

@@ -1,0 +1,170 @@
+// Linear layers of bf16 weights on a CPU that has no bf16 arithmetic.
+//
+// Weights are read as they lie, 16 bits each, and widened on the way; sums are fp32. One row is bound by the memory that
+// holds the weights, many rows by multiplications: four outputs by three rows share what is loaded. An output
+// is summed in one order however many rows there are: it does not depend on the rows beside it.
+#pragma once
+
+#include "vectors.h"
+
+namespace {
+
+// Outputs that a thread computes one after the other for one row, weights of a cache line, and how far ahead of the one
+// that is used they are asked for.
+constexpr int64_t kOuts = 8, kLine = 32, kAhead = 8192;
+// Many rows: a tile of outputs by rows, whose sums stay in registers; inputs at once, so that the widened weights of a
+// tile stay in the first cache; rows at once, so that their inputs stay in the second.
+constexpr int64_t kTileOuts = 4, kTileRows = 3, kBlock = 2048, kRows = 60;
+constexpr int64_t kTile = kTileOuts * kTileRows;
+// Floats of a thread for many rows: widened weights, and the sums of all tiles of its rows.
+constexpr int64_t kOwn = kTileOuts * kBlock + (kRows / kTileRows) * kTile * kLanes;
+
+// Strides count elements; inputs are widened already.
+struct Linear {
+  const float* x;
+  const uint16_t *weights, *bias;
+  uint16_t* y;
+  int64_t rows, outs, ins, weight_row, y_row;
+};
+
+typedef float eight __attribute__((vector_size(32)));
+
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t places __attribute__((vector_size(32)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (places){__VA_ARGS__})
+#endif
+
+INLINE eight folded(lanes x) {
+  eight parts[kLanes / 8];
+  std::memcpy(parts, &x, sizeof x);
+  for (int64_t i = 1; i < kLanes / 8; i++) parts[0] += parts[i];
+  return parts[0];
+}
+
+// Four sums of all lanes: neighbours are added in two rounds, then the halves.
+INLINE void totals(const lanes* x, float* to) {
+  eight a = folded(x[0]), b = folded(x[1]), c = folded(x[2]), d = folded(x[3]);
+  eight p = SHUFFLE(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + SHUFFLE(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+  eight q = SHUFFLE(c, d, 0, 8, 2, 10, 4, 12, 6, 14) + SHUFFLE(c, d, 1, 9, 3, 11, 5, 13, 7, 15);
+  eight r = SHUFFLE(p, q, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(p, q, 2, 3, 10, 11, 6, 7, 14, 15);
+  float half[8];
+  std::memcpy(half, &r, sizeof r);
+  for (int64_t i = 0; i < 4; i++) to[i] = half[i] + half[i + 4];
+}
+
+INLINE void put(const Linear& c, int64_t row, int64_t out, float sum) {
+  if (c.bias) sum += widen_one(c.bias[out]);
+  c.y[row * c.y_row + out] = narrow(sum);
+}
+
+// One row: every weight is used once, so it is widened on its way to the multiplication. Weights are read in the order in
+// which they lie, the memory asked for ahead of it up to `end`: what lies behind belongs to another share.
+void one_row(const Linear& c, int64_t first, const uint16_t* end) {
+  const float* x = c.x;
+  lanes sums[kOuts] = {};
+  int64_t whole = c.ins / kPair * kPair;
+  for (int64_t j = 0; j < kOuts && first + j < c.outs; j++) {
+    const uint16_t* w = c.weights + (first + j) * c.weight_row;
+    lanes sum = {};
+    for (int64_t i = 0; i < whole; i += kPair) {
+      if (i % kLine == 0 && w + i + kAhead < end) __builtin_prefetch(w + i + kAhead);
+      lanes even, odd;
+      widen(w + i, &even, &odd);
+      sum += load(x + i) * even;
+      sum += load(x + i + kLanes) * odd;
+    }
+    if (whole < c.ins) {
+      float rest[kPair];
+      widen_row(w + whole, c.ins - whole, rest);
+      sum += load(x + whole) * load(rest);
+      sum += load(x + whole + kLanes) * load(rest + kLanes);
+    }
+    sums[j] = sum;
+  }
+  float found[kOuts];
+  totals(sums, found);
+  totals(sums + 4, found + 4);
+  for (int64_t j = 0; j < kOuts && first + j < c.outs; j++) put(c, 0, first + j, found[j]);
+}
+
+// Seven loads for twelve multiplications of a whole vector.
+INLINE void add_tile(const float* w, const float* const* x, int64_t size, lanes* sums) {
+  lanes a[kTile];
+  std::memcpy(a, sums, sizeof a);
+  for (int64_t i = 0; i < size; i += kLanes) {
+    lanes x0 = load(x[0] + i), x1 = load(x[1] + i), x2 = load(x[2] + i);
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < kTileOuts; j++) {
+      lanes ws = load(w + j * kBlock + i);
+      a[j] += x0 * ws;
+      a[kTileOuts + j] += x1 * ws;
+      a[2 * kTileOuts + j] += x2 * ws;
+    }
+  }
+  std::memcpy(sums, a, sizeof a);
+}
+
+// Rows begin..end of four outputs. Each sum goes through the inputs in order, as that of one row does.
+void many_rows(const Linear& c, int64_t first, int64_t begin, int64_t end, float* mine) {
+  const float* x = c.x;
+  int64_t width = padded(c.ins);
+  float* wide = mine;
+  lanes* sums = reinterpret_cast<lanes*>(mine + kTileOuts * kBlock);
+  int64_t tiles = (end - begin + kTileRows - 1) / kTileRows;
+  std::memset(sums, 0, tiles * kTile * sizeof(lanes));
+  for (int64_t from = 0; from < width; from += kBlock) {
+    int64_t size = from + kBlock < width ? kBlock : width - from;
+    int64_t given = from + size < c.ins ? size : c.ins - from;
+    for (int64_t j = 0; j < kTileOuts; j++) {
+      int64_t out = first + j < c.outs ? first + j : c.outs - 1;
+      widen_row(c.weights + out * c.weight_row + from, given, wide + j * kBlock);
+    }
+    for (int64_t tile = 0; tile < tiles; tile++) {
+      const float* rows[kTileRows];
+      for (int64_t i = 0; i < kTileRows; i++) {
+        int64_t row = begin + tile * kTileRows + i;
+        rows[i] = x + (row < end ? row : end - 1) * width + from;
+      }
+      add_tile(wide, rows, size, sums + tile * kTile);
+    }
+  }
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    for (int64_t i = 0; i < kTileRows; i++) {
+      float found[kTileOuts];
+      totals(sums + tile * kTile + i * kTileOuts, found);
+      int64_t row = begin + tile * kTileRows + i;
+      for (int64_t j = 0; j < kTileOuts && row < end && first + j < c.outs; j++) put(c, row, first + j, found[j]);
+    }
+  }
+}
+
+// Which outputs of which rows are one share of a layer.
+struct Cut {
+  // Groups of outputs, groups in a share, shares of a block of rows.
+  int64_t groups, size, shares;
+  int64_t count;
+};
+
+INLINE Cut cut_linear(int64_t rows, int64_t outs, int64_t threads) {
+  int64_t each = rows == 1 ? kOuts : kTileOuts, groups = (outs + each - 1) / each;
+  // A share that is held up by another process leaves the later ones to the other threads.
+  int64_t size = groups / (threads * 8) + 1, shares = (groups + size - 1) / size;
+  return {groups, size, shares, (rows + kRows - 1) / kRows * shares};
+}
+
+void linear_share(const Linear& c, const Cut& cut, int64_t index) {
+  int64_t begin = index / cut.shares * kRows, end = begin + kRows < c.rows ? begin + kRows : c.rows;
+  int64_t group = index % cut.shares * cut.size, stop = group + cut.size < cut.groups ? group + cut.size : cut.groups;
+  alignas(64) float mine[kOwn];
+  const uint16_t* behind = c.weights + (stop * kOuts < c.outs ? stop * kOuts : c.outs) * c.weight_row;
+  for (; group < stop; group++) {
+    if (c.rows == 1)
+      one_row(c, group * kOuts, behind);
+    else
+      many_rows(c, group * kTileOuts, begin, end, mine);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,111 @@
+// A chain of steps over the same rows in one call, on a CPU without bf16 arithmetic. Contract: contract.py.
+//
+// Steps of a level read what earlier levels made; the team shares the work of a level. No Python and no torch in here:
+// numbers and addresses come in, and nothing is allocated.
+
+#include "linear.h"
+#include "rows.h"
+
+extern "C" {
+
+typedef void (*farspan_work)(const void* context, int64_t level, int64_t index, int64_t thread);
+typedef void (*farspan_team)(farspan_work, const void* context, int64_t levels, const int64_t* counts, int64_t threads);
+
+// Field for field the Structures in native.py. a, b, c, y and wide are numbers of buffers; `wide` gets what y gets in
+// fp32, -1: nothing does.
+struct Step {
+  int64_t kind, level, a, b, c, y, wide, width, size, turned, form, weight_row;
+  const uint16_t *weights, *bias;
+  double eps;
+};
+
+constexpr int64_t kBuffers = 40, kSteps = 32;
+
+// Rows of a buffer are so many bytes apart. Buffers without an address lie in `scratch`, each row for row.
+struct Run {
+  char* at[kBuffers];
+  int64_t apart[kBuffers];
+  const Step* steps;
+  char* scratch;
+  farspan_team team;
+  int64_t num_steps, num_buffers, rows, threads;
+};
+}
+
+namespace {
+
+enum Kind { kWiden, kMultiply, kNormalize, kGate, kAdd, kRotate };
+
+// Rows of a share, where a row is little work.
+constexpr int64_t kFew = 8;
+
+struct Shared {
+  const Run& run;
+  char* at[kBuffers];
+  Cut cuts[kSteps];
+  int64_t first[kSteps + 1];
+};
+
+INLINE int64_t count_shares(const Shared& s, int64_t step) {
+  return s.run.steps[step].kind == kMultiply ? s.cuts[step].count : (s.run.rows + kFew - 1) / kFew;
+}
+
+void one_step(const Shared& s, const Step& step, int64_t row) {
+  auto at = [&](int64_t buffer) { return reinterpret_cast<uint16_t*>(s.at[buffer] + row * s.run.apart[buffer]); };
+  switch (step.kind) {
+    case kNormalize:
+      norm_row(at(step.a), step.weights, at(step.y), step.width, step.size, static_cast<float>(step.eps), step.form);
+      break;
+    case kGate:
+      gate_row(at(step.a), at(step.b), at(step.y), step.width, step.form);
+      break;
+    case kAdd:
+      add_row(at(step.a), at(step.b), at(step.y), step.width);
+      break;
+    case kRotate:
+      rotate_row(at(step.a), at(step.b), at(step.c), at(step.y), step.width, step.size, step.turned);
+      break;
+  }
+  if (step.wide >= 0) widen_row(at(step.kind == kWiden ? step.a : step.y), step.width, reinterpret_cast<float*>(at(step.wide)));
+}
+
+void work(const void* context, int64_t level, int64_t index, int64_t) {
+  const Shared& s = *static_cast<const Shared*>(context);
+  int64_t number = s.first[level];
+  for (; index >= count_shares(s, number); number++) index -= count_shares(s, number);
+  const Step& step = s.run.steps[number];
+  if (step.kind == kMultiply) {
+    const Linear linear{reinterpret_cast<const float*>(s.at[step.a]), step.weights, step.bias,
+                        reinterpret_cast<uint16_t*>(s.at[step.y]), s.run.rows, step.size, step.width, step.weight_row,
+                        s.run.apart[step.y] / 2};
+    return linear_share(linear, s.cuts[number], index);
+  }
+  const int64_t end = (index + 1) * kFew;
+  for (int64_t row = index * kFew; row < end && row < s.run.rows; row++) one_step(s, step, row);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Bytes of a widened row.
+int64_t farspan_wide_bytes(int64_t width) { return padded(width) * 4; }
+
+void farspan_chain(const Run* given) {
+  const Run& run = *given;
+  Shared s{run, {}, {}, {}};
+  char* next = run.scratch;
+  for (int64_t i = 0; i < run.num_buffers; i++) {
+    s.at[i] = run.at[i] ? run.at[i] : next;
+    if (!run.at[i]) next += (run.rows * run.apart[i] + 63) / 64 * 64;
+  }
+  int64_t counts[kSteps] = {}, levels = 0;
+  for (int64_t i = 0; i < run.num_steps; i++) {
+    const Step& step = run.steps[i];
+    if (step.kind == kMultiply) s.cuts[i] = cut_linear(run.rows, step.size, run.threads);
+    if (step.level == levels) s.first[levels++] = i;
+    counts[step.level] += count_shares(s, i);
+  }
+  run.team(work, &s, levels, counts, run.threads);
+}
+}

@@ -1,0 +1,88 @@
+"""The team of threads does every share once, level by level, and waits for nobody who has not come."""
+
+import ctypes
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from farspan.kernels.team.native import load_team
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
+WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+TEAM = ctypes.CFUNCTYPE(None, WORK, ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64)
+DEADLINE_S = 60.0
+
+
+def run(work, counts, threads):
+    """`work(level, index, thread)` for every share."""
+    TEAM(load_team())(
+        WORK(lambda _, *share: work(*share)), None, len(counts), (ctypes.c_int64 * len(counts))(*counts), threads
+    )
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("counts", [[1], [40], [3, 0, 7, 1, 20], [0, 0], [0, 2]], ids=str)
+def test_every_share_is_done_once_and_no_level_begins_before_the_one_before_is_done(counts, threads) -> None:
+    for _ in range(20):
+        begun: list[tuple[int, int]] = []
+        early: list[tuple[int, int]] = []
+        who: set[int] = set()
+        done = [0] * len(counts)
+        lock = threading.Lock()
+
+        def work(level, index, thread, begun=begun, early=early, who=who, done=done, lock=lock):
+            with lock:
+                begun.append((level, index))
+                who.add(thread)
+                if done[:level] != counts[:level]:
+                    early.append((level, index))
+            with lock:
+                done[level] += 1
+
+        run(work, counts, threads)
+        assert sorted(begun) == [(level, index) for level, count in enumerate(counts) for index in range(count)]
+        assert early == []
+        assert who <= set(range(threads))
+
+
+@needs_compiler
+def test_a_thread_that_is_held_up_in_one_share_leaves_all_the_others_to_the_rest() -> None:
+    others, released = [], []
+    all_others = threading.Event()
+
+    def work(_, index, thread):
+        if index == 0:
+            released.append(all_others.wait(DEADLINE_S))
+            return
+        others.append(thread)
+        if len(others) == 30:
+            all_others.set()
+
+    run(work, [31], 2)
+    assert released == [True]
+    assert len(set(others)) == 1
+
+
+@needs_compiler
+def test_a_forked_process_that_has_none_of_the_threads_computes_alone() -> None:
+    script = f"""
+import os, sys
+sys.path[:0] = {sys.path!r}
+from tests.kernels.test_team import run
+def count():
+    done = []
+    run(lambda level, index, thread: done.append(thread), [50, 50], 3)
+    return done
+assert len(count()) == 100
+child = os.fork()
+if child == 0:
+    os._exit(0 if count() == [0] * 100 else 1)
+assert os.waitpid(child, 0)[1] == 0
+print("both")
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert found.stdout.strip() == "both", found.stderr[-800:]
