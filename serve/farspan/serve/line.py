@@ -13,10 +13,11 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from farspan.errors import ClusterError
+from farspan.kv.ticket import KvOffer
 from farspan.serve.faults import being_cancelled
 from farspan.serve.life import Watch, unless_silent
 from farspan.serve.mailbox import Inbox, ends
-from farspan.serve.messages import Elsewhere, Failed, StreamItem
+from farspan.serve.messages import Alive, Elsewhere, Failed, Prefilled, StreamItem
 
 
 class Line:
@@ -102,6 +103,7 @@ async def followed(call: AsyncGenerator[StreamItem | Elsewhere], inbox: Inbox) -
             over = False
             while not over:
                 told = await inbox.take()
+                assert not isinstance(told, Prefilled | KvOffer | Alive)
                 over = ends(told)
                 yield told
         finally:

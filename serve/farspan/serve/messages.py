@@ -118,7 +118,7 @@ PrefillItem = KvOffer | Prefilled | Failed
 class Bundle:
     """Items of several answers, each with its request; in the order in which they came."""
 
-    items: tuple[tuple[str, StreamItem], ...]
+    items: tuple[tuple[str, StreamItem | PrefillItem], ...]
 
 
 NUM_ROLES = 2
