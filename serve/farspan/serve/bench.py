@@ -72,8 +72,9 @@ def bench_serve(bench: ServeBench | None = None) -> list[dict[str, Any]]:
         with _served(bench, folder, split=True) as client:
             split = asyncio.run(_interference(bench, client))
         if bench.engine.threads > 1:
-            # An engine on every core has no endpoint beside it; here it leaves one, by both ways.
-            sparing = replace(bench, engine=replace(bench.engine, threads=bench.engine.threads - 1))
+            # An engine on every core leaves none for an endpoint. One that spares a core is slower, by both ways.
+            few = max(1, bench.engine.turns - 1)
+            sparing = replace(bench, engine=replace(bench.engine, threads=bench.engine.threads - 1, turns=few))
             with (
                 _served(sparing, folder, split=False) as client,
                 contender(FARSPAN, folder, sparing.engine, log) as engine,
