@@ -63,14 +63,23 @@ def bench_serve(bench: ServeBench | None = None) -> list[dict[str, Any]]:
         folder = Path(scratch) / "model"
         num_weights, _ = write_checkpoint(bench.engine, folder)
         write_tokenizer(folder, bench.engine.settings["vocab_size"])
-        rows = []
+        log, rows = Path(scratch) / "engine.log", []
         with _served(bench, folder, split=False) as client:
-            with contender(FARSPAN, folder, bench.engine, Path(scratch) / "engine.log") as engine:
+            with contender(FARSPAN, folder, bench.engine, log) as engine:
                 rows += _throughput(bench, engine.ask, client)
             rows += _prefix(bench, client)
             colocated = asyncio.run(_interference(bench, client))
         with _served(bench, folder, split=True) as client:
             split = asyncio.run(_interference(bench, client))
+        if bench.engine.threads > 1:
+            # An engine on every core leaves none for an endpoint. One that spares a core is slower, by both ways.
+            few = max(1, bench.engine.turns - 1)
+            sparing = replace(bench, engine=replace(bench.engine, threads=bench.engine.threads - 1, turns=few))
+            with (
+                _served(sparing, folder, split=False) as client,
+                contender(FARSPAN, folder, sparing.engine, log) as engine,
+            ):
+                rows += _throughput(sparing, engine.ask, client)
     rows += interference_rows(bench, colocated, split)
     return [{**row, "weights": num_weights} for row in rows]
 
@@ -122,17 +131,18 @@ def _throughput(bench: ServeBench, ask: Any, client: BenchClient) -> list[dict[s
         if turn:
             bare.append(seconds)
             through.append(http_s)
-    return throughput_rows(work, bare, through)
+    return throughput_rows(work, bench.engine.threads, bare, through)
 
 
-def throughput_rows(work: Work, bare: Sequence[float], through: Sequence[float]) -> list[dict[str, Any]]:
-    """Seconds of each turn by both ways, as rows."""
+def throughput_rows(work: Work, threads: int, bare: Sequence[float], through: Sequence[float]) -> list[dict[str, Any]]:
+    """Seconds of each turn by both ways, as rows; `threads`: of the engine."""
     num_tokens = work.count * work.new_tokens
     part = statistics.median(a / b for a, b in zip(bare, through, strict=True))
+    same: dict[str, Any] = {"work": work.name, "threads": threads}
     return [
-        {"work": work.name, "through": "engine", "new_tokens_per_s": num_tokens / statistics.median(bare)},
+        {**same, "through": "engine", "new_tokens_per_s": num_tokens / statistics.median(bare)},
         {
-            "work": work.name,
+            **same,
             "through": "HTTP streams",
             "new_tokens_per_s": num_tokens / statistics.median(through),
             "part of the engine": part,

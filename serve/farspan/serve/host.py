@@ -27,10 +27,11 @@ from farspan.kv.puller import Arrival, Puller
 from farspan.kv.ticket import KvOffer, KvTicket, LeaseTable
 from farspan.kv.transports.base import Transport
 from farspan.serve.load import Identity, WorkerLoad
-from farspan.serve.mailbox import Command, Inbox, Mailbox, tell
+from farspan.serve.mailbox import Command, Inbox, Mailbox, Outbox, ends, tell
 from farspan.serve.messages import (
     Alive,
     Caller,
+    Elsewhere,
     Failed,
     GenerationRequest,
     Prefilled,
@@ -42,6 +43,7 @@ from farspan.serve.messages import (
 )
 from farspan.serve.quotas import Quota
 from farspan.serve.standing import Role, load_of
+from farspan.serve.trunk import Trunk
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -63,7 +65,7 @@ class _Client:
     """Who waits for a request."""
 
     request: GenerationRequest
-    push: Callable[[StreamItem | PrefillItem], None]
+    inbox: Inbox
     started_s: float
     prefill_only: bool = False
     in_parts: bool = False
@@ -86,7 +88,7 @@ class EngineHost:
         self._offered: dict[str, str] = {}
         """The request of each open ticket."""
         self._puller = Puller(engine.pool, transport, config.deadline_s)
-        self._commands = Mailbox()
+        self._commands, self._outbox = Mailbox(), Outbox()
         self._clients: dict[str, _Client] = {}
         self._wanting_pages: list[_Client] = []
         self._quota = Role(engine)
@@ -138,10 +140,17 @@ class EngineHost:
         return await self._call(lambda: self._follow(offer))
 
     async def stream(
-        self, request: GenerationRequest, answered: tuple[int, ...], ticket: KvTicket | None
-    ) -> AsyncGenerator[StreamItem | Alive]:
-        """The tokens after `answered`. With a ticket, the prompt's pages are fetched instead of computed."""
-        async for item in self._serve(request, answered=answered, ticket=ticket):
+        self,
+        request: GenerationRequest,
+        answered: tuple[int, ...],
+        ticket: KvTicket | None,
+        trunk: Trunk | None = None,
+    ) -> AsyncGenerator[StreamItem | Alive | Elsewhere]:
+        """The tokens after `answered`. With a ticket, the prompt's pages are fetched instead of computed.
+
+        They go by the trunk if it is open when the first of them are there.
+        """
+        async for item in self._serve(request, answered=answered, ticket=ticket, trunk=trunk):
             assert not isinstance(item, Prefilled | KvOffer)
             yield item
 
@@ -179,18 +188,30 @@ class EngineHost:
         in_parts: bool = False,
         answered: tuple[int, ...] = (),
         ticket: KvTicket | None = None,
-    ) -> AsyncGenerator[StreamItem | PrefillItem | Alive]:
+        trunk: Trunk | None = None,
+    ) -> AsyncGenerator[StreamItem | PrefillItem | Alive | Elsewhere]:
         self.check()
         inbox = Inbox()
-        client = _Client(request, inbox.push, time.monotonic(), prefill_only, in_parts, answered, ticket)
+        client = _Client(request, inbox, time.monotonic(), prefill_only, in_parts, answered, ticket)
         self._commands.put(Command(lambda: self._admit(client), lambda error: inbox.push(Failed(error))))
         over = False
         try:
             while not over:
                 item = await inbox.take(self._pulse_s)
-                over = isinstance(item, Prefilled | Failed) or (isinstance(item, Tokens) and item.finish is not None)
-                yield item
+                over = ends(item)
+                if trunk is None or not trunk.is_open or over or not isinstance(item, Tokens):
+                    yield item
+                    continue
+                trunk.divert(request.request_id, inbox, item)
+                yield Elsewhere()
+                last = await inbox.take()
+                over = inbox.is_diverted
+                if not over:
+                    yield last
+                    return
         finally:
+            if trunk is not None:
+                trunk.leave(request.request_id)
             # The client went away: nobody reads what the engine would still compute.
             if not over:
                 with suppress(EngineError):
@@ -231,6 +252,7 @@ class EngineHost:
             self._commands.close(self._ended())
             for client in list(self._clients.values()):
                 self._fail(client, self._ended())
+            self._outbox.send()
 
     def _ended(self) -> EngineError:
         return EngineError(f"the {self._role} worker stopped: {self._dead or 'shutting down'}")
@@ -245,6 +267,8 @@ class EngineHost:
         self._start_pulls()
         for arrival in self._puller.poll(time.monotonic()):
             self._after_pull(arrival)
+        # An iteration takes long: nobody waits for it who need not.
+        self._outbox.send()
         if self._engine.has_work:
             self._quota.keep()
             for event in self._engine.step():
@@ -252,6 +276,7 @@ class EngineHost:
             self._offer_parts()
             if self._engine.stalled:
                 self._puller.yield_early()
+        self._outbox.send()
 
     def _patience(self) -> float:
         """Seconds this turn may wait for a command."""
@@ -264,7 +289,7 @@ class EngineHost:
     def _admit(self, client: _Client) -> None:
         request = client.request
         if request.request_id in self._clients:
-            client.push(Failed(EngineError(f"request {request.request_id} is already here")))
+            self._outbox.put(client.inbox, Failed(EngineError(f"request {request.request_id} is already here")))
             return
         self._clients[request.request_id] = client
         self._know(request.request_id)
@@ -354,7 +379,7 @@ class EngineHost:
                 num_tokens, source = len(client.request.prompt), self._transport.address()
                 offer = self._leases.grow(request_id, life, pages, num_tokens, source, time.time())
                 if offer is not None:
-                    client.push(offer)
+                    self._outbox.put(client.inbox, offer)
 
     def _after_pull(self, arrival: Arrival) -> None:
         client = self._clients.get(arrival.ticket.request_id)
@@ -379,7 +404,9 @@ class EngineHost:
             self._fail(client, problem)
             return
         seconds = time.monotonic() - client.pull_started_s
-        client.push(Pulled(len(ticket.pages), ticket.num_bytes, seconds, self._transport.name, arrival.num_early))
+        self._outbox.put(
+            client.inbox, Pulled(len(ticket.pages), ticket.num_bytes, seconds, self._transport.name, arrival.num_early)
+        )
 
     def _after_event(self, event: TokenEvent | FailedEvent) -> None:
         client = self._clients[event.request_id]
@@ -387,12 +414,14 @@ class EngineHost:
             self._fail(client, event.error)
         elif client.prefill_only:
             self._clients.pop(event.request_id)
-            client.push(self._prefilled(client, event))
+            self._outbox.put(client.inbox, self._prefilled(client, event))
         else:
             if event.finish:
                 self._clients.pop(event.request_id)
             logprobs = () if event.logprobs is None else (event.logprobs,)
-            client.push(Tokens((event.token,), event.finish, logprobs, event.prompt_logprobs, event.num_found))
+            self._outbox.put(
+                client.inbox, Tokens((event.token,), event.finish, logprobs, event.prompt_logprobs, event.num_found)
+            )
 
     def _prefilled(self, client: _Client, event: TokenEvent) -> Prefilled:
         pages, num_tokens = self._engine.take(event.request_id)
@@ -414,7 +443,7 @@ class EngineHost:
         request_id = client.request.request_id
         self._clients.pop(request_id, None)
         self._leases.forget(request_id)
-        client.push(Failed(error))
+        self._outbox.put(client.inbox, Failed(error))
 
     def _forget(self, request_id: str) -> None:
         self._know(request_id)

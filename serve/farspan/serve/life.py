@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from farspan.errors import ClusterError
-from farspan.serve.messages import Alive
+from farspan.serve.messages import Alive, Elsewhere
 
 # A stream with nothing to say says so this often.
 PULSE_S = 1.0
@@ -35,16 +35,20 @@ class Watch:
 async def unless_silent(stream: AsyncIterable[Any], watch: Watch) -> AsyncGenerator[Any]:
     """What `stream` says, without its signs of life. Raises ClusterError when nothing was said for too long."""
     items = aiter(stream)
-    item = await (_next(items, watch) if watch.is_lost is None else _first(items, watch.is_lost, watch))
+    item = await (_next(items, watch, watch.silent_s) if watch.is_lost is None else _first(items, watch.is_lost, watch))
+    silent_s: float | None = watch.silent_s
     while item is not _END:
         if not isinstance(item, Alive):
             yield item
-        item = await _next(items, watch)
+        if isinstance(item, Elsewhere):
+            # What tells that it is alive is told there.
+            silent_s = None
+        item = await _next(items, watch, silent_s)
 
 
-async def _next(items: AsyncIterator[Any], watch: Watch) -> Any:
+async def _next(items: AsyncIterator[Any], watch: Watch, silent_s: float | None) -> Any:
     try:
-        async with asyncio.timeout(watch.silent_s):
+        async with asyncio.timeout(silent_s):
             return await anext(items, _END)
     except TimeoutError:
         raise _silent(watch) from None

@@ -6,12 +6,20 @@ import asyncio
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from farspan.errors import EngineError
-from farspan.serve.messages import Alive, PrefillItem, StreamItem, Tokens
+from farspan.serve.messages import Alive, Failed, Prefilled, PrefillItem, StreamItem, Tokens
+
+Item = StreamItem | PrefillItem
+
+
+def ends(item: Item | Alive) -> bool:
+    """Whether nothing comes after it."""
+    return isinstance(item, Prefilled | Failed) or (isinstance(item, Tokens) and item.finish is not None)
 
 
 def _nobody(_: EngineError) -> None:
@@ -61,14 +69,46 @@ class Inbox:
     """Items from the engine's thread to one waiting coroutine."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._items: deque[StreamItem | PrefillItem] = deque()
+        self.loop = asyncio.get_running_loop()
+        self._items: deque[Item] = deque()
         self._filled = asyncio.Event()
+        self._elsewhere: Callable[[Item], None] | None = None
 
-    def push(self, item: StreamItem | PrefillItem) -> None:
-        tell(self._loop, lambda: self._put(item))
+    @property
+    def is_diverted(self) -> bool:
+        return self._elsewhere is not None
 
-    async def take(self, patience_s: float | None = None) -> StreamItem | PrefillItem | Alive:
+    def push(self, item: Item) -> None:
+        """From any thread."""
+        tell(self.loop, lambda: self.put(item))
+
+    def put(self, item: Item) -> None:
+        """In the loop of whoever takes it."""
+        if self._elsewhere is not None:
+            self._elsewhere(item)
+            if not ends(item):
+                return
+        self._items.append(item)
+        self._filled.set()
+
+    def divert(self, elsewhere: Callable[[Item], None]) -> None:
+        """What is here, and what comes, is put `elsewhere`; only the last item of all is here too."""
+        self._elsewhere = elsewhere
+        items = list(self._items)
+        self._clear()
+        for item in items:
+            self.put(item)
+
+    def restore(self) -> None:
+        """Nothing is put elsewhere any more, and nothing that was is here."""
+        self._elsewhere = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._items.clear()
+        self._filled.clear()
+
+    async def take(self, patience_s: float | None = None) -> Item | Alive:
         """The next item, or `Alive` when there is none for so long.
 
         Tokens that piled up while the reader was slow come together.
@@ -88,9 +128,29 @@ class Inbox:
             self._filled.clear()
         return item
 
-    def _put(self, item: StreamItem | PrefillItem) -> None:
-        self._items.append(item)
-        self._filled.set()
+
+class Outbox:
+    """What the engine's thread has for inboxes. A loop is woken once for all of it: each wake-up takes the
+    interpreter's lock from the engine.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[asyncio.AbstractEventLoop, list[tuple[Inbox, Item]]] = {}
+
+    def put(self, inbox: Inbox, item: Item) -> None:
+        """Keep an item until the next `send`."""
+        self._kept.setdefault(inbox.loop, []).append((inbox, item))
+
+    def send(self) -> None:
+        """Hand everything over, in the order in which it was put."""
+        kept, self._kept = self._kept, {}
+        for loop, items in kept.items():
+            tell(loop, partial(_put_all, items))
+
+
+def _put_all(items: Sequence[tuple[Inbox, Item]]) -> None:
+    for inbox, item in items:
+        inbox.put(item)
 
 
 def tell(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:

@@ -105,8 +105,20 @@ class Alive:
     """Nothing new, but the worker is there: without it nobody could tell a long prompt from a frozen process."""
 
 
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """The rest of an answer comes by the stream that the ingress has for all answers of a worker."""
+
+
 StreamItem = Pulled | Tokens | Failed
 PrefillItem = KvOffer | Prefilled | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """Items of several answers, each with its request; in the order in which they came."""
+
+    items: tuple[tuple[str, StreamItem | PrefillItem], ...]
 
 
 NUM_ROLES = 2

@@ -44,13 +44,10 @@ class Relay:
             self._telling = asyncio.ensure_future(self._tell())
         self._offers.put_nowait(offer)
 
-    def settle(self) -> Any:
-        """The handle of the worker that was told of the pages, or None; any other takes its calls when it is gone.
-
-        Nothing more is told.
-        """
+    def settle(self) -> str | None:
+        """The worker that was told of the pages. Nothing more is told."""
         self.end()
-        return None if self._told is None else self._decode.options(session_id=self._told, stream=True)
+        return self._told
 
     def end(self) -> None:
         """The worker is not needed any more."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, aclosing, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ray.exceptions import RayError
@@ -17,8 +17,10 @@ from farspan.errors import ClusterError
 from farspan.kv.ticket import KvOffer, KvTicket
 from farspan.serve.faults import being_cancelled
 from farspan.serve.life import SILENT_S, Watch, unless_silent
+from farspan.serve.line import Lines, followed
 from farspan.serve.load import WorkerLoad
-from farspan.serve.messages import Failed, GenerationRequest, Prefilled, StreamItem, WorkerInfo
+from farspan.serve.mailbox import Inbox
+from farspan.serve.messages import Elsewhere, Failed, GenerationRequest, Prefilled, StreamItem, WorkerInfo
 from farspan.serve.policy import Place
 from farspan.serve.quotas import Orders
 from farspan.serve.relay import Relay
@@ -74,6 +76,7 @@ class Router:
         self._relays: dict[str, Relay] = {}
         """Of each request whose prompt is computed on a worker of its own, until it is answered."""
         self._errands: set[asyncio.Task[None]] = set()
+        self._lines = Lines()
 
     async def prefill(
         self, request: GenerationRequest, place: Place | None = None, answering: Place | None = None
@@ -113,14 +116,29 @@ class Router:
         ticket: KvTicket | None,
         place: Place | None = None,
     ) -> AsyncGenerator[StreamItem]:
-        handle = self._at(place, self._decode_stream, stream=True)
         relay = self._relays.pop(request.request_id, None)
-        # Whoever was told of the pages has them.
         told = None if relay is None else relay.settle()
-        call = (told or handle).resume.remote(request, answered, ticket)
-        async with aclosing(_items(call, self._watch(lambda: self._is_lost(place)))) as items:
-            async for item in items:
-                yield item
+        if told is not None:
+            # Whoever was told of the pages has them; any other takes the call when it is gone.
+            place = replace(place or Place("decode", told), worker=told)
+        with self._riding(request.request_id, place) as (line, inbox):
+            handle = self._at(place, self._decode_stream, stream=True)
+            call = handle.resume.remote(request, answered, ticket, line)
+            said = _items(call, self._watch(lambda: self._is_lost(place)))
+            async with aclosing(followed(said, inbox)) as items:
+                async for item in items:
+                    yield item
+
+    @contextmanager
+    def _riding(self, request_id: str, place: Place | None) -> Iterator[tuple[str, Inbox]]:
+        """(name, inbox) of the line of a worker; where any may answer there is none."""
+        if place is None:
+            yield "", Inbox()
+            return
+        handle = self._at(place, None, stream=True)
+        line = self._lines.of(place.worker, lambda name: handle.carry.remote(place.worker, name), self._watch())
+        with line.rider(request_id) as inbox:
+            yield line.name, inbox
 
     def release(self, ticket_id: str, place: Place | None = None) -> None:
         self._send(self._at(place, self._prefill), "release", ticket_id)
@@ -217,7 +235,7 @@ async def _heard(stream: Any, relay: Relay, silent_s: float) -> Prefilled | Fail
     return answer
 
 
-async def _items(stream: Any, watch: Watch) -> AsyncGenerator[StreamItem]:
+async def _items(stream: Any, watch: Watch) -> AsyncGenerator[StreamItem | Elsewhere]:
     """What a decode worker says, and that it was lost, if it was."""
     over = False
     try:

@@ -28,9 +28,20 @@ from farspan.serve.folder import open_model_folder
 from farspan.serve.host import EngineHost
 from farspan.serve.life import PULSE_S
 from farspan.serve.load import Identity, WorkerLoad
-from farspan.serve.messages import Alive, Failed, GenerationRequest, Prefilled, PrefillItem, StreamItem, WorkerInfo
+from farspan.serve.messages import (
+    Alive,
+    Bundle,
+    Elsewhere,
+    Failed,
+    GenerationRequest,
+    Prefilled,
+    PrefillItem,
+    StreamItem,
+    WorkerInfo,
+)
 from farspan.serve.quotas import Orders
 from farspan.serve.ranks import Ranks, on_device
+from farspan.serve.trunk import Trunks
 
 
 class Worker:
@@ -57,6 +68,7 @@ class Worker:
         self._weights = engine.pool.layout.model
         self._identity = Identity(replica_name(), self.role, uuid.uuid4().hex, machine_kind(engine))
         self._drain_s = min(config.drain_s, config.transfer.deadline_s)
+        self._trunks = Trunks()
         self._host.start()
 
     async def prefill(self, request: GenerationRequest) -> Prefilled | Failed:
@@ -79,16 +91,28 @@ class Worker:
         return self._identity.worker == replica_id and await self._host.follow(offer)
 
     async def resume(
-        self, request: GenerationRequest, answered: tuple[int, ...], ticket: KvTicket | None
-    ) -> AsyncIterator[StreamItem | Alive]:
-        """Fetch a prompt's pages (or compute them, where there is no ticket) and go on with the answer."""
+        self, request: GenerationRequest, answered: tuple[int, ...], ticket: KvTicket | None, trunk: str
+    ) -> AsyncIterator[StreamItem | Alive | Elsewhere]:
+        """Fetch a prompt's pages (or compute them, where there is no ticket) and go on with the answer.
+
+        `trunk`: the name of one that its tokens may go by.
+        """
         if (refused := refusal(request, self._weights)) is not None:
             yield refused
             return
         yield Alive()
-        async with aclosing(self._host.stream(request, answered, ticket)) as items:
-            async for item in items:
-                yield item
+        with self._trunks.rider(trunk) as ridden:
+            async with aclosing(self._host.stream(request, answered, ticket, ridden)) as items:
+                async for item in items:
+                    yield item
+
+    async def carry(self, replica_id: str, trunk: str) -> AsyncIterator[Bundle | Alive]:
+        """Say what goes by a trunk, on the replica of this id only."""
+        if self._identity.worker != replica_id:
+            return
+        async with aclosing(self._trunks.opened(trunk)) as bundles:
+            async for bundle in bundles:
+                yield bundle
 
     async def release(self, ticket_id: str) -> bool:
         """The pages arrived elsewhere, or nobody wants them; true when this worker had handed them out."""

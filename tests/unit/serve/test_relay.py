@@ -78,6 +78,10 @@ class Handle:
         self.calls.append(f"remote {self.named}")
         return Stream(self.said)
 
+    @property
+    def carry(self):
+        return SimpleNamespace(remote=lambda *_: Stream([]))
+
     def broadcast(self, verb, *arguments):
         if verb != "follow":
             self.calls.append(verb)

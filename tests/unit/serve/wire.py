@@ -12,7 +12,8 @@ from ray.exceptions import ActorUnavailableError
 
 from farspan.serve.host import EngineHost
 from farspan.serve.load import Identity
-from farspan.serve.messages import Alive
+from farspan.serve.messages import Alive, Bundle
+from farspan.serve.trunk import Trunks
 
 _PATIENCE_S = 0.1
 
@@ -22,8 +23,9 @@ Fault = Callable[["Replica"], None]
 class Replica:
     """One worker. While it is frozen it says nothing; what it is told then reaches it when it wakes."""
 
-    def __init__(self, name: str, deployment: str, host: EngineHost) -> None:
+    def __init__(self, name: str, deployment: str, host: EngineHost, pulse_s: float = 0.05) -> None:
         self.name, self.deployment, self.host = name, deployment, host
+        self.trunks = Trunks(pulse_s)
         self.awake = asyncio.Event()
         self.awake.set()
         self.calls: list[Call] = []
@@ -40,6 +42,13 @@ class Replica:
         """Every call of it breaks off; it does not know."""
         for call in self.calls:
             call.break_off()
+
+    async def resumed(self, request: Any, answered: Any, ticket: Any, trunk: str) -> AsyncGenerator[Any]:
+        """As `Worker.resume`."""
+        with self.trunks.rider(trunk) as ridden:
+            async with aclosing(self.host.stream(request, answered, ticket, ridden)) as items:
+                async for item in items:
+                    yield item
 
     async def ask(self, method: str, *arguments: Any) -> Any:
         await self.awake.wait()
@@ -58,7 +67,13 @@ class Call:
         self._said: asyncio.Queue[Any] = asyncio.Queue()
         self._working = asyncio.ensure_future(self._work(items))
         self._errand: asyncio.Future[None] | None = None
+        self.num_bundles = 0
         replica.calls.append(self)
+
+    @property
+    def carries(self) -> bool:
+        """Whether it is one for many answers."""
+        return self.num_bundles > 0
 
     def cancel(self) -> None:
         # Over a connection that broke nothing is told.
@@ -87,6 +102,7 @@ class Call:
             await replica.awake.wait()
             if self._broken:
                 raise ActorUnavailableError("the connection was reset", None)
+            self.num_bundles += isinstance(item, Bundle)
             yield item
 
 
@@ -131,7 +147,11 @@ class Deployment:
 
     def _call(self, replica: Replica, method: str, *arguments: Any) -> Any:
         if method == "resume":
-            return Call(replica, replica.host.stream(*arguments))
+            return Call(replica, replica.resumed(*arguments))
+        if method == "carry":
+            name, trunk = arguments
+            assert replica.name == name, "every worker of this world is there, frozen or not"
+            return Call(replica, replica.trunks.opened(trunk))
         if method == "prefill_in_parts":
             return Call(replica, replica.host.prefill_in_parts(*arguments))
         return replica.ask(method, *arguments)
