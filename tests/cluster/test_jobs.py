@@ -1,4 +1,4 @@
-"""Jobs on a real local Ray: submission with the wheel, workers, errors that cross processes."""
+"""Jobs on a real local Ray: submission with the package, workers, errors that cross processes."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import ray
+from ray._private.runtime_env.packaging import get_uri_for_directory
 from tests.support.corpus import REPOSITORY, small_corpus
 from tests.support.local_ray import LocalRay
 from tests.support.runs import tiny_run
 
 from farspan.errors import ClusterError, ConfigError, CorruptDataError, OutOfMemoryError
-from farspan.jobs.submit import Submitted, connect, follow, submit_training
+from farspan.jobs.package import lay_out, package_files
+from farspan.jobs.submit import Submitted, connect, follow, submit_command, submit_training
 from farspan.jobs.train import run_training
 from farspan.telemetry.events import (
     CheckpointPublished,
@@ -118,7 +121,7 @@ def test_a_corrupt_shard_stops_the_run_with_its_name(ray_cluster: LocalRay, tmp_
         run_training(tiny_run(corpus, str(tmp_path / "run")), [], lambda event: None)
 
 
-def test_a_submitted_job_runs_the_shipped_wheel_and_its_log_is_followed(
+def test_a_submitted_job_runs_the_shipped_package_and_its_log_is_followed(
     ray_cluster: LocalRay, corpus: str, tmp_path: Path
 ) -> None:
     lines: list[str] = []
@@ -129,8 +132,28 @@ def test_a_submitted_job_runs_the_shipped_wheel_and_its_log_is_followed(
     assert "step     2/2" in log
     assert f"model published: {tmp_path / 'run' / 'model'}" in log
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["model_type"] == "llama"
-    (wheel,) = job.client.get_job_info(job.job_id).runtime_env["py_modules"]
-    assert wheel.endswith("-py3-none-any.whl")
+    package, info = lay_out(tmp_path)
+    assert job.client.get_job_info(job.job_id).runtime_env["py_modules"] == [
+        get_uri_for_directory(str(folder), include_gitignore=True) for folder in (package, info)
+    ]
+
+
+def test_two_jobs_that_bring_new_code_to_a_node_at_once_both_run_it(
+    ray_cluster: LocalRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = [*package_files(), ("farspan/new_code.py", b"")]
+    monkeypatch.setattr("farspan.jobs.package.package_files", lambda: iter(changed))
+
+    def run(name: str) -> list[str]:
+        lines: list[str] = []
+        # Different files beside the code make different environments of them.
+        follow(submit_command(ray_cluster.dashboard, "--help", {"name": name}, name), lines.append)
+        return lines
+
+    with ThreadPoolExecutor() as threads:
+        one, other = threads.map(run, ["one", "other"])
+    for lines in (one, other):
+        assert any(line.startswith("usage: farspan") for line in lines)
 
 
 def test_a_job_that_fails_says_so(ray_cluster: LocalRay, tmp_path: Path) -> None:

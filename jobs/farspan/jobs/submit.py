@@ -1,8 +1,7 @@
-"""Hand a command to a running Ray cluster through its job API, with farspan's wheel in the runtime environment."""
+"""Hand a command to a running Ray cluster through its job API, with this farspan in the runtime environment."""
 
 from __future__ import annotations
 
-import logging
 import socket
 import sys
 import tempfile
@@ -20,9 +19,7 @@ from farspan.config.load import dump_config
 from farspan.config.schema import RunConfig
 from farspan.errors import ClusterError
 from farspan.jobs.launch import ray_environment
-from farspan.jobs.wheel import build_wheel
-
-logger = logging.getLogger(__name__)
+from farspan.jobs.package import lay_out
 
 _POLL_S = 1.0
 _MISSED_POLLS = 30
@@ -34,9 +31,9 @@ STOP_S = 90
 """Seconds a stopped job has to publish its checkpoint before it is killed."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Submitted:
-    """A job on a cluster. Its id changes where it never began and is submitted once more."""
+    """A job on a cluster."""
 
     client: JobSubmissionClient
     job_id: str
@@ -64,7 +61,8 @@ def submit_command(address: str, command: str, files: dict[str, str], name: str)
             # Ray keeps the mode, whenever it unpacks them; among them may be keys.
             (folder / file).touch(mode=0o600)
             (folder / file).write_text(text, encoding="utf-8")
-        wheel = build_wheel(Path(scratch))
+        package = Path(scratch) / "package"
+        package.mkdir()
         try:
             client = JobSubmissionClient(address)
             job_id = _submit(
@@ -72,7 +70,7 @@ def submit_command(address: str, command: str, files: dict[str, str], name: str)
                 entrypoint=f"{_python(address)} -m farspan.cli.main {command}",
                 runtime_env={
                     "working_dir": str(folder),
-                    "py_modules": [str(wheel)],
+                    "py_modules": [str(part) for part in lay_out(package)],
                     # Ray gives a stopped job 3 seconds; a last checkpoint takes longer.
                     "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)},
                 },
@@ -181,7 +179,7 @@ def follow(job: Submitted, tell: Callable[[str], None]) -> None:
 
 def _lines(job: Submitted) -> Iterator[str]:
     """The whole lines of a job's log, until it succeeds; a job that fails is a ClusterError after its last line."""
-    shown, missed, first = 0, 0, job.job_id
+    shown, missed = 0, 0
     while True:
         try:
             status, log = job.client.get_job_status(job.job_id), job.client.get_job_logs(job.job_id)
@@ -199,25 +197,9 @@ def _lines(job: Submitted) -> Iterator[str]:
         if status == JobStatus.SUCCEEDED:
             return
         if status.is_terminal():
-            end = f"job {job.job_id} ended as {status}{_reason(job)}"
-            if shown or job.job_id != first or not _resubmit(job):
-                raise ClusterError(f"{end}; {'its log is above' if shown else 'it left no log'}")
-            yield f"{end} before it said anything; submitted once more as {job.job_id}"
+            where = "its log is above" if shown else "it left no log"
+            raise ClusterError(f"job {job.job_id} ended as {status}{_reason(job)}; {where}")
         time.sleep(_POLL_S)
-
-
-def _resubmit(job: Submitted) -> bool:
-    """Submit a job again that failed without a word: a cluster may lose the process that starts one."""
-    try:
-        told = job.client.get_job_info(job.job_id)
-        if told.status != JobStatus.FAILED:
-            return False
-        again = {"entrypoint": told.entrypoint, "runtime_env": told.runtime_env, "metadata": told.metadata}
-        job.job_id = job.client.submit_job(**again)
-    except Exception as problem:
-        logger.warning("job %s was not submitted once more: %s", job.job_id, problem)
-        return False
-    return True
 
 
 def _reason(job: Submitted) -> str:
