@@ -153,7 +153,7 @@ def test_two_jobs_that_bring_new_code_to_a_node_at_once_both_run_it(
     with ThreadPoolExecutor() as threads:
         one, other = threads.map(run, ["one", "other"])
     for lines in (one, other):
-        assert any(line.startswith("usage: farspan") for line in lines)
+        assert any("Usage: python -m farspan.cli.main" in line for line in lines)
 
 
 def test_a_job_that_fails_says_so(ray_cluster: LocalRay, tmp_path: Path) -> None:
