@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -54,3 +56,17 @@ def with_weights(steps: Sequence[Step], place: torch.dtype | str) -> list[Step]:
         type(step)(*(x.to(place) if isinstance(x, Tensor) else x for x in (getattr(step, n) for n in step.__slots__)))
         for step in steps
     ]
+
+
+def laid_together(steps: Sequence[Step]) -> list[Step]:
+    """The same with the weights of linear layers over the same rows in one piece."""
+    done: list[Step] = []
+    for x, group in groupby(steps, key=lambda step: step.x if isinstance(step, Multiply) else None):
+        same = list(group)
+        if x is None:
+            done += same
+            continue
+        layers = [step for step in same if isinstance(step, Multiply)]
+        weights = torch.cat([layer.w_NK for layer in layers]).split([len(layer.w_NK) for layer in layers])
+        done += [replace(layer, w_NK=weight) for layer, weight in zip(layers, weights, strict=True)]
+    return done

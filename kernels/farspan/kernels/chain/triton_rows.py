@@ -1,8 +1,8 @@
 """Normalizations, sums, rotations and gates of bf16 rows in Triton, several steps of a chain in one kernel.
 
 T rows of K numbers, or of H heads of D numbers, R of them rotated. Every value is rounded to the rows' type where the
-step that makes it ends, and is fp32 in between. Grids depend on shapes alone. A row is read wherever it lies, its numbers side by
-side; rows that are made lie one after another.
+step that makes it ends, and is fp32 in between. Grids depend on shapes alone. A row is read wherever it lies, its
+numbers side by side; rows that are made lie one after another.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ _GELU_TANH = tl.constexpr(1)
 # - sqrt(8 / pi)
 _STEEPNESS = tl.constexpr(-1.5957691216057308)
 _GATE_TILE, _TURNED_HEADS = 1024, 4
+# Products that are rounded and then added would become one operation that rounds once.
+OPTIONS = {"enable_fp_fusion": False}
 # fp16 is what Triton's interpreter rounds as a GPU does.
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -62,7 +64,7 @@ def turn_rows(
         0.0 if first is None else first.eps,
         HEADS=num_heads[0], OTHERS=num_others, D=dim, HALF=num_turned // 2, NORM=_form(first),
         BLOCK_H=_TURNED_HEADS, BLOCK_R=triton.next_power_of_2(num_turned // 2),
-        BLOCK_P=triton.next_power_of_2(max(1, dim - num_turned)), TYPE=TYPES[x.dtype], num_warps=4,
+        BLOCK_P=triton.next_power_of_2(max(1, dim - num_turned)), TYPE=TYPES[x.dtype], num_warps=4, **OPTIONS,
     )  # fmt: skip
     return made
 
@@ -72,7 +74,7 @@ def gate_rows(gate_TK: Tensor, up_TK: Tensor, activation: Activation) -> Tensor:
     num_rows, size = gate_TK.shape
     _gate_kernel[(num_rows, triton.cdiv(size, _GATE_TILE))](
         gate_TK, up_TK, y_TK, gate_TK.stride(0), up_TK.stride(0),
-        SIZE=size, TILE=_GATE_TILE, ACTIVATION=int(activation), TYPE=TYPES[up_TK.dtype], num_warps=4,
+        SIZE=size, TILE=_GATE_TILE, ACTIVATION=int(activation), TYPE=TYPES[up_TK.dtype], num_warps=4, **OPTIONS,
     )  # fmt: skip
     return y_TK
 
@@ -103,7 +105,7 @@ def _launch_sum(
         x_TK.stride(0), 0 if a_TK is None else a_TK.stride(0), x_TK.shape[1],
         0.0 if before is None else before.eps, 0.0 if after is None else after.eps,
         SIZE=size, BLOCK=block, ADDED=a_TK is not None, BEFORE=_form(before), AFTER=_form(after),
-        TYPE=TYPES[x_TK.dtype], num_warps=min(16, max(1, block // 256)),
+        TYPE=TYPES[x_TK.dtype], num_warps=min(16, max(1, block // 256)), **OPTIONS,
     )  # fmt: skip
 
 
@@ -116,11 +118,9 @@ def rounded(x, TYPE: tl.constexpr):
 @triton.jit
 def _weighted(x, scale, w, FORM: tl.constexpr, TYPE: tl.constexpr):
     """x / root mean square, rounded before it is multiplied by w, or multiplied by 1 + w and rounded at the end."""
-    if FORM == _SCALED:
-        y = rounded(rounded(x * scale, TYPE) * w, TYPE)
-    else:
-        y = rounded(x * scale * (1.0 + w), TYPE)
-    return y
+    y = x * scale
+    y = rounded(y, TYPE) * w if FORM == _SCALED else y * (1.0 + w)
+    return rounded(y, TYPE)
 
 
 @triton.jit
