@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from farspan.engine.adjoin import lay_together
 from farspan.engine.attention import ATTENTION_NAME, KEYWORD, Asked, Attend
 from farspan.engine.parts import Guard, Parts, attention_parts, mlp_parts
 from farspan.engine.probe import attention_of, forward
 from farspan.engine.survey import WatchedAttention
-from farspan.engine.together import lay_together
 from farspan.kernels.chain.contract import BindChain, Chain
 from farspan.kernels.chain.dispatch import choose_chain, joins_weights
 
