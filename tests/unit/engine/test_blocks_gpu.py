@@ -42,8 +42,8 @@ def model_of(architecture: str, head_dim: int, **settings: object):
     return model.eval().bfloat16()
 
 
-def packed(model, tokens, first):
-    return forward(model, tokens, first + torch.arange(len(tokens)), WatchedAttention(model), None).float().cpu()
+def packed(model, tokens):
+    return forward(model, tokens, torch.arange(len(tokens)), WatchedAttention(model), None).float().cpu()
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -67,11 +67,14 @@ def test_layers_by_chains_on_a_gpu_are_as_near_to_fp32_as_transformers_own(archi
         storages = {getattr(layer.self_attn, f"{name}_proj").weight.untyped_storage().data_ptr() for name in "qkv"}
         assert len(storages) == 1, "held in one piece"
     generator = torch.Generator().manual_seed(1)
-    for count in (1, 3, 7, 200):
-        tokens = torch.randint(0, SIZES["vocab_size"], (count,), generator=generator)
-        # Positions only turn queries against keys: where a sequence begins changes nothing but roundings.
-        want = plain_logits(wide, tokens).float()
-        ours, torchs = (float((packed(model, tokens, 0) - want).norm()) for model in (chained, plain))
+    # A single row's error is a matter of luck; that of eight is not.
+    for count, times in ((1, 8), (3, 4), (7, 2), (200, 1)):
+        samples = torch.randint(0, SIZES["vocab_size"], (times, count), generator=generator)
+        want = torch.stack([plain_logits(wide, tokens).float() for tokens in samples])
+        ours, torchs = (
+            float((torch.stack([packed(model, tokens) for tokens in samples]) - want).norm())
+            for model in (chained, plain)
+        )
         assert ours <= 1.5 * torchs, count
         assert torchs <= 0.1 * float(want.norm()), "a comparison that says nothing"
 
