@@ -20,6 +20,7 @@ from farspan.kernels.chain.triton_rows import TYPES, gated, rounded
 MOST_ROWS = 4
 # Four rows of 1024 weights are four loads of 16 bytes for each of 128 threads.
 _OUTPUTS, _INPUTS, _NUM_WARPS = 4, 1024, 4
+_EIGHT = tl.constexpr(8)
 
 
 def multiply_few(x_TK: Tensor, w_NK: Tensor, b_N: Tensor | None, a_TN: Tensor | None) -> Tensor:
@@ -47,8 +48,17 @@ def multiply_gated_few(x_TK: Tensor, gate_NK: Tensor, up_NK: Tensor, activation:
 
 def _shape(x_TK: Tensor) -> dict[str, Any]:
     num_rows, size = x_TK.shape
-    tiles = {"BLOCK_N": _OUTPUTS, "BLOCK_K": min(_INPUTS, triton.next_power_of_2(size)), "num_warps": _NUM_WARPS}
+    tiles = {
+        "BLOCK_N": _OUTPUTS,
+        "BLOCK_K": min(_INPUTS, max(16, triton.next_power_of_2(size))),
+        "num_warps": _NUM_WARPS,
+    }
     return {"ROWS": num_rows, "K": size, "TYPE": TYPES[x_TK.dtype], **tiles}
+
+
+@triton.jit
+def _by_eights(products, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    return tl.sum(tl.reshape(products, [BLOCK_N, BLOCK_K // _EIGHT, _EIGHT]), 2)
 
 
 @triton.jit
@@ -56,29 +66,32 @@ def _sums(
     x_ptr, w_ptr, stride_x, stride_w, offs_n, mask_n,
     ROWS: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """For each of four rows the sums of BLOCK_N outputs; those of rows that are not there are zero."""
+    """For each of four rows the sums of BLOCK_N outputs; those of rows that are not there are zero.
+
+    The eight weights of a load are summed by the thread that has them: what is kept are not products but sums.
+    """
     offs_k = tl.arange(0, BLOCK_K)
     w_rows_ptr = w_ptr + offs_n.to(tl.int64)[:, None] * stride_w
-    products_0 = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
-    products_1 = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
-    products_2 = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
-    products_3 = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+    sums_0 = tl.zeros([BLOCK_N, BLOCK_K // _EIGHT], dtype=tl.float32)
+    sums_1 = tl.zeros([BLOCK_N, BLOCK_K // _EIGHT], dtype=tl.float32)
+    sums_2 = tl.zeros([BLOCK_N, BLOCK_K // _EIGHT], dtype=tl.float32)
+    sums_3 = tl.zeros([BLOCK_N, BLOCK_K // _EIGHT], dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         mask_k = k + offs_k < K
         mask_nk = mask_n[:, None] & mask_k[None, :]
         w = tl.load(w_rows_ptr + (k + offs_k)[None, :], mask=mask_nk, other=0.0).to(tl.float32)
         x_0 = tl.load(x_ptr + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-        products_0 += w * x_0[None, :]
+        sums_0 += _by_eights(w * x_0[None, :], BLOCK_N, BLOCK_K)
         if ROWS > 1:
             x_1 = tl.load(x_ptr + stride_x + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-            products_1 += w * x_1[None, :]
+            sums_1 += _by_eights(w * x_1[None, :], BLOCK_N, BLOCK_K)
         if ROWS > 2:
             x_2 = tl.load(x_ptr + 2 * stride_x + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-            products_2 += w * x_2[None, :]
+            sums_2 += _by_eights(w * x_2[None, :], BLOCK_N, BLOCK_K)
         if ROWS > 3:
             x_3 = tl.load(x_ptr + 3 * stride_x + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-            products_3 += w * x_3[None, :]
-    return tl.sum(products_0, 1), tl.sum(products_1, 1), tl.sum(products_2, 1), tl.sum(products_3, 1)
+            sums_3 += _by_eights(w * x_3[None, :], BLOCK_N, BLOCK_K)
+    return tl.sum(sums_0, 1), tl.sum(sums_1, 1), tl.sum(sums_2, 1), tl.sum(sums_3, 1)
 
 
 @triton.jit
