@@ -7,14 +7,14 @@ from tests.support.chains import laid_together
 from farspan.kernels.chain.contract import Activation, Add, Gate, Multiply, Normalize, Rotate
 from farspan.kernels.chain.dispatch import choose_chain
 from farspan.kernels.chain.reference import bind_chain_reference
-from farspan.kernels.chain.triton_linear import MOST_ROWS
 from farspan.kernels.rms_norm.contract import Kind
 
 pytestmark = pytest.mark.gpu
 WIDTH, INNER, DIM, HEADS, GROUPS = 4096, 14336, 128, 32, 8
 BEFORE, HEADS_OF = {"x": WIDTH, "cos": DIM, "sin": DIM}, ["qt", "kt", "v"]
 AFTER = {"a": WIDTH, "x": WIDTH}
-COUNTS = [1, 2, MOST_ROWS, MOST_ROWS + 1, 64, 3001]
+# Few rows have a kernel of their own.
+COUNTS = [1, 2, 4, 5, 64, 3001]
 
 
 def draw(*size, scale=1.0):
@@ -98,7 +98,7 @@ def test_a_layer_of_8b_is_as_exact_as_its_steps_in_torch_for_one_row_and_for_tho
             assert float((ours.double() - exact).norm()) <= 1.2 * float((torchs.double() - exact).norm()), count
 
 
-@pytest.mark.parametrize("count", [1, MOST_ROWS, 64])
+@pytest.mark.parametrize("count", [1, 4, 64])
 @pytest.mark.parametrize("part", list(PARTS))
 def test_a_captured_graph_gives_for_other_rows_what_a_call_gives(part, count) -> None:
     chain, rows = chain_of(part)
