@@ -5,5 +5,10 @@ import os
 import torch
 
 # Without a GPU, test_interpreted.py runs these files in a process of their own.
-_TRITON = ["test_triton_attention.py", "test_triton_merge.py", "test_triton_paged_decode.py"]
+_TRITON = [
+    "test_triton_attention.py",
+    "test_triton_chain.py",
+    "test_triton_merge.py",
+    "test_triton_paged_decode.py",
+]
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available() else _TRITON

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from tests.support.chains import GIVEN, WANTED, WIDTH, block, draw, rows, wide
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from farspan.kernels.chain.contract import Activation, Add, Gate, Multiply, Normalize, Rotate
@@ -13,37 +14,6 @@ from farspan.kernels.chain.reference import bind_chain_reference
 from farspan.kernels.rms_norm.contract import Kind
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
-WIDTH, HEADS, DIM, INNER = 51, 3, 16, 70
-GIVEN = {"x": WIDTH, "cos": 8, "sin": 8}
-WANTED = ["turned", "whole", "y"]
-
-
-def draw(*size, seed=0):
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed + sum(size))).bfloat16()
-
-
-def block(kind, activation):
-    """Everything a decoder layer does beside attention."""
-    return [
-        Normalize("x", "n", draw(WIDTH), 1e-6, kind),
-        Multiply("n", "q", draw(HEADS * DIM, WIDTH), draw(HEADS * DIM)),
-        Multiply("n", "v", draw(2 * DIM, WIDTH, seed=1)),
-        Normalize("q", "q_normed", draw(DIM), 1e-5, kind),
-        Rotate("q_normed", "cos", "sin", "turned", DIM),
-        Multiply("turned", "o", draw(WIDTH, HEADS * DIM, seed=2)),
-        Add("x", "o", "whole"),
-        Normalize("whole", "m", draw(WIDTH, seed=3), 1e-6, kind),
-        Multiply("m", "gate", draw(INNER, WIDTH, seed=4)),
-        Multiply("m", "up", draw(INNER, WIDTH, seed=5)),
-        Gate("gate", "up", "inner", activation),
-        Multiply("inner", "down", draw(WIDTH, INNER, seed=6)),
-        Add("whole", "down", "y"),
-    ]
-
-
-def rows(count):
-    angles = draw(count, 4, seed=7).float().repeat(1, 2)
-    return draw(count, WIDTH, seed=8), angles.cos().bfloat16(), angles.sin().bfloat16()
 
 
 @pytest.fixture
@@ -70,16 +40,6 @@ def test_a_whole_block_in_one_call_is_as_exact_as_its_steps_in_torch(
         assert ours.shape == torchs.shape
         assert ours.dtype == torch.bfloat16
         assert float((ours.double() - truth).norm()) <= 1.2 * float((torchs.double() - truth).norm())
-
-
-def wide(steps):
-    """The same in double precision."""
-    return [
-        type(step)(
-            *(x.double() if isinstance(x, torch.Tensor) else x for x in (getattr(step, n) for n in step.__slots__))
-        )
-        for step in steps
-    ]
 
 
 STEPS = {

@@ -1,4 +1,4 @@
-"""Decoder layers in two compiled calls, before and after attention, and gated MLPs in one. For inference only.
+"""Decoder layers in two chains of few kernels, before and after attention, and gated MLPs in one. For inference only.
 
 A layer is known by its parts: normalizations, q, k, v and o, a gated MLP. Whether it does with them what most models do
 shows in a trial, on the arguments that the model itself gives it: a layer that hands anything else to attention, or
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from farspan.engine.adjoin import lay_together
 from farspan.engine.attention import ATTENTION_NAME, KEYWORD, Asked, Attend
 from farspan.engine.parts import Guard, Parts, attention_parts, mlp_parts
 from farspan.engine.probe import attention_of, forward
 from farspan.engine.survey import WatchedAttention
 from farspan.kernels.chain.contract import BindChain, Chain
-from farspan.kernels.chain.dispatch import choose_chain
+from farspan.kernels.chain.dispatch import choose_chain, joins_weights
 
 # Largest difference as a part of the norm: that of bf16 numbers summed in another order.
 _TOLERANCE = 2e-2
@@ -34,7 +35,20 @@ def switch_blocks(model: PreTrainedModel) -> int:
     bind = choose_chain(model.device.type, model.dtype)
     if bind is None:
         return 0
+    if joins_weights(model.device.type):
+        _lay_together(model)
     return _switch_mlps(model, bind) + (_switch_layers(model, bind) if attention_of(model) == ATTENTION_NAME else 0)
+
+
+def _lay_together(model: PreTrainedModel) -> None:
+    """Weights that the same rows are multiplied with. Before anything is bound to where they are."""
+    with torch.no_grad():
+        for module in model.modules():
+            mlp, layer = mlp_parts(module), attention_parts(module)
+            if mlp is not None:
+                lay_together((mlp.gate, mlp.up))
+            if layer is not None:
+                lay_together((layer.q, layer.k, layer.v))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +74,7 @@ def _switch_mlps(model: PreTrainedModel, bind: BindChain) -> int:
         if parts is None:
             continue
         chain = bind(parts.steps("x", "y"), {"x": parts.width}, ["y"])
-        x_TE = _rows(_TRIAL_TOKENS, parts.width)
+        x_TE = _rows(_TRIAL_TOKENS, parts.width, parts.gate.weight.device)
         with torch.inference_mode():
             own = module(x_TE)
         if isinstance(own, Tensor) and _near(chain(x_TE)[0], own):
@@ -141,7 +155,7 @@ class _Heard:
         self, module: nn.Module, window: int | None, q_THD: Tensor, k_TGD: Tensor, v_TGC: Tensor, asked: Asked
     ) -> Tensor:
         self.calls.append((window, q_THD, k_TGD, v_TGC, asked))
-        return _rows(q_THD.shape[0], q_THD.shape[1] * v_TGC.shape[2]).view(*q_THD.shape[:2], -1)
+        return _rows(q_THD.shape[0], q_THD.shape[1] * v_TGC.shape[2], q_THD.device).view(*q_THD.shape[:2], -1)
 
 
 def _fitting(
@@ -152,7 +166,7 @@ def _fitting(
     if len(args) != 1 or not isinstance(turns, tuple) or len(turns) != 2 or turns[0].shape[0] != 1:
         return None
     # Small beside what the layer adds to it, which otherwise would be lost in rounding.
-    x_1TE = 0.05 * _rows(_TRIAL_TOKENS, parts.width).unsqueeze(0)
+    x_1TE = 0.05 * _rows(_TRIAL_TOKENS, parts.width, parts.q.weight.device).unsqueeze(0)
     own, y_1TE = _heard(layer, x_1TE, kwargs)
     if len(own.calls) != 1 or not isinstance(y_1TE, Tensor) or own.calls[0][4].sinks_H is not None:
         return None
@@ -179,8 +193,8 @@ def _heard(run: Callable[..., Any], x_1TE: Tensor, kwargs: dict[str, Any]) -> tu
         return heard, run(x_1TE, **{**kwargs, KEYWORD: heard})
 
 
-def _rows(count: int, width: int) -> Tensor:
-    return torch.randn(count, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+def _rows(count: int, width: int, device: torch.device) -> Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
 
 
 def _near(got: Tensor, want: Tensor) -> bool:

@@ -31,7 +31,9 @@ def known_norm(module: nn.Module, dtype: torch.dtype, bind: BindRmsNorm = bind_r
     if (weight.ndim, weight.dtype) != (1, dtype) or eps is None:
         return None
     generator = torch.Generator().manual_seed(0)
-    x_TK = (torch.randn(6, len(weight), generator=generator) * torch.logspace(-3, 2, 6)[:, None]).to(dtype)
+    x_TK = (torch.randn(6, len(weight), generator=generator) * torch.logspace(-3, 2, 6)[:, None]).to(
+        weight.device, dtype
+    )
     with torch.inference_mode():
         want = module(x_TK)
         for kind in Kind:

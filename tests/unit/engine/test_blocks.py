@@ -10,6 +10,7 @@ from tests.unit.engine.tiny import engine_config, prompts, tiny_model
 from torch import nn
 
 from farspan.engine import blocks, faster
+from farspan.engine.adjoin import lay_together
 from farspan.engine.blocks import _Block, _Gated
 from farspan.engine.engine import Engine
 from farspan.engine.request import SamplingParams
@@ -82,6 +83,45 @@ def test_layers_by_chains_are_as_near_to_fp32_as_transformers_own(architecture, 
     assert count(chained.adapters._model) == SWITCHED[architecture]
     ours, torchs = (float((prompt_logprobs(engine, rows) - want).norm()) for engine in (chained, plain))
     assert ours <= 1.5 * torchs
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
+def test_weights_laid_one_behind_the_other_change_no_bit_and_are_held_once(architecture, monkeypatch) -> None:
+    rows = prompts(30, 18, 7)
+    monkeypatch.setattr(faster, "choose_linear", lambda device, dtype: None)
+    plain = engine_of(architecture, monkeypatch, bind_chain_reference)
+    monkeypatch.setattr(blocks, "joins_weights", lambda device: True)
+    joined = engine_of(architecture, monkeypatch, bind_chain_reference)
+    assert count(joined.adapters._model) == SWITCHED[architecture]
+    assert torch.equal(prompt_logprobs(joined, rows), prompt_logprobs(plain, rows))
+    sizes = [bytes_held(engine.adapters._model) for engine in (plain, joined)]
+    assert sizes[0] == sizes[1]
+    layer = joined.adapters._model.model.layers[0]
+    for linears in (
+        (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+        (layer.mlp.gate_proj, layer.mlp.up_proj),
+    ):
+        at = [linear.weight.data_ptr() for linear in linears]
+        assert all(b - a == linear.weight.nbytes for a, b, linear in zip(at, at[1:], linears, strict=False))
+
+
+def bytes_held(model: nn.Module) -> int:
+    storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage() for weight in model.parameters()}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def test_layers_that_do_not_fit_together_stay_where_they_are() -> None:
+    def linear(inputs, *, bias=False, dtype=torch.bfloat16):
+        return nn.Linear(inputs, 4, bias=bias, dtype=dtype)
+
+    base = linear(8)
+    for other in (linear(6), linear(8, bias=True), linear(8, dtype=torch.float32)):
+        before = [layer.weight.data_ptr() for layer in (base, other)]
+        assert not lay_together((base, other))
+        assert [layer.weight.data_ptr() for layer in (base, other)] == before
+    # What lies in a larger memory frees nothing when it moves.
+    assert lay_together((base, linear(8)))
+    assert not lay_together((base, linear(8)))
 
 
 class Counted:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 from farspan.kernels.rms_norm.contract import Kind
@@ -128,3 +129,11 @@ def widths_of(steps: Sequence[Step], given: Mapping[str, int]) -> dict[str, int]
                 assert sizes[1] == sizes[2] <= step.dim, "an angle for each place"
                 assert sizes[1] % 2 == 0, "places turn by pairs"
     return widths
+
+
+def check_weights(step: Step, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Assert that a kernel can read the weights of a step."""
+    for weight in (getattr(step, name, None) for name in ("w_NK", "b_N", "w_D")):
+        if weight is not None:
+            assert weight.dtype == dtype, f"not compiled for {weight.dtype}"
+            assert weight.stride(-1) == 1 or weight.shape[-1] == 1, "weights of an output lie side by side"

@@ -14,7 +14,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from farspan.kernels.chain.contract import Add, Chain, Gate, Multiply, Normalize, Rotate, Step, reads, widths_of
+from farspan.kernels.chain.contract import (
+    Add,
+    Chain,
+    Gate,
+    Multiply,
+    Normalize,
+    Rotate,
+    Step,
+    check_weights,
+    reads,
+    widths_of,
+)
 from farspan.kernels.rms_norm.contract import Kind
 from farspan.kernels.team.native import load_library, load_team
 
@@ -126,7 +137,7 @@ class _Plan:
 
 def _bound(bind: _Bind, steps: Sequence[Step], given: Mapping[str, int], wanted: Sequence[str]) -> Chain:
     for step in steps:
-        _check_weights(step)
+        check_weights(step)
     widths = widths_of(steps, given)
     plan = _Plan(widths, bind.wide_bytes, there=dict.fromkeys(given, 0))
     inputs = [(plan.place(name), widths[name]) for name in given]
@@ -164,10 +175,3 @@ def _bound(bind: _Bind, steps: Sequence[Step], given: Mapping[str, int], wanted:
         return made_rows
 
     return chain_native
-
-
-def _check_weights(step: Step) -> None:
-    for weight in (getattr(step, name, None) for name in ("w_NK", "b_N", "w_D")):
-        if weight is not None:
-            assert weight.dtype == torch.bfloat16, f"not compiled for {weight.dtype}"
-            assert weight.stride(-1) == 1 or weight.shape[-1] == 1, "weights of an output lie side by side"

@@ -1,0 +1,152 @@
+"""Linear layers on one to four bf16 rows in Triton: as fast as the weights can be read. Letters: contract.py.
+
+What follows a linear layer in a layer of a decoder, a gate or a residual sum, is done with its sums, which are fp32
+and rounded where their step ends.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from farspan.kernels.chain.contract import Activation
+from farspan.kernels.chain.triton_rows import TYPES, gated, rounded
+
+# Up to how many rows: from there on matrix units are needed to keep up with the memory.
+MOST_ROWS = 4
+# Four rows of 1024 weights are four loads of 16 bytes for each of 128 threads.
+_OUTPUTS, _INPUTS, _NUM_WARPS = 4, 1024, 4
+_EIGHT = tl.constexpr(8)
+
+
+def multiply_few(x_TK: Tensor, w_NK: Tensor, b_N: Tensor | None, a_TN: Tensor | None) -> Tensor:
+    """x w^T + b, rounded; plus `a`, where it is given."""
+    y_TN = torch.empty((x_TK.shape[0], w_NK.shape[0]), dtype=x_TK.dtype, device=x_TK.device)
+    num_outputs = w_NK.shape[0]
+    _multiply_kernel[(triton.cdiv(num_outputs, _OUTPUTS),)](
+        x_TK, w_NK, w_NK if b_N is None else b_N, x_TK if a_TN is None else a_TN, y_TN,
+        x_TK.stride(0), w_NK.stride(0), 0 if a_TN is None else a_TN.stride(0),
+        N=num_outputs, BIASED=b_N is not None, ADDED=a_TN is not None, **_shape(x_TK),
+    )  # fmt: skip
+    return y_TN
+
+
+def multiply_gated_few(x_TK: Tensor, gate_NK: Tensor, up_NK: Tensor, activation: Activation) -> Tensor:
+    """activation(x gate^T) * x up^T"""
+    y_TN = torch.empty((x_TK.shape[0], gate_NK.shape[0]), dtype=x_TK.dtype, device=x_TK.device)
+    num_outputs = gate_NK.shape[0]
+    _multiply_gated_kernel[(triton.cdiv(num_outputs, _OUTPUTS),)](
+        x_TK, gate_NK, up_NK, y_TN, x_TK.stride(0), gate_NK.stride(0), up_NK.stride(0),
+        N=num_outputs, ACTIVATION=int(activation), **_shape(x_TK),
+    )  # fmt: skip
+    return y_TN
+
+
+def _shape(x_TK: Tensor) -> dict[str, Any]:
+    num_rows, size = x_TK.shape
+    tiles = {
+        "BLOCK_N": _OUTPUTS,
+        "BLOCK_K": min(_INPUTS, max(16, triton.next_power_of_2(size))),
+        "num_warps": _NUM_WARPS,
+    }
+    return {"ROWS": num_rows, "K": size, "TYPE": TYPES[x_TK.dtype], **tiles}
+
+
+@triton.jit
+def _by_eights(products, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    return tl.sum(tl.reshape(products, [BLOCK_N, BLOCK_K // _EIGHT, _EIGHT]), 2)
+
+
+@triton.jit
+def _sums(
+    x_ptr, w_ptr, stride_x, stride_w, offs_n, mask_n,
+    ROWS: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """For each of four rows the sums of BLOCK_N outputs; those of rows that are not there are zero.
+
+    The eight weights of a load are summed by the thread that has them: what is kept are not products but sums.
+    """
+    offs_k = tl.arange(0, BLOCK_K)
+    w_rows_ptr = w_ptr + offs_n.to(tl.int64)[:, None] * stride_w
+    sums_0 = tl.zeros([BLOCK_N, BLOCK_K // _EIGHT], dtype=tl.float32)
+    sums_1 = tl.zeros([BLOCK_N, BLOCK_K // _EIGHT], dtype=tl.float32)
+    sums_2 = tl.zeros([BLOCK_N, BLOCK_K // _EIGHT], dtype=tl.float32)
+    sums_3 = tl.zeros([BLOCK_N, BLOCK_K // _EIGHT], dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        mask_k = k + offs_k < K
+        mask_nk = mask_n[:, None] & mask_k[None, :]
+        w = tl.load(w_rows_ptr + (k + offs_k)[None, :], mask=mask_nk, other=0.0).to(tl.float32)
+        x_0 = tl.load(x_ptr + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+        sums_0 += _by_eights(w * x_0[None, :], BLOCK_N, BLOCK_K)
+        if ROWS > 1:
+            x_1 = tl.load(x_ptr + stride_x + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+            sums_1 += _by_eights(w * x_1[None, :], BLOCK_N, BLOCK_K)
+        if ROWS > 2:
+            x_2 = tl.load(x_ptr + 2 * stride_x + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+            sums_2 += _by_eights(w * x_2[None, :], BLOCK_N, BLOCK_K)
+        if ROWS > 3:
+            x_3 = tl.load(x_ptr + 3 * stride_x + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+            sums_3 += _by_eights(w * x_3[None, :], BLOCK_N, BLOCK_K)
+    return tl.sum(sums_0, 1), tl.sum(sums_1, 1), tl.sum(sums_2, 1), tl.sum(sums_3, 1)
+
+
+@triton.jit
+def _put(sums, b_ptr, a_ptr, y_ptr, offs_n, mask_n, BIASED: tl.constexpr, ADDED: tl.constexpr, TYPE: tl.constexpr):
+    """One row of outputs: all pointers but that of the bias are its beginning."""
+    if BIASED:
+        sums += tl.load(b_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    y = rounded(sums, TYPE)
+    if ADDED:
+        y += tl.load(a_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offs_n, y.to(TYPE), mask=mask_n)
+
+
+@triton.jit
+def _multiply_kernel(
+    x_ptr, w_ptr, b_ptr, a_ptr, y_ptr, stride_x, stride_w, stride_a, N: tl.constexpr, BIASED: tl.constexpr,
+    ADDED: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TYPE: tl.constexpr,
+):  # fmt: skip
+    # One program per BLOCK_N outputs, of all rows.
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    y_0, y_1, y_2, y_3 = _sums(x_ptr, w_ptr, stride_x, stride_w, offs_n, mask_n, ROWS, K, BLOCK_N, BLOCK_K)
+    _put(y_0, b_ptr, a_ptr, y_ptr, offs_n, mask_n, BIASED, ADDED, TYPE)
+    if ROWS > 1:
+        _put(y_1, b_ptr, a_ptr + stride_a, y_ptr + N, offs_n, mask_n, BIASED, ADDED, TYPE)
+    if ROWS > 2:
+        _put(y_2, b_ptr, a_ptr + 2 * stride_a, y_ptr + 2 * N, offs_n, mask_n, BIASED, ADDED, TYPE)
+    if ROWS > 3:
+        _put(y_3, b_ptr, a_ptr + 3 * stride_a, y_ptr + 3 * N, offs_n, mask_n, BIASED, ADDED, TYPE)
+
+
+@triton.jit
+def _put_gated(gate, up, y_ptr, offs_n, mask_n, ACTIVATION: tl.constexpr, TYPE: tl.constexpr):
+    y = gated(rounded(gate, TYPE), rounded(up, TYPE), ACTIVATION, TYPE)
+    tl.store(y_ptr + offs_n, y, mask=mask_n)
+
+
+@triton.jit
+def _multiply_gated_kernel(
+    x_ptr, gate_ptr, up_ptr, y_ptr, stride_x, stride_gate, stride_up, N: tl.constexpr, ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TYPE: tl.constexpr,
+):  # fmt: skip
+    # One program per BLOCK_N gates and what they gate, of all rows.
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    gate_0, gate_1, gate_2, gate_3 = _sums(
+        x_ptr, gate_ptr, stride_x, stride_gate, offs_n, mask_n, ROWS, K, BLOCK_N, BLOCK_K
+    )
+    up_0, up_1, up_2, up_3 = _sums(x_ptr, up_ptr, stride_x, stride_up, offs_n, mask_n, ROWS, K, BLOCK_N, BLOCK_K)
+    _put_gated(gate_0, up_0, y_ptr, offs_n, mask_n, ACTIVATION, TYPE)
+    if ROWS > 1:
+        _put_gated(gate_1, up_1, y_ptr + N, offs_n, mask_n, ACTIVATION, TYPE)
+    if ROWS > 2:
+        _put_gated(gate_2, up_2, y_ptr + 2 * N, offs_n, mask_n, ACTIVATION, TYPE)
+    if ROWS > 3:
+        _put_gated(gate_3, up_3, y_ptr + 3 * N, offs_n, mask_n, ACTIVATION, TYPE)
