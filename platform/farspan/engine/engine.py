@@ -27,7 +27,7 @@ from farspan.engine.faster import speed_up
 from farspan.engine.history import Recall
 from farspan.engine.holdings import Holdings
 from farspan.engine.lead import Leader
-from farspan.engine.path import open_path
+from farspan.engine.path import capture_decode, open_path
 from farspan.engine.request import (
     Completion,
     Event,
@@ -89,6 +89,9 @@ class Engine:
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
         known = getattr(text, "max_position_embeddings", None) or 2**31
         self.max_context_tokens = min(known, config.max_context_tokens or known)
+        if share is None:
+            # Last of what changes the model: a graph remembers its kernels.
+            capture_decode(path, min(config.graph_rows, config.max_sequences), self.max_context_tokens)
         self.eos_token_ids = _eos_token_ids(model)
         self._ends = Ends(self.eos_token_ids, self.max_context_tokens)
         self._recall = Recall(self.vocab_size, self.eos_token_ids, model.device, tokenizer)
