@@ -100,6 +100,11 @@ class Runner:
         graphs.prepare(ladder(most_rows), capture)
         self._graphs = graphs
 
+    @property
+    def graphs(self) -> list[int]:
+        """Numbers of rows that are decoded in one launch."""
+        return [] if self._graphs is None else self._graphs.sizes
+
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """Logits [R, V]: the `num_logits` last tokens of each piece, in the given order."""
         if self._graphs is not None and self._in_one_launch(pieces):
