@@ -472,8 +472,12 @@ class Engine:
 
     def _after(self, sequences: Sequence[SequenceState], pieces: Sequence[Piece], logits_RV: Tensor) -> list[Event]:
         """Choose tokens for the sequences whose every token is computed; the others go on with their prompts."""
-        # The largest logit is NaN or infinite where any is NaN or all are; one look for the whole batch.
-        sound_R = [math.isfinite(high) for high in logits_RV.amax(dim=-1).tolist()]
+        # Where a token is chosen, soundness is found with it; guesses and parts of prompts are looked at here.
+        ahead = any(
+            sequence.draft or sequence.num_computed + len(piece.tokens) < len(sequence.tokens)
+            for sequence, piece in zip(sequences, pieces, strict=True)
+        )
+        sound_R = _sound_rows(logits_RV) if ahead else [True] * len(logits_RV)
         ready: list[SequenceState] = []
         first_rows: list[int] = []
         events: list[Event] = []
@@ -529,6 +533,11 @@ class Engine:
     def _fail(self, sequence: SequenceState, reason: str) -> list[Event]:
         self.cancel(sequence.request_id)
         return [FailedEvent(sequence.request_id, RequestError(sequence.request_id, reason))]
+
+
+def _sound_rows(logits_RV: Tensor) -> list[bool]:
+    """The largest logit of a row is NaN or infinite where any is NaN or all are; one look for all rows."""
+    return [math.isfinite(high) for high in logits_RV.amax(dim=-1).tolist()]
 
 
 def _rank(sequence: SequenceState) -> tuple[int, int]:
