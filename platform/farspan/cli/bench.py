@@ -80,8 +80,16 @@ def _bench_engine(vllm_env: str | None, peers: str, turns: int) -> list[dict[str
             raise ConfigError("--peers", "must be generate, batching, both, or none", name, nearest(name, list(known)))
     if turns < 1:
         raise ConfigError("--turns", "must be at least 1", turns, "use --turns 3")
+    import torch
+
+    peers_wanted = tuple(known[name] for name in wanted)
+    # vLLM is asked as another process, about a checkpoint on disk.
+    if torch.cuda.is_available() and vllm_env is None:
+        from farspan.engine.bench_gpu import GpuBench, bench_gpu
+
+        return bench_gpu(GpuBench(turns=turns, peers=peers_wanted))
     python = None if vllm_env is None else str(Path(vllm_env) / "bin" / "python")
-    return bench_engine(EngineBench(vllm_python=python, turns=turns, peers=tuple(known[name] for name in wanted)))
+    return bench_engine(EngineBench(vllm_python=python, turns=turns, peers=peers_wanted))
 
 
 def _bench_serve(long_tokens: int | None) -> list[dict[str, Any]]:

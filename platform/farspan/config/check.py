@@ -316,6 +316,7 @@ def check_engine(engine: EngineConfig) -> None:
     _at_least("engine.kv_bytes", engine.kv_bytes, 1024)
     _at_least("engine.max_batch_tokens", engine.max_batch_tokens, 1)
     _at_least("engine.max_sequences", engine.max_sequences, 1)
+    _at_least("engine.graph_rows", engine.graph_rows, 0)
     _at_least("engine.offload_bytes", engine.offload_bytes, 0)
     _at_least("engine.host_cache_bytes", engine.host_cache_bytes, 0)
     _at_least("engine.draft_tokens", engine.draft_tokens, 0)

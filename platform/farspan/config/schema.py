@@ -323,6 +323,8 @@ class EngineConfig:
     """Tokens computed in one iteration; longer prompts are computed in chunks."""
     max_sequences: int = 64
     """Sequences decoded side by side."""
+    graph_rows: int = 128
+    """On a GPU, decode of up to so many sequences is captured at start as CUDA graphs: one launch a step. 0: none."""
     prefill_tokens: int | None = None
     """Most tokens of prompts in one iteration; none: all of max_batch_tokens."""
     decode_tokens: int | None = None

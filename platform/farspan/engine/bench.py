@@ -392,7 +392,7 @@ def write_checkpoint(bench: EngineBench, folder: Path) -> tuple[int, int]:
 
 def how_far_below(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> float:
     """The furthest that a token of a greedy answer is below the best, in standard deviations of its row of logits."""
-    tokens_T = torch.tensor([*prompt, *answer])
+    tokens_T = torch.tensor([*prompt, *answer], device=getattr(model, "device", None))
     with torch.inference_mode():
         logits_TV: Tensor = model(input_ids=tokens_T[None], use_cache=False).logits[0, len(prompt) - 1 : -1].float()
     chosen_T = logits_TV.gather(1, tokens_T[len(prompt) :, None])[:, 0]

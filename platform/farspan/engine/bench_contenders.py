@@ -32,13 +32,17 @@ def open_farspan(folder: str, threads: int, kv_bytes: int) -> Answer:
 
     from farspan.config.schema import EngineConfig
     from farspan.engine.engine import Engine
-    from farspan.engine.request import SamplingParams
     from farspan.models.checkpoint import load_causal_lm
 
     torch.set_num_threads(threads)
     dtype = _dtype(folder)
     model = load_causal_lm(Path(folder), getattr(torch, dtype)).to(_device())
-    engine = Engine(model, EngineConfig(dtype=dtype, kv_bytes=kv_bytes, page_tokens=_PAGE_TOKENS))
+    return by_engine(Engine(model, EngineConfig(dtype=dtype, kv_bytes=kv_bytes, page_tokens=_PAGE_TOKENS)))
+
+
+def by_engine(engine: Any) -> Answer:
+    """farspan's own."""
+    from farspan.engine.request import SamplingParams
 
     def answer(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
@@ -48,9 +52,11 @@ def open_farspan(folder: str, threads: int, kv_bytes: int) -> Answer:
 
 
 def open_generate(folder: str, threads: int, kv_bytes: int) -> Answer:
-    import torch
+    return by_generate(_plain(folder, threads))
 
-    model = _plain(folder, threads)
+
+def by_generate(model: Any) -> Answer:
+    import torch
 
     def answer(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         # All prompts of a question are equally long: nothing is padded.
@@ -69,14 +75,17 @@ def open_generate(folder: str, threads: int, kv_bytes: int) -> Answer:
 
 
 def open_batched(folder: str, threads: int, kv_bytes: int) -> Answer:
+    return by_batching(_plain(folder, threads), kv_bytes, _PAGE_TOKENS)
+
+
+def by_batching(model: Any, kv_bytes: int, page_tokens: int) -> Answer:
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    model = _plain(folder, threads)
     model.set_attn_implementation("paged|sdpa")
     text = model.config
     page_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * model.dtype.itemsize
-    pages = kv_bytes // (page_bytes * _PAGE_TOKENS)
-    batching = ContinuousBatchingConfig(block_size=_PAGE_TOKENS, num_blocks=pages, max_batch_tokens=2048)
+    pages = kv_bytes // (page_bytes * page_tokens)
+    batching = ContinuousBatchingConfig(block_size=page_tokens, num_blocks=pages, max_batch_tokens=2048)
 
     def answer(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         wanted = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)

@@ -27,7 +27,7 @@ from farspan.engine.faster import speed_up
 from farspan.engine.history import Recall
 from farspan.engine.holdings import Holdings
 from farspan.engine.lead import Leader
-from farspan.engine.path import open_path
+from farspan.engine.path import capture_decode, open_path
 from farspan.engine.request import (
     Completion,
     Event,
@@ -89,6 +89,9 @@ class Engine:
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
         known = getattr(text, "max_position_embeddings", None) or 2**31
         self.max_context_tokens = min(known, config.max_context_tokens or known)
+        if share is None:
+            # Last of what changes the model: a graph remembers its kernels.
+            capture_decode(path, min(config.graph_rows, config.max_sequences), self.max_context_tokens)
         self.eos_token_ids = _eos_token_ids(model)
         self._ends = Ends(self.eos_token_ids, self.max_context_tokens)
         self._recall = Recall(self.vocab_size, self.eos_token_ids, model.device, tokenizer)
@@ -469,8 +472,12 @@ class Engine:
 
     def _after(self, sequences: Sequence[SequenceState], pieces: Sequence[Piece], logits_RV: Tensor) -> list[Event]:
         """Choose tokens for the sequences whose every token is computed; the others go on with their prompts."""
-        # The largest logit is NaN or infinite where any is NaN or all are; one look for the whole batch.
-        sound_R = [math.isfinite(high) for high in logits_RV.amax(dim=-1).tolist()]
+        # Where a token is chosen, soundness is found with it; guesses and parts of prompts are looked at here.
+        ahead = any(
+            sequence.draft or sequence.num_computed + len(piece.tokens) < len(sequence.tokens)
+            for sequence, piece in zip(sequences, pieces, strict=True)
+        )
+        sound_R = _sound_rows(logits_RV) if ahead else [True] * len(logits_RV)
         ready: list[SequenceState] = []
         first_rows: list[int] = []
         events: list[Event] = []
@@ -526,6 +533,11 @@ class Engine:
     def _fail(self, sequence: SequenceState, reason: str) -> list[Event]:
         self.cancel(sequence.request_id)
         return [FailedEvent(sequence.request_id, RequestError(sequence.request_id, reason))]
+
+
+def _sound_rows(logits_RV: Tensor) -> list[bool]:
+    """The largest logit of a row is NaN or infinite where any is NaN or all are; one look for all rows."""
+    return [math.isfinite(high) for high in logits_RV.amax(dim=-1).tolist()]
 
 
 def _rank(sequence: SequenceState) -> tuple[int, int]:

@@ -46,6 +46,8 @@ class Holdings:
         self._states = states
         self._pool, self._prefix, self._offload = pool, prefix, offload
         self._step_tokens = step_tokens
+        # Asked for every sequence in every iteration.
+        self._num_state, self._gives_back = pool.layout.num_state_pages, pool.layout.gives_back
         self._matches: dict[str, Match] = {}
         self._token_s = 0.0
         self._page_s = self._measure(clock)
@@ -131,15 +133,15 @@ class Holdings:
             hit_gone=match.pages.count(GONE) + back,
             hit_idle=sum(self._pool.holders(page) == 0 for page in match.held),
             next_page=name,
-            num_state=layout.num_state_pages,
+            num_state=self._num_state,
             leaves=sequence.prefill_only,
-            most_pages=self.most_pages(len(sequence.tokens), sequence.prefill_only) if layout.gives_back else None,
+            most_pages=self.most_pages(len(sequence.tokens), sequence.prefill_only) if self._gives_back else None,
         )
 
     def most_pages(self, num_tokens: int, leaves: bool) -> int:
         """Most pages held at a time until so many tokens are computed, and the state packed of one that leaves."""
         layout = self._pool.layout
-        return layout.most_pages(num_tokens, self._step_tokens) + (layout.num_state_pages if leaves else 0)
+        return layout.most_pages(num_tokens, self._step_tokens) + (self._num_state if leaves else 0)
 
     def claim(self, sequences: Sequence[SequenceState]) -> None:
         """Hold what the admitted ones find, before anybody's new pages push it out."""
@@ -157,7 +159,8 @@ class Holdings:
             self._begin(sequence, match, num_pages)
         if sequence.kept is not None:
             self._fetch(sequence)
-        sequence.pages.extend(self._alloc(num_pages - len(sequence.pages)))
+        if num_pages > len(sequence.pages):
+            sequence.pages.extend(self._alloc(num_pages - len(sequence.pages)))
         if sequence.state_pages:
             self._restore(sequence, unpack_state(self._pool, sequence.state_pages))
             self._pool.free(sequence.state_pages)
@@ -207,7 +210,7 @@ class Holdings:
 
     def trim(self, sequence: SequenceState) -> None:
         """Give back the pages that no layer of their group will read again."""
-        if self._pool.layout.gives_back:
+        if self._gives_back:
             self._pool.free(cut_unread(self._pool.layout, sequence))
 
     def state(self, sequence: SequenceState) -> int | None:
@@ -227,8 +230,9 @@ class Holdings:
 
     def shrink(self, sequence: SequenceState, num_pages: int) -> None:
         """Give the pages after the first `num_pages` back, which only wrong guesses needed."""
-        self._pool.free(sequence.pages[num_pages:])
-        del sequence.pages[num_pages:]
+        if len(sequence.pages) > num_pages:
+            self._pool.free(sequence.pages[num_pages:])
+            del sequence.pages[num_pages:]
 
     def forget_matches(self) -> None:
         """What was found for one decision says nothing about the next."""

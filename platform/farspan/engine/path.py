@@ -24,6 +24,7 @@ from farspan.config.check import check_ranks
 from farspan.config.schema import EngineConfig
 from farspan.engine.alone import AloneRunner, Manner, measure_cache
 from farspan.engine.attention import ATTENTION_NAME, register_attention
+from farspan.engine.capture import Capture, CudaCapture
 from farspan.engine.continuity import ContinuityTrial
 from farspan.engine.cut import Share
 from farspan.engine.lowrank import LowRank
@@ -134,6 +135,26 @@ def _refuse_ranks(config: EngineConfig, share: Share | None) -> None:
             config.tensor_parallel,
             f"use engine.tensor_parallel={size}",
         )
+
+
+def capture_decode(path: Path, most_rows: int, most_tokens: int, capture: Capture | None = None) -> bool:
+    """Whether decode steps of up to `most_rows` sequences are launched as wholes from now on; the log says why not.
+
+    `capture`: how; none: by CUDA graphs, where the model is on such a device.
+    """
+    device = path.pool.device
+    if most_rows < 1 or (capture is None and device.type != "cuda"):
+        return False
+    try:
+        if not isinstance(path.runner, Runner):
+            raise ModelError(f"it runs {path.name}")
+        path.runner.capture(most_rows, most_tokens, capture or CudaCapture(device))
+    # Whatever a forward or the device raises that cannot be captured: launched one by one, it was right in the trial.
+    except Exception as problem:
+        reason = f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
+        logger.warning("decode is launched kernel by kernel: %s", reason)
+        return False
+    return True
 
 
 def needed_kv_bytes(model: PreTrainedModel, config: EngineConfig, num_tokens: int, num_sequences: int) -> int:

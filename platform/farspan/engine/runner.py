@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,10 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from farspan.engine.attention import BoundTokens, DecodeRows, PagedBatch, Segment, first_visible
+from farspan.engine.capture import Capture
+from farspan.engine.graphs import DecodeGraphs, ladder
 from farspan.engine.lowrank import BASE, LowRank
 from farspan.engine.probe import forward
 from farspan.engine.recurrent import BatchStates, PackedCache, Stretch
+from farspan.engine.staged import Room
 from farspan.engine.survey import Survey
+from farspan.errors import ModelError
 from farspan.kernels.paged_decode.dispatch import gathers
 from farspan.kv.pages import PagePool
 from farspan.kv.states import StatePool
@@ -22,6 +27,8 @@ from farspan.models.rules import LayerRule
 
 # From how many shared pages and rows on reading them once is faster than two calls are slower.
 _LEAST_SHARED_PAGES, _LEAST_SHARING_ROWS = 8, 4
+# What a GPU reads while it is given the kernels of a layer one by one: sharing less than that is no gain.
+_LAUNCH_BYTES = 1 << 30
 # Rows times shared pages of one call: its scores are in memory at once.
 _MOST_SHARED_ENTRIES = 1 << 18
 # Where decode gathers the pages of a group of rows side by side, one layer at a time: at most this much, or one row.
@@ -55,6 +62,7 @@ class Runner:
         stepwise: bool = False,
         gather_bytes: int = _GATHER_BYTES,
         lowrank: LowRank | None = None,
+        launch_bytes: int = _LAUNCH_BYTES,
     ) -> None:
         self._model, self._pool, self._states, self.survey = model, pool, states, survey
         self._stepwise, self._lowrank = stepwise, lowrank or LowRank()
@@ -68,11 +76,66 @@ class Runner:
         whole = {(r, group) for r, group in self._tables - self._gathers if r.window is None and r.chunk is None}
         self._shares = set() if survey.capped and pool.device.type == "cpu" else whole
         self._sharing = next((group for _, group in self._shares), None)
+        self._least_saved_pages = launch_bytes * layout.layers_of_page // max(1, layout.page_bytes)
+        self._graphs: DecodeGraphs | None = None
         self._tokens = BoundTokens()
         self._shell = None if states is None else PackedCache(model.config, None)
 
+    def capture(self, most_rows: int, most_tokens: int, capture: Capture) -> None:
+        """From now on decode is one launch, for up to `most_rows` sequences of at most `most_tokens`.
+
+        Raises ModelError for what is never captured, and whatever else a forward raises that cannot be.
+        """
+        layout, num_pages = self._pool.layout, self._pool.num_pages
+        size = layout.page_tokens
+        if self._states is not None:
+            raise ModelError("its recurrent layers go on from states whose places are known on the host")
+        if any(rule.chunk is not None and rule.chunk % size for rule, _ in self._tables):
+            raise ModelError(f"its chunks begin within pages; use an engine.page_tokens that divides them, not {size}")
+        if self._gathers and self._pool.device.type == "cuda":
+            raise ModelError("its pages are copied side by side, which costs the longest sequence in every step")
+        pages = min(layout.num_places(most_tokens), num_pages)
+        room = Room(ladder(most_rows)[-1], pages, size, layout.num_groups, num_pages)
+        graphs = DecodeGraphs(self._model, self._pool, self._calls, room)
+        graphs.prepare(ladder(most_rows), capture)
+        self._graphs = graphs
+
+    @property
+    def graphs(self) -> list[int]:
+        """Numbers of rows that are decoded in one launch."""
+        return [] if self._graphs is None else self._graphs.sizes
+
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """Logits [R, V]: the `num_logits` last tokens of each piece, in the given order."""
+        if self._graphs is not None and self._in_one_launch(pieces):
+            logits_BV = self._graphs.run(pieces)
+            if logits_BV is not None:
+                return logits_BV
+        return self._run_packed(pieces)
+
+    def _in_one_launch(self, pieces: Sequence[Piece]) -> bool:
+        """Whether pieces are single tokens of the model itself, and gain little by reading a beginning once."""
+        plain = all(len(p.tokens) == 1 and p.num_logits == 1 and p.adapter == BASE for p in pieces)
+        return plain and not self._shares_much(pieces)
+
+    def _shares_much(self, pieces: Sequence[Piece]) -> bool:
+        if self._sharing is None or len(pieces) < _LEAST_SHARING_ROWS:
+            return False
+        group, size = self._sharing, self._pool.layout.page_tokens
+        first = Counter(piece.pages[group] for piece in pieces if piece.past >= _LEAST_SHARED_PAGES * size)
+        beginning, count = first.most_common(1)[0] if first else (0, 0)
+        if count < _LEAST_SHARING_ROWS:
+            return False
+        # At most so many pages would be read less: seldom enough for a closer look.
+        most = max(piece.past for piece in pieces if piece.pages[group] == beginning) // size * len(pieces)
+        if most < self._least_saved_pages:
+            return False
+        groups = self._pool.layout.num_groups
+        rows = sorted(pieces, key=lambda piece: (piece.pages[group], piece.past))
+        shared = sharing_rows([list(piece.pages[group : piece.past // size * groups : groups]) for piece in rows])
+        return sum((len(part) - 1) * pages for part, pages in shared) >= self._least_saved_pages
+
+    def _run_packed(self, pieces: Sequence[Piece]) -> Tensor:
         # Single tokens first: neighbours are attended together, the longer pieces one each.
         # With states, those that continue a sequence go before those that begin one, which have no state yet.
         begins_last = self._states is not None

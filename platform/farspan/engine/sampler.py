@@ -47,20 +47,28 @@ def choose_tokens(logits_NV: Tensor, rows: Sequence[SampleRow], eos_token_ids: f
     """One token for each row of logits."""
     logits_NV = logits_NV.detach()
     scores_NV = steer(logits_NV, rows, eos_token_ids)
-    # The same token: widening changes no order, and on a CPU torch looks through fp32 several times faster.
-    tokens_N = (scores_NV if scores_NV.element_size() >= 4 else scores_NV.float()).argmax(-1)
+    best_N, tokens_N = _best(scores_NV)
     sampled = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if sampled:
         index = torch.tensor(sampled, device=scores_NV.device)
         tokens_N[index] = _draw(scores_NV[index], [rows[i] for i in sampled])
-    highest_N = logits_NV.amax(-1)
-    best_N = highest_N if scores_NV is logits_NV else scores_NV.amax(-1)
+    highest_N = best_N if scores_NV is logits_NV else logits_NV.amax(-1)
     # One transfer from the device: the token, whether the model computed numbers, whether anything is allowed.
     found = torch.stack([x_N.double() for x_N in (tokens_N, highest_N, best_N)]).tolist()
     tokens = [int(token) for token in found[0]]
     problems = [_problem(math.isfinite(high), best > -math.inf) for high, best in zip(*found[1:], strict=True)]
     logprobs = token_logprobs(logits_NV, tokens, [row.params.logprobs for row in rows])
     return [Choice(*parts) for parts in zip(tokens, logprobs, problems, strict=True)]
+
+
+def _best(scores_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest score of each row, and its token; NaN where there is any."""
+    if scores_NV.device.type != "cpu":
+        # One look instead of two.
+        best_N, tokens_N = scores_NV.max(-1)
+        return best_N, tokens_N
+    # The same token: widening changes no order, and on a CPU torch looks through fp32 several times faster.
+    return scores_NV.amax(-1), (scores_NV if scores_NV.element_size() >= 4 else scores_NV.float()).argmax(-1)
 
 
 def uniform(seed: int, position: int) -> float:

@@ -168,6 +168,7 @@ class _Plan:
         self.prefill = limits.max_batch_tokens if limits.prefill_tokens is None else limits.prefill_tokens
         self.decode = limits.max_batch_tokens if limits.decode_tokens is None else limits.decode_tokens
         self.preempted: list[Preemption] = []
+        self.lost: set[str] = set()
         self.chunks: list[Chunk] = []
         self.taken: set[str] = set()
         self.offloaded_pages = 0
@@ -195,7 +196,7 @@ class _Plan:
     def grow(self, row: Row) -> None:
         """Compute the next tokens of a running sequence, at the cost of later ranks if need be."""
         count = self._affordable(row)
-        if row not in self.active or count < 1:
+        if row.request_id in self.lost or count < 1:
             return
         wanted = max(row.num_pages, self._pages_at(row, row.num_computed + count))
         while wanted - row.num_pages > self.free:
@@ -273,6 +274,7 @@ class _Plan:
         offload = self.costs.offload(victim, self.offloaded_pages)
         self.offloaded_pages += victim.num_moved if offload else 0
         self.preempted.append(Preemption(victim.request_id, offload))
+        self.lost.add(victim.request_id)
         self.free += victim.num_freed
         if victim.has_promise and group is self.active:
             self.promised -= self._lacking(victim)
