@@ -5,8 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 
+from grpc.aio import AioRpcError
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
 from farspan.errors import FarspanError, RequestError
 from farspan.serve.shape import ApiError
+
+LOST = (RayError, RayServeException, AioRpcError, RuntimeError)
+"""What a call of a worker raises when it is gone, or the connection to it. RuntimeError: Serve's own, when a connection
+ends before the worker has said whether it takes the call.
+"""
 
 
 def as_api_error(problem: FarspanError) -> ApiError:

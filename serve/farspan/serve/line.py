@@ -9,12 +9,9 @@ from contextlib import aclosing, contextmanager
 from contextvars import Context
 from typing import Any
 
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
-
 from farspan.errors import ClusterError
 from farspan.kv.ticket import KvOffer
-from farspan.serve.faults import being_cancelled
+from farspan.serve.faults import LOST, being_cancelled
 from farspan.serve.life import Watch, unless_silent
 from farspan.serve.mailbox import Inbox, ends
 from farspan.serve.messages import Alive, Elsewhere, Failed, Prefilled, StreamItem
@@ -56,7 +53,7 @@ class Line:
                         if (inbox := self._riders.get(request_id)) is not None:
                             inbox.put(item)
             whole = True
-        except (RayError, RayServeException) as problem:
+        except LOST as problem:
             why, whole = f"{self._watch.whom} was lost: {type(problem).__name__}", True
         except ClusterError as problem:
             why = str(problem)

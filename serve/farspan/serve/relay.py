@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextvars import Context
 from typing import Any
 
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
-
 from farspan.kv.ticket import KvOffer
+from farspan.serve.faults import LOST
 from farspan.serve.messages import GenerationRequest
 
 logger = logging.getLogger(__name__)
@@ -41,7 +40,8 @@ class Relay:
     def tell(self, offer: KvOffer) -> None:
         """Pass an offer on, after those before it; returns at once."""
         if self._telling is None:
-            self._telling = asyncio.ensure_future(self._tell())
+            # Like every call of a worker (router.py).
+            self._telling = asyncio.get_running_loop().create_task(self._tell(), context=Context())
         self._offers.put_nowait(offer)
 
     def settle(self) -> str | None:
@@ -58,7 +58,7 @@ class Relay:
         try:
             async with self._decode.resume.choose_replica(self._request) as chosen:
                 self._told = chosen.replica_id
-        except (RayError, RayServeException) as problem:
+        except LOST as problem:
             logger.warning("no decode worker could be chosen early: %s", type(problem).__name__)
             return
         await self._tell_all(chosen.replica_id)
@@ -73,5 +73,5 @@ class Relay:
                 taken = await told.results_async(timeout_s=_TELL_TIMEOUT_S, return_exceptions=True)
                 if True not in taken:
                     return
-        except (TimeoutError, RayError, RayServeException, RuntimeError) as problem:
+        except (TimeoutError, *LOST) as problem:
             logger.warning("an offer was not delivered: %s", type(problem).__name__)

@@ -7,15 +7,15 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, aclosing, contextmanager
+from contextvars import Context
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from farspan.errors import ClusterError
 from farspan.kv.ticket import KvOffer, KvTicket
-from farspan.serve.faults import being_cancelled
+from farspan.serve.faults import LOST, being_cancelled
 from farspan.serve.life import SILENT_S, Watch, unless_silent
 from farspan.serve.line import Lines, followed
 from farspan.serve.load import WorkerLoad
@@ -66,13 +66,20 @@ class _Heard:
 
 
 class Router:
-    """`Workers` over the deployments' handles. A lost worker is a `Failed` value like any other failure."""
+    """`Workers` over the deployments' handles. A lost worker is a `Failed` value like any other failure.
+
+    Calls are begun in contexts of their own. What was begun in that of an HTTP request, Serve cancels when its client
+    goes, also what gives back what it held; here each is given up by whoever made it.
+    """
 
     def __init__(self, prefill: Any, decode: Any, silent_s: float = SILENT_S) -> None:
         """`silent_s`: a worker that says nothing for so long is lost."""
-        self._prefill, self._decode, self._silent_s = prefill, decode, silent_s
+        # By gRPC. Where Ray carries a stream, whoever says it stands still at its end until the asker has all of it; an
+        # ingress that froze kept its workers from every other call so, also from Serve's question how they are.
+        self._prefill, self._decode = (handle.options(_by_reference=False) for handle in (prefill, decode))
+        self._silent_s = silent_s
         self._heard: dict[str, _Heard] = {}
-        self._prefill_stream, self._decode_stream = prefill.options(stream=True), decode.options(stream=True)
+        self._prefill_stream, self._decode_stream = (h.options(stream=True) for h in (self._prefill, self._decode))
         self._relays: dict[str, Relay] = {}
         """Of each request whose prompt is computed on a worker of its own, until it is answered."""
         self._errands: set[asyncio.Task[None]] = set()
@@ -90,10 +97,11 @@ class Router:
                 async with asyncio.timeout(_ASSIGN_TIMEOUT_S):
                     choice = handle.prefill_in_parts.choose_replica(request)
                     chosen = await stack.enter_async_context(choice)
-                answer = await _heard(handle.dispatch(chosen, request), relay, self._silent_s)
+                stream = Context().run(handle.dispatch, chosen, request)
+                answer = await _heard(stream, relay, self._silent_s)
         except TimeoutError:
             return Failed(ClusterError(f"no prefill worker was free within {_ASSIGN_TIMEOUT_S:g} s"))
-        except (RayError, RayServeException) as problem:
+        except LOST as problem:
             return Failed(ClusterError(f"the prefill worker was lost: {type(problem).__name__}"))
         except ClusterError as problem:
             return Failed(problem)
@@ -123,7 +131,7 @@ class Router:
             place = replace(place or Place("decode", told), worker=told)
         with self._riding(request.request_id, place) as (line, inbox):
             handle = self._at(place, self._decode_stream, stream=True)
-            call = handle.resume.remote(request, answered, ticket, line)
+            call = Context().run(handle.resume.remote, request, answered, ticket, line)
             said = _items(call, self._watch(lambda: self._is_lost(place)))
             async with aclosing(followed(said, inbox)) as items:
                 async for item in items:
@@ -183,7 +191,7 @@ class Router:
         """How a worker stands; where all were stopped, one is started by that. Nothing when none comes in time."""
         try:
             load: WorkerLoad = await asyncio.wait_for(_plain(self._decode.report.remote({})), timeout_s)
-        except (TimeoutError, RayError, RayServeException, ClusterError) as problem:
+        except (TimeoutError, ClusterError, *LOST) as problem:
             logger.warning("no worker came: %s", type(problem).__name__)
             return []
         self._note(load)
@@ -213,7 +221,7 @@ class Router:
 
     def _send(self, handle: Any, method: str, argument: str) -> None:
         # To all replicas: which one holds the request or the ticket is their business, and repeating is harmless.
-        errand = asyncio.ensure_future(_delivered(handle.broadcast(method, argument), method))
+        errand = asyncio.get_running_loop().create_task(_delivered(handle, method, argument), context=Context())
         self._errands.add(errand)
         errand.add_done_callback(self._errands.discard)
 
@@ -243,7 +251,7 @@ async def _items(stream: Any, watch: Watch) -> AsyncGenerator[StreamItem | Elsew
             async for item in items:
                 yield item
         over = True
-    except (RayError, RayServeException) as problem:
+    except LOST as problem:
         over = True
         yield Failed(ClusterError(f"{watch.whom} was lost: {type(problem).__name__}"))
     except ClusterError as problem:
@@ -270,7 +278,7 @@ async def _reports(handle: Any, orders: Mapping[str, Orders], hear: Hear) -> boo
     except RayServeException:
         # None of the role is there.
         return True
-    except (RayError, RuntimeError, ClusterError):
+    except (ClusterError, *LOST):
         return False
     except TimeoutError:
         # One of them hangs, and with it the answers of all: they are asked one by one, and none waits for another.
@@ -288,7 +296,7 @@ async def _standing(handle: Any, worker: str, orders: Orders, hear: Hear) -> Non
     call = handle.options(session_id=worker).report.remote({worker: orders})
     try:
         load: WorkerLoad = await asyncio.wait_for(_plain(call), _REPORT_TIMEOUT_S)
-    except (TimeoutError, RayError, RayServeException, ClusterError):
+    except (TimeoutError, ClusterError, *LOST):
         return
     hear(load, asked_at_s)
 
@@ -301,7 +309,7 @@ async def _told(handle: Any) -> WorkerInfo | str:
         told = await _plain(call.results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True))
     except TimeoutError:
         told = [await _info(handle)]
-    except (RayError, RayServeException, RuntimeError, ClusterError) as problem:
+    except (ClusterError, *LOST) as problem:
         return str(problem) if isinstance(problem, ClusterError) else type(problem).__name__
     infos = [info for info in told if isinstance(info, WorkerInfo)]
     return infos[0] if infos else "; ".join(str(problem) for problem in told)
@@ -310,7 +318,7 @@ async def _told(handle: Any) -> WorkerInfo | str:
 async def _info(handle: Any) -> WorkerInfo | str:
     try:
         info: WorkerInfo = await asyncio.wait_for(_plain(handle.info.remote()), _CONTROL_TIMEOUT_S)
-    except (TimeoutError, RayError, RayServeException, ClusterError) as problem:
+    except (TimeoutError, ClusterError, *LOST) as problem:
         return str(problem) if isinstance(problem, ClusterError) else type(problem).__name__
     return info
 
@@ -325,9 +333,9 @@ async def _plain(response: Any) -> Any:
         raise ClusterError("a call of a worker was given up") from None
 
 
-async def _delivered(response: Any, method: str) -> None:
+async def _delivered(handle: Any, method: str, argument: str) -> None:
     try:
-        await asyncio.wait_for(response.results_async(), _CONTROL_TIMEOUT_S)
-    except (TimeoutError, RayError, RayServeException, RuntimeError) as problem:
+        await asyncio.wait_for(handle.broadcast(method, argument).results_async(), _CONTROL_TIMEOUT_S)
+    except (TimeoutError, *LOST) as problem:
         # A lease ends by itself and a dead worker holds nothing.
         logger.warning("%s was not delivered: %s", method, type(problem).__name__)

@@ -5,12 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from grpc import StatusCode
+from grpc.aio import AioRpcError, Metadata
+from ray.exceptions import ActorUnavailableError
 from ray.serve.exceptions import RayServeException
 
 from farspan.engine.request import SamplingParams
+from farspan.errors import ClusterError
 from farspan.kv.ticket import KvOffer, SourceAddress
 from farspan.serve.load import WorkerLoad
 from farspan.serve.mailbox import Inbox
@@ -37,6 +44,8 @@ class Call:
         for item in self._items:
             if item == HANGS:
                 await asyncio.Event().wait()
+            elif isinstance(item, Exception):
+                raise item
             elif isinstance(item, float):
                 await asyncio.sleep(item)
             else:
@@ -142,6 +151,70 @@ def test_a_call_whose_worker_is_heard_of_no_more_goes_elsewhere_when_others_are(
     assert call.cancelled
 
 
+LOSSES = [
+    ActorUnavailableError("the connection was reset", None),
+    AioRpcError(StatusCode.INTERNAL, Metadata(), Metadata(), details="RST_STREAM"),
+    RuntimeError("Unexpected error (StatusCode.UNAVAILABLE): Socket closed."),
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
+def test_whatever_ray_or_grpc_calls_the_end_of_a_connection_it_is_the_loss_of_a_worker(loss: Exception) -> None:
+    first, failed = resumed(Call(Alive(), FIRST, loss))
+    assert first == FIRST
+    assert isinstance(failed, Failed)
+    assert str(failed.error) == f"the decode worker was lost: {type(loss).__name__}"
+
+
+def test_no_call_of_a_worker_is_cancelled_with_the_request_it_is_made_for() -> None:
+    """Serve cancels what was begun in a request's context, also what gives back what the request held."""
+    asking = ContextVar("asking", default="nobody")
+    begun: list[str] = []
+
+    class Noting:
+        """A deployment that notes on whose behalf its calls are begun."""
+
+        def options(self, **_: object) -> Noting:
+            return self
+
+        def __getattr__(self, method: str) -> Any:
+            return SimpleNamespace(remote=lambda *_: self.call(method), choose_replica=self.chosen)
+
+        @asynccontextmanager
+        async def chosen(self, *_: object) -> AsyncIterator[Any]:
+            yield SimpleNamespace(replica_id="d")
+
+        def call(self, method: str) -> Call:
+            begun.append(f"{method} by {asking.get()}")
+            return Call(Alive()) if method == "carry" else Call(Alive(), LAST)
+
+        def dispatch(self, *_: object) -> Call:
+            begun.append(f"dispatch by {asking.get()}")
+            return Call(Alive(), OFFER, Failed(ClusterError("lost")))
+
+        def broadcast(self, method: str, *_: object) -> Noting:
+            begun.append(f"{method} by {asking.get()}")
+            return self
+
+        async def results_async(self, **_: object) -> list[bool]:
+            return []
+
+    async def run() -> None:
+        asking.set("a request")
+        router = Router(Noting(), Noting(), SILENT_S)
+        await router.prefill(REQUEST)
+        while "follow by nobody" not in begun:
+            await asyncio.sleep(0)
+        assert [item async for item in router.resume(REQUEST, (), None)] == [LAST]
+        router.release("t")
+        router.cancel("r")
+        await asyncio.sleep(0)
+
+    asyncio.run(run())
+    assert {each.split()[0] for each in begun} == {"dispatch", "follow", "carry", "resume", "release", "cancel"}
+    assert all(each.endswith(" by nobody") for each in begun), begun
+
+
 def test_a_prefill_worker_that_falls_silent_is_lost_whatever_it_offered() -> None:
     async def run() -> None:
         call = Call(Alive(), OFFER, HANGS)
@@ -189,7 +262,9 @@ def test_a_worker_that_is_gone_is_known_to_be_gone_when_its_role_is_asked_next(o
 
 def test_workers_are_heard_of_while_one_of_them_is_frozen() -> None:
     class OneFrozen(Handle):
-        def options(self, session_id: str = "", **_: object) -> SimpleNamespace:
+        def options(self, session_id: str = "", **_: object) -> Any:
+            if not session_id:
+                return self
             return SimpleNamespace(report=SimpleNamespace(remote=lambda _: self.one(session_id)))
 
         async def results_async(self, **_: object) -> list[WorkerLoad]:
