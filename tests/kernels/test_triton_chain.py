@@ -46,7 +46,7 @@ def near(got, want):
     return float((got.double() - want.double()).norm()) <= 1e-2 * float(want.double().norm())
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 3, MOST_ROWS, MOST_ROWS + 1, 33])
+@pytest.mark.parametrize("count", [0, 1, MOST_ROWS, MOST_ROWS + 1, 5, 33])
 @pytest.mark.parametrize(("kind", "activation"), KINDS)
 @pytest.mark.parametrize("device", DEVICE)
 def test_a_whole_block_in_few_kernels_is_as_exact_as_its_steps_in_torch(device, kind, activation, count) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 from farspan.kernels.chain.contract import Activation
 from farspan.kernels.chain.triton_rows import TYPES, gated, rounded
 
-# Up to how many rows: from there on matrix units are needed to keep up with the memory.
-MOST_ROWS = 4
+# Up to how many rows: from there on cuBLAS is faster (measured, decision 0050).
+MOST_ROWS = 2
 # Four rows of 1024 weights are four loads of 16 bytes for each of 128 threads.
 _OUTPUTS, _INPUTS, _NUM_WARPS = 4, 1024, 4
 _EIGHT = tl.constexpr(8)
