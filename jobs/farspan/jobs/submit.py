@@ -63,6 +63,7 @@ def submit_command(address: str, command: str, files: dict[str, str], name: str)
             (folder / file).write_text(text, encoding="utf-8")
         package = Path(scratch) / "package"
         package.mkdir()
+        modules = [str(part) for part in lay_out(package)]
         try:
             client = JobSubmissionClient(address)
             job_id = _submit(
@@ -70,7 +71,7 @@ def submit_command(address: str, command: str, files: dict[str, str], name: str)
                 entrypoint=f"{_python(address)} -m farspan.cli.main {command}",
                 runtime_env={
                     "working_dir": str(folder),
-                    "py_modules": [str(part) for part in lay_out(package)],
+                    "py_modules": modules,
                     # Ray gives a stopped job 3 seconds; a last checkpoint takes longer.
                     "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)},
                 },
