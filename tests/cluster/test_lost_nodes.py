@@ -19,8 +19,10 @@ from tests.support.runs import Curve, curve, tiny_run
 
 from farspan.config.load import dump_config
 from farspan.config.schema import RunConfig
+from farspan.jobs.room import find_room, fits, silent_nodes
 from farspan.jobs.train import run_training
 from farspan.telemetry.events import EventBody, RunResized, RunRestarted, StepReport, read_events
+from farspan.train.elastic import legal_sizes
 
 STEPS, EVERY, AT = 9, 3, 5
 
@@ -101,6 +103,25 @@ def test_a_run_survives_the_loss_of_a_node_with_a_worker_bit_for_bit(
     assert [restart.step for restart in restarts][:1] == [EVERY]
     assert all(restart.redone <= EVERY for restart in restarts)
     assert curve(events) == undisturbed
+
+
+@pytest.mark.soak
+def test_room_is_found_beside_a_node_that_froze_and_the_head_goes_on_placing(
+    ray_cluster: LocalRay, corpus: str, tmp_path: Path
+) -> None:
+    config = run_config(corpus, tmp_path / "run")
+    with ExitStack() as stack:
+        tenant = stack.enter_context(occupied(3))
+        node = stack.enter_context(other_node(ray_cluster.gcs_address, 1))
+        assert silent_nodes(10.0) == []
+        node.freeze()
+        ray.kill(tenant)
+        # Ray counts on it for about a minute more: what is placed there in that time is waited for without an end.
+        assert silent_nodes(10.0) == [f"{ADDRESS}:{node.port}"]
+        size = find_room(config, legal_sizes(config), again=True)
+        assert size.workers == 2
+        assert node.node_id is None
+        assert fits(config, 4, 60.0)
 
 
 @pytest.mark.soak

@@ -31,6 +31,11 @@ class OtherNode:
         """Ray's name of it while it lives."""
         return next((n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeManagerAddress"] == ADDRESS), None)
 
+    @property
+    def port(self) -> int:
+        """Where its raylet listens."""
+        return next(int(n["NodeManagerPort"]) for n in ray.nodes() if n["NodeID"] == self.node_id)
+
     def kill(self) -> int:
         """SIGKILL to its raylet and to everything it runs, as when the power goes; how many processes there were."""
         victims = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
@@ -40,6 +45,12 @@ class OtherNode:
                 os.kill(victim.pid, signal.SIGKILL)
         self.process.wait(timeout=_DEADLINE_S)
         return len(victims)
+
+    def freeze(self) -> None:
+        """SIGSTOP to everything it runs, as when its network goes: connections stay, and nobody answers."""
+        for process in [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]:
+            with suppress(psutil.NoSuchProcess):
+                os.kill(process.pid, signal.SIGSTOP)
 
     def wait(self, *, alive: bool) -> None:
         """Until the cluster knows that it is there, or gone."""

@@ -10,7 +10,8 @@ import ipaddress
 import os
 import socket
 import ssl
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,9 @@ import grpc
 # A busy head takes its time to answer, not to be connected to.
 _PATIENCE_S, _ANSWER_S = 5.0, 20.0
 _CALL = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+# What Ray's head asks its nodes to see whether they live.
+_HEALTH = "/grpc.health.v1.Health/Check"
+_NOBODY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 _CERTIFICATE, _KEY, _AUTHORITY = "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT"
 _TLS_ON = f"export RAY_USE_TLS=1, {_CERTIFICATE}, {_KEY} and {_AUTHORITY} (farspan infra certs makes them)"
 _TOKEN = "give this machine the cluster's token (`ray get-auth-token` prints it there) as ~/.ray/auth_token, mode 600"
@@ -42,7 +46,7 @@ def knock(host: str, port: int) -> Closed | None:
             pass
     except OSError as problem:
         return Closed(str(problem.strerror or problem), "check address, firewall and security group; is the head up?")
-    secure = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+    secure = _wants_tls()
     theirs = _speaks_tls(host, port)
     if theirs and not secure:
         return Closed("the cluster speaks TLS and this process does not", _TLS_ON)
@@ -95,14 +99,32 @@ def _distrust(host: str, port: int) -> Closed | None:
     )
 
 
-def _refusal(host: str, port: int, secure: bool) -> Closed | None:
-    token = _token()
+def silent(doors: Sequence[tuple[str, int]], timeout_s: float) -> list[tuple[str, int]]:
+    """Which of these (host, port) do not answer a gRPC call within `timeout_s`, all asked at once.
+
+    Whatever they answer will do, a refusal too: only what lives answers.
+    """
+    with ExitStack() as stack:
+        channels = [stack.enter_context(_channel(host, port, _wants_tls())) for host, port in doors]
+        calls = [channel.unary_unary(_HEALTH).future(b"", timeout=timeout_s) for channel in channels]
+        return [door for door, call in zip(doors, calls, strict=True) if call.code() in _NOBODY]
+
+
+def _wants_tls() -> bool:
+    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+
+
+def _channel(host: str, port: int, secure: bool) -> grpc.Channel:
     target = f"[{host}]:{port}" if _is_ipv6(host) else f"{host}:{port}"
-    metadata = [("authorization", f"Bearer {token}")] if token else []
     # Straight there: a proxy of the environment is not meant for nodes.
     options = [("grpc.enable_http_proxy", 0)]
-    channel = grpc.secure_channel(target, _credentials(), options) if secure else grpc.insecure_channel(target, options)
-    with channel:
+    return grpc.secure_channel(target, _credentials(), options) if secure else grpc.insecure_channel(target, options)
+
+
+def _refusal(host: str, port: int, secure: bool) -> Closed | None:
+    token = _token()
+    metadata = [("authorization", f"Bearer {token}")] if token else []
+    with _channel(host, port, secure) as channel:
         try:
             channel.unary_unary(_CALL)(b"", timeout=_ANSWER_S, metadata=metadata)
         except grpc.RpcError as problem:

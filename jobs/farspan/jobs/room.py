@@ -13,10 +13,12 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from farspan.cluster.placement import training_bundle
 from farspan.config.schema import RunConfig
 from farspan.errors import ClusterError
+from farspan.jobs.knock import silent
 from farspan.jobs.progress import StopWish
 from farspan.train.elastic import Size
 
 _START_S, _AGAIN_S, _LOOK_S = 10.0, 4.0, 1.0
+_ANSWER_S = 5.0
 
 
 def find_room(config: RunConfig, sizes: Sequence[Size], *, again: bool) -> Size:
@@ -24,11 +26,17 @@ def find_room(config: RunConfig, sizes: Sequence[Size], *, again: bool) -> Size:
 
     `again`: the run had workers before. Ray Train itself would wait for ever, and say nothing.
 
+    Nothing is asked for while a node that counts as alive does not answer (see `silent_nodes`).
+
     Raises:
         ClusterError: none fits within resources.timeout_s.
     """
     ends = time.monotonic() + config.resources.timeout_s
+    quiet: list[str] = []
     while (left_s := ends - time.monotonic()) > 0:
+        if quiet := silent_nodes(min(left_s, _ANSWER_S)):
+            time.sleep(min(left_s, _LOOK_S))
+            continue
         for size in sizes:
             # All of them may only be on their way: a placement that waits is what makes a cluster grow. A run that was
             # under way goes on with those that are left: it grows again when the others are back.
@@ -38,10 +46,28 @@ def find_room(config: RunConfig, sizes: Sequence[Size], *, again: bool) -> Size:
                 return size
     wanted, least = worker_resources(config), sizes[-1].workers
     has = {name: ray.cluster_resources().get(name, 0) for name in wanted}
+    if quiet:
+        raise ClusterError(
+            f"no room for {least} workers of {wanted} within resources.timeout_s={config.resources.timeout_s:g}: "
+            f"{', '.join(quiet)} did not answer, and the cluster does not count it as lost; look at that node, "
+            "or take it away with `ray stop` there"
+        )
     raise ClusterError(
         f"no room for {least} workers of {wanted} within resources.timeout_s="
         f"{config.resources.timeout_s:g}; the cluster has {has} in all; ask for fewer, or add nodes"
     )
+
+
+def silent_nodes(timeout_s: float) -> list[str]:
+    """Addresses of nodes that the cluster counts as alive and that do not answer within `timeout_s`.
+
+    Ray 2.60 asks a node to set a placement aside and waits for its answer without an end: if the node dies instead, the
+    head places nothing any more until it is started again (ray-project/ray#64693). So nobody asks it to while a node
+    may have died unseen; after a while it is counted as lost.
+    """
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    doors = [(str(node["NodeManagerAddress"]), int(node["NodeManagerPort"])) for node in alive]
+    return [f"{host}:{port}" for host, port in silent(doors, timeout_s)]
 
 
 def _could_fit(config: RunConfig, num_workers: int) -> bool:
@@ -80,7 +106,7 @@ class RoomWatch:
                 continue
             for size in self._larger:
                 # Beside the workers that train: their own room is theirs again after the restart.
-                if fits(self._config, size.workers - self._size.workers, _LOOK_S):
+                if not silent_nodes(_ANSWER_S) and fits(self._config, size.workers - self._size.workers, _LOOK_S):
                     self._wish.ask(f"there is room for {size.workers} workers")
                     return
 

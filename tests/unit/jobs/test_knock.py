@@ -13,7 +13,7 @@ import pytest
 
 from farspan.cluster.certs import make_certificates, ray_variables
 from farspan.errors import ClusterError
-from farspan.jobs.knock import knock
+from farspan.jobs.knock import knock, silent
 from farspan.jobs.launch import joined_ray
 
 TOKEN = "a" * 64
@@ -120,3 +120,18 @@ def test_whoever_joins_a_closed_cluster_gets_one_sentence(told: pytest.MonkeyPat
         told.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
         with pytest.raises(ClusterError, match="cannot be joined: the cluster wants a token"), joined_ray():
             raise AssertionError("it was let in")
+
+
+def test_only_what_lives_answers(folders: dict[str, Path], told: pytest.MonkeyPatch) -> None:
+    with socket.socket() as frozen, socket.socket() as gone, head(None) as port:
+        # A frozen process: its machine takes the connection, and nobody speaks.
+        frozen.bind(("127.0.0.1", 0))
+        frozen.listen()
+        gone.bind(("127.0.0.1", 0))
+        doors = [("127.0.0.1", number) for number in (frozen.getsockname()[1], port, gone.getsockname()[1])]
+        # This server knows no health call: that it says so is an answer.
+        assert silent(doors, 2.0) == [doors[0], doors[2]]
+    for name, value in ray_variables(folders["ours"]).items():
+        told.setenv(name, value)
+    with head(folders["ours"]) as port:
+        assert silent([("127.0.0.1", port)], 20.0) == []

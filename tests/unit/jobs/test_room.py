@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from farspan.errors import ClusterError
 from farspan.jobs import room
 from farspan.jobs.progress import StopWish
-from farspan.jobs.room import RoomWatch
+from farspan.jobs.room import RoomWatch, find_room
 from farspan.train.elastic import Size
 
 _DEADLINE_S = 30.0
@@ -37,6 +38,7 @@ def test_room_that_the_runs_own_workers_are_about_to_take_is_not_room_for_more(m
         return True
 
     monkeypatch.setattr(room, "fits", fits)
+    monkeypatch.setattr(room, "silent_nodes", lambda timeout_s: [])
     parallel, wish = _Looking(5), StopWish()
     small, large = Size(workers=1, accumulation=4), Size(workers=2, accumulation=2)
     with RoomWatch(SimpleNamespace(parallel=parallel), small, [large], wish) as watch:  # type: ignore[arg-type]
@@ -45,3 +47,43 @@ def test_room_that_the_runs_own_workers_are_about_to_take_is_not_room_for_more(m
         watch.heard()
         watch._thread.join(_DEADLINE_S)
         assert (asked, wish.reason) == ([1], "there is room for 2 workers")
+
+
+@pytest.fixture
+def small_cluster(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A config for one worker of one CPU, and no waiting between two looks."""
+    monkeypatch.setattr(room, "_LOOK_S", 0.001)
+    monkeypatch.setattr(room, "worker_resources", lambda config: {"CPU": 1.0})
+    monkeypatch.setattr(room.ray, "cluster_resources", lambda: {"CPU": 4.0})
+    return SimpleNamespace(resources=SimpleNamespace(timeout_s=30.0))
+
+
+def test_nothing_is_placed_before_every_node_that_counts_as_alive_has_answered(
+    monkeypatch: pytest.MonkeyPatch, small_cluster: SimpleNamespace
+) -> None:
+    told: list[str] = []
+    answers = [["10.0.0.2:1234"], ["10.0.0.2:1234"], []]
+
+    def silent_nodes(timeout_s: float) -> list[str]:
+        told.append("asked")
+        return answers.pop(0)
+
+    def fits(config: object, num_workers: int, timeout_s: float) -> bool:
+        told.append("placed")
+        return True
+
+    monkeypatch.setattr(room, "silent_nodes", silent_nodes)
+    monkeypatch.setattr(room, "fits", fits)
+    size = Size(workers=1, accumulation=1)
+    assert find_room(small_cluster, [size], again=True) == size  # type: ignore[arg-type]
+    assert told == ["asked", "asked", "asked", "placed"]
+
+
+def test_a_node_that_never_answers_is_named_when_the_time_is_up(
+    monkeypatch: pytest.MonkeyPatch, small_cluster: SimpleNamespace
+) -> None:
+    monkeypatch.setattr(room, "silent_nodes", lambda timeout_s: ["10.0.0.2:1234"])
+    monkeypatch.setattr(room, "fits", lambda *asked: pytest.fail("placed beside a node that does not answer"))
+    small_cluster.resources.timeout_s = 0.05
+    with pytest.raises(ClusterError, match=r"resources.timeout_s=0.05: 10.0.0.2:1234 did not answer"):
+        find_room(small_cluster, [Size(workers=1, accumulation=1)], again=True)  # type: ignore[arg-type]
