@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from tests.support.forking import forking
 from tests.support.gangs import (
     GREEDY,
     asked,
@@ -174,7 +174,7 @@ def run_rank(rank: int, store: str, pipe: Connection) -> None:
 
 @pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.soak)])
 def test_when_a_rank_is_killed_the_others_end_at_once(killed, tmp_path: Path):
-    context = multiprocessing.get_context("spawn")
+    context = forking()
     pipes = [context.Pipe() for _ in range(2)]
     processes = [
         context.Process(target=run_rank, args=(rank, str(tmp_path / "store"), theirs), daemon=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -10,6 +9,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 import torch
+from tests.support.forking import forking
 from tests.unit.engine.tiny import engine_config, tiny_model
 
 from farspan.engine.engine import Engine
@@ -25,9 +25,7 @@ WAIT_S = 60.0
 @contextmanager
 def started(work: Any, *args: Any) -> Iterator[tuple[ForkServerProcess, Connection]]:
     """A process that runs `work(pipe, *args)`, and our end of the pipe; killed at the end of the block."""
-    context = multiprocessing.get_context("forkserver")
-    # Torch is imported once for all of them.
-    context.set_forkserver_preload(["tests.support.host_processes"])
+    context = forking()
     ours, theirs = context.Pipe()
     process = context.Process(target=work, args=(theirs, *args), daemon=True)
     process.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -10,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from tests.support.forking import forking
 
 from farspan.errors import FarspanError
 from farspan.kv.layout import KvLayout
@@ -135,9 +136,9 @@ class End:
     """One of the processes."""
 
     def __init__(self) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self._pipe, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=_run, args=(theirs,), daemon=True)
+        context = forking()
+        self._pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_run, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
 

@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tests.support.forking import forking
 
 _START_S = 180.0
 
@@ -70,7 +70,7 @@ class RankPool:
         self._ranks.clear()
 
     def _start(self, num_ranks: int) -> None:
-        context = get_context("spawn")
+        context = forking()
         for _ in range(len(self._ranks), num_ranks):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
