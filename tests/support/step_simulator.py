@@ -38,7 +38,9 @@ class Tier:
 class StepSimulator:
     """A step of `choice`; `device` and `host` hold the peaks after `run`."""
 
-    def __init__(self, profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing], tokens: int) -> None:
+    def __init__(
+        self, profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing], tokens: int, passes: int
+    ) -> None:
         self.profile, self.choice, self.tokens = profile, choice, tokens
         self.layers = _mixed_order(list(zip(profile.kinds, sharing, strict=True)))
         self.states = states_of(profile, choice)
@@ -47,12 +49,16 @@ class StepSimulator:
         self.shard = tokens / choice.sp
         self.alive = choice.chunk_tokens / choice.sp if self.chunked else self.shard
         self.offloads = choice.offload_activations != "none" and not self.chunked
+        # A chunk runs forward and backward by itself, as a sequence of several does.
+        self.passes = 2 if self.chunked else passes
         self.arena_on_host = choice.offload_activations != "none" and self.chunked
 
     def run(self) -> StepSimulator:
         device = self.device
-        for name in ("weights", "gradients", "optimizer", "buckets"):
+        for name in ("weights", "optimizer", "buckets"):
             device.take(name, getattr(self.states, name))
+        if self.choice.engine != "fsdp2":
+            device.take("gradients", self.states.gradients)
         self.host.take("states", self.states.host)
         device.take("batch", 24 * self.shard)
         if self.choice.shards_weights:
@@ -62,15 +68,20 @@ class StepSimulator:
                 if kind.attention is not None:
                     size = kind.attention.arena_bytes(self.profile.itemsize) * share.kv_factor * self.shard
                     (self.host if self.arena_on_host else device).take(f"arena {number}", size)
-        # The first chunk and the last one are as large as any other.
-        for _ in range(2 if self.chunked else 1):
+        # The first chunk and the last one are as large as any other; a third sequence is like the second.
+        for number in range(min(self.passes, 2)):
             self._forward()
             self._loss()
             self._backward()
-        for name in ("root gradient",):
-            if name in device.held:
-                device.take("root sums", 2 * device.held[name])
-        device.take("scratch", self.states.step_scratch)
+            # The root's gradients go over the ranks in fp32: after every sequence, or after all chunks of one.
+            if number == 1 or not self.chunked:
+                whole = device.held["root gradient"]
+                device.take("root sums", 2 * whole)
+                self._sum_up("sums of the root", self.profile.num_parameters - self._in_layers())
+                device.give("root sums")
+                device.give("root gradient")
+        # They may still be there when the optimizer begins.
+        device.take("scratch", self.states.step_scratch + 3 * whole)
         return self
 
     def _gather(self, number: int) -> None:
@@ -144,11 +155,20 @@ class StepSimulator:
             self.device.take("layer gradients", self.states.layer_gradients * kind.num_parameters / self._largest())
             self.device.give("work")
             self.device.give("layer gradients")
+            self._sum_up(f"sums {number}", kind.num_parameters)
             self._reshard(number)
             self.device.give(f"kept {number}")
             if self.offloads:
                 self.host.give(f"kept {number}")
         self.device.give("outside")
+
+    def _sum_up(self, name: str, num_parameters: float) -> None:
+        """FSDP2 makes a module's sums when its first backward is done, and adds to them in the next."""
+        if self.choice.engine == "fsdp2" and name not in self.device.held:
+            self.device.take(name, self.states.gradients * num_parameters / self.profile.num_parameters)
+
+    def _in_layers(self) -> int:
+        return sum(kind.num_parameters for kind, _ in self.layers)
 
     def _tiles(self, kind: LayerKind) -> bool:
         return self.choice.tiled_mlp and kind.tiled is not None

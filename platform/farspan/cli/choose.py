@@ -12,6 +12,7 @@ from farspan.config.schema import RunConfig
 from farspan.plan.choice import Choice
 from farspan.plan.cost import Plan, Task, plan_of_choice, refusal
 from farspan.plan.machine import Machine, calibrated, parse_machine
+from farspan.plan.run_plan import passes_of
 from farspan.plan.search import Space, search
 from farspan.telemetry.events import PlanPredicted
 
@@ -83,7 +84,7 @@ def _task(config: RunConfig, model: PretrainedConfig, machine: Machine) -> tuple
     workers = config.parallel.workers
     sizes = [n for n in range(1, workers + 1) if workers % n == 0]
     space = Space(optimizers=(config.optim.kind,), lora_rank=config.lora.rank)
-    return Task(profile, machine, config.data.sequence_tokens, ways_of(profile, sizes)), space
+    return Task(profile, machine, config.data.sequence_tokens, ways_of(profile, sizes), passes_of(config)), space
 
 
 def _agrees(choice: Choice, config: RunConfig, written: frozenset[str]) -> bool:

@@ -19,6 +19,7 @@ from farspan.errors import ConfigError, PlanError
 from farspan.plan.cost import Task
 from farspan.plan.explain import report_dict
 from farspan.plan.machine import Machine, calibrated, parse_machine, save_calibration
+from farspan.plan.run_plan import passes_of
 from farspan.plan.search import Space, fewest_nodes, limit_of, longest, search
 from farspan.storage.paths import absolute_uri
 
@@ -183,7 +184,7 @@ def _task(config: RunConfig, machine: Machine, tokens: int) -> Task:
     # Also of the larger machines that are looked at when nothing fits on this one.
     largest = _MORE_NODES * machine.num_devices
     sizes = [n for n in range(1, largest + 1) if largest % n == 0]
-    return Task(profile, machine, tokens, ways_of(profile, sizes))
+    return Task(profile, machine, tokens, ways_of(profile, sizes), passes_of(config))
 
 
 def _model(config: RunConfig, tokens: int) -> PretrainedConfig:

@@ -21,6 +21,8 @@ class Task:
     machine: Machine
     tokens: int
     ways: Ways
+    passes: int = 1
+    """Sequences one after the other on a process in a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,8 @@ def overflow(task: Task, choice: Choice, found: Footprint | None = None) -> Over
 
 def footprint_of(task: Task, choice: Choice) -> Footprint:
     """Bytes of `choice`."""
-    return footprint(task.profile, choice, task.ways[choice.strategy, choice.sp, choice.ulysses], task.tokens)
+    ways = task.ways[choice.strategy, choice.sp, choice.ulysses]
+    return footprint(task.profile, choice, ways, task.tokens, task.passes)
 
 
 def plan_of_choice(task: Task, choice: Choice, found: Footprint | None = None) -> Plan:

@@ -1,7 +1,8 @@
 """Bytes of every memory tier at the worst moment of a step, on one rank. Torch-free, pure.
 
 A step has four moments that can be the worst: the last layer's forward; the loss, while everything kept for backward is
-there; the backward of the last layer, while nearly everything still is; the optimizer step, when none of it is.
+there; the backward of some layer, when those before it still keep theirs and those after it have made their sums of
+gradients; the optimizer step, when nothing is kept any more.
 """
 
 from __future__ import annotations
@@ -52,8 +53,13 @@ class Footprint:
         return {name: size for name, size in used.items() if size > 0}
 
 
-def footprint(profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing], tokens: int) -> Footprint:
-    """What one sequence of `tokens` needs; `sharing` holds one entry for each kind of layer."""
+def footprint(
+    profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing], tokens: int, passes: int = 1
+) -> Footprint:
+    """What one sequence of `tokens` needs; `sharing` holds one entry for each kind of layer.
+
+    `passes` sequences come one after the other in a step: from the second on, sums of gradients are there all the time.
+    """
     states = states_of(profile, choice)
     shard, whole = tokens / choice.sp, float(tokens)
     # A chunk runs forward and backward by itself; only keys, values and their gradients outlive it.
@@ -65,12 +71,18 @@ def footprint(profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing],
     leaving, held = (min(kept, n * largest) if offloaded else kept for n in (_FORWARD_LAYERS, _BACKWARD_LAYERS))
     always = {
         "weights": states.weights,
-        "gradients": states.gradients,
         "optimizer": states.optimizer + states.buckets,
         "whole layers": states.gathered,
         "batch": _BATCH_BYTES * shard,
         "KV arena": min(arena, _BACKWARD_LAYERS * layer_arena) if arena_host else arena,
     }
+    # FSDP2 makes a layer's sums in its backward; DeepSpeed keeps what it made; a chunk adds to those before it.
+    early = states.gradients if passes > 1 or choice.chunk != "none" or choice.engine != "fsdp2" else 0.0
+    waiting, summed = held, early
+    if not early and offloaded:
+        waiting, summed = _arriving(profile, states, held, largest)
+    elif not early:
+        waiting, summed = _waiting(profile, choice, sharing, states, alive, whole)
     outside = profile.outside_saved(alive)
     # The final norm has run backward before the last layer does.
     shared = max(0.0, outside - profile.tail_saved(alive))
@@ -78,22 +90,26 @@ def footprint(profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing],
     moments = {
         "forward": {
             **always,
+            "gradients": early,
             "kept for backward": leaving + outside,
             "layer at work": max(forward for forward, _ in works),
         },
         "loss": {
             **always,
+            "gradients": early,
             "kept for backward": held + outside,
             "loss tile": _loss(profile, choice, states, alive),
         },
         "backward": {
             **always,
-            "kept for backward": held + shared,
+            "gradients": summed,
+            "kept for backward": waiting + shared,
             "layer at work": max(backward for _, backward in works),
             "whole gradients": states.root_gradients + states.layer_gradients,
         },
         "optimizer step": {
             **always,
+            "gradients": states.gradients,
             "kept for backward": 0.0,
             "whole gradients": 3 * states.root_gradients,
             "optimizer scratch": states.step_scratch,
@@ -139,6 +155,36 @@ def _kept(
         for kind, share in zip(profile.kinds, sharing, strict=True)
     ]
     return sum(count * size for count, size in layers), max(size for _, size in layers)
+
+
+def _arriving(profile: ModelProfile, states: States, held: float, largest: float) -> tuple[float, float]:
+    """As `_waiting`, where what layers kept comes back from host memory.
+
+    The second layer computes while the first one's is there already; then the first one has its own alone.
+    """
+    sums = [_sums(profile, kind, states) for kind in profile.kinds]
+    done = sum(kind.count * size for kind, size in zip(profile.kinds, sums, strict=True)) - min(sums)
+    return max((held, max(0.0, done - min(sums))), (min(held, largest), done), key=sum)
+
+
+def _sums(profile: ModelProfile, kind: LayerKind, states: States) -> float:
+    """Bytes of the summed gradients of a layer."""
+    return states.gradients / profile.num_parameters * kind.num_parameters
+
+
+def _waiting(
+    profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing], states: States, shard: float, whole: float
+) -> tuple[float, float]:
+    """(kept by layers that are to come, summed gradients of those that are done) where their sum is largest.
+
+    A layer that is done gives what it kept and leaves its sums: whichever is more, as the order of kinds is not known.
+    """
+    waiting = summed = 0.0
+    for kind, share in zip(profile.kinds, sharing, strict=True):
+        kept, sums = kept_of(kind, choice, share, shard, whole), _sums(profile, kind, states)
+        waiting += kind.count * kept if kept >= sums else 0.0
+        summed += kind.count * sums if kept < sums else 0.0
+    return waiting, summed
 
 
 def _working(kind: LayerKind, choice: Choice, share: Sharing, shard: float, whole: float) -> tuple[float, float]:

@@ -136,6 +136,16 @@ def plan_run(config: RunConfig, facts: ModelFacts, compute_bytes: int, num_adapt
     )
 
 
+def passes_of(config: RunConfig) -> int:
+    """Most sequences that come one after the other on a process in a step.
+
+    Two stand for any number of them: hybrid data parallelism deals as it needs, and so does a run that may shrink.
+    """
+    parallel = config.parallel
+    deals = parallel.hdp or (parallel.min_workers or parallel.workers) < parallel.workers
+    return max(config.train.accumulation, 2 if deals else 1)
+
+
 def _levers(config: RunConfig) -> str | None:
     """What this run does to need less memory, and where things lie; a tier that is emulated is called so."""
     memory, chunked = config.memory, config.memory.chunk != "none"

@@ -105,12 +105,12 @@ def random_task(rng: random.Random) -> tuple[Task, Space]:
     tokens = rng.choice([4096, 30_000, 65_536, 131_072, 524_288, 1_048_576, 2_000_000])
     sizes = [n for n in range(1, machine.num_devices + 1) if machine.num_devices % n == 0]
     space = Space(weights=tuple(rng.sample(WEIGHTS, 2)), chunks=(rng.choice([8192, 65_536]),), loss_tiles=(1024,))
-    return Task(profile, machine, tokens, ways_of(profile, sizes)), space
+    return Task(profile, machine, tokens, ways_of(profile, sizes), rng.choice([1, 1, 4])), space
 
 
 def simulated(task: Task, choice: Choice) -> StepSimulator:
     sharing = task.ways[choice.strategy, choice.sp, choice.ulysses]
-    return StepSimulator(task.profile, choice, sharing, task.tokens).run()
+    return StepSimulator(task.profile, choice, sharing, task.tokens, task.passes).run()
 
 
 @cache
