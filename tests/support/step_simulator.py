@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from farspan.plan.choice import Choice
-from farspan.plan.footprint import kept_of, mlp_tile, on_rank, passes
+from farspan.plan.footprint import ends_of, kept_of, mlp_tile, on_rank, passes
 from farspan.plan.profile import LayerKind, ModelProfile
 from farspan.plan.sharing import Sharing
 from farspan.plan.states import states_of
@@ -43,7 +43,7 @@ class StepSimulator:
     ) -> None:
         self.profile, self.choice, self.tokens = profile, choice, tokens
         self.layers = _mixed_order(list(zip(profile.kinds, sharing, strict=True)))
-        self.states = states_of(profile, choice)
+        self.states, self.ends = states_of(profile, choice), ends_of(profile, choice)
         self.device, self.host = Tier(), Tier()
         self.chunked = choice.chunk != "none"
         self.shard = tokens / choice.sp
@@ -100,7 +100,7 @@ class StepSimulator:
             self.device.give(f"layer {number}")
 
     def _forward(self) -> None:
-        self.device.take("outside", self.profile.outside_saved(self.alive))
+        self.device.take("outside", self.ends.saved(self.alive))
         for number, (kind, share) in enumerate(self.layers):
             self._gather(number)
             self._gather(number + 1)
@@ -135,11 +135,11 @@ class StepSimulator:
                 device.give("head")
             device.give("tile")
             left -= tile
-        device.take("final norm", profile.tail_peak(self.alive))
+        device.take("final norm", self.ends.tail_peak(self.alive))
         for name in ("hidden", "hidden gradient", "norm gradient", "final norm"):
             device.give(name)
         device.give("outside")
-        device.take("outside", max(0.0, profile.outside_saved(self.alive) - profile.tail_saved(self.alive)))
+        device.take("outside", max(0.0, self.ends.saved(self.alive) - self.ends.tail_saved(self.alive)))
 
     def _backward(self) -> None:
         last = len(self.layers) - 1

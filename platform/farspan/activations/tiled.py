@@ -22,6 +22,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from farspan.errors import ModelError
+from farspan.models.parts import token_norms
 
 TileFunction = Callable[[Mapping[str, Tensor], Tensor, slice], Tensor]
 """(trainable weights by name, x of the tile, which rows they are) -> rows of the result."""
@@ -71,6 +72,17 @@ def tile_mlps(model: PreTrainedModel, layers: list[nn.Module], tile_tokens: int)
         # On this one module: its class, and every other model in the process, stay as they are.
         mlp.forward = partial(_forward_by_tiles, mlp, tile_tokens)
     return mlps
+
+
+def tile_norms(model: PreTrainedModel, tile_tokens: int) -> None:
+    """Let the normalizations between the parts of `model`'s layers, and the final one, run by tiles.
+
+    Most of them compute in fp32 and keep several copies of all tokens in it: at long sequences the most of what a layer
+    needs in backward.
+    """
+    for owner, name in token_norms(model):
+        norm = getattr(owner, name)
+        norm.forward = partial(_forward_by_tiles, norm, tile_tokens)
 
 
 class _ByTiles(torch.autograd.Function):
@@ -126,11 +138,11 @@ class _Shell(nn.Module):
         return cast(Tensor, type(self.inner).forward(self.inner, x))
 
 
-def _forward_by_tiles(mlp: nn.Module, tile_tokens: int, x_TE: Tensor) -> Tensor:
+def _forward_by_tiles(module: nn.Module, tile_tokens: int, x_TE: Tensor) -> Tensor:
     if x_TE.shape[-2] <= tile_tokens and not torch.is_grad_enabled():
-        return cast(Tensor, type(mlp).forward(mlp, x_TE))
-    _refuse_scattered(mlp)
-    call, weights = call_module(mlp)
+        return cast(Tensor, type(module).forward(module, x_TE))
+    _refuse_scattered(module)
+    call, weights = call_module(module)
     return by_tiles(lambda given, x_tE, rows: call(given, x_tE), weights, x_TE, tile_tokens)
 
 
@@ -178,8 +190,12 @@ def refuse_dropout(module: nn.Module, what: str, field: str) -> None:
 
 
 def _refuse_scattered(mlp: nn.Module) -> None:
-    """ZeRO-3 gathers weights module by module, and would free them in the middle of a tile."""
-    if not getattr(mlp, "_z3_leaf", False) and any(hasattr(p, "ds_id") for p in mlp.parameters()):
+    """ZeRO-3 gathers weights module by module, and would free those of a part in the middle of a tile."""
+    if (
+        any(mlp.children())
+        and not getattr(mlp, "_z3_leaf", False)
+        and any(hasattr(p, "ds_id") for p in mlp.parameters())
+    ):
         raise ModelError(
             f"{type(mlp).__name__} runs by tiles under ZeRO-3, which needs its weights gathered together; call "
             "deepspeed.utils.set_z3_leaf_module(module, True) on what tile_mlps returns before deepspeed.initialize"

@@ -201,7 +201,7 @@ class MemoryConfig:
     """What a step gives up to need less memory."""
 
     tiled_mlp: bool = False
-    """Compute feed-forward layers by tiles of tokens and compute each tile again in backward."""
+    """Compute feed-forward layers and normalizations by tiles of tokens, and each tile again in backward."""
     mlp_tile_tokens: int = 0
     """Tokens of such a tile; 0: as many as the model is wide."""
     offload_activations: str = "none"

@@ -9,6 +9,7 @@ here, by the config fields that name them. A model that does more is found by th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -45,6 +46,20 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     if len(lists) != 1:
         raise ModelError(f"{type(model).__name__} keeps no single list of decoder layers; it cannot be trained exactly")
     return list(lists[0])
+
+
+def token_norms(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
+    """(owner, name) of each normalization between the parts of a layer, and of the final one.
+
+    They treat every token alone. Those inside attention or a mixer are not among them.
+    """
+    owners = [*decoder_layers(model), trunk_of(model)]
+    return [(owner, name) for owner in owners for name, part in owner.named_children() if _is_token_norm(part)]
+
+
+def _is_token_norm(part: nn.Module) -> bool:
+    # Itself, and x: one that takes more (a gate, a residual) may look beyond its rows.
+    return type(part).__name__.endswith("Norm") and len(signature(type(part).forward).parameters) == 2
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from farspan.plan.choice import Choice
-from farspan.plan.profile import LayerKind, ModelProfile, Pass, Poly
+from farspan.plan.profile import LayerKind, ModelProfile, Outside, Pass, Poly
 from farspan.plan.sharing import Sharing
 from farspan.plan.states import States, states_of
 
@@ -83,9 +83,10 @@ def footprint(
         waiting, summed = _arriving(profile, states, held, largest)
     elif not early:
         waiting, summed = _waiting(profile, choice, sharing, states, alive, whole)
-    outside = profile.outside_saved(alive)
+    ends = ends_of(profile, choice)
+    outside = ends.saved(alive)
     # The final norm has run backward before the last layer does.
-    shared = max(0.0, outside - profile.tail_saved(alive))
+    shared = max(0.0, outside - ends.tail_saved(alive))
     works = [_working(kind, choice, share, alive, whole) for kind, share in zip(profile.kinds, sharing, strict=True)]
     moments = {
         "forward": {
@@ -124,6 +125,11 @@ def footprint(
 def passes(kind: LayerKind, choice: Choice) -> Pass:
     """How this layer runs."""
     return kind.tiled if choice.tiled_mlp and kind.tiled is not None else kind.whole
+
+
+def ends_of(profile: ModelProfile, choice: Choice) -> Outside:
+    """How what is not in a layer runs."""
+    return profile.outside_tiled if choice.tiled_mlp else profile.outside_layers
 
 
 def on_rank(kind: LayerKind, part: Pass, name: str, shard: float, whole: float) -> float:
@@ -222,4 +228,6 @@ def _loss(profile: ModelProfile, choice: Choice, states: States, shard: float) -
     tile = min(shard, float(choice.loss_tile_tokens))
     hidden = 3 * profile.width * profile.itemsize * shard
     head = profile.vocab_size * profile.width * profile.itemsize if states.root_gradients else 0.0
-    return hidden + states.root_gradients + max(profile.loss.peak(tile) + head, profile.tail_peak(shard))
+    return (
+        hidden + states.root_gradients + max(profile.loss.peak(tile) + head, ends_of(profile, choice).tail_peak(shard))
+    )

@@ -97,6 +97,18 @@ class LayerKind:
 
 
 @dataclass(frozen=True, slots=True)
+class Outside:
+    """Bytes of what is not in a layer."""
+
+    saved: Poly
+    """Kept for backward: embedding, positions, final norm."""
+    tail_saved: Poly
+    """Of it, what is free again when the last layer's backward begins."""
+    tail_peak: Poly
+    """Most bytes the final norm needs in backward beyond what it kept and the gradient it is given."""
+
+
+@dataclass(frozen=True, slots=True)
 class LossCost:
     """The head and cross entropy over a tile of tokens."""
 
@@ -140,12 +152,9 @@ class ModelProfile:
     vocab_size: int
     itemsize: int
     """Bytes of one number of the compute type."""
-    outside_saved: Poly
-    """Bytes kept outside the layers: embedding, positions, final norm."""
-    tail_saved: Poly
-    """Of it, what is free again when the last layer's backward begins."""
-    tail_peak: Poly
-    """Most bytes the final norm needs in backward beyond what it kept and the gradient it is given."""
+    outside_layers: Outside
+    outside_tiled: Outside
+    """With the final norm in tiles."""
     outside: Work
     loss: LossCost
     quadratics: tuple[Quadratic, ...] = ()

@@ -159,7 +159,7 @@ def _levers(config: RunConfig) -> str | None:
         what = "keys and values of all chunks" if chunked else "tensors kept for backward"
         parts.append(f"{what} in {' + '.join(named) or 'host memory'}")
     if memory.tiled_mlp:
-        parts.append(f"feed-forward layers by tiles of {memory.mlp_tile_tokens} tokens")
+        parts.append(f"feed-forward layers and normalizations by tiles of {memory.mlp_tile_tokens} tokens")
     if config.train.recompute:
         parts.append("layers computed again in backward")
     if config.optim.kind == "adamw8bit":

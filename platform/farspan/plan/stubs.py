@@ -18,7 +18,12 @@ from farspan.plan.profile import AttentionShape
 
 
 class _Keep(torch.autograd.Function):
-    """Attention as far as memory goes."""
+    """Attention as far as memory goes.
+
+    In backward flash kernels (torch's, flash-attn 2, cuDNN) sum dq in fp32, and make dk and dv for every query head
+    before they add up those that share a key head: 4 times the bytes of q with bf16 and shared heads, as
+    `farspan bench attention` shows.
+    """
 
     @staticmethod
     def forward(ctx: Any, q_THD: Tensor, k_TGD: Tensor, v_TGC: Tensor) -> Tensor:
@@ -30,7 +35,12 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         q_THD, k_TGD, v_TGC, _, _ = ctx.saved_tensors
-        return tuple(x.new_empty(x.shape) for x in (q_THD, k_TGD, v_TGC))
+        work = [q_THD.new_empty(q_THD.shape, dtype=torch.promote_types(q_THD.dtype, torch.float32))]
+        if q_THD.shape[1] != k_TGD.shape[1]:
+            work += [x.new_empty(*q_THD.shape[:2], x.shape[2]) for x in (k_TGD, v_TGC)]
+        found = tuple(x.new_empty(x.shape) for x in (q_THD, k_TGD, v_TGC))
+        del work
+        return found
 
 
 class WatchedAttention:
@@ -85,7 +95,7 @@ class OneDocument:
 
 
 class _Tile(torch.autograd.Function):
-    """A tiled MLP as far as memory outside its tiles goes: the input is kept, the output has its shape."""
+    """What runs by tiles, as far as memory outside its tiles goes: the input is kept, the output has its shape."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -98,7 +108,9 @@ class _Tile(torch.autograd.Function):
         return torch.empty_like(x)
 
 
-class TiledMlp(nn.Module):
+class Tiled(nn.Module):
+    """In the place of a part that treats every token alone."""
+
     def forward(self, x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         return cast(Tensor, _Tile.apply(x))
 

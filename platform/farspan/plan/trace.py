@@ -3,9 +3,9 @@
 Shapes: T tokens, H query heads, G key/value heads, D head dim of q and k, C of v, E model width.
 
 Two layers of each kind run forward and backward on fake tensors at a few lengths, in up to four ways (with and without
-recomputing layers, with and without the MLP in tiles); polynomials through the lengths stand for all others. Attention
-is an operation that keeps what every strategy keeps (q, k, v, out, log-sum-exp) and whose operations are counted by
-formula, because they depend on windows and documents.
+recomputing layers, with and without MLP and norms in tiles); polynomials through the lengths stand for all others.
+Attention is an operation that keeps what every strategy keeps (q, k, v, out, log-sum-exp) and whose operations are
+counted by formula, because they depend on windows and documents.
 """
 
 from __future__ import annotations
@@ -20,11 +20,23 @@ from transformers import PretrainedConfig
 
 from farspan.errors import ModelError
 from farspan.models.attention import packed_hidden
-from farspan.models.parts import trunk_and_head
+from farspan.models.parts import token_norms, trunk_and_head
 from farspan.plan.fake import MIXER, Kind, Shell, fake_tensors, make_shell, mlp_of
 from farspan.plan.meter import Meter, SavedBytes
-from farspan.plan.profile import ALIVE, KEPT, MOVED, LayerKind, LossCost, ModelProfile, Pass, Poly, Quadratic, Work
-from farspan.plan.stubs import MixerStub, OneDocument, TiledMlp, WatchedAttention, replaced
+from farspan.plan.profile import (
+    ALIVE,
+    KEPT,
+    MOVED,
+    LayerKind,
+    LossCost,
+    ModelProfile,
+    Outside,
+    Pass,
+    Poly,
+    Quadratic,
+    Work,
+)
+from farspan.plan.stubs import MixerStub, OneDocument, Tiled, WatchedAttention, replaced
 from farspan.plan.watch import Run, Seen, Windows
 
 # No power of two, so that no tensor of tokens has the shape of a weight; so long that no constant hides a slope.
@@ -64,8 +76,9 @@ class _Trace:
 
     def profile(self) -> ModelProfile:
         plain, again = self._both([])
-        tiles = [(x, mlp[0], TiledMlp()) for x in self.shell.layers if (mlp := mlp_of(x)) is not None]
-        tiled = self._both(tiles) if tiles else None
+        mlps = [(x, mlp[0]) for x in self.shell.layers if (mlp := mlp_of(x)) is not None]
+        tiles = [(*part, Tiled()) for part in (*mlps, *token_norms(self.shell.model))]
+        tiled = self._both(tiles) if mlps else None
         mixers = [(x, MIXER, MixerStub()) for x in self.shell.layers if hasattr(x, MIXER)]
         rest = self._both(mixers) if mixers else None
         kinds = []
@@ -94,9 +107,8 @@ class _Trace:
             width=self.text.hidden_size,
             vocab_size=self.text.vocab_size,
             itemsize=self.dtype.itemsize,
-            outside_saved=_fit(self.lengths, [run.outside_saved for run in plain]),
-            tail_saved=_fit(self.lengths, [run.tail_saved for run in plain]),
-            tail_peak=_fit(self.lengths, [run.tail_peak for run in plain]),
+            outside_layers=self._ends(plain),
+            outside_tiled=self._ends(tiled[0] if tiled is not None else plain),
             outside=Work(
                 _fit(self.lengths, [run.outside_flops for run in plain]),
                 _fit(self.lengths, [run.outside_moved for run in plain]),
@@ -173,6 +185,10 @@ class _Trace:
             self.shell.model.zero_grad(set_to_none=True)
         kept, peak, *works = (_fit(self.lengths, column) for column in zip(*rows, strict=True))
         return LossCost(kept, peak, Work(works[0], works[1]), Work(works[2], works[3]))
+
+    def _ends(self, runs: list[Run]) -> Outside:
+        names = ("outside_saved", "tail_saved", "tail_peak")
+        return Outside(*(_fit(self.lengths, [getattr(run, name) for run in runs]) for name in names))
 
     def _pass(self, kind: Kind, plain: list[Run], again: list[Run]) -> Pass:
         seen, recomputed = [run.layers[kind.shown] for run in plain], [run.layers[kind.shown] for run in again]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from farspan.activations.tiled import tile_mlps
+from farspan.activations.tiled import tile_mlps, tile_norms
 from farspan.chunked.arena import KvArena
 from farspan.chunked.seco import ChunkedStep
 from farspan.config.schema import ParallelConfig, RunConfig
@@ -84,7 +84,7 @@ def build(
     use_farspan_attention(model)
     if config.train.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    tiled = tile_mlps(model, decoder_layers(model), _mlp_tile(config, model)) if config.memory.tiled_mlp else []
+    tiled = _tiled(config, model) if config.memory.tiled_mlp else []
     mesh = make_mesh(device.type, parallel.sp, parallel.ulysses, timeout_s=config.resources.timeout_s)
     loss = PackedLoss(model.to(device), config.train.loss_tile_tokens).train()
     sequence = SequenceParallel(SequenceRanks.of(mesh), parallel.strategy, parallel.layout)
@@ -215,9 +215,12 @@ def _same_everywhere(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def _mlp_tile(config: RunConfig, model: PreTrainedModel) -> int:
+def _tiled(config: RunConfig, model: PreTrainedModel) -> list[nn.Module]:
+    """Let what treats every token alone run by tiles; the MLPs."""
     width: int = model.config.get_text_config(decoder=True).hidden_size
-    return config.memory.mlp_tile_tokens or width
+    tile_tokens = config.memory.mlp_tile_tokens or width
+    tile_norms(model, tile_tokens)
+    return tile_mlps(model, decoder_layers(model), tile_tokens)
 
 
 def local_ranks() -> int:

@@ -74,7 +74,7 @@ def _tiles(config: RunConfig) -> Iterator[Rung]:
     config.memory.tiled_mlp, config.train.loss_tile_tokens = True, max(_SMALLEST_TILE, before // 2)
     if before < _SMALLEST_TILE:
         config.train.loss_tile_tokens = before
-    text = f"feed-forward layers by tiles, loss tiles {before} -> {config.train.loss_tile_tokens} tokens"
+    text = f"MLPs and norms by tiles, loss tiles {before} -> {config.train.loss_tile_tokens} tokens"
     yield Rung(("memory.tiled_mlp", "train.loss_tile_tokens"), text)
 
 

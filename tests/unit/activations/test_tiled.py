@@ -13,7 +13,7 @@ from tests.support.relative import relative_error
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from farspan.activations.tiled import by_tiles, tile_mlps
+from farspan.activations.tiled import by_tiles, tile_mlps, tile_norms
 from farspan.errors import ModelError
 from farspan.models.parts import decoder_layers, trunk_and_head
 from farspan.train.loss import token_losses
@@ -43,6 +43,24 @@ def test_tiled_mlps_give_the_gradients_of_the_whole_model(architecture: str, til
     assert len(tile_mlps(model, decoder_layers(model), tile_tokens)) == len(decoder_layers(model))
     # gemma's norms are computed in fp32, whatever the type of the model.
     assert largest_error(gradients(model), want) < (1e-6 if architecture == "gemma3_text" else 1e-12)
+
+
+@pytest.mark.parametrize("tile_tokens", [1, 5, 100])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gemma3_text", "qwen3_next", "granitemoehybrid"])
+def test_tiled_norms_give_the_gradients_of_the_whole_model(
+    architecture: str, recompute: bool, tile_tokens: int
+) -> None:
+    model = small_model(decoder_config(architecture))
+    want = gradients(model)
+    tile_norms(model, tile_tokens)
+    if recompute:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    tiled = [name for name, module in model.named_modules() if "forward" in vars(module)]
+    # Two of a layer (gemma has four) and the final one; none inside attention or a mixer.
+    assert len(tiled) == len(decoder_layers(model)) * (4 if architecture == "gemma3_text" else 2) + 1
+    # Some are computed in fp32, whatever the type of the model.
+    assert largest_error(gradients(model), want) < (1e-12 if architecture == "gpt_neox" else 1e-6)
 
 
 def test_tiling_one_model_changes_no_other_and_no_name_of_a_weight() -> None:

@@ -9,8 +9,10 @@ import torch
 from tests.unit.plan.test_trace import MODELS, live_model, small_profile
 from torch import Tensor
 
+from farspan.activations.tiled import tile_mlps, tile_norms
 from farspan.batch import ShardedBatch
 from farspan.models.checkpoint import make_config
+from farspan.models.parts import decoder_layers
 from farspan.parallel.documents import attend_documents
 from farspan.parallel.whole import WholeSequence
 from farspan.plan.choice import Choice
@@ -23,13 +25,19 @@ _TOKENS, _TILE = 900, 128
 _OF_TOKENS = ("kept for backward", "layer at work", "loss tile", "batch")
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mixtral"])
+@pytest.mark.parametrize(
+    ("architecture", "tiled"),
+    [("llama", False), ("qwen3", False), ("mixtral", False), ("llama", True), ("gemma3_text", True)],
+)
 @pytest.mark.parametrize("recompute", [False, True])
-def test_the_peak_of_a_real_step_equals_the_plan(architecture: str, recompute: bool) -> None:
+def test_the_peak_of_a_real_step_equals_the_plan(architecture: str, tiled: bool, recompute: bool) -> None:
     profile = small_profile(architecture)
     model = live_model(make_config(architecture, MODELS[architecture]))
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if tiled:
+        tile_norms(model, profile.width)
+        tile_mlps(model, decoder_layers(model), profile.width)
     loss, bounds = PackedLoss(model, _TILE), (0, _TOKENS // 3, _TOKENS)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, **rule: Any) -> Tensor:
@@ -40,7 +48,9 @@ def test_the_peak_of_a_real_step_equals_the_plan(architecture: str, recompute: b
         shard = ShardedBatch(tokens_T=numbers_T % 200, labels_T=numbers_T % 199, positions_T=numbers_T, bounds=bounds)
         loss(shard, attention, torch.tensor(_TOKENS), WholeSequence(bounds)).backward()
     # Gradients of weights are no tensors of tokens: with adapters only, the plan has none of the root's.
-    choice = Choice(recompute=recompute, loss_tile_tokens=_TILE, lora_rank=1)
+    choice = Choice(recompute=recompute, tiled_mlp=tiled, loss_tile_tokens=_TILE, lora_rank=1)
     found = footprint(profile, choice, [NOTHING] * len(profile.kinds), _TOKENS)
     predicted = sum(found.device.get(name, 0.0) for name in _OF_TOKENS)
-    assert predicted == pytest.approx(meter.peak, rel=0.05)
+    # Where norms and MLPs run by tiles attention's backward is the worst moment, which is planned for kernels of a GPU:
+    # they work on all documents at once.
+    assert predicted == pytest.approx(meter.peak, rel=0.08 if tiled else 0.05)

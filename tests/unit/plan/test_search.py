@@ -16,7 +16,7 @@ from farspan.plan.cost import Overflow, Task, footprint_of, plan_of_choice, refu
 from farspan.plan.exchange import ways_of
 from farspan.plan.footprint import SLACK
 from farspan.plan.machine import DEVICES, GIB, Machine, parse_machine
-from farspan.plan.profile import AttentionShape, LayerKind, LossCost, ModelProfile, Pass, Poly, Work
+from farspan.plan.profile import AttentionShape, LayerKind, LossCost, ModelProfile, Outside, Pass, Poly, Work
 from farspan.plan.search import WEIGHTS, Space, all_choices, fewest_nodes, limit_of, longest, search
 
 NUM_CASES = 200
@@ -71,9 +71,8 @@ def random_profile(rng: random.Random) -> ModelProfile:
         width=width,
         vocab_size=vocab,
         itemsize=2,
-        outside_saved=Poly(0, 6.0 * width),
-        tail_saved=Poly(0, 5.0 * width),
-        tail_peak=Poly(0, 9.0 * width),
+        outside_layers=Outside(Poly(0, 6.0 * width), Poly(0, 5.0 * width), Poly(0, 9.0 * width)),
+        outside_tiled=Outside(Poly(0, 3.0 * width), Poly(0, 2.0 * width), Poly(0, 1.0 * width)),
         outside=Work(Poly(), Poly(0, 20.0 * width)),
         loss=LossCost(Poly(0, 4.0 * vocab), Poly(0, 12.0 * vocab), head, head + head),
     )

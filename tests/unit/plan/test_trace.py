@@ -118,7 +118,9 @@ def test_bytes_kept_by_a_real_run_equal_the_trace_at_lengths_that_were_not_trace
     for tokens in (192, 448):
         with bytes_saved(model) as live:
             hidden_TE = live_hidden(model, tokens)
-        predicted = profile.outside_saved(tokens) + sum(kind.count * kind.whole.saved(tokens) for kind in profile.kinds)
+        predicted = profile.outside_layers.saved(tokens) + sum(
+            kind.count * kind.whole.saved(tokens) for kind in profile.kinds
+        )
         assert predicted == pytest.approx(live[0], rel=0.01)
         del hidden_TE
 
@@ -139,13 +141,13 @@ def test_the_peak_of_a_real_backward_equals_the_trace(architecture: str, recompu
         hidden_TE.backward(torch.ones_like(hidden_TE))
     kept = sum(
         kind.count * (kind.boundary if recompute else kind.whole.saved)(tokens) for kind in profile.kinds
-    ) + profile.outside_saved(tokens)
+    ) + profile.outside_layers.saved(tokens)
     # What this test holds itself: tokens and positions, the output, and later the gradient it begins with.
     held = hidden_TE.numel() * hidden_TE.element_size()
     kept += held + 2 * 8 * tokens
     assert kept == pytest.approx(after_forward, rel=0.01)
     work = max((k.whole.recompute_peak if recompute else k.whole.backward_peak)(tokens) for k in profile.kinds)
-    work = max(work - profile.tail_saved(tokens), profile.tail_peak(tokens))
+    work = max(work - profile.outside_layers.tail_saved(tokens), profile.outside_layers.tail_peak(tokens))
     assert kept + held + work == pytest.approx(meter.peak, rel=0.02)
 
 
