@@ -14,7 +14,7 @@ from tests.support.relative import relative_error
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from farspan.activations.tiled import tile_mlps
+from farspan.activations.tiled import tile_mlps, tile_norms
 from farspan.batch import IGNORED_LABEL
 from farspan.chunked.evaluate import losses_of
 from farspan.chunked.seco import ChunkedStep
@@ -40,6 +40,7 @@ def gradients(
     step, exchange = ChunkedStep(model, 16, sequence), sequence.ranks.all
     loss = PackedLoss(model, tile_tokens=3)
     if sharded:
+        tile_norms(model, 3)
         tile_mlps(model, decoder_layers(model), 3)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         mesh = dist.init_device_mesh("cpu", (exchange.num_ranks,))

@@ -18,7 +18,7 @@ from tests.support.ranks import RankPool
 from tests.support.relative import relative_error
 from torch import Tensor
 
-from farspan.activations.tiled import tile_mlps
+from farspan.activations.tiled import tile_mlps, tile_norms
 from farspan.batch import ShardedBatch
 from farspan.models.attention import use_farspan_attention
 from farspan.models.parts import decoder_layers
@@ -49,6 +49,7 @@ def zero3_gradients() -> dict[str, Tensor]:
 
     model = small_model(decoder_config("llama")).float()
     use_farspan_attention(model)
+    tile_norms(model, 7)
     for mlp in tile_mlps(model, decoder_layers(model), 7):
         deepspeed.utils.set_z3_leaf_module(mlp, True)
     loss = PackedLoss(model, 7)
