@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
 import ray
 import ray.train
-import torch
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.execution.callback import RayTrainCallback
 
-from farspan.config.load import dump_config, parse_config
+from farspan.config.load import dump_config
 from farspan.config.schema import RunConfig
 from farspan.errors import ClusterError, FarspanError
 from farspan.jobs.interface import LinkedTorchConfig
-from farspan.jobs.progress import EventSender, EventWatcher, SilentRank, StopWish
+from farspan.jobs.progress import EventWatcher, StopWish
 from farspan.jobs.restart import Failure
 from farspan.jobs.room import worker_resources
+from farspan.jobs.worker import train_worker
 from farspan.storage.door import open_store
 from farspan.storage.paths import join_uri
 from farspan.telemetry.events import EventBody, StepReport
-from farspan.train.build import build
-from farspan.train.limit import memory_limit
-from farspan.train.loop import train
 
 
 class AttemptLost(Exception):
@@ -55,7 +51,7 @@ def run_attempt(config: RunConfig, plan: str, tell: Callable[[EventBody], None],
 
     try:
         with EventWatcher(count, wish) as watcher:
-            trainer = TorchTrainer(
+            trainer = _Trainer(
                 train_worker,
                 train_loop_config={"config": dump_config(config), "plan": plan, "mailbox": watcher.mailbox},
                 scaling_config=_scaling(config),
@@ -65,22 +61,6 @@ def run_attempt(config: RunConfig, plan: str, tell: Callable[[EventBody], None],
             trainer.fit()
     except (ray.train.TrainingFailedError, RayActorError) as problem:
         raise verdict(problem, newest) from None
-
-
-def train_worker(payload: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
-    config = parse_config(RunConfig, payload["config"])
-    gpu = config.resources.gpus_per_worker > 0
-    device = ray.train.torch.get_device() if gpu else torch.device("cpu")
-    if not gpu:
-        torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
-    is_first = ray.train.get_context().get_world_rank() == 0
-    outside = EventSender(payload["mailbox"]) if is_first else SilentRank()
-    with tempfile.TemporaryDirectory(prefix="farspan-cache-") as cache:
-        training = build(config, device, Path(cache))
-        training.plan = payload["plan"]
-        with memory_limit(device, config.memory.limit_gib):
-            train(training, config, outside, outside)
 
 
 def verdict(problem: BaseException, newest_step: int) -> Exception:
@@ -120,6 +100,13 @@ def _first_words(problem: BaseException) -> str:
     # Of a traceback that Ray carried over, the last line says what it was.
     words = lines[-1] if lines and "Traceback" in str(problem) else lines[0] if lines else ""
     return f"{type(problem).__name__}: {words[:200]}"
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Ray Train without its manager of Ray Data sets: one process less to start, and we read our own."""
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        return [found for found in super()._create_default_callbacks() if not isinstance(found, DatasetsCallback)]
 
 
 def _scaling(config: RunConfig) -> ScalingConfig:

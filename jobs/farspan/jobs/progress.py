@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from types import TracebackType
 
 import ray
@@ -14,6 +12,7 @@ import ray.train
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from farspan.errors import ClusterError
+from farspan.jobs.mailbox import EventMailbox
 from farspan.telemetry.events import Event, EventBody, from_json, to_json
 
 _POLL_S, _DEADLINE_S = 0.5, 60.0
@@ -34,44 +33,6 @@ class StopWish:
 
     def ask(self, reason: str) -> None:
         self._own = reason
-
-
-class EventMailbox:
-    """The actor: keeps event lines until the watcher has fetched them, and the watcher's wish that the run stops."""
-
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-        self._fetched = 0
-        self._written = 0
-        self._stop: str | None = None
-        self._changed = asyncio.Condition()
-
-    async def put(self, line: str) -> str | None:
-        """Keep a line; gives why the run should stop, if it should."""
-        async with self._changed:
-            self._lines.append(line)
-            self._changed.notify_all()
-        return self._stop
-
-    async def take(self, written: int, stop: str | None, timeout_s: float) -> tuple[int, list[str]]:
-        """(number of lines fetched so far, the new ones), as soon as there are any.
-
-        `written` lines are on disk; `stop` is why the run should stop.
-        """
-        async with self._changed:
-            self._written, self._stop = written, stop
-            self._changed.notify_all()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait_for(lambda: bool(self._lines)), timeout_s)
-            lines, self._lines = self._lines, []
-            self._fetched += len(lines)
-            return self._fetched, lines
-
-    async def settle(self) -> None:
-        """Return once every line put so far was written by the watcher."""
-        async with self._changed:
-            wanted = self._fetched + len(self._lines)
-            await self._changed.wait_for(lambda: self._written >= wanted)
 
 
 class EventSender:
