@@ -113,11 +113,11 @@ def test_room_is_found_beside_a_node_that_froze_and_the_head_goes_on_placing(
     with ExitStack() as stack:
         tenant = stack.enter_context(occupied(3))
         node = stack.enter_context(other_node(ray_cluster.gcs_address, 1))
-        assert silent_nodes(10.0) == []
+        assert silent_nodes() == []
         node.freeze()
         ray.kill(tenant)
         # Ray counts on it for about a minute more: what is placed there in that time is waited for without an end.
-        assert silent_nodes(10.0) == [f"{ADDRESS}:{node.port}"]
+        assert silent_nodes() == [f"{ADDRESS}:{node.port}"]
         size = find_room(config, legal_sizes(config), again=True)
         assert size.workers == 2
         assert node.node_id is None

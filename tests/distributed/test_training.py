@@ -108,6 +108,20 @@ def test_loss_and_every_gradient_equal_plain_transformers(
             assert relative_error(grads[parameter], grad) < 1e-10, parameter
 
 
+def test_ranks_that_put_sets_in_other_orders_compute_the_same_gradients(corpus: str, tmp_path: Path) -> None:
+    config = tiny_run(corpus, str(tmp_path / "run"), *LAYOUTS["sp 2, tiled mlp"])
+    pool = RankPool(2, fresh=True)
+    try:
+        assert len(set(pool.run(hash, 2, "the order of a set"))) == 2
+        found = pool.run(gradients, 2, config, str(tmp_path / "cache"))
+    finally:
+        pool.close()
+    want_loss, want = by_plain_transformers(config, tmp_path)
+    for loss, grads, _ in found:
+        assert abs(loss - want_loss) < 1e-12 * want_loss
+        assert max(relative_error(grads[name], want[name]) for name in want) < 1e-10
+
+
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in ("1 process", "dp 2", "dp 2 x sp 2")])
 def test_the_plan_predicts_the_bytes_that_are_sent(ranks: RankPool, corpus: str, tmp_path: Path, name: str) -> None:
     config = tiny_run(corpus, str(tmp_path / "run"), *LAYOUTS[name])

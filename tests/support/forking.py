@@ -1,6 +1,8 @@
 """Processes that need not import torch and transformers first: forked from one that has.
 
-Its environment is that of the test session's start; nothing in it has run a parallel region, so a fork is whole.
+Its environment is that of the test session's start; nothing in it has run a parallel region, so that nobody misses a
+thread. Forked processes agree on the hashes of strings, and so on the order of sets, as those of a real run do not: the
+ranks of one test are started afresh for that.
 """
 
 from __future__ import annotations

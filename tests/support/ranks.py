@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -35,8 +36,9 @@ class _Rank:
 class RankPool:
     """Up to `num_ranks` processes, started when first needed and restarted after one dies or hangs."""
 
-    def __init__(self, num_ranks: int) -> None:
-        self._num_ranks = num_ranks
+    def __init__(self, num_ranks: int, *, fresh: bool = False) -> None:
+        """`fresh`: processes that inherit nothing, not the order of sets either; each imports everything itself."""
+        self._num_ranks, self._fresh = num_ranks, fresh
         self._ranks: list[_Rank] = []
         # Kept as long as the processes: a store whose folder is gone ends its process when it is collected.
         self._scratch = tempfile.TemporaryDirectory(prefix="farspan-ranks-")
@@ -70,7 +72,7 @@ class RankPool:
         self._ranks.clear()
 
     def _start(self, num_ranks: int) -> None:
-        context = forking()
+        context = get_context("spawn") if self._fresh else forking()
         for _ in range(len(self._ranks), num_ranks):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)

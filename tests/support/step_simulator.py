@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from farspan.plan.choice import Choice
-from farspan.plan.footprint import ends_of, kept_of, mlp_tile, on_rank, passes
+from farspan.plan.footprint import ends_of, kept_of, norm_tile_bytes, on_rank, passes, tile_bytes
 from farspan.plan.profile import LayerKind, ModelProfile
 from farspan.plan.sharing import Sharing
 from farspan.plan.states import states_of
@@ -109,7 +109,7 @@ class StepSimulator:
             if not self.choice.recompute:
                 peak = on_rank(kind, passes(kind, self.choice), "forward_peak", self.alive, self.tokens)
                 saved = on_rank(kind, passes(kind, self.choice), "saved", self.alive, self.tokens)
-                tile = kind.mlp_peak(mlp_tile(kind.width, self.alive)) if self._tiles(kind) else 0.0
+                tile = tile_bytes(kind, self.choice, self.alive)
                 self.device.take("forward", peak - saved + tile + share.buffer_bytes * self.alive)
                 self.device.give("forward")
             self._reshard(number)
@@ -135,7 +135,8 @@ class StepSimulator:
                 device.give("head")
             device.give("tile")
             left -= tile
-        device.take("final norm", self.ends.tail_peak(self.alive))
+        tile = norm_tile_bytes(profile.width, self.alive) if self.choice.tiled_mlp else 0.0
+        device.take("final norm", self.ends.tail_peak(self.alive) + tile)
         for name in ("hidden", "hidden gradient", "norm gradient", "final norm"):
             device.give(name)
         device.give("outside")
@@ -164,14 +165,15 @@ class StepSimulator:
 
     def _sum_up(self, name: str, num_parameters: float) -> None:
         """FSDP2 makes a module's sums when its first backward is done, and adds to them in the next."""
-        if self.choice.engine == "fsdp2" and name not in self.device.held:
-            self.device.take(name, self.states.gradients * num_parameters / self.profile.num_parameters)
+        if self.choice.engine != "fsdp2" or name in self.device.held:
+            return
+        # Adapters are in layers alone: frozen weights have no sums.
+        trained = self._in_layers() if self.choice.lora_rank else self.profile.num_parameters
+        if not (self.choice.lora_rank and name == "sums of the root"):
+            self.device.take(name, self.states.gradients * num_parameters / trained)
 
     def _in_layers(self) -> int:
         return sum(kind.num_parameters for kind, _ in self.layers)
-
-    def _tiles(self, kind: LayerKind) -> bool:
-        return self.choice.tiled_mlp and kind.tiled is not None
 
     def _largest(self) -> int:
         return max(kind.num_parameters for kind in self.profile.kinds)
@@ -182,9 +184,7 @@ class StepSimulator:
         size = on_rank(kind, part, name, self.alive, self.tokens) + share.buffer_bytes * self.alive
         if self.choice.recompute:
             size += share.extra_saved_bytes * self.alive
-        if self._tiles(kind):
-            size += kind.mlp_peak(mlp_tile(kind.width, self.alive))
-        return size
+        return size + tile_bytes(kind, self.choice, self.alive)
 
 
 def _mixed_order(kinds: list[tuple[LayerKind, Sharing]]) -> list[tuple[LayerKind, Sharing]]:

@@ -20,7 +20,7 @@ from farspan.errors import ClusterError, FarspanError
 from farspan.jobs.interface import LinkedTorchConfig
 from farspan.jobs.progress import EventWatcher, StopWish
 from farspan.jobs.restart import Failure
-from farspan.jobs.room import worker_resources
+from farspan.jobs.room import EveryNodeAnswers, worker_resources
 from farspan.jobs.worker import train_worker
 from farspan.storage.door import open_store
 from farspan.storage.paths import join_uri
@@ -102,7 +102,7 @@ def _first_words(problem: BaseException) -> str:
     return f"{type(problem).__name__}: {words[:200]}"
 
 
-class _Trainer(TorchTrainer):  # type: ignore[misc]
+class _Trainer(TorchTrainer):
     """Ray Train without its manager of Ray Data sets: one process less to start, and we read our own."""
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
@@ -128,4 +128,10 @@ def _ray_run(config: RunConfig) -> RayRunConfig:
     name = f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
     # Restarts are the driver's: only it knows which errors were meant, and how many workers the next attempt gets.
     failures = FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=3)
-    return RayRunConfig(name=name, storage_path=path, storage_filesystem=files, failure_config=failures)
+    return RayRunConfig(
+        name=name,
+        storage_path=path,
+        storage_filesystem=files,
+        failure_config=failures,
+        callbacks=[EveryNodeAnswers(config.resources.timeout_s)],
+    )

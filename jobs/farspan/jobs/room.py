@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 import ray
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from farspan.cluster.placement import training_bundle
@@ -18,7 +19,7 @@ from farspan.jobs.progress import StopWish
 from farspan.train.elastic import Size
 
 _START_S, _AGAIN_S, _LOOK_S = 10.0, 4.0, 1.0
-_ANSWER_S = 5.0
+_ANSWER_S, _SLICE_S = 5.0, 5.0
 
 
 def find_room(config: RunConfig, sizes: Sequence[Size], *, again: bool) -> Size:
@@ -34,7 +35,7 @@ def find_room(config: RunConfig, sizes: Sequence[Size], *, again: bool) -> Size:
     ends = time.monotonic() + config.resources.timeout_s
     quiet: list[str] = []
     while (left_s := ends - time.monotonic()) > 0:
-        if quiet := silent_nodes(min(left_s, _ANSWER_S)):
+        if quiet := silent_nodes():
             time.sleep(min(left_s, _LOOK_S))
             continue
         for size in sizes:
@@ -46,20 +47,34 @@ def find_room(config: RunConfig, sizes: Sequence[Size], *, again: bool) -> Size:
                 return size
     wanted, least = worker_resources(config), sizes[-1].workers
     has = {name: ray.cluster_resources().get(name, 0) for name in wanted}
-    if quiet:
-        raise ClusterError(
-            f"no room for {least} workers of {wanted} within resources.timeout_s={config.resources.timeout_s:g}: "
-            f"{', '.join(quiet)} did not answer, and the cluster does not count it as lost; look at that node, "
-            "or take it away with `ray stop` there"
-        )
     raise ClusterError(
         f"no room for {least} workers of {wanted} within resources.timeout_s="
-        f"{config.resources.timeout_s:g}; the cluster has {has} in all; ask for fewer, or add nodes"
+        f"{config.resources.timeout_s:g}; the cluster has {has} in all; ask for fewer, or add nodes{_told(quiet)}"
     )
 
 
-def silent_nodes(timeout_s: float) -> list[str]:
-    """Addresses of nodes that the cluster counts as alive and that do not answer within `timeout_s`.
+def _told(quiet: Sequence[str]) -> str:
+    if not quiet:
+        return ""
+    return f"; {', '.join(quiet)} did not answer in {_ANSWER_S:g} s, and nothing is placed until it counts as lost"
+
+
+class EveryNodeAnswers(WorkerGroupCallback):
+    """In Ray Train's controller, which has taken seconds to start: its own placement waits for every node too."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+
+    def before_worker_group_start(self, worker_group_context: object) -> None:
+        ends = time.monotonic() + self._timeout_s
+        while quiet := silent_nodes():
+            if time.monotonic() > ends:
+                raise ClusterError(f"the workers are not placed{_told(quiet)}; look at that node")
+            time.sleep(_LOOK_S)
+
+
+def silent_nodes() -> list[str]:
+    """Addresses of nodes that the cluster counts as alive and that do not answer within some seconds.
 
     Ray 2.60 asks a node to set a placement aside and waits for its answer without an end: if the node dies instead, the
     head places nothing any more until it is started again (ray-project/ray#64693). So nobody asks it to while a node
@@ -67,7 +82,7 @@ def silent_nodes(timeout_s: float) -> list[str]:
     """
     alive = [node for node in ray.nodes() if node["Alive"]]
     doors = [(str(node["NodeManagerAddress"]), int(node["NodeManagerPort"])) for node in alive]
-    return [f"{host}:{port}" for host, port in silent(doors, timeout_s)]
+    return [f"{host}:{port}" for host, port in silent(doors, _ANSWER_S)]
 
 
 def _could_fit(config: RunConfig, num_workers: int) -> bool:
@@ -104,9 +119,13 @@ class RoomWatch:
         while not self._stop.wait(self._config.parallel.grow_every_s):
             if not self._begun.is_set():
                 continue
+            if silent_nodes():
+                continue
             for size in self._larger:
+                if self._stop.is_set():
+                    return
                 # Beside the workers that train: their own room is theirs again after the restart.
-                if not silent_nodes(_ANSWER_S) and fits(self._config, size.workers - self._size.workers, _LOOK_S):
+                if fits(self._config, size.workers - self._size.workers, _LOOK_S):
                     self._wish.ask(f"there is room for {size.workers} workers")
                     return
 
@@ -115,9 +134,16 @@ def fits(config: RunConfig, num_workers: int, timeout_s: float) -> bool:
     """Whether so many workers find room within `timeout_s`."""
     if num_workers == 0:
         return True
+    ends = time.monotonic() + timeout_s
     group = placement_group([worker_resources(config)] * num_workers)
     try:
-        return bool(group.wait(timeout_seconds=timeout_s))
+        while (left_s := ends - time.monotonic()) > 0:
+            if group.wait(timeout_seconds=min(left_s, _SLICE_S)):
+                return True
+            # It is taken back before it can be made on a node that died while it waited for room.
+            if left_s > _SLICE_S and silent_nodes():
+                return False
+        return False
     finally:
         remove_placement_group(group)
 

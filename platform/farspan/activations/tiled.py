@@ -24,6 +24,9 @@ from transformers import PreTrainedModel
 from farspan.errors import ModelError
 from farspan.models.parts import token_norms
 
+NORM_TILES = 4
+"""Tiles of a norm hold this many times the tokens of an MLP's."""
+
 TileFunction = Callable[[Mapping[str, Tensor], Tensor, slice], Tensor]
 """(trainable weights by name, x of the tile, which rows they are) -> rows of the result."""
 
@@ -78,11 +81,11 @@ def tile_norms(model: PreTrainedModel, tile_tokens: int) -> None:
     """Let the normalizations between the parts of `model`'s layers, and the final one, run by tiles.
 
     Most of them compute in fp32 and keep several copies of all tokens in it: at long sequences the most of what a layer
-    needs in backward.
+    needs in backward. Their tiles are larger than those of MLPs, whose rows are so much wider: few kernels more.
     """
     for owner, name in token_norms(model):
         norm = getattr(owner, name)
-        norm.forward = partial(_forward_by_tiles, norm, tile_tokens)
+        norm.forward = partial(_forward_by_tiles, norm, NORM_TILES * tile_tokens)
 
 
 class _ByTiles(torch.autograd.Function):

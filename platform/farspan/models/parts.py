@@ -49,9 +49,10 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def token_norms(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
-    """(owner, name) of each normalization between the parts of a layer, and of the final one.
+    """(owner, name) of each normalization between the parts of a layer, and of the final one, that widens its input.
 
-    They treat every token alone. Those inside attention or a mixer are not among them.
+    They treat every token alone. Those inside attention or a mixer are not among them, nor torch's own LayerNorm, which
+    keeps no wide copies.
     """
     owners = [*decoder_layers(model), trunk_of(model)]
     return [(owner, name) for owner in owners for name, part in owner.named_children() if _is_token_norm(part)]
@@ -59,7 +60,10 @@ def token_norms(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
 
 def _is_token_norm(part: nn.Module) -> bool:
     # Itself, and x: one that takes more (a gate, a residual) may look beyond its rows.
-    return type(part).__name__.endswith("Norm") and len(signature(type(part).forward).parameters) == 2
+    only_x = len(signature(type(part).forward).parameters) == 2
+    return (
+        type(part).__name__.endswith("Norm") and type(part) is not nn.LayerNorm and only_x and not any(part.children())
+    )
 
 
 @dataclass(frozen=True)

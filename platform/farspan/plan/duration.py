@@ -174,7 +174,8 @@ def _launch_s(profile: ModelProfile, choice: Choice, shard: float, forwards: int
     """What many small pieces cost that few large ones do not: each kernel's launch."""
     tokens = _piece(choice, shard)
     tiles = math.ceil(tokens / profile.width) if choice.tiled_mlp else 1
-    kernels = profile.num_layers * (_KERNELS_PER_LAYER + 6 * (tiles - 1)) * (forwards + 2)
+    # Of an MLP's tile, and of two norms' that are four times as large.
+    kernels = profile.num_layers * (_KERNELS_PER_LAYER + (6 + 9 / 2) * (tiles - 1)) * (forwards + 2)
     kernels += 12 * math.ceil(tokens / choice.loss_tile_tokens)
     return shard / tokens * kernels * machine.efficiency.launch_s
 

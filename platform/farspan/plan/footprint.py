@@ -19,6 +19,8 @@ SLACK = 0.04
 """Share of the device's bytes an allocator with expandable segments loses between tensors."""
 # Of what is offloaded: in forward one layer makes it and two are leaving, in backward one is used and one arrives.
 _FORWARD_LAYERS, _BACKWARD_LAYERS = 3, 2
+# Of one number of a norm's tile in backward: four copies in fp32, four narrow ones (`activations.tiled`).
+_NORM_TILE_BYTES, _NORM_TILES = 24, 4
 _BATCH_BYTES = 3 * 8  # tokens, labels and positions
 
 
@@ -80,7 +82,7 @@ def footprint(
     early = states.gradients if passes > 1 or choice.chunk != "none" or choice.engine != "fsdp2" else 0.0
     waiting, summed = held, early
     if not early and offloaded:
-        waiting, summed = _arriving(profile, states, held, largest)
+        waiting, summed = _arriving(profile, choice, states, held, largest)
     elif not early:
         waiting, summed = _waiting(profile, choice, sharing, states, alive, whole)
     ends = ends_of(profile, choice)
@@ -153,6 +155,18 @@ def mlp_tile(width: int, shard: float) -> float:
     return min(shard, float(width))
 
 
+def norm_tile_bytes(width: int, shard: float) -> float:
+    """Most bytes alive while one tile of a norm runs backward."""
+    return _NORM_TILE_BYTES * width * min(shard, float(_NORM_TILES * width))
+
+
+def tile_bytes(kind: LayerKind, choice: Choice, shard: float) -> float:
+    """Most bytes alive in a tile of a layer's MLP or norms; 0 where it has none."""
+    if passes(kind, choice) is not kind.tiled:
+        return 0.0
+    return max(kind.mlp_peak(mlp_tile(kind.width, shard)), norm_tile_bytes(kind.width, shard))
+
+
 def _kept(
     profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing], shard: float, whole: float
 ) -> tuple[float, float]:
@@ -163,19 +177,23 @@ def _kept(
     return sum(count * size for count, size in layers), max(size for _, size in layers)
 
 
-def _arriving(profile: ModelProfile, states: States, held: float, largest: float) -> tuple[float, float]:
+def _arriving(
+    profile: ModelProfile, choice: Choice, states: States, held: float, largest: float
+) -> tuple[float, float]:
     """As `_waiting`, where what layers kept comes back from host memory.
 
     The second layer computes while the first one's is there already; then the first one has its own alone.
     """
-    sums = [_sums(profile, kind, states) for kind in profile.kinds]
+    sums = [_sums(profile, kind, choice, states) for kind in profile.kinds]
     done = sum(kind.count * size for kind, size in zip(profile.kinds, sums, strict=True)) - min(sums)
     return max((held, max(0.0, done - min(sums))), (min(held, largest), done), key=sum)
 
 
-def _sums(profile: ModelProfile, kind: LayerKind, states: States) -> float:
-    """Bytes of the summed gradients of a layer."""
-    return states.gradients / profile.num_parameters * kind.num_parameters
+def _sums(profile: ModelProfile, kind: LayerKind, choice: Choice, states: States) -> float:
+    """Bytes of the summed gradients of a layer. Adapters are in layers alone."""
+    root = 0 if choice.lora_rank else profile.root_parameters
+    in_layers = sum(other.count * other.num_parameters for other in profile.kinds)
+    return states.gradients / (in_layers + root) * kind.num_parameters
 
 
 def _waiting(
@@ -187,7 +205,7 @@ def _waiting(
     """
     waiting = summed = 0.0
     for kind, share in zip(profile.kinds, sharing, strict=True):
-        kept, sums = kept_of(kind, choice, share, shard, whole), _sums(profile, kind, states)
+        kept, sums = kept_of(kind, choice, share, shard, whole), _sums(profile, kind, choice, states)
         waiting += kind.count * kept if kept >= sums else 0.0
         summed += kind.count * sums if kept < sums else 0.0
     return waiting, summed
@@ -196,8 +214,8 @@ def _waiting(
 def _working(kind: LayerKind, choice: Choice, share: Sharing, shard: float, whole: float) -> tuple[float, float]:
     """Most bytes a layer needs beyond what is kept, in (forward, backward)."""
     part = passes(kind, choice)
-    # The tile of an MLP comes on top: it begins when the layer's other tensors are there.
-    tile = kind.mlp_peak(mlp_tile(kind.width, shard)) if part is kind.tiled else 0.0
+    # A tile comes on top: it begins when the layer's other tensors are there.
+    tile = tile_bytes(kind, choice, shard)
     beyond = share.buffer_bytes * shard + tile
     if choice.recompute:
         again = on_rank(kind, part, "recompute_peak", shard, whole) + share.extra_saved_bytes * shard
@@ -228,6 +246,6 @@ def _loss(profile: ModelProfile, choice: Choice, states: States, shard: float) -
     tile = min(shard, float(choice.loss_tile_tokens))
     hidden = 3 * profile.width * profile.itemsize * shard
     head = profile.vocab_size * profile.width * profile.itemsize if states.root_gradients else 0.0
-    return (
-        hidden + states.root_gradients + max(profile.loss.peak(tile) + head, ends_of(profile, choice).tail_peak(shard))
-    )
+    norm = ends_of(profile, choice).tail_peak(shard)
+    norm += norm_tile_bytes(profile.width, shard) if choice.tiled_mlp else 0.0
+    return hidden + states.root_gradients + max(profile.loss.peak(tile) + head, norm)

@@ -159,7 +159,8 @@ def _levers(config: RunConfig) -> str | None:
         what = "keys and values of all chunks" if chunked else "tensors kept for backward"
         parts.append(f"{what} in {' + '.join(named) or 'host memory'}")
     if memory.tiled_mlp:
-        parts.append(f"feed-forward layers and normalizations by tiles of {memory.mlp_tile_tokens} tokens")
+        width = memory.mlp_tile_tokens or "as many as the model is wide"
+        parts.append(f"feed-forward layers and normalizations by tiles of {width} tokens")
     if config.train.recompute:
         parts.append("layers computed again in backward")
     if config.optim.kind == "adamw8bit":

@@ -20,9 +20,9 @@ from farspan.plan.profile import AttentionShape
 class _Keep(torch.autograd.Function):
     """Attention as far as memory goes.
 
-    In backward flash kernels (torch's, flash-attn 2, cuDNN) sum dq in fp32, and make dk and dv for every query head
-    before they add up those that share a key head: 4 times the bytes of q with bf16 and shared heads, as
-    `farspan bench attention` shows.
+    In backward flash kernels (torch's, flash-attn 2, cuDNN) sum dq in fp32, padded by document, and make dk and dv for
+    every query head before they add up those that share a key head: 4.0 times the bytes of q with bf16 and shared
+    heads for one document, up to 4.5 times for packed ones, as `farspan bench attention` shows.
     """
 
     @staticmethod
@@ -35,7 +35,8 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         q_THD, k_TGD, v_TGC, _, _ = ctx.saved_tensors
-        work = [q_THD.new_empty(q_THD.shape, dtype=torch.promote_types(q_THD.dtype, torch.float32))]
+        wide = torch.promote_types(q_THD.dtype, torch.float32)
+        work = [q_THD.new_empty(q_THD.shape, dtype=wide), q_THD.new_empty(q_THD.numel() // 2)]
         if q_THD.shape[1] != k_TGD.shape[1]:
             work += [x.new_empty(*q_THD.shape[:2], x.shape[2]) for x in (k_TGD, v_TGC)]
         found = tuple(x.new_empty(x.shape) for x in (q_THD, k_TGD, v_TGC))

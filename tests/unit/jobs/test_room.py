@@ -10,7 +10,7 @@ import pytest
 from farspan.errors import ClusterError
 from farspan.jobs import room
 from farspan.jobs.progress import StopWish
-from farspan.jobs.room import RoomWatch, find_room
+from farspan.jobs.room import EveryNodeAnswers, RoomWatch, find_room, fits
 from farspan.train.elastic import Size
 
 _DEADLINE_S = 30.0
@@ -38,7 +38,7 @@ def test_room_that_the_runs_own_workers_are_about_to_take_is_not_room_for_more(m
         return True
 
     monkeypatch.setattr(room, "fits", fits)
-    monkeypatch.setattr(room, "silent_nodes", lambda timeout_s: [])
+    monkeypatch.setattr(room, "silent_nodes", lambda: [])
     parallel, wish = _Looking(5), StopWish()
     small, large = Size(workers=1, accumulation=4), Size(workers=2, accumulation=2)
     with RoomWatch(SimpleNamespace(parallel=parallel), small, [large], wish) as watch:  # type: ignore[arg-type]
@@ -64,7 +64,7 @@ def test_nothing_is_placed_before_every_node_that_counts_as_alive_has_answered(
     told: list[str] = []
     answers = [["10.0.0.2:1234"], ["10.0.0.2:1234"], []]
 
-    def silent_nodes(timeout_s: float) -> list[str]:
+    def silent_nodes() -> list[str]:
         told.append("asked")
         return answers.pop(0)
 
@@ -82,8 +82,42 @@ def test_nothing_is_placed_before_every_node_that_counts_as_alive_has_answered(
 def test_a_node_that_never_answers_is_named_when_the_time_is_up(
     monkeypatch: pytest.MonkeyPatch, small_cluster: SimpleNamespace
 ) -> None:
-    monkeypatch.setattr(room, "silent_nodes", lambda timeout_s: ["10.0.0.2:1234"])
+    monkeypatch.setattr(room, "silent_nodes", lambda: ["10.0.0.2:1234"])
     monkeypatch.setattr(room, "fits", lambda *asked: pytest.fail("placed beside a node that does not answer"))
     small_cluster.resources.timeout_s = 0.05
-    with pytest.raises(ClusterError, match=r"resources.timeout_s=0.05: 10.0.0.2:1234 did not answer"):
+    with pytest.raises(
+        ClusterError, match=r"timeout_s=0.05; the cluster has .* in all; .*; 10.0.0.2:1234 did not answer"
+    ):
         find_room(small_cluster, [Size(workers=1, accumulation=1)], again=True)  # type: ignore[arg-type]
+
+
+def test_a_placement_that_waits_for_room_is_taken_back_when_a_node_falls_silent(
+    monkeypatch: pytest.MonkeyPatch, small_cluster: SimpleNamespace
+) -> None:
+    told: list[str] = []
+
+    class Waiting:
+        def wait(self, timeout_seconds: float) -> bool:
+            told.append("waits")
+            return False
+
+    def silent_nodes() -> list[str]:
+        told.append("asked")
+        return ["10.0.0.2:1234"] if told.count("asked") == 2 else []
+
+    monkeypatch.setattr(room, "placement_group", lambda bundles: Waiting())
+    monkeypatch.setattr(room, "remove_placement_group", lambda group: told.append("taken back"))
+    monkeypatch.setattr(room, "silent_nodes", silent_nodes)
+    assert not fits(small_cluster, 1, 60.0)  # type: ignore[arg-type]
+    assert told == ["waits", "asked", "waits", "asked", "taken back"]
+
+
+def test_the_controllers_own_placement_waits_for_every_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [["10.0.0.2:1234"], []]
+    monkeypatch.setattr(room, "_LOOK_S", 0.001)
+    monkeypatch.setattr(room, "silent_nodes", lambda: answers.pop(0))
+    EveryNodeAnswers(30.0).before_worker_group_start(None)
+    assert answers == []
+    monkeypatch.setattr(room, "silent_nodes", lambda: ["10.0.0.2:1234"])
+    with pytest.raises(ClusterError, match=r"not placed; 10.0.0.2:1234 did not answer"):
+        EveryNodeAnswers(0.0).before_worker_group_start(None)

@@ -52,5 +52,5 @@ def test_the_peak_of_a_real_step_equals_the_plan(architecture: str, tiled: bool,
     found = footprint(profile, choice, [NOTHING] * len(profile.kinds), _TOKENS)
     predicted = sum(found.device.get(name, 0.0) for name in _OF_TOKENS)
     # Where norms and MLPs run by tiles attention's backward is the worst moment, which is planned for kernels of a GPU:
-    # they work on all documents at once.
-    assert predicted == pytest.approx(meter.peak, rel=0.08 if tiled else 0.05)
+    # they work on all documents at once. Less may never be planned than is needed.
+    assert 0.97 * meter.peak <= predicted <= (1.25 if tiled else 1.05) * meter.peak
