@@ -19,7 +19,7 @@ from farspan.batch import IGNORED_LABEL
 from farspan.chunked.evaluate import losses_of
 from farspan.chunked.seco import ChunkedStep
 from farspan.models.attention import use_farspan_attention
-from farspan.models.parts import decoder_layers
+from farspan.models.parts import decoder_layers, token_norms
 from farspan.parallel.mesh import make_mesh
 from farspan.parallel.shard import shard_weights
 from farspan.parallel.strategy import SequenceParallel, SequenceRanks
@@ -40,7 +40,7 @@ def gradients(
     step, exchange = ChunkedStep(model, 16, sequence), sequence.ranks.all
     loss = PackedLoss(model, tile_tokens=3)
     if sharded:
-        tile_norms(model, 3)
+        tile_norms(token_norms(model), 3)
         tile_mlps(model, decoder_layers(model), 3)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         mesh = dist.init_device_mesh("cpu", (exchange.num_ranks,))

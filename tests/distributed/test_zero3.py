@@ -21,7 +21,7 @@ from torch import Tensor
 from farspan.activations.tiled import tile_mlps, tile_norms
 from farspan.batch import ShardedBatch
 from farspan.models.attention import use_farspan_attention
-from farspan.models.parts import decoder_layers
+from farspan.models.parts import decoder_layers, token_norms
 from farspan.parallel.documents import attend_documents
 from farspan.train.loss import PackedLoss
 from farspan.verify.shrink import VOCAB, small_model
@@ -49,7 +49,7 @@ def zero3_gradients() -> dict[str, Tensor]:
 
     model = small_model(decoder_config("llama")).float()
     use_farspan_attention(model)
-    tile_norms(model, 7)
+    tile_norms(token_norms(model), 7)
     for mlp in tile_mlps(model, decoder_layers(model), 7):
         deepspeed.utils.set_z3_leaf_module(mlp, True)
     loss = PackedLoss(model, 7)

@@ -10,7 +10,7 @@ Source: the tiled MLP of ALST (Bekman et al. 2025, https://arxiv.org/abs/2506.13
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from inspect import signature
 from typing import Any, cast
@@ -22,7 +22,6 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from farspan.errors import ModelError
-from farspan.models.parts import token_norms
 
 NORM_TILES = 4
 """Tiles of a norm hold this many times the tokens of an MLP's."""
@@ -77,14 +76,13 @@ def tile_mlps(model: PreTrainedModel, layers: list[nn.Module], tile_tokens: int)
     return mlps
 
 
-def tile_norms(model: PreTrainedModel, tile_tokens: int) -> None:
-    """Let the normalizations between the parts of `model`'s layers, and the final one, run by tiles.
+def tile_norms(norms: Iterable[nn.Module], tile_tokens: int) -> None:
+    """Let normalizations that treat every token alone (`models.parts.token_norms`) run by tiles.
 
     Most of them compute in fp32 and keep several copies of all tokens in it: at long sequences the most of what a layer
     needs in backward. Their tiles are larger than those of MLPs, whose rows are so much wider: few kernels more.
     """
-    for owner, name in token_norms(model):
-        norm = getattr(owner, name)
+    for norm in norms:
         norm.forward = partial(_forward_by_tiles, norm, NORM_TILES * tile_tokens)
 
 

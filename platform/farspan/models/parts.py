@@ -48,7 +48,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return list(lists[0])
 
 
-def token_norms(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
+def named_token_norms(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
     """(owner, name) of each normalization between the parts of a layer, and of the final one, that widens its input.
 
     They treat every token alone. Those inside attention or a mixer are not among them, nor torch's own LayerNorm, which
@@ -56,6 +56,11 @@ def token_norms(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
     """
     owners = [*decoder_layers(model), trunk_of(model)]
     return [(owner, name) for owner in owners for name, part in owner.named_children() if _is_token_norm(part)]
+
+
+def token_norms(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules of `named_token_norms`."""
+    return [getattr(owner, name) for owner, name in named_token_norms(model)]
 
 
 def _is_token_norm(part: nn.Module) -> bool:

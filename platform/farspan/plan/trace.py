@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 
 from farspan.errors import ModelError
 from farspan.models.attention import packed_hidden
-from farspan.models.parts import token_norms, trunk_and_head
+from farspan.models.parts import named_token_norms, trunk_and_head
 from farspan.plan.fake import MIXER, Kind, Shell, fake_tensors, make_shell, mlp_of
 from farspan.plan.meter import Meter, SavedBytes
 from farspan.plan.profile import (
@@ -77,7 +77,7 @@ class _Trace:
     def profile(self) -> ModelProfile:
         plain, again = self._both([])
         mlps = [(x, mlp[0]) for x in self.shell.layers if (mlp := mlp_of(x)) is not None]
-        tiles = [(*part, Tiled()) for part in (*mlps, *token_norms(self.shell.model))]
+        tiles = [(*part, Tiled()) for part in (*mlps, *named_token_norms(self.shell.model))]
         tiled = self._both(tiles) if mlps else None
         mixers = [(x, MIXER, MixerStub()) for x in self.shell.layers if hasattr(x, MIXER)]
         rest = self._both(mixers) if mixers else None

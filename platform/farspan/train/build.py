@@ -23,7 +23,7 @@ from farspan.models.address import fetch_model
 from farspan.models.attention import use_farspan_attention
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer, make_config, open_config, random_causal_lm
 from farspan.models.lora import Adapter, add_adapter, base_of
-from farspan.models.parts import decoder_layers
+from farspan.models.parts import decoder_layers, token_norms
 from farspan.parallel.mesh import Mesh, make_mesh
 from farspan.parallel.ranksets import RankSets
 from farspan.parallel.strategy import SequenceParallel, SequenceRanks
@@ -219,7 +219,7 @@ def _tiled(config: RunConfig, model: PreTrainedModel) -> list[nn.Module]:
     """Let what treats every token alone run by tiles; the MLPs."""
     width: int = model.config.get_text_config(decoder=True).hidden_size
     tile_tokens = config.memory.mlp_tile_tokens or width
-    tile_norms(model, tile_tokens)
+    tile_norms(token_norms(model), tile_tokens)
     return tile_mlps(model, decoder_layers(model), tile_tokens)
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from farspan.activations.tiled import by_tiles, tile_mlps, tile_norms
 from farspan.errors import ModelError
-from farspan.models.parts import decoder_layers, trunk_and_head
+from farspan.models.parts import decoder_layers, token_norms, trunk_and_head
 from farspan.train.loss import token_losses
 from farspan.verify.shrink import small_model
 
@@ -53,7 +53,7 @@ def test_tiled_norms_give_the_gradients_of_the_whole_model(
 ) -> None:
     model = small_model(decoder_config(architecture))
     want = gradients(model)
-    tile_norms(model, tile_tokens)
+    tile_norms(token_norms(model), tile_tokens)
     if recompute:
         model.train().gradient_checkpointing_enable({"use_reentrant": False})
     tiled = [name for name, module in model.named_modules() if "forward" in vars(module)]
@@ -66,7 +66,7 @@ def test_tiled_norms_give_the_gradients_of_the_whole_model(
 def test_norms_that_keep_no_wide_copies_and_those_inside_attention_stay_whole() -> None:
     for architecture in ("gpt_neox", "qwen3"):
         model = small_model(decoder_config(architecture))
-        tile_norms(model, 5)
+        tile_norms(token_norms(model), 5)
         tiled = [name for name, module in model.named_modules() if "forward" in vars(module)]
         assert len(tiled) == (0 if architecture == "gpt_neox" else 2 * len(decoder_layers(model)) + 1)
         assert not any("attn" in name for name in tiled)

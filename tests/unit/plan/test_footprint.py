@@ -12,7 +12,7 @@ from torch import Tensor
 from farspan.activations.tiled import tile_mlps, tile_norms
 from farspan.batch import ShardedBatch
 from farspan.models.checkpoint import make_config
-from farspan.models.parts import decoder_layers
+from farspan.models.parts import decoder_layers, token_norms
 from farspan.parallel.documents import attend_documents
 from farspan.parallel.whole import WholeSequence
 from farspan.plan.choice import Choice
@@ -36,7 +36,7 @@ def test_the_peak_of_a_real_step_equals_the_plan(architecture: str, tiled: bool,
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if tiled:
-        tile_norms(model, profile.width)
+        tile_norms(token_norms(model), profile.width)
         tile_mlps(model, decoder_layers(model), profile.width)
     loss, bounds = PackedLoss(model, _TILE), (0, _TOKENS // 3, _TOKENS)
 
