@@ -159,8 +159,9 @@ def _levers(config: RunConfig) -> str | None:
         what = "keys and values of all chunks" if chunked else "tensors kept for backward"
         parts.append(f"{what} in {' + '.join(named) or 'host memory'}")
     if memory.tiled_mlp:
-        width = memory.mlp_tile_tokens or "as many as the model is wide"
-        parts.append(f"feed-forward layers and normalizations by tiles of {width} tokens")
+        tokens = memory.mlp_tile_tokens or "as many"
+        wide = "" if memory.mlp_tile_tokens else " as the model is wide"
+        parts.append(f"feed-forward layers and normalizations by tiles of {tokens} tokens{wide}")
     if config.train.recompute:
         parts.append("layers computed again in backward")
     if config.optim.kind == "adamw8bit":
