@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
 from farspan.errors import TransferError
 from farspan.kv.layout import KvLayout
@@ -51,7 +52,7 @@ class Counted:
 def ends():
     source, receiver = (NixlTransport(PagePool(LAYOUT, 6 * LAYOUT.page_bytes)) for _ in range(2))
     counted = Counted(receiver._agent)
-    receiver._agent = receiver._peers._agent = counted
+    receiver._agent = receiver._peers._agent = receiver._buffers._agent = counted
     yield source, receiver, counted
     receiver.close()
     source.close()
@@ -81,12 +82,13 @@ def test_a_read_that_cannot_start_gives_everything_back_and_the_next_one_works(e
     for _ in range(3):
         with pytest.raises(TransferError, match="could not start"):
             receiver.read_epochs(wrong, [0, 1])
-    assert (counted.registered, counted.peers) == (0, [])
+    # Memory for epochs is kept, and used again.
+    assert (counted.registered, counted.peers) == (1, [])
     read = receiver.read_epochs(source.address(), [0, 1])
     assert finished(read) is ReadStatus.DONE
     assert read.epochs() == source._pool.epochs_P[:2].tolist()
     read.close()
-    assert (counted.registered, len(counted.peers)) == (0, 1)
+    assert (counted.registered, len(counted.peers)) == (1, 1)
 
 
 class Names:
@@ -100,6 +102,25 @@ class Names:
 
     def remove_remote_agent(self, name):
         self.known.remove(name)
+
+
+def test_epochs_are_read_into_memory_that_was_registered_once_and_two_reads_never_share_it(ends):
+    source, receiver, counted = ends
+    source._pool.epochs_P.copy_(torch.arange(6))
+    for page in range(3):
+        read = receiver.read_epochs(source.address(), [page])
+        assert finished(read) is ReadStatus.DONE
+        assert read.epochs() == [page]
+        read.close()
+    assert counted.registered == 1
+    under_way = [receiver.read_epochs(source.address(), [page]) for page in (4, 5)]
+    assert [finished(read) for read in under_way] == [ReadStatus.DONE] * 2
+    assert [read.epochs() for read in under_way] == [[4], [5]]
+    assert counted.registered == 2
+    for read in under_way:
+        read.close()
+    receiver._buffers.forget_free()
+    assert counted.registered == 0
 
 
 def met(peers: _Peers, ends, name: str):

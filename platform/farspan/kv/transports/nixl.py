@@ -24,7 +24,7 @@ from farspan.kv.ticket import SourceAddress
 from farspan.kv.transports.base import EpochRead, Read, ReadStatus
 
 _STATUS = {"PROC": ReadStatus.PENDING, "DONE": ReadStatus.DONE, "ERR": ReadStatus.FAILED}
-_EPOCH_BYTES = 8
+_EPOCH_BYTES, _LEAST_EPOCHS = 8, 1024
 # How long NIXL's own thread waits for an event before it looks by itself.
 _LOOK_EVERY_US = 10_000
 # Workers restart under new names: those not read from for longest are forgotten beyond this many.
@@ -42,7 +42,7 @@ class NixlTransport:
         self._registered = [self._agent.register_memory([t]) for t in (pool.storage_PB, pool.epochs_P)]
         self._memory = "VRAM" if pool.device.type == "cuda" else "DRAM"
         self._device = pool.device.index or 0
-        self._peers = _Peers(self._agent)
+        self._peers, self._buffers = _Peers(self._agent), _EpochBuffers(self._agent)
 
     def address(self) -> SourceAddress:
         pool = self._pool
@@ -60,18 +60,23 @@ class NixlTransport:
         runs = adjacent_runs(remote, local)
         here = [(base + at * size, count * size, self._device) for _, at, count in runs]
         there = [(source.pages_address + at * size, count * size, self._device) for at, _, count in runs]
-        return self._post(source, here, there, self._memory, None)
+        return self._post(source, here, there, self._memory, ExitStack(), None)
 
     def read_epochs(self, source: SourceAddress, remote: list[int]) -> EpochRead:
         first, count = min(remote), max(remote) - min(remote) + 1
-        # A buffer of its own for each read: one that never ends must not write into the next one's answer.
-        buffer = torch.zeros(count, dtype=torch.int64)
-        here = [(buffer.data_ptr(), count * _EPOCH_BYTES, 0)]
         there = [(source.epochs_address + first * _EPOCH_BYTES, count * _EPOCH_BYTES, 0)]
-        return self._post(source, here, there, "DRAM", _EpochBuffer(buffer, [page - first for page in remote]))
+        held, wanted = ExitStack(), [page - first for page in remote]
+        try:
+            epochs = self._buffers.take(count)
+        except Exception as problem:
+            raise TransferError(source.incarnation, f"NIXL could not register memory: {problem}") from None
+        held.callback(self._buffers.give, epochs)
+        here = [(epochs.data_ptr(), count * _EPOCH_BYTES, 0)]
+        return self._post(source, here, there, "DRAM", held, _Epochs(epochs, wanted))
 
     def close(self) -> None:
         self._peers.forget_all()
+        self._buffers.forget_free()
         for registered in self._registered:
             self._agent.deregister_memory(registered)
         self._registered = []
@@ -82,15 +87,14 @@ class NixlTransport:
         here: list[tuple[int, int, int]],
         there: list[tuple[int, int, int]],
         memory: str,
-        buffer: _EpochBuffer | None,
+        held: ExitStack,
+        epochs: _Epochs | None,
     ) -> _NixlRead:
-        agent, held = self._agent, ExitStack()
+        agent = self._agent
         # NIXL's errors have no common root but Exception.
         try:
             peer = self._peers.meet(source)
             held.callback(self._peers.leave, peer)
-            if buffer:
-                held.callback(agent.deregister_memory, agent.register_memory([buffer.epochs]))
             local, remote = (agent.get_xfer_descs(np.array(d, dtype=np.uint64), memory) for d in (here, there))
             handle = agent.initialize_xfer("READ", local, remote, source.incarnation)
             held.callback(handle.release)
@@ -100,7 +104,7 @@ class NixlTransport:
             with suppress(Exception):
                 held.close()
             raise TransferError(source.incarnation, f"NIXL could not start reading: {problem}") from None
-        return _NixlRead(agent, handle, _STATUS[first], held, buffer, lambda: self._peers.lose(source.incarnation))
+        return _NixlRead(agent, handle, _STATUS[first], held, epochs, lambda: self._peers.lose(source.incarnation))
 
 
 @dataclass(slots=True)
@@ -153,9 +157,42 @@ class _Peers:
                 self._agent.remove_remote_agent(peer.name)
 
 
-class _EpochBuffer:
-    def __init__(self, epochs: torch.Tensor, wanted: list[int]) -> None:
-        self.epochs, self.wanted = epochs, wanted
+class _EpochBuffers:
+    """Registered memory that epochs are read into, used again: to register some for each read is slow, and may fail.
+
+    A read has one to itself until it is over: one that never ends must not write into the next one's answer, nor into
+    memory that was given back.
+    """
+
+    def __init__(self, agent: Any) -> None:
+        self._agent = agent
+        self._all: dict[int, tuple[torch.Tensor, Any]] = {}
+        self._free: list[torch.Tensor] = []
+
+    def take(self, count: int) -> torch.Tensor:
+        """One that holds `count` epochs or more."""
+        fit = next((at for at, buffer in enumerate(self._free) if buffer.numel() >= count), None)
+        if fit is not None:
+            return self._free.pop(fit)
+        buffer = torch.zeros(max(_LEAST_EPOCHS, 1 << (count - 1).bit_length()), dtype=torch.int64)
+        self._all[buffer.data_ptr()] = (buffer, self._agent.register_memory([buffer]))
+        return buffer
+
+    def give(self, buffer: torch.Tensor) -> None:
+        self._free.append(buffer)
+
+    def forget_free(self) -> None:
+        for buffer in self._free:
+            self._agent.deregister_memory(self._all.pop(buffer.data_ptr())[1])
+        self._free = []
+
+
+@dataclass(frozen=True, slots=True)
+class _Epochs:
+    """Where a read puts them, and which are wanted."""
+
+    buffer: torch.Tensor
+    wanted: list[int]
 
 
 class _NixlRead:
@@ -165,11 +202,11 @@ class _NixlRead:
         handle: Any,
         status: ReadStatus,
         held: ExitStack,
-        buffer: _EpochBuffer | None,
+        epochs: _Epochs | None,
         on_failure: Callable[[], None],
     ) -> None:
         self._agent, self._handle, self._status = agent, handle, status
-        self._held, self._buffer, self._on_failure = held, buffer, on_failure
+        self._held, self._epochs, self._on_failure = held, epochs, on_failure
         if status is ReadStatus.FAILED:
             on_failure()
 
@@ -185,8 +222,8 @@ class _NixlRead:
         return self._status
 
     def epochs(self) -> list[int]:
-        assert self._buffer is not None, "this read fetched pages"
-        return [int(self._buffer.epochs[at]) for at in self._buffer.wanted]
+        assert self._epochs is not None, "this read fetched pages"
+        return [int(self._epochs.buffer[at]) for at in self._epochs.wanted]
 
     def close(self) -> None:
         assert self._status is not ReadStatus.PENDING, "releasing a pending read does not stop it"
