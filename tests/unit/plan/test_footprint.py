@@ -9,14 +9,14 @@ import torch
 from tests.unit.plan.test_trace import MODELS, live_model, small_profile
 from torch import Tensor
 
-from farspan.activations.tiled import tile_mlps, tile_norms
+from farspan.activations.tiled import NORM_TILES, tile_mlps, tile_norms
 from farspan.batch import ShardedBatch
 from farspan.models.checkpoint import make_config
 from farspan.models.parts import decoder_layers, token_norms
 from farspan.parallel.documents import attend_documents
 from farspan.parallel.whole import WholeSequence
 from farspan.plan.choice import Choice
-from farspan.plan.footprint import footprint
+from farspan.plan.footprint import footprint, norm_tile_bytes
 from farspan.plan.meter import Meter
 from farspan.plan.sharing import NOTHING
 from farspan.train.loss import PackedLoss
@@ -55,3 +55,8 @@ def test_the_peak_of_a_real_step_equals_the_plan(architecture: str, tiled: bool,
     # they work on all documents at once, the CPU's on one. Less may never be planned than is needed. (Not shown with
     # windows, for which the CPU's work in pieces and need more.)
     assert 0.97 * meter.peak <= predicted <= (1.25 if tiled else 1.05) * meter.peak
+
+
+def test_a_norms_tile_is_planned_as_long_as_it_is() -> None:
+    per_token = norm_tile_bytes(64, 1.0)
+    assert norm_tile_bytes(64, 1e6) == NORM_TILES * 64 * per_token
