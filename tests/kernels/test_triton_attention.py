@@ -8,7 +8,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tests.support.flash import flash_backward, flash_forward
 
+from farspan.kernels.attention.flash import Spans, flash_backend
+from farspan.kernels.attention.flash_windows import TritonWindows
 from farspan.kernels.attention.launch import Tiles, tile_rows
 from farspan.kernels.attention.packed import backward_each, forward_each
 from farspan.kernels.attention.reference import attend_reference, attend_reference_backward
@@ -130,6 +133,63 @@ def test_tensors_with_strange_strides_give_the_bits_of_their_contiguous_copies(d
     strange = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v, dout)]
     for a, b in zip(both_ways(attend_triton, attend_triton_backward, *strange, **rule), want, strict=True):
         assert torch.equal(a, b)
+
+
+class WrittenOut:
+    """A flash library's kernel, which writes down the spans its forward was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[Spans] = []
+
+    def forward(self, q, k, v, spans, sight):
+        self.asked.append(spans)
+        ends = spans.queries_N, spans.keys_N
+        return flash_forward(q, k, v, *ends, sight.scale, sight.left, sight.right, sight.softcap)
+
+    def backward(self, dout, q, k, v, out, lse, spans, sight):
+        ends = spans.queries_N, spans.keys_N
+        return flash_backward(dout, q, k, v, out, lse, *ends, sight.scale, sight.left, sight.right, sight.softcap)
+
+
+# T, S, offset, window: a band whose right end is behind the last key, one cut at both ends, one out of reach.
+@pytest.mark.parametrize("band", [(40, 40, 0, 7), (20, 50, 30, 9), (20, 50, 13, 30), (50, 40, -4, 9), (16, 30, 40, 30)])
+@pytest.mark.parametrize("device", DEVICE)
+def test_windows_of_triton_before_a_flash_backward_equal_the_reference(device, band) -> None:
+    queries, keys, offset, window = band
+    q, k, v, dout = make(device, torch.float32, *((rows, heads, 128) for rows, heads in _rows(queries, keys)))
+    rest = WrittenOut()
+    backend = flash_backend("windows", TritonWindows(rest, least_tokens=1))
+    rule = {"scale": 0.1, "offset": offset, "window": window}
+    got = both_ways(backend.forward, backend.backward, q, k, v, dout, **rule)
+    assert_close(torch.float32, got, both_ways(attend_reference, attend_reference_backward, q, k, v, dout, **rule))
+    assert not rest.asked
+
+
+@pytest.mark.parametrize("device", DEVICE)
+def test_packed_windows_of_triton_before_a_flash_backward_equal_each_document_alone(device) -> None:
+    q, k, v, dout = make(device, torch.float32, *((rows, heads, 128) for rows, heads in _rows(60, 60)))
+    rest = WrittenOut()
+    backend = flash_backend("windows", TritonWindows(rest, least_tokens=20))
+    rule = {"bounds": (0, 1, 18, 18, 52, 60), "scale": 0.1, "window": 9}
+    got = both_ways(backend.packed_forward, backend.packed_backward, q, k, v, dout, **rule)
+    alone = forward_each(attend_reference), backward_each(attend_reference_backward)
+    assert_close(torch.float32, got, both_ways(*alone, q, k, v, dout, **rule))
+    assert not rest.asked
+
+
+@pytest.mark.parametrize("device", DEVICE)
+def test_what_is_no_window_over_a_long_document_of_heads_of_128_is_left_to_flash(device) -> None:
+    rest = WrittenOut()
+    backend = flash_backend("windows", TritonWindows(rest, least_tokens=20))
+    for tokens, dim, window in ((40, 128, None), (19, 128, 5), (40, 64, 5)):
+        q, k, v, _ = make(device, torch.float32, *((rows, heads, dim) for rows, heads in _rows(tokens, tokens)))
+        backend.packed_forward(q, k, v, bounds=(0, tokens), scale=0.1, window=window)
+    assert len(rest.asked) == 3
+
+
+def _rows(queries: int, keys: int) -> tuple[tuple[int, int], ...]:
+    """(tokens, heads) of q, k, v and the gradient of out."""
+    return (queries, 4), (keys, 2), (keys, 2), (queries, 4)
 
 
 def test_tiles_of_packed_documents_hold_every_row_once_and_cross_no_bound() -> None:

@@ -2,7 +2,7 @@
 
 On Hopper cuDNN computes a long document in about half the time, but one document a call and without windows. So a
 packed sequence is cut into runs: each long document by itself, and what lies between two of them in one call of the
-flash kernel. Letters: contract.py.
+flash kernel. The forward of windows over long documents is Triton's (flash_windows.py). Letters: contract.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def load_kernel(least_tokens: int = _LEAST_TOKENS) -> FlashKernel:
         raise ImportError("this torch has no cuDNN")
     require_arguments(_FORWARD, ("attn_bias", "compute_log_sumexp", "is_causal", "scale"), num_returns=9)
     require_arguments(_BACKWARD, ("logsumexp", "philox_seed", "cum_seq_q", "max_q", "is_causal"), num_returns=3)
-    return LongDocuments(CudnnDocument(), flash_torch.load_kernel(), least_tokens)
+    return LongDocuments(CudnnDocument(), _with_windows(flash_torch.load_kernel(), least_tokens), least_tokens)
 
 
 class CudnnDocument:
@@ -153,6 +153,15 @@ def runs_of(
         else:
             runs.append((document, document + 1, is_long))
     return runs
+
+
+def _with_windows(flash: FlashKernel, least_tokens: int) -> FlashKernel:
+    """The kernel given, alone where this torch came without Triton."""
+    try:
+        from farspan.kernels.attention.flash_windows import TritonWindows
+    except ImportError:
+        return flash
+    return TritonWindows(flash, least_tokens)
 
 
 def _with_heads_first(x_THD: Tensor) -> Tensor:
