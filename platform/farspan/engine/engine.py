@@ -5,7 +5,6 @@ One thread owns an engine. Pages are the only thing that leaves it: `take` after
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -16,14 +15,23 @@ from transformers import PreTrainedModel
 
 from farspan.config.schema import EngineConfig
 from farspan.engine.adapters import Adapters
-from farspan.engine.advance import Advanced, Ends, advance, collect_prompt_logprobs, wants_prompt_logprobs
+from farspan.engine.admission import Admission
+from farspan.engine.advance import (
+    Advanced,
+    Ends,
+    advance,
+    collect_prompt_logprobs,
+    eos_token_ids_of,
+    sound_rows,
+    wants_prompt_logprobs,
+)
 from farspan.engine.beyond import host_traffic, page_offload, prefix_cache
 from farspan.engine.burden import Burden, burden_of
-from farspan.engine.check import check_prompt
 from farspan.engine.cut import Share
-from farspan.engine.draft import Ask, Drafter, DraftRoom, SuffixDrafter, allowed_draft, draft_limit, split_room
+from farspan.engine.draft import Drafter, SuffixDrafter
 from farspan.engine.fairness import Claim, Service, fair_order
 from farspan.engine.faster import speed_up
+from farspan.engine.guesses import Guesses
 from farspan.engine.history import Recall
 from farspan.engine.holdings import Holdings
 from farspan.engine.lead import Leader
@@ -92,12 +100,12 @@ class Engine:
         if share is None:
             # Last of what changes the model: a graph remembers its kernels.
             capture_decode(path, min(config.graph_rows, config.max_sequences), self.max_context_tokens)
-        self.eos_token_ids = _eos_token_ids(model)
+        self.eos_token_ids = eos_token_ids_of(model)
         self._ends = Ends(self.eos_token_ids, self.max_context_tokens)
-        self._recall = Recall(self.vocab_size, self.eos_token_ids, model.device, tokenizer)
         # A state that went on with a wrong guess cannot be set back.
-        self._draft_tokens = config.draft_tokens if path.states is None else 0
+        most_guesses = config.draft_tokens if path.states is None else 0
         self._drafter = drafter or SuffixDrafter()
+        self._guesses = Guesses(self._drafter, most_guesses, self.vocab_size, self.max_context_tokens, path.pool.layout)
         self._limits = Limits(
             config.max_batch_tokens,
             config.max_sequences if path.states is None else path.states.num_slots,
@@ -118,6 +126,15 @@ class Engine:
         self.host = host_traffic(path, config, self._prefix, host_cache, clock)
         self._holdings = Holdings(
             self.pool, self._prefix, offload, clock, path.states, config.max_batch_tokens, self.host
+        )
+        self._admission = Admission(
+            self.adapters,
+            Recall(self.vocab_size, self.eos_token_ids, model.device, tokenizer),
+            self._holdings,
+            self.pool.num_pages,
+            self.vocab_size,
+            self.max_context_tokens,
+            self.pages_are_all,
         )
 
     @property
@@ -179,7 +196,7 @@ class Engine:
         Raises RequestError when it can never be answered here.
         """
         if prefill_only:
-            self._refuse_travel(request_id)
+            self._admission.check_travel(request_id)
         self._holdings.seek(self._enqueue(request_id, prompt, params, answered, prefill_only, terms))
 
     def adopt(
@@ -198,7 +215,7 @@ class Engine:
 
         Raises RequestError, with `pages` still the caller's.
         """
-        self._refuse_travel(request_id)
+        self._admission.check_travel(request_id)
         assert answered, "a prefill gives the first token"
         assert len(pages) == self.pool.layout.num_travelling(len(prompt)), "pages of exactly the prompt"
         sequence = self._enqueue(request_id, prompt, params, answered, False, terms)
@@ -258,7 +275,8 @@ class Engine:
         """
         sequences = (*self._running, *self._waiting)
         longest = max(
-            (self._most_pages(s.num_prompt, len(s.tokens), s.params, s.prefill_only) for s in sequences), default=1
+            (self._admission.most_pages(s.num_prompt, len(s.tokens), s.params, s.prefill_only) for s in sequences),
+            default=1,
         )
         return self._holdings.pin(name, tokens, scope, self.pool.num_pages - longest)
 
@@ -336,7 +354,10 @@ class Engine:
             self._service.charge(sequence.terms.tenant, chunk.num_tokens, decode=decoding)
             sequence.last_step = self._step
         self._running.sort(key=_rank)
-        self._draft(sequences, self._limits.max_batch_tokens - sum(chunk.num_tokens for chunk in chunks))
+        tokens_left = self._limits.max_batch_tokens - sum(chunk.num_tokens for chunk in chunks)
+        for sequence in self._guesses.draft(sequences, tokens_left, self.pool.num_free):
+            needed = self.pool.layout.num_pages(len(sequence.tokens) + len(sequence.draft))
+            self._holdings.extend(sequence, max(len(sequence.pages), needed))
         pieces: list[Piece] = []
         for chunk, sequence in zip(chunks, sequences, strict=True):
             end = sequence.num_computed + chunk.num_tokens
@@ -346,22 +367,6 @@ class Engine:
             past, adapter = sequence.num_computed, sequence.terms.adapter
             pieces.append(Piece(tokens, past, sequence.pages, state, num_logits=num_logits, adapter=adapter))
         return pieces
-
-    def _draft(self, sequences: Sequence[SequenceState], tokens_left: int) -> None:
-        """Guess tokens of the sequences that decode, with what the others leave of the iteration and of the pages."""
-        if not self._draft_tokens:
-            return
-        groups = self._limits.num_groups
-        room = DraftRoom(tokens_left, self.pool.num_free // groups, self._limits.page_tokens)
-        wishes = [min(self._draft_tokens, draft_limit(s, self.max_context_tokens)) for s in sequences]
-        places = [len(s.pages) // groups for s in sequences]
-        granted = split_room(room, [len(s.tokens) for s in sequences], places, wishes)
-        asked = [(s, most) for s, most in zip(sequences, granted, strict=True) if most > 0]
-        guesses = self._drafter.propose([Ask(s.request_id, s.tokens, most, s.params) for s, most in asked])
-        for (sequence, most), guess in zip(asked, guesses, strict=True):
-            sequence.draft = allowed_draft(sequence, guess[:most], self.vocab_size)
-            needed = self.pool.layout.num_pages(len(sequence.tokens) + len(sequence.draft))
-            self._holdings.extend(sequence, max(len(sequence.pages), needed))
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
         """Answer all prompts, batched; for offline use. `params.n` answers for each prompt, one after the other.
@@ -409,59 +414,15 @@ class Engine:
         prefill_only: bool,
         terms: Terms,
     ) -> SequenceState:
-        tokens, terms = [*prompt, *answered], self.adapters.terms(request_id, terms)
-        check_prompt(request_id, tokens, len(prompt), params, self.vocab_size)
         if any(s.request_id == request_id for s in (*self._running, *self._waiting)) or request_id in self._taken:
             raise RequestError(request_id, "a request of this id is already being answered")
-        if len(prompt) + 1 > self.max_context_tokens:
-            most = self.max_context_tokens - 1
-            raise RequestError(request_id, f"the prompt has {len(prompt)} tokens, the model takes at most {most}")
-        needed = self._most_pages(len(prompt), len(tokens), params, prefill_only)
-        num_pages = self.pool.num_pages - self._holdings.num_pinned
-        if needed > num_pages:
-            longest = self._longest(len(prompt), params)
-            raise RequestError(
-                request_id,
-                f"prompt and answer need {longest} tokens of KV in {needed} pages, engine.kv_bytes holds {num_pages}",
-            )
-        if params.prompt_logprobs is not None and not answered:
-            # Every token of the prompt is computed here: its logits are wanted.
-            terms = replace(terms, finds=False)
-        # Before anything is remembered of the request: it may be refused.
-        history = self._recall.recall(request_id, params, prompt, answered)
-        sequence = SequenceState(
-            request_id,
-            tokens,
-            len(prompt),
-            params,
-            self._num_arrived,
-            prefill_only,
-            terms=terms,
-            last_step=self._step,
-            history=history,
+        sequence = self._admission.admit(
+            request_id, prompt, params, answered, prefill_only, terms, arrival=self._num_arrived, step=self._step
         )
-        self._service.arrive(terms.tenant, {s.terms.tenant for s in (*self._running, *self._waiting)})
+        self._service.arrive(sequence.terms.tenant, {s.terms.tenant for s in (*self._running, *self._waiting)})
         self._num_arrived += 1
         self._waiting.append(sequence)
         return sequence
-
-    def _refuse_travel(self, request_id: str) -> None:
-        if not self.pages_are_all:
-            raise RequestError(
-                request_id,
-                "this model keeps all or part of a sequence in a cache that is not in pages, which does not travel to "
-                "another worker; compute prompt and answer in one (transfer.colocate_below_tokens)",
-            )
-
-    def _longest(self, num_prompt: int, params: SamplingParams) -> int:
-        """The most tokens a request can hold: the last token chosen is never computed."""
-        return min(num_prompt + params.max_tokens, self.max_context_tokens) - 1
-
-    def _most_pages(self, num_prompt: int, num_tokens: int, params: SamplingParams, leaves: bool) -> int:
-        """The most pages a request of `num_tokens` tokens can hold at a time."""
-        most = self._holdings.most_pages(self._longest(num_prompt, params), leaves=False)
-        # A state that leaves is in pages too.
-        return max(most, self._holdings.most_pages(num_tokens, leaves=True)) if leaves else most
 
     def _preempt(self, sequence: SequenceState, *, offload: bool) -> None:
         self._holdings.preempt(sequence, offload=offload)
@@ -477,7 +438,7 @@ class Engine:
             sequence.draft or sequence.num_computed + len(piece.tokens) < len(sequence.tokens)
             for sequence, piece in zip(sequences, pieces, strict=True)
         )
-        sound_R = _sound_rows(logits_RV) if ahead else [True] * len(logits_RV)
+        sound_R = sound_rows(logits_RV) if ahead else [True] * len(logits_RV)
         ready: list[SequenceState] = []
         first_rows: list[int] = []
         events: list[Event] = []
@@ -535,20 +496,6 @@ class Engine:
         return [FailedEvent(sequence.request_id, RequestError(sequence.request_id, reason))]
 
 
-def _sound_rows(logits_RV: Tensor) -> list[bool]:
-    """The largest logit of a row is NaN or infinite where any is NaN or all are; one look for all rows."""
-    return [math.isfinite(high) for high in logits_RV.amax(dim=-1).tolist()]
-
-
 def _rank(sequence: SequenceState) -> tuple[int, int]:
     """The first in this order is never preempted for another."""
     return -sequence.terms.priority, sequence.arrival
-
-
-def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
-    """What transformers' generate stops at: the generation config, else the config."""
-    for config in (getattr(model, "generation_config", None), model.config):
-        found = getattr(config, "eos_token_id", None)
-        if found is not None:
-            return frozenset([found] if isinstance(found, int) else found)
-    return frozenset()

@@ -8,71 +8,38 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
 from typing import TypeVar
 
 from farspan.config.schema import TransferConfig
 from farspan.engine.engine import Engine
-from farspan.engine.request import FailedEvent, TokenEvent
-from farspan.engine.terms import Terms
-from farspan.errors import EngineError, FarspanError, TransferError
-from farspan.kv.prefix import PrefixScope
-from farspan.kv.puller import Arrival, Puller
-from farspan.kv.ticket import KvOffer, KvTicket, LeaseTable
+from farspan.errors import EngineError
+from farspan.kv.ticket import KvOffer, KvTicket
 from farspan.kv.transports.base import Transport
+from farspan.serve.engine_loop import Client, EngineLoop
 from farspan.serve.load import Identity, WorkerLoad
-from farspan.serve.mailbox import Command, Inbox, Mailbox, Outbox, ends, tell
+from farspan.serve.mailbox import Command, Inbox, Mailbox, ends, tell
 from farspan.serve.messages import (
     Alive,
-    Caller,
     Elsewhere,
     Failed,
     GenerationRequest,
     Prefilled,
     PrefillItem,
-    Pulled,
     StreamItem,
     Tokens,
     WorkerInfo,
 )
 from farspan.serve.quotas import Quota
-from farspan.serve.standing import Role, load_of
 from farspan.serve.trunk import Trunk
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
-# How often a thread with nothing to compute looks at running transfers, and at leases.
-_TRANSFER_POLL_S = 0.0005
-# While every page it needs is held elsewhere: they come back by a command or at the end of a lease.
-_STALLED_POLL_S = 0.01
-_IDLE_POLL_S = 0.25
 _DRAIN_POLL_S = 0.05
-# Pages of every place that stay free for each request that is here, when a prompt is followed: they decode meanwhile.
-_SPARE_PLACES = 2
-# A late offer is a message on its way: it is later than few other requests.
-_MOST_KNOWN = 4096
-
-
-@dataclass(slots=True)
-class _Client:
-    """Who waits for a request."""
-
-    request: GenerationRequest
-    inbox: Inbox
-    started_s: float
-    prefill_only: bool = False
-    in_parts: bool = False
-    """Pages are offered while the prompt is computed."""
-    answered: tuple[int, ...] = ()
-    ticket: KvTicket | None = None
-    pull_started_s: float = 0.0
 
 
 class EngineHost:
@@ -82,18 +49,8 @@ class EngineHost:
         self, role: str, engine: Engine, transport: Transport, config: TransferConfig, pulse_s: float | None = None
     ) -> None:
         """`pulse_s`: how long a stream says nothing before it says that it is `Alive`; none: it never does."""
-        self._role, self._engine, self._transport, self._config = role, engine, transport, config
-        self._pulse_s = pulse_s
-        self._leases = LeaseTable(engine.pool, config.lease_s)
-        self._offered: dict[str, str] = {}
-        """The request of each open ticket."""
-        self._puller = Puller(engine.pool, transport, config.deadline_s)
-        self._commands, self._outbox = Mailbox(), Outbox()
-        self._clients: dict[str, _Client] = {}
-        self._wanting_pages: list[_Client] = []
-        self._quota = Role(engine)
-        self._known: OrderedDict[str, None] = OrderedDict()
-        """Requests that were here or were forgotten, the latest last: offers for them come too late."""
+        self._role, self._engine, self._transport, self._pulse_s = role, engine, transport, pulse_s
+        self._loop, self._commands = EngineLoop(role, engine, transport, config), Mailbox()
         self._dead: str = ""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"engine-{role}", daemon=True)
@@ -137,7 +94,7 @@ class EngineHost:
 
         False: they are not wanted now, and nothing is held for them.
         """
-        return await self._call(lambda: self._follow(offer))
+        return await self._call(lambda: self._loop.follow(offer))
 
     async def stream(
         self,
@@ -156,24 +113,24 @@ class EngineHost:
 
     async def release(self, ticket_id: str) -> bool:
         """Give the pages of a ticket back."""
-        return await self._call(lambda: self._release(ticket_id))
+        return await self._call(lambda: self._loop.release(ticket_id))
 
     async def cancel(self, request_id: str) -> None:
         """Forget a request, whatever state it is in."""
-        await self._call(lambda: self._forget(request_id))
+        await self._call(lambda: self._loop.forget(request_id))
 
     async def info(self) -> WorkerInfo:
-        return await self._call(self._describe)
+        return await self._call(self._loop.describe)
 
     async def report(self, identity: Identity, quota: Quota | None, known_prefixes: int) -> WorkerLoad:
         """What there is to do here; with a quota, this is the role from now on."""
-        return await self._call(lambda: self._report(identity, quota, known_prefixes))
+        return await self._call(lambda: self._loop.report(identity, quota, known_prefixes))
 
     async def drain(self, within_s: float) -> None:
         """Wait until nobody may fetch pages from here any more, but not longer than `within_s`."""
         ends_s = time.monotonic() + within_s
         with suppress(EngineError):
-            while time.monotonic() < ends_s and await self._call(lambda: self._leases.num_open > 0):
+            while time.monotonic() < ends_s and await self._call(lambda: self._loop.num_leases > 0):
                 await asyncio.sleep(_DRAIN_POLL_S)
 
     async def check_integrity(self) -> None:
@@ -192,8 +149,8 @@ class EngineHost:
     ) -> AsyncGenerator[StreamItem | PrefillItem | Alive | Elsewhere]:
         self.check()
         inbox = Inbox()
-        client = _Client(request, inbox, time.monotonic(), prefill_only, in_parts, answered, ticket)
-        self._commands.put(Command(lambda: self._admit(client), lambda error: inbox.push(Failed(error))))
+        client = Client(request, inbox, time.monotonic(), prefill_only, in_parts, answered, ticket)
+        self._commands.put(Command(lambda: self._loop.admit(client), lambda error: inbox.push(Failed(error))))
         over = False
         try:
             while not over:
@@ -215,7 +172,7 @@ class EngineHost:
             # The client went away: nobody reads what the engine would still compute.
             if not over:
                 with suppress(EngineError):
-                    self._commands.put(Command(lambda: self._forget(request.request_id)))
+                    self._commands.put(Command(lambda: self._loop.forget(request.request_id)))
 
     async def _call(self, function: Callable[[], Answer]) -> Answer:
         self.check()
@@ -243,272 +200,14 @@ class EngineHost:
     def _run(self) -> None:
         try:
             while not self._stopping.is_set():
-                self._turn()
+                self._loop.turn(self._commands)
         except Exception as problem:
             logger.exception("the engine of the %s worker failed", self._role)
             self._dead = f"{type(problem).__name__}: {problem}"
         finally:
             # First closed, then told: whoever comes in between is refused by the mailbox.
             self._commands.close(self._ended())
-            for client in list(self._clients.values()):
-                self._fail(client, self._ended())
-            self._outbox.send()
+            self._loop.fail_all(self._ended())
 
     def _ended(self) -> EngineError:
         return EngineError(f"the {self._role} worker stopped: {self._dead or 'shutting down'}")
-
-    def _turn(self) -> None:
-        if self._engine.lost:
-            raise EngineError(self._engine.lost)
-        for command in self._commands.take(self._patience()):
-            command.act()
-        for ticket_id in self._leases.expire(time.time()):
-            self._offered.pop(ticket_id, None)
-        self._start_pulls()
-        for arrival in self._puller.poll(time.monotonic()):
-            self._after_pull(arrival)
-        # An iteration takes long: nobody waits for it who need not.
-        self._outbox.send()
-        if self._engine.has_work:
-            self._quota.keep()
-            for event in self._engine.step():
-                self._after_event(event)
-            self._offer_parts()
-            if self._engine.stalled:
-                self._puller.yield_early()
-        self._outbox.send()
-
-    def _patience(self) -> float:
-        """Seconds this turn may wait for a command."""
-        if self._engine.has_work and not self._engine.stalled:
-            return 0.0
-        if self._puller.num_pulling or self._wanting_pages:
-            return _TRANSFER_POLL_S
-        return _STALLED_POLL_S if self._engine.has_work else _IDLE_POLL_S
-
-    def _admit(self, client: _Client) -> None:
-        request = client.request
-        if request.request_id in self._clients:
-            self._outbox.put(client.inbox, Failed(EngineError(f"request {request.request_id} is already here")))
-            return
-        self._clients[request.request_id] = client
-        self._know(request.request_id)
-        reason = "" if client.ticket is None else self._refuse_ticket(client.ticket, client)
-        if client.ticket is not None and not reason:
-            self._wanting_pages.append(client)
-            return
-        # Its prompt may have been followed, but the right ticket never came.
-        self._puller.abandon(request.request_id)
-        if reason:
-            self._fail(client, TransferError(request.request_id, reason))
-            return
-        try:
-            self._engine.add(
-                request.request_id,
-                request.prompt,
-                request.params,
-                answered=client.answered,
-                prefill_only=client.prefill_only,
-                terms=_terms(request.caller),
-            )
-        except FarspanError as problem:
-            self._fail(client, problem)
-
-    def _refuse_ticket(self, ticket: KvTicket, client: _Client) -> str:
-        """Why the pages of a ticket are not those of the request it came with; empty when they are."""
-        digest = self._adapter_digest(client.request)
-        if ticket.adapter != digest:
-            name = client.request.caller.adapter or "the model alone"
-            return f"the ticket was not computed with what {name} is here"
-        return _refuse_ticket(ticket, client)
-
-    def _adapter_digest(self, request: GenerationRequest) -> str | None:
-        """Of its adapter's matrices; empty: it has none; none: they are not here."""
-        name, adapters = request.caller.adapter, self._engine.adapters
-        return adapters.scope(name).adapter if name in ("", *adapters.names) else None
-
-    def _start_pulls(self) -> None:
-        for client in list(self._wanting_pages):
-            ticket = client.ticket
-            assert ticket is not None
-            if self._is_followed(client, ticket):
-                self._wanting_pages.remove(client)
-                continue
-            pages = self._engine.pool.alloc(len(ticket.pages))
-            waited_s = time.monotonic() - client.started_s
-            if pages is None:
-                # A prompt that is complete goes before those that are not.
-                self._puller.yield_early()
-                if waited_s > self._config.deadline_s:
-                    self._wanting_pages.remove(client)
-                    self._fail(client, TransferError(ticket.request_id, f"no free pages within {waited_s:.0f} s"))
-                continue
-            self._wanting_pages.remove(client)
-            client.pull_started_s = time.monotonic()
-            try:
-                self._puller.start(ticket, pages, client.pull_started_s, time.time())
-            except TransferError as problem:
-                self._engine.pool.free(pages)
-                self._fail(client, problem)
-
-    def _know(self, request_id: str) -> None:
-        self._known[request_id] = None
-        while len(self._known) > _MOST_KNOWN + len(self._clients):
-            self._known.popitem(last=False)
-
-    def _is_followed(self, client: _Client, ticket: KvTicket) -> bool:
-        """Whether pages of the ticket are here or under way, or it is no good: nothing is left to start."""
-        client.pull_started_s = time.monotonic()
-        try:
-            return self._puller.complete(ticket, client.pull_started_s, time.time())
-        except TransferError as problem:
-            self._fail(client, problem)
-            return True
-
-    def _follow(self, offer: KvOffer) -> bool:
-        if offer.request_id in self._known:
-            return False
-        spare = _SPARE_PLACES * len(self._clients) * self._engine.pool.layout.num_groups
-        return self._puller.follow(offer, spare, time.monotonic(), time.time())
-
-    def _offer_parts(self) -> None:
-        """Tell what is new of the prompts that are being computed."""
-        for request_id, life, pages in self._engine.growing():
-            client = self._clients[request_id]
-            if client.in_parts and pages:
-                num_tokens, source = len(client.request.prompt), self._transport.address()
-                offer = self._leases.grow(request_id, life, pages, num_tokens, source, time.time())
-                if offer is not None:
-                    self._outbox.put(client.inbox, offer)
-
-    def _after_pull(self, arrival: Arrival) -> None:
-        client = self._clients.get(arrival.ticket.request_id)
-        if arrival.pages is None or client is None:
-            if arrival.pages is not None:
-                self._engine.pool.free(arrival.pages)
-            if client is not None and arrival.error is not None:
-                self._fail(client, arrival.error)
-            return
-        request, ticket = client.request, arrival.ticket
-        try:
-            self._engine.adopt(
-                request.request_id,
-                request.prompt,
-                request.params,
-                client.answered,
-                list(arrival.pages),
-                terms=_terms(request.caller),
-            )
-        except FarspanError as problem:
-            self._engine.pool.free(arrival.pages)
-            self._fail(client, problem)
-            return
-        seconds = time.monotonic() - client.pull_started_s
-        self._outbox.put(
-            client.inbox, Pulled(len(ticket.pages), ticket.num_bytes, seconds, self._transport.name, arrival.num_early)
-        )
-
-    def _after_event(self, event: TokenEvent | FailedEvent) -> None:
-        client = self._clients[event.request_id]
-        if isinstance(event, FailedEvent):
-            self._fail(client, event.error)
-        elif client.prefill_only:
-            self._clients.pop(event.request_id)
-            self._outbox.put(client.inbox, self._prefilled(client, event))
-        else:
-            if event.finish:
-                self._clients.pop(event.request_id)
-            logprobs = () if event.logprobs is None else (event.logprobs,)
-            self._outbox.put(
-                client.inbox, Tokens((event.token,), event.finish, logprobs, event.prompt_logprobs, event.num_found)
-            )
-
-    def _prefilled(self, client: _Client, event: TokenEvent) -> Prefilled:
-        pages, num_tokens = self._engine.take(event.request_id)
-        ticket = None
-        if event.finish:
-            self._leases.forget(event.request_id)
-            self._engine.pool.free(pages)
-        else:
-            adapter = self._adapter_digest(client.request)
-            assert adapter is not None, "it was computed here"
-            source = self._transport.address()
-            ticket = self._leases.offer(event.request_id, pages, num_tokens, source, time.time(), adapter)
-            self._offered[ticket.ticket_id] = event.request_id
-        seconds = time.monotonic() - client.started_s
-        logprobs, before = event.logprobs, event.prompt_logprobs
-        return Prefilled(event.token, event.finish, ticket, seconds, logprobs, before, event.num_found)
-
-    def _fail(self, client: _Client, error: FarspanError) -> None:
-        request_id = client.request.request_id
-        self._clients.pop(request_id, None)
-        self._leases.forget(request_id)
-        self._outbox.put(client.inbox, Failed(error))
-
-    def _forget(self, request_id: str) -> None:
-        self._know(request_id)
-        client = self._clients.pop(request_id, None)
-        if client in self._wanting_pages:
-            self._wanting_pages.remove(client)
-        self._puller.abandon(request_id)
-        self._leases.forget(request_id)
-        self._engine.cancel(request_id)
-        # Whoever left while the ticket was on its way never saw it, and cannot give it back.
-        for ticket_id in [ticket for ticket, owner in self._offered.items() if owner == request_id]:
-            self._release(ticket_id)
-
-    def _release(self, ticket_id: str) -> bool:
-        self._offered.pop(ticket_id, None)
-        return self._leases.release(ticket_id)
-
-    def _report(self, identity: Identity, quota: Quota | None, known_prefixes: int) -> WorkerLoad:
-        if quota is not None:
-            self._quota.take(quota)
-        started_s = {request_id: client.started_s for request_id, client in self._clients.items()}
-        return load_of(
-            self._engine,
-            identity,
-            self._quota.given,
-            started_s,
-            time.monotonic(),
-            self._leases.num_open,
-            known_prefixes,
-        )
-
-    def _describe(self) -> WorkerInfo:
-        pool = self._engine.pool
-        return WorkerInfo(
-            role=self._role,
-            pid=os.getpid(),
-            layout=pool.layout.fingerprint(),
-            vocab_size=self._engine.vocab_size,
-            max_context_tokens=self._engine.max_context_tokens,
-            kv_tokens=self._engine.room_tokens,
-            num_pages=pool.num_pages,
-            num_free=pool.num_free,
-            num_quarantined=pool.num_quarantined,
-            num_requests=len(self._clients),
-            open_leases=self._leases.num_open,
-            host=self._engine.host.use if self._engine.host is not None else None,
-        )
-
-
-def _refuse_ticket(ticket: KvTicket, client: _Client) -> str:
-    """Why a ticket cannot be that of the request it came with; empty when it can."""
-    request = client.request
-    if ticket.num_tokens != len(request.prompt):
-        return f"the ticket is for {ticket.num_tokens} tokens, the prompt has {len(request.prompt)}"
-    if ticket.request_id != request.request_id:
-        return "the ticket is that of another request"
-    return "" if client.answered else "the first token is missing"
-
-
-def _terms(caller: Caller) -> Terms:
-    left_s = None if caller.deadline_at_s is None else caller.deadline_at_s - time.time()
-    return Terms(
-        tenant=caller.tenant,
-        priority=caller.priority,
-        deadline_s=None if left_s is None else time.monotonic() + left_s,
-        adapter=caller.adapter,
-        scope=PrefixScope(salt=caller.salt),
-    )

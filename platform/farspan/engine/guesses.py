@@ -1,0 +1,36 @@
+"""Guesses of tokens, with what the others leave of an iteration and of the pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from farspan.engine.draft import Ask, Drafter, DraftRoom, allowed_draft, draft_limit, split_room
+from farspan.engine.request import SequenceState
+from farspan.kv.layout import KvLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Guesses:
+    """What is guessed for an engine's sequences, `most` tokens each at a time."""
+
+    drafter: Drafter
+    most: int
+    vocab_size: int
+    max_context_tokens: int
+    layout: KvLayout
+
+    def draft(self, sequences: Sequence[SequenceState], tokens_left: int, num_free: int) -> list[SequenceState]:
+        """Guess tokens of the sequences that decode; those that got some, for which pages are to be found."""
+        if not self.most:
+            return []
+        groups = self.layout.num_groups
+        room = DraftRoom(tokens_left, num_free // groups, self.layout.page_tokens)
+        wishes = [min(self.most, draft_limit(s, self.max_context_tokens)) for s in sequences]
+        places = [len(s.pages) // groups for s in sequences]
+        granted = split_room(room, [len(s.tokens) for s in sequences], places, wishes)
+        asked = [(s, most) for s, most in zip(sequences, granted, strict=True) if most > 0]
+        guesses = self.drafter.propose([Ask(s.request_id, s.tokens, most, s.params) for s, most in asked])
+        for (sequence, most), guess in zip(asked, guesses, strict=True):
+            sequence.draft = allowed_draft(sequence, guess[:most], self.vocab_size)
+        return [sequence for sequence, _ in asked]
