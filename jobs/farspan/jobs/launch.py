@@ -17,16 +17,10 @@ import ray
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
 
+from farspan.cluster.environment import HABITS
 from farspan.errors import ClusterError
 from farspan.jobs.knock import knock
 
-# Ray's own switches: no usage report to the network, no upload of the working folder under `uv run`, and answers from
-# an ingress to Serve's proxy as messages of one connection, each of which costs half of what an object of Ray does.
-_RAY_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    "RAY_SERVE_PROXY_USE_GRPC": "1",
-}
 _AUTH_MODE = "RAY_AUTH_MODE"
 _TOKEN_FILE = Path("~/.ray/auth_token")
 
@@ -87,7 +81,7 @@ def ray_environment() -> Iterator[None]:
 
     Where there is a token it is used: without RAY_AUTH_MODE Ray's clients of a running cluster would not send it.
     """
-    added = {name: value for name, value in _RAY_ENVIRONMENT.items() if name not in os.environ}
+    added = {name: value for name, value in HABITS.items() if name not in os.environ}
     if _AUTH_MODE not in os.environ and AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
         added[_AUTH_MODE] = "token"
     os.environ.update(added)
