@@ -15,10 +15,10 @@ TURN = {"D": 128, "HALF": 64, "BLOCK_H": 4, "BLOCK_R": 64, "BLOCK_P": 1}
 # As in a Llama of 8 billion weights, in each of their forms.
 KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("_multiply_kernel", {**TILE, "N": 4096, "K": 14336, "BIASED": False, "ADDED": True}),
-    "four rows": ("_multiply_kernel", {**TILE, "N": 6144, "K": 4096, "BIASED": True, "ADDED": False, "ROWS": 4}),
+    "two rows": ("_multiply_kernel", {**TILE, "N": 6144, "K": 4096, "BIASED": True, "ADDED": False, "ROWS": 2}),
     "odd sizes": ("_multiply_kernel", {**TILE, "N": 51, "K": 70, "BIASED": True, "ADDED": True, "BLOCK_K": 128}),
     "gated": ("_multiply_gated_kernel", {**TILE, "N": 14336, "K": 4096, "ACTIVATION": 0}),
-    "gated four rows": ("_multiply_gated_kernel", {**TILE, "N": 14336, "K": 4096, "ACTIVATION": 1, "ROWS": 4}),
+    "gated two rows": ("_multiply_gated_kernel", {**TILE, "N": 14336, "K": 4096, "ACTIVATION": 1, "ROWS": 2}),
     "sum": ("_sum_kernel", SUM),
     "scaled sum": ("_sum_kernel", {**SUM, "BEFORE": 1}),
     "norm": ("_sum_kernel", {**SUM, "SIZE": 128, "BLOCK": 128, "ADDED": False, "BEFORE": 0, "AFTER": 2}),
@@ -29,7 +29,7 @@ KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gate": ("_gate_kernel", {"SIZE": 14336, "TILE": 1024, "ACTIVATION": 1}),
 }
 # Weights are read in 16 bytes a thread, numbers of rows in as many wherever a row has enough of them.
-WIDE = ("linear", "four rows", "gated", "gated four rows", "sum", "scaled sum", "gate")
+WIDE = ("linear", "two rows", "gated", "gated two rows", "sum", "scaled sum", "gate")
 
 
 @pytest.mark.parametrize("capability", [80, 90])

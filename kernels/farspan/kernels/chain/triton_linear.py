@@ -1,4 +1,4 @@
-"""Linear layers on one to four bf16 rows in Triton: as fast as the weights can be read. Letters: contract.py.
+"""Linear layers on one or two bf16 rows in Triton: as fast as the weights can be read. Letters: contract.py.
 
 What follows a linear layer in a layer of a decoder, a gate or a residual sum, is done with its sums, which are fp32
 and rounded where their step ends.
@@ -66,7 +66,7 @@ def _sums(
     x_ptr, w_ptr, stride_x, stride_w, offs_n, mask_n,
     ROWS: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """For each of four rows the sums of BLOCK_N outputs; those of rows that are not there are zero.
+    """For each of two rows the sums of BLOCK_N outputs; those of a row that is not there are zero.
 
     The eight weights of a load are summed by the thread that has them: what is kept are not products but sums.
     """
@@ -74,8 +74,6 @@ def _sums(
     w_rows_ptr = w_ptr + offs_n.to(tl.int64)[:, None] * stride_w
     sums_0 = tl.zeros([BLOCK_N, BLOCK_K // _EIGHT], dtype=tl.float32)
     sums_1 = tl.zeros([BLOCK_N, BLOCK_K // _EIGHT], dtype=tl.float32)
-    sums_2 = tl.zeros([BLOCK_N, BLOCK_K // _EIGHT], dtype=tl.float32)
-    sums_3 = tl.zeros([BLOCK_N, BLOCK_K // _EIGHT], dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         mask_k = k + offs_k < K
         mask_nk = mask_n[:, None] & mask_k[None, :]
@@ -85,13 +83,7 @@ def _sums(
         if ROWS > 1:
             x_1 = tl.load(x_ptr + stride_x + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)
             sums_1 += _by_eights(w * x_1[None, :], BLOCK_N, BLOCK_K)
-        if ROWS > 2:
-            x_2 = tl.load(x_ptr + 2 * stride_x + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-            sums_2 += _by_eights(w * x_2[None, :], BLOCK_N, BLOCK_K)
-        if ROWS > 3:
-            x_3 = tl.load(x_ptr + 3 * stride_x + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-            sums_3 += _by_eights(w * x_3[None, :], BLOCK_N, BLOCK_K)
-    return tl.sum(sums_0, 1), tl.sum(sums_1, 1), tl.sum(sums_2, 1), tl.sum(sums_3, 1)
+    return tl.sum(sums_0, 1), tl.sum(sums_1, 1)
 
 
 @triton.jit
@@ -114,14 +106,10 @@ def _multiply_kernel(
     # One program per BLOCK_N outputs, of all rows.
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    y_0, y_1, y_2, y_3 = _sums(x_ptr, w_ptr, stride_x, stride_w, offs_n, mask_n, ROWS, K, BLOCK_N, BLOCK_K)
+    y_0, y_1 = _sums(x_ptr, w_ptr, stride_x, stride_w, offs_n, mask_n, ROWS, K, BLOCK_N, BLOCK_K)
     _put(y_0, b_ptr, a_ptr, y_ptr, offs_n, mask_n, BIASED, ADDED, TYPE)
     if ROWS > 1:
         _put(y_1, b_ptr, a_ptr + stride_a, y_ptr + N, offs_n, mask_n, BIASED, ADDED, TYPE)
-    if ROWS > 2:
-        _put(y_2, b_ptr, a_ptr + 2 * stride_a, y_ptr + 2 * N, offs_n, mask_n, BIASED, ADDED, TYPE)
-    if ROWS > 3:
-        _put(y_3, b_ptr, a_ptr + 3 * stride_a, y_ptr + 3 * N, offs_n, mask_n, BIASED, ADDED, TYPE)
 
 
 @triton.jit
@@ -139,14 +127,8 @@ def _multiply_gated_kernel(
     # One program per BLOCK_N gates and what they gate, of all rows.
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    gate_0, gate_1, gate_2, gate_3 = _sums(
-        x_ptr, gate_ptr, stride_x, stride_gate, offs_n, mask_n, ROWS, K, BLOCK_N, BLOCK_K
-    )
-    up_0, up_1, up_2, up_3 = _sums(x_ptr, up_ptr, stride_x, stride_up, offs_n, mask_n, ROWS, K, BLOCK_N, BLOCK_K)
+    gate_0, gate_1 = _sums(x_ptr, gate_ptr, stride_x, stride_gate, offs_n, mask_n, ROWS, K, BLOCK_N, BLOCK_K)
+    up_0, up_1 = _sums(x_ptr, up_ptr, stride_x, stride_up, offs_n, mask_n, ROWS, K, BLOCK_N, BLOCK_K)
     _put_gated(gate_0, up_0, y_ptr, offs_n, mask_n, ACTIVATION, TYPE)
     if ROWS > 1:
         _put_gated(gate_1, up_1, y_ptr + N, offs_n, mask_n, ACTIVATION, TYPE)
-    if ROWS > 2:
-        _put_gated(gate_2, up_2, y_ptr + 2 * N, offs_n, mask_n, ACTIVATION, TYPE)
-    if ROWS > 3:
-        _put_gated(gate_3, up_3, y_ptr + 3 * N, offs_n, mask_n, ACTIVATION, TYPE)
