@@ -17,12 +17,13 @@ def scores_of(q_THD, k_SGD, cu_q, cu_k, scale, left, right, softcap):
     if softcap:
         bent = torch.tanh(scores / softcap)
         scores, slope = softcap * bent, 1 - bent * bent
-    seen = torch.zeros(scores.shape[1:], dtype=torch.bool)
+    seen = torch.zeros(scores.shape[1:], dtype=torch.bool, device=scores.device)
     for n in range(len(cu_q) - 1):
         (a, b), (c, d) = (int(cu_q[n]), int(cu_q[n + 1])), (int(cu_k[n]), int(cu_k[n + 1]))
-        t, s = torch.arange(b - a)[:, None], torch.arange(d - c)
+        t, s = (torch.arange(n, device=scores.device) for n in (b - a, d - c))
+        t = t[:, None]
         at = t + (d - c) - (b - a)
-        here = torch.ones(b - a, d - c, dtype=torch.bool)
+        here = torch.ones(b - a, d - c, dtype=torch.bool, device=scores.device)
         if left >= 0:
             here &= s >= at - left
         if right >= 0:

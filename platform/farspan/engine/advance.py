@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from farspan.engine.logprobs import token_logprobs
 from farspan.engine.request import SequenceState, TokenEvent
@@ -81,15 +80,6 @@ def collect_prompt_logprobs(sequence: SequenceState, past: int, logits_RV: Tenso
 def sound_rows(logits_RV: Tensor) -> list[bool]:
     """The largest logit of a row is NaN or infinite where any is NaN or all are; one look for all rows."""
     return [math.isfinite(high) for high in logits_RV.amax(dim=-1).tolist()]
-
-
-def eos_token_ids_of(model: PreTrainedModel) -> frozenset[int]:
-    """What transformers' generate stops at: the generation config, else the config."""
-    for config in (getattr(model, "generation_config", None), model.config):
-        found = getattr(config, "eos_token_id", None)
-        if found is not None:
-            return frozenset([found] if isinstance(found, int) else found)
-    return frozenset()
 
 
 def wants_prompt_logprobs(sequence: SequenceState) -> bool:

@@ -21,7 +21,6 @@ from farspan.engine.advance import (
     Ends,
     advance,
     collect_prompt_logprobs,
-    eos_token_ids_of,
     sound_rows,
     wants_prompt_logprobs,
 )
@@ -49,6 +48,7 @@ from farspan.engine.request import (
 from farspan.engine.runner import Piece
 from farspan.engine.sampler import UNSOUND
 from farspan.engine.scheduler import Chunk, Limits, Row, schedule
+from farspan.engine.steer import eos_token_ids_of
 from farspan.engine.tables import fill_table, held_pages, lasting_pages
 from farspan.engine.terms import PLAIN_TERMS, Terms
 from farspan.errors import EngineError, RequestError

@@ -21,7 +21,7 @@ class Guesses:
     layout: KvLayout
 
     def draft(self, sequences: Sequence[SequenceState], tokens_left: int, num_free: int) -> list[SequenceState]:
-        """Guess tokens of the sequences that decode; those that got some, for which pages are to be found."""
+        """Guess tokens of the sequences that decode; those that were asked, for which pages are to be found."""
         if not self.most:
             return []
         groups = self.layout.num_groups

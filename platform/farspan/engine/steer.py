@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from farspan.engine.grammar import allowed_tokens
 
@@ -74,6 +75,15 @@ def _forbid_ends(
     if cells:
         where, tokens = torch.tensor(cells, device=scores_NV.device).unbind(-1)
         scores_NV[where, tokens] = -torch.inf
+
+
+def eos_token_ids_of(model: PreTrainedModel) -> frozenset[int]:
+    """What transformers' generate stops at: the generation config, else the config."""
+    for config in (getattr(model, "generation_config", None), model.config):
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return frozenset([found] if isinstance(found, int) else found)
+    return frozenset()
 
 
 def end_tokens(row: SampleRow, eos_token_ids: frozenset[int]) -> frozenset[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
@@ -157,10 +158,10 @@ def runs_of(
 
 def _with_windows(flash: FlashKernel, least_tokens: int) -> FlashKernel:
     """The kernel given, alone where this torch came without Triton."""
-    try:
-        from farspan.kernels.attention.flash_windows import TritonWindows
-    except ImportError:
+    if find_spec("triton") is None:
         return flash
+    from farspan.kernels.attention.flash_windows import TritonWindows
+
     return TritonWindows(flash, least_tokens)
 
 

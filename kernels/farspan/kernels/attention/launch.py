@@ -98,7 +98,9 @@ def tile_table(bounds: Sequence[int] | None, rows_per_tile: int, device: torch.d
     """int32 table [tiles, 4] of a packed sequence on the device; none for a pair, whose tiles need no table."""
     if bounds is None:
         return None
-    return torch.tensor(tile_rows(bounds, rows_per_tile), dtype=torch.int32).reshape(-1, 4).to(device)
+    return (
+        torch.tensor(tile_rows(bounds, rows_per_tile), dtype=torch.int32).reshape(-1, 4).to(device, non_blocking=True)
+    )
 
 
 def with_plain_heads(x: Tensor) -> Tensor:

@@ -199,7 +199,8 @@ def _attend_keys(
     return out, total, top
 
 
-@triton.jit
+# Lengths and windows are any numbers: a kernel for each kind of them would be compiled in the middle of a request.
+@triton.jit(do_not_specialize=["num_tokens", "num_keys", "shift", "window"])
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, table_ptr, num_tokens, num_keys, shift, window,
     stride_qt, stride_qh, stride_ks, stride_kg, stride_vs, stride_vg, stride_ot, stride_oh, stride_lt, stride_lh,
