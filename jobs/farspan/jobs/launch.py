@@ -9,9 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
@@ -32,7 +35,7 @@ def local_ray(num_cpus: float, num_gpus: float = 0.0) -> Iterator[None]:
     with ray_environment():
         cpus = max(os.cpu_count() or 1, -(-num_cpus // 1))
         try:
-            ray.init(
+            _init(
                 "local",
                 num_cpus=int(cpus),
                 num_gpus=int(num_gpus) or None,
@@ -57,13 +60,22 @@ def joined_ray() -> Iterator[None]:
     _refuse_closed(address)
     with ray_environment():
         try:
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
+            _init(address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
         except (ConnectionError, AuthenticationError) as problem:
             raise ClusterError(f"no Ray answers at {address}: {problem}; start one with `ray start --head`") from None
         try:
             yield
         finally:
             ray.shutdown()
+
+
+def _init(address: str, **settings: Any) -> None:
+    """`ray.init`, after which SIGTERM means what it meant before: Ray's core takes it, and ends the process at once."""
+    meant = signal.getsignal(signal.SIGTERM)
+    ray.init(address, **settings)
+    # Only the main thread may say what a signal means, and only what Python said before.
+    if meant is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, meant)
 
 
 def _refuse_closed(address: str) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection
 from typing import Any
 
 from farspan.errors import ClusterError
@@ -19,17 +22,33 @@ def ask_apart(answer: Callable[..., None], arguments: tuple[Any, ...], what: str
     """
     context = get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=answer, args=(theirs, *arguments), daemon=True)
+    process = context.Process(target=_answer, args=(answer, theirs, arguments), daemon=True)
     process.start()
     theirs.close()
     try:
         if not ours.poll(deadline_s):
             raise ClusterError(f"{what} gave no answer in {deadline_s:.0f} s")
-        return ours.recv()
+        found = ours.recv()
+        process.join(timeout=_END_S)
+        return found
     except EOFError:
         process.join(timeout=_END_S)
         raise ClusterError(f"{what} died with code {process.exitcode}") from None
     finally:
-        process.join(timeout=_END_S)
+        # Whoever does not wait for the answer any more does not wait for its end either.
         process.kill()
+        process.join(timeout=_END_S)
         ours.close()
+
+
+def _answer(answer: Callable[..., None], pipe: Connection, arguments: tuple[Any, ...]) -> None:
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    answer(pipe, *arguments)
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot end its child, which may have long to compute."""
+    parent = parent_process()
+    assert parent is not None, "this is a child"
+    parent.join()
+    os._exit(1)
