@@ -80,6 +80,8 @@ class TrainBench:
         schedule = [f"optim.warmup_steps={self.warmup_steps}", f"optim.lr={self.lr}"]
         where = [f"data.corpus={corpus}", f"output={output}", f"data.sequence_tokens={self.sequence_tokens}"]
         size = [f"train.steps={num_steps}", f"resources.cpus_per_worker={self.threads}", f"seed={self.seed}"]
+        # One tile, as much memory as the plain loop's logits: by smaller ones all but the last are computed twice.
+        size += [f"train.loss_tile_tokens={self.sequence_tokens}"]
         model = [f"model.settings.{name}={value}" for name, value in self.settings().items()]
         return load_config(RunConfig, None, [*schedule, *where, *size, "model.dtype=float32", *model])
 
