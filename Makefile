@@ -8,11 +8,12 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 STAMP := .venv/.farspan-installed
 
-.PHONY: help setup check test test-gpu soak launch bench docs quickstart lock clean
+.PHONY: help setup check test test-long test-gpu soak launch bench docs quickstart lock clean
 
 help:
 	@echo "make quickstart   make the environment and run the main job: data, training, serving, report"
 	@echo "make test         make the environment and run the tests"
+	@echo "make test-long    tests that take minutes each: drivers killed, nodes lost, quickstart"
 	@echo "make setup        make the environment (.venv) only"
 	@echo "make check        format, lint, types, import rules, layout"
 	@echo "make bench        benchmarks on this machine"
@@ -44,6 +45,10 @@ test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/layout tests/unit tests/kernels tests/infra
 	@echo "==> tests of several processes"
 	@$(BIN)/python -m pytest tests/distributed tests/cluster tests/end_to_end
+
+test-long: setup
+	@echo "==> tests that take minutes each"
+	@$(BIN)/python -m pytest -m 'long and not gpu and not soak' tests
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

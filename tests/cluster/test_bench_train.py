@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tests.support.corpus import REPOSITORY
 
 from farspan.jobs.bench_train import curve_row
@@ -23,6 +24,7 @@ print(json.dumps(bench_train(TrainBench(
 """
 
 
+@pytest.mark.long
 def test_a_job_of_twenty_steps_has_the_loss_curve_of_plain_transformers_and_torch() -> None:
     source = str(REPOSITORY / "platform" / "farspan" / "config")
     done = subprocess.run(

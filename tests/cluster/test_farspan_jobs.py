@@ -27,6 +27,7 @@ def wait_for_step(log: Path) -> None:
     raise AssertionError("no step was told in time")
 
 
+@pytest.mark.long
 def test_a_job_is_listed_described_stopped_with_a_checkpoint_and_its_log_is_shown(
     ray_cluster: LocalRay, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

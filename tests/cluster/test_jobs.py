@@ -70,6 +70,7 @@ def test_a_run_on_two_workers_tells_every_step_and_publishes_its_model(
     assert (Path(uri) / "model.safetensors").is_file()
 
 
+@pytest.mark.long
 def test_a_run_that_does_not_fit_its_memory_goes_on_with_smaller_tiles(
     ray_cluster: LocalRay, corpus: str, tmp_path: Path
 ) -> None:
@@ -87,6 +88,7 @@ def test_a_run_that_does_not_fit_its_memory_goes_on_with_smaller_tiles(
     assert isinstance(events[-1], RunFinished)
 
 
+@pytest.mark.long
 def test_a_run_that_may_not_step_down_says_what_it_lacked(ray_cluster: LocalRay, corpus: str, tmp_path: Path) -> None:
     tight = ["memory.limit_gib=0.01", "memory.step_down=false", "data.sequence_tokens=4096"]
     config = tiny_run(corpus, str(tmp_path / "run"), *tight, "train.loss_tile_tokens=4096", vocab_size=65536)
@@ -94,6 +96,7 @@ def test_a_run_that_may_not_step_down_says_what_it_lacked(ray_cluster: LocalRay,
         run_training(config, [], lambda event: None)
 
 
+@pytest.mark.long
 def test_an_error_a_worker_raises_on_purpose_arrives_as_itself(
     ray_cluster: LocalRay, corpus: str, tmp_path: Path
 ) -> None:
@@ -110,6 +113,7 @@ def test_workers_that_do_not_fit_are_refused_within_the_deadline(
         run_training(config, [], lambda event: None)
 
 
+@pytest.mark.long
 def test_a_corrupt_shard_stops_the_run_with_its_name(ray_cluster: LocalRay, tmp_path: Path) -> None:
     corpus = small_corpus(tmp_path)
     (shard,) = (tmp_path / "corpus" / "shards").iterdir()
@@ -176,6 +180,7 @@ def test_an_address_where_nobody_listens_is_one_sentence(corpus: str, tmp_path: 
         submit_training(tiny_run(corpus, str(tmp_path / "run")), "http://127.0.0.1:9")
 
 
+@pytest.mark.long
 def test_the_command_line_submits_too(ray_cluster: LocalRay, corpus: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: {settings: {hidden_size: 32, num_hidden_layers: 1}}\n")
     overrides = [f"data.corpus={corpus}", f"output={tmp_path / 'run'}", "data.sequence_tokens=64", "train.steps=1"]

@@ -73,6 +73,7 @@ def actors_on(cluster: LocalRay, node: OtherNode) -> list[str]:
     return sorted(actor.class_name for actor in found)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("goes_on", ["on what is left", pytest.param("when it is back", marks=pytest.mark.soak)])
 def test_a_run_survives_the_loss_of_a_node_with_a_worker_bit_for_bit(
     ray_cluster: LocalRay, corpus: str, undisturbed: Curve, tmp_path: Path, goes_on: str

@@ -102,6 +102,7 @@ def test_a_driver_on_one_host_runs_a_task_on_the_other(cluster: RayHosts) -> Non
     assert driver.end()[0] == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("token", ["b" * 64, pytest.param(None, marks=pytest.mark.soak)], ids=["wrong", "none"])
 def test_a_driver_with_a_wrong_token_or_none_is_refused_and_told_why(token: str | None, cluster: RayHosts) -> None:
     stranger = cluster.folder / "stranger"
@@ -116,6 +117,7 @@ def test_a_driver_with_a_wrong_token_or_none_is_refused_and_told_why(token: str 
     assert TOKEN not in text
 
 
+@pytest.mark.long
 def test_a_cut_host_is_noticed_in_time_and_its_task_runs_again(cluster: RayHosts) -> None:
     driver = start_driver(cluster, "cut", log="cut.log")
     driver.wait_for("cut now")

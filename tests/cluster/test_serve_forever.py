@@ -15,6 +15,7 @@ import pytest
 from tests.unit.serve.tiny_folder import write_tiny_model
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.soak)])
 def test_a_server_ends_when_told_and_leaves_no_process(tmp_path, how):
     write_tiny_model(tmp_path / "tiny")

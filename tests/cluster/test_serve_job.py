@@ -16,6 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 KEY = "sk-canary-of-a-key"
 
 
+@pytest.mark.long
 def test_an_endpoint_is_submitted_answers_to_its_key_alone_and_is_stopped_like_a_job(
     ray_cluster: LocalRay, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -82,7 +82,7 @@ def disturbed(config: RunConfig, at: list[int], disturb: Callable[[], None]) -> 
     return events
 
 
-@pytest.mark.parametrize("victim", ["RayTrainWorker", "TrainController"])
+@pytest.mark.parametrize("victim", ["RayTrainWorker", pytest.param("TrainController", marks=pytest.mark.long)])
 def test_a_run_survives_a_killed_process_bit_for_bit(
     ray_cluster: LocalRay, corpus: str, undisturbed: Curve, tmp_path: Path, victim: str
 ) -> None:
@@ -113,12 +113,14 @@ def test_a_run_survives_many_kills_bit_for_bit(
     assert curve(events) == undisturbed
 
 
+@pytest.mark.long
 def test_a_run_that_may_not_be_restarted_says_what_it_lost(ray_cluster: LocalRay, corpus: str, tmp_path: Path) -> None:
     config = run_config(corpus, tmp_path / "run", "train.max_restarts=0")
     with pytest.raises(ClusterError, match=r"not started again: train\.max_restarts=0 failures"):
         disturbed(config, [2], lambda: kill_actor(ray_cluster, "RayTrainWorker", random.Random(0)))
 
 
+@pytest.mark.long
 def test_a_run_asked_to_stop_publishes_a_checkpoint_and_goes_on_from_that_very_step(
     ray_cluster: LocalRay, corpus: str, undisturbed: Curve, tmp_path: Path
 ) -> None:
@@ -157,6 +159,7 @@ def read_until(driver: subprocess.Popen[str], text: str) -> str:
     raise AssertionError(f"the driver ended before it said {text!r}:\n{seen}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_whose_driver_is_ended_goes_on_bit_for_bit_when_it_is_started_again(
     ray_cluster: LocalRay, corpus: str, undisturbed: Curve, tmp_path: Path, how: signal.Signals
@@ -179,6 +182,7 @@ def test_a_run_whose_driver_is_ended_goes_on_bit_for_bit_when_it_is_started_agai
     assert curve(bodies) == undisturbed
 
 
+@pytest.mark.long
 def test_a_run_starts_with_the_workers_there_is_room_for_and_grows_when_there_is_more(
     ray_cluster: LocalRay, corpus: str, undisturbed: Curve, tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ TINY = TransferBench(
 )
 
 
+@pytest.mark.long
 def test_pages_fetched_meanwhile_are_most_of_them_and_the_answers_are_right():
     rows = bench_transfer(TINY)
     assert [row for row in rows if "wrong" in row] == []

@@ -259,6 +259,7 @@ def run_through_an_outage(config: RunConfig, cache: Path, s3: S3Bucket, seconds:
 
 
 # Each request is tried for a few seconds by the client itself.
+@pytest.mark.long
 @pytest.mark.parametrize("seconds", [8, pytest.param(60, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("background", ["true", "false"])
 def test_an_s3_that_is_gone_for_a_minute_delays_a_run_and_loses_none_of_its_checkpoints(

@@ -230,6 +230,7 @@ def doctor(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
 
 
+@pytest.mark.long
 def test_the_command_proves_a_layout_and_a_run_takes_its_certificate(
     ranks: RankPool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -255,6 +256,7 @@ def train_once(config: RunConfig, cache: str) -> None:
     train(build(config, torch.device("cpu"), Path(cache)), config, lambda _: None)
 
 
+@pytest.mark.long
 def test_a_model_that_cannot_be_exact_ends_the_command_with_one_sentence() -> None:
     answer = doctor("stablelm")
     assert answer.returncode == 2
@@ -291,6 +293,7 @@ def raise_on_rank_1() -> None:
         raise ModelError("rank 1 will not")
 
 
+@pytest.mark.long
 def test_a_rank_that_falls_silent_or_raises_ends_the_question_and_every_process() -> None:
     with pytest.raises(PlanError, match=r"ranks \[.*1\] gave no answer in 12 s"):
         ask_ranks(fall_silent, 2, deadline_s=12.0)

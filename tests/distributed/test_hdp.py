@@ -168,6 +168,7 @@ def steps_to_end(config: RunConfig, cache: str) -> dict[int, StepReport]:
     return {e.step: e for e in events if isinstance(e, StepReport)}
 
 
+@pytest.mark.long
 def test_five_training_steps_equal_those_of_the_static_mesh(ranks: RankPool, corpus: str, tmp_path: Path) -> None:
     same = ["parallel.workers=4", "parallel.sp=2", "parallel.strategy=ring", "train.steps=5", "train.accumulation=2"]
     found = {}
@@ -194,6 +195,7 @@ SIZES = {
 }
 
 
+@pytest.mark.long
 def test_the_hash_of_consumed_samples_is_the_same_for_every_number_of_ranks_with_and_without_hdp(
     ranks: RankPool, corpus: str, tmp_path: Path
 ) -> None:

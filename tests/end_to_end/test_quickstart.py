@@ -45,6 +45,7 @@ def assert_nothing_is_left(mark: str) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.long
 def test_quickstart_trains_serves_and_proves_the_answers(tmp_path: Path) -> None:
     mark = uuid.uuid4().hex
     answer = subprocess.run(
@@ -65,6 +66,7 @@ def test_quickstart_trains_serves_and_proves_the_answers(tmp_path: Path) -> None
     assert_nothing_is_left(mark)
 
 
+@pytest.mark.long
 def test_ctrl_c_during_training_leaves_no_process(tmp_path: Path) -> None:
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
@@ -108,6 +110,7 @@ def base_on_s3(s3: S3Bucket, corpus_on_s3: str, tmp_path: Path) -> str:
     return f"{s3.uri}/base"
 
 
+@pytest.mark.long
 def test_training_starts_from_reads_from_and_publishes_to_s3(
     s3: S3Bucket, corpus_on_s3: str, base_on_s3: str, tmp_path: Path
 ) -> None:
