@@ -6,7 +6,8 @@ import json
 import logging
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,9 @@ def run_bench(
         raise ConfigError("bench", f"must be all or one of {', '.join(known)}", what, nearest(what, known))
     if save and not BASELINES.parent.is_dir():
         raise ConfigError("--save", "must be used in farspan's own repository", str(Path.cwd()), "change to its root")
-    show_progress()
-    show_results({name: bench() for name, bench in benches.items() if what in ("all", name)}, as_json, save)
+    with shown_progress():
+        results = {name: bench() for name, bench in benches.items() if what in ("all", name)}
+    show_results(results, as_json, save)
 
 
 def _bench_engine(vllm_env: str | None, peers: str, turns: int) -> list[dict[str, Any]]:
@@ -103,13 +105,20 @@ def _bench_serve(long_tokens: int | None) -> list[dict[str, Any]]:
         return bench_serve(bench)
 
 
-def show_progress() -> None:
-    """What the benches say of their way goes to stderr, line by line."""
+@contextmanager
+def shown_progress() -> Iterator[None]:
+    """Inside, what the benches say of their way goes to stderr, line by line."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     progress = logging.getLogger("farspan")
+    level = progress.level
     progress.addHandler(handler)
     progress.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        progress.removeHandler(handler)
+        progress.setLevel(level)
 
 
 def show_results(results: dict[str, list[dict[str, Any]]], as_json: bool, save: bool) -> None:
