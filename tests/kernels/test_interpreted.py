@@ -18,6 +18,7 @@ RULES = {"causal": (0, None, None), "window and soft cap": (0, 4096, 30.0)}
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 
 
+@pytest.mark.long
 def test_interpreted_triton_kernels_equal_the_references() -> None:
     """Every case of test_triton_*.py, in a process whose Triton is the interpreter."""
     files = sorted(str(path) for path in HERE.glob("test_triton_*.py"))

@@ -53,6 +53,7 @@ def test_what_the_user_set_stays_as_it_is() -> None:
     assert (config.parallel.sp, config.parallel.strategy, config.train.recompute) == (4, "ring", True)
 
 
+@pytest.mark.long
 def test_a_config_that_no_plan_fits_runs_as_written_and_says_why() -> None:
     said = ["parallel.sp=1", "train.recompute=false", "memory.chunk=none", "memory.offload_activations=none"]
     found = chosen("data.sequence_tokens=1048576", *said)

@@ -69,6 +69,7 @@ def test_prompts_of_a_work_share_what_they_should_and_are_new_in_every_turn() ->
     assert first == work.prompts(101, 0)
 
 
+@pytest.mark.long
 def test_both_answer_alike_and_every_work_has_a_row_of_each() -> None:
     rows = bench_engine(small(peers=(GENERATE,), dtype="float32", starts=1))
     assert not [row["wrong"] for row in rows if "wrong" in row]
@@ -79,6 +80,7 @@ def test_both_answer_alike_and_every_work_has_a_row_of_each() -> None:
     assert bound["work"] == "alone"
 
 
+@pytest.mark.long
 def test_a_contender_that_makes_tokens_up_gets_no_time(tmp_path: Path) -> None:
     rows = bench_engine(small(works=WORKS[:1], vllm_python=stand_in(tmp_path, "pass")))
     found = [row for row in rows if row.get("contender") == VLLM]
@@ -87,6 +89,7 @@ def test_a_contender_that_makes_tokens_up_gets_no_time(tmp_path: Path) -> None:
     assert not [row for row in rows if row.get("contender") == FARSPAN and "wrong" in row]
 
 
+@pytest.mark.long
 def test_no_speed_is_told_beside_wrong_answers_of_farspan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     below = iter([3.0] * 4 + [0.0] * 4)
     monkeypatch.setattr(bench, "how_far_below", lambda model, prompt, answer: next(below))
@@ -95,6 +98,7 @@ def test_no_speed_is_told_beside_wrong_answers_of_farspan(tmp_path: Path, monkey
     assert not [row for row in rows if "speed of farspan / peer" in row or "part of the bound" in row]
 
 
+@pytest.mark.long
 def test_a_contender_that_is_late_is_not_waited_for_and_leaves_no_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +128,7 @@ def test_who_is_not_asked_stands_still(tmp_path: Path) -> None:
     assert psutil.Process().children() == []
 
 
+@pytest.mark.long
 def test_a_contender_that_dies_is_named_with_its_last_words(tmp_path: Path) -> None:
     with pytest.raises(ClusterError, match="vllm died with code 7"):
         bench_engine(small(works=WORKS[:1], vllm_python=stand_in(tmp_path, "sys.exit(7)")))

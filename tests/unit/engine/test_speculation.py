@@ -153,6 +153,7 @@ def test_a_draft_model_of_another_vocabulary_is_refused():
         ModelDrafter(tiny_model(), engine_config(), VOCAB + 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("drafted", ["likely", "unlikely", "model"])
 def test_sampled_tokens_come_as_often_as_without_guesses(drafted):
     """2000 pairs of tokens over a tiny vocabulary against the model's own joint distribution."""

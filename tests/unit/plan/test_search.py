@@ -137,6 +137,7 @@ def test_no_chosen_plan_exceeds_its_budget_when_its_step_is_simulated() -> None:
     assert chosen > NUM_CASES / 2
 
 
+@pytest.mark.long
 def test_no_choice_of_the_whole_space_is_clearly_faster_than_the_chosen_plan() -> None:
     refused = 0
     for task, space in cases():

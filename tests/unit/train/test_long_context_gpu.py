@@ -12,6 +12,7 @@ TINY = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "
         "vocab_size": 512}  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_row_holds_what_was_predicted_and_what_a_real_step_took() -> None:
     steps = (Step(2, 512, offload=False, num_steps=1), Step(2, 512, num_steps=1))
     alone, offloaded = bench_one_gpu(steps, TINY, "cpu", "h200")
@@ -24,6 +25,7 @@ def test_a_row_holds_what_was_predicted_and_what_a_real_step_took() -> None:
     assert offloaded["activations"] == "in host memory"
 
 
+@pytest.mark.long
 def test_a_step_whose_process_dies_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long_context_gpu, "_corpus", lambda scratch, tokens: "/nowhere")
     with pytest.raises(ClusterError, match="a step of 512 tokens died with code 1"):
