@@ -19,7 +19,7 @@ import json, sys
 from farspan.jobs.bench_train import TrainBench, bench_train
 print(json.dumps(bench_train(TrainBench(
     num_steps=20, width=64, layers=2, heads=4, vocab_size=400, sequence_tokens=256, threads=1, lr=3e-3,
-    turns=1, turn_steps=5, warm_steps=2, goal_curve=0.0, max_documents=30, sources=(sys.argv[1],),
+    warm_steps=2, goal_curve=0.0, max_documents=30, sources=(sys.argv[1],),
 ))))
 """
 
@@ -31,11 +31,11 @@ def test_a_job_of_twenty_steps_has_the_loss_curve_of_plain_transformers_and_torc
         [sys.executable, "-c", f"if __name__ == '__main__':\n{_indented(_SHORT)}", source],
         cwd=Path.home(), stdout=subprocess.PIPE, text=True, timeout=560, check=True,
     )  # fmt: skip
-    plain, job, turns, long, curve = json.loads(done.stdout.strip().splitlines()[-1])
+    plain, job, turns, curve = json.loads(done.stdout.strip().splitlines()[-1])
     assert plain["tokens_per_s"] > 0
     assert job["tokens_per_s"] > 0
+    assert plain["steps"] == job["steps"] == 18
     assert math.isfinite(turns["farspan job / plain"])
-    assert math.isfinite(long["farspan job / plain"])
     assert curve["steps"] == 20
     assert curve["largest difference"] < 1e-4
     # The goal here is one that nothing reaches: the plain loop is held against itself.

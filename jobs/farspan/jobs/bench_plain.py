@@ -1,37 +1,27 @@
 """The peer of `farspan bench train`: a bare loop of torch and transformers in a process of its own.
 
 Nothing of farspan runs in it but the model's beginning, a function of (config, seed). It reads finished tokens from
-memory, which costs it nothing. N steps of T tokens.
+memory, which costs it nothing, and stands still while it is not asked for a step. N steps of T tokens.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil  # type: ignore[import-untyped]
 import torch
 
 from farspan.batch import IGNORED_LABEL
 from farspan.config.schema import OptimConfig
 from farspan.models.checkpoint import make_config, random_causal_lm
-from farspan.train.apart import ask_apart
-
-
-@dataclass(frozen=True, slots=True)
-class Course:
-    """A run as it was."""
-
-    losses: tuple[float, ...]
-    ends_s: tuple[float, ...]
-    """When each step had ended, on one clock."""
-
-    def seconds_per_step(self, warm: int) -> float:
-        """Mean of the steps after the first `warm`."""
-        return (self.ends_s[-1] - self.ends_s[warm - 1]) / (len(self.ends_s) - warm)
+from farspan.train.apart import apart, hear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,15 +40,42 @@ class PlainRun:
     """Each weight begins as itself times 1 + this times a number of a normal distribution."""
 
 
-def run_plain(run: PlainRun, deadline_s: float) -> Course:
-    """The loop over all its learning rates.
+class PlainLoop:
+    """The loop, which takes a step when it is asked to."""
+
+    def __init__(self, process: psutil.Process, hear: Callable[[], Any]) -> None:
+        self.pid = process.pid
+        self._process, self._hear = process, hear
+
+    def step(self) -> tuple[float, float]:
+        """(loss, seconds it took). Raises ClusterError: its process died, or gave no answer until the deadline."""
+        started_s = time.monotonic()
+        self._process.resume()
+        loss = self._hear()
+        seconds = time.monotonic() - started_s
+        with suppress(psutil.NoSuchProcess):
+            self._process.suspend()
+        assert isinstance(loss, float), "the process sends its losses"
+        return loss, seconds
+
+
+@contextmanager
+def plain_loop(run: PlainRun, deadline_s: float) -> Iterator[PlainLoop]:
+    """The loop over all its learning rates, made and standing still. Its process has ended afterwards.
 
     Raises:
-        ClusterError: its process died, or gave no answer until the deadline.
+        ClusterError: its process died, or gave no answer until the deadline, which is for each answer.
     """
-    found = ask_apart(_in_process, (run,), "the plain loop", deadline_s)
-    assert isinstance(found, Course), "the process sends what it did"
-    return found
+    with apart(_in_process, (run,)) as (process, pipe):
+        assert process.pid is not None, "it was started"
+
+        def hear_loop() -> Any:
+            return hear(process, pipe, "the plain loop", deadline_s)
+
+        hear_loop()
+        made = psutil.Process(process.pid)
+        made.suspend()
+        yield PlainLoop(made, hear_loop)
 
 
 def _in_process(pipe: Connection, run: PlainRun) -> None:
@@ -71,7 +88,7 @@ def _in_process(pipe: Connection, run: PlainRun) -> None:
     _disturb(model, run)
     model.train()
     optimizer = _adamw(model, run.optim)
-    losses, ends_s = [], []
+    pipe.send("ready")
     for step, rate in enumerate(run.rates):
         # Positions that begin again tell transformers where documents begin.
         logits_1TV = model(
@@ -84,9 +101,7 @@ def _in_process(pipe: Connection, run: PlainRun) -> None:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-        ends_s.append(time.monotonic())
-    pipe.send(Course(tuple(losses), tuple(ends_s)))
+        pipe.send(loss.item())
 
 
 def _disturb(model: torch.nn.Module, run: PlainRun) -> None:

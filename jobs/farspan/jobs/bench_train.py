@@ -1,7 +1,8 @@
 """`farspan bench train`: a whole training job against a bare torch and transformers loop, same tokens, same seed.
 
 The job is what `farspan train` starts: a local Ray, Ray Train, one worker. Its speed is taken from when its steps are
-told of, so that everything between steps counts. Ray is stopped while the plain loop runs. They take turns.
+told of, so that everything between steps counts. Job and loop take turns, a step each, and each stands still, Ray with
+the job, while it is the other's turn: a machine whose speed drifts drifts for both.
 
 Two right programs round differently, and training makes more of it. So that curves that part can be read, the plain
 loop then runs once more from weights that differ by one rounding, and how far that takes it from itself is told.
@@ -14,17 +15,20 @@ import statistics
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil  # type: ignore[import-untyped]
 
 from farspan.config.load import load_config
 from farspan.config.schema import CorpusConfig, RunConfig
 from farspan.data.corpus import build_corpus
 from farspan.data.reader import Corpus, Reader, open_corpus
-from farspan.jobs.bench_plain import Course, PlainRun, run_plain
+from farspan.jobs.bench_plain import PlainLoop, PlainRun, plain_loop
 from farspan.jobs.launch import local_ray
 from farspan.jobs.train import run_training
 from farspan.models.checkpoint import make_config, random_causal_lm
@@ -36,6 +40,19 @@ logger = logging.getLogger(__name__)
 GOAL_SPEED, GOAL_CURVE = 0.95, 1e-3
 _SLACK_S = 1800.0
 _ROUNDING = 1e-7
+_TOLD_EVERY = 10
+
+
+@dataclass(slots=True)
+class Course:
+    """A run as it was, step by step."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def add(self, loss: float, seconds: float) -> None:
+        self.losses.append(loss)
+        self.seconds.append(seconds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +60,7 @@ class TrainBench:
     """What is trained. The defaults are a Llama of 60 million weights on Python's own library."""
 
     minutes: float = 10.0
-    """Length of each of the runs whose curves are compared."""
+    """How long each of the two trains."""
     num_steps: int = 0
     """Their steps, instead of `minutes`; 0: as many as the plain loop does in that time."""
     width: int = 640
@@ -55,8 +72,8 @@ class TrainBench:
     lr: float = 3e-4
     warmup_steps: int = 20
     seed: int = 0
-    turns: int = 3
-    turn_steps: int = 10
+    probe_steps: int = 4
+    """Steps of the plain loop from which the number of steps is told."""
     goal_curve: float = GOAL_CURVE
     """How far apart the curves may be; beyond it the plain loop is held against itself too."""
     warm_steps: int = 3
@@ -99,7 +116,7 @@ def bench_train(bench: TrainBench) -> list[dict[str, Any]]:
 
 class _Comparison:
     def __init__(self, bench: TrainBench, scratch: Path) -> None:
-        self._bench, self._scratch, self._runs = bench, scratch, 0
+        self._bench, self._scratch = bench, scratch
         self._uri = str(scratch / "corpus")
         build_corpus(
             CorpusConfig(
@@ -113,50 +130,58 @@ class _Comparison:
         self._corpus = open_corpus(self._uri, scratch / "cache")
 
     def rows(self) -> list[dict[str, Any]]:
-        bench = self._bench
-        job_s, plain_s = [], []
-        for turn in range(bench.turns):
-            logger.info("turn %d of %d: %d steps of each", turn + 1, bench.turns, bench.turn_steps)
-            plain_s.append(self._plain(bench.turn_steps).seconds_per_step(bench.warm_steps))
-            job_s.append(self._job(bench.turn_steps).seconds_per_step(bench.warm_steps))
-            logger.info("a step of plain %.3g s, of the job %.3g s", plain_s[-1], job_s[-1])
-        per_step, tokens = statistics.median(plain_s), bench.sequence_tokens
-        steps = bench.num_steps or max(bench.warm_steps + 1, int(bench.minutes * 60 / per_step))
-        logger.info("the long runs: %d steps of about %.2g s, one after the other", steps, per_step)
-        plain, job = self._plain(steps), self._job(steps)
+        bench, warm = self._bench, self._bench.warm_steps
+        steps = bench.num_steps or self._steps_in_time()
+        logger.info("%d steps of each, one after the other", steps)
+        plain, job = self._in_turns(steps)
         curve = curve_row(job.losses, plain.losses, self._num_weights(), bench.goal_curve)
         if "wrong" in curve:
-            curve["plain's own, from weights one rounding away"] = _apart(self._disturbed(steps), plain.losses)
+            logger.info("the curves part; once more from weights one rounding away")
+            own = self._plain_alone(steps, steps, _ROUNDING)
+            curve["plain's own, from weights one rounding away"] = _apart(own.losses, plain.losses)
+        plain_s, job_s = plain.seconds[warm:], job.seconds[warm:]
         return [
-            {"contender": "torch + transformers", "tokens_per_s": tokens / per_step, "turns": bench.turns},
-            {"contender": "farspan job", "tokens_per_s": tokens / statistics.median(job_s), "turns": bench.turns},
-            speed_row("speed in turns", per_step / statistics.median(job_s)),
-            speed_row(
-                "speed of the long runs",
-                plain.seconds_per_step(bench.warm_steps) / job.seconds_per_step(bench.warm_steps),
-            ),
+            _contender_row("torch + transformers", bench.sequence_tokens, plain_s),
+            _contender_row("farspan job", bench.sequence_tokens, job_s),
+            speed_row(plain_s, job_s),
             curve,
         ]
 
-    def _disturbed(self, steps: int) -> tuple[float, ...]:
-        logger.info("the curves part; once more from weights one rounding away")
-        return self._plain(steps, _ROUNDING).losses
+    def _steps_in_time(self) -> int:
+        probed = self._plain_alone(self._bench.probe_steps, self._bench.probe_steps)
+        per_step = min(probed.seconds[1:])
+        logger.info("a step of the plain loop takes about %.2g s", per_step)
+        return max(self._bench.warm_steps + 1, int(self._bench.minutes * 60 / per_step))
 
-    def _job(self, num_steps: int) -> Course:
-        self._runs += 1
-        config = self._bench.run(self._uri, self._scratch / f"run-{self._runs}", num_steps)
-        losses, ends_s = list[float](), list[float]()
+    def _in_turns(self, num_steps: int) -> tuple[Course, Course]:
+        """(plain loop, job)"""
+        config = self._bench.run(self._uri, self._scratch / "run", num_steps)
+        plain, job = Course(), Course()
+        with self._loop(num_steps) as loop, local_ray(num_cpus=self._bench.threads):
+            began_s = time.monotonic()
 
-        def tell(body: EventBody) -> None:
-            if isinstance(body, StepReport):
-                ends_s.append(time.monotonic())
-                losses.append(body.loss)
+            def tell(body: EventBody) -> None:
+                nonlocal began_s
+                if not isinstance(body, StepReport):
+                    return
+                job.add(body.loss, time.monotonic() - began_s)
+                with _standing_still(loop.pid):
+                    plain.add(*loop.step())
+                if body.step % _TOLD_EVERY == 0:
+                    logger.info("step %d: %.3g s, of the job %.3g s", body.step, plain.seconds[-1], job.seconds[-1])
+                began_s = time.monotonic()
 
-        with local_ray(num_cpus=self._bench.threads):
             run_training(config, [], tell)
-        return Course(tuple(losses), tuple(ends_s))
+        return plain, job
 
-    def _plain(self, num_steps: int, noise: float = 0.0) -> Course:
+    def _plain_alone(self, num_steps: int, of_steps: int, noise: float = 0.0) -> Course:
+        course = Course()
+        with self._loop(of_steps, noise) as loop:
+            for _ in range(num_steps):
+                course.add(*loop.step())
+        return course
+
+    def _loop(self, num_steps: int, noise: float = 0.0) -> AbstractContextManager[PlainLoop]:
         bench, folder = self._bench, self._scratch / "tokens"
         write_tokens(self._corpus, folder, bench.sequence_tokens, bench.seed, num_steps)
         optim = bench.run(self._uri, folder, num_steps).optim
@@ -170,7 +195,7 @@ class _Comparison:
             rates=tuple(learning_rate(optim, step, num_steps) for step in range(num_steps)),
             noise=noise,
         )
-        return run_plain(run, bench.minutes * 120 + _SLACK_S)
+        return plain_loop(run, _SLACK_S)
 
     def _model_settings(self) -> dict[str, Any]:
         # What a run adds to a model made from scratch.
@@ -190,13 +215,43 @@ def write_tokens(corpus: Corpus, folder: Path, sequence_tokens: int, seed: int, 
         np.save(folder / f"{name}.npy", np.stack([getattr(batch, f"{name}_T").numpy() for batch in batches]))
 
 
-def speed_row(what: str, ratio: float) -> dict[str, Any]:
-    """The job's speed over the plain loop's."""
-    return {"what": what, "farspan job / plain": ratio, "goal": GOAL_SPEED, "reached": ratio >= GOAL_SPEED}
+@contextmanager
+def _standing_still(but: int) -> Iterator[None]:
+    """Inside, every process this one has started stands still, Ray's too, but one that may be told to go on."""
+    ours = [child for child in psutil.Process().children(recursive=True) if child.pid != but]
+    stopped = list[psutil.Process]()
+    try:
+        for child in ours:
+            with suppress(psutil.NoSuchProcess):
+                child.suspend()
+                stopped.append(child)
+        yield
+    finally:
+        for child in reversed(stopped):
+            with suppress(psutil.NoSuchProcess):
+                child.resume()
+
+
+def _contender_row(name: str, tokens: int, seconds: Sequence[float]) -> dict[str, Any]:
+    return {"contender": name, "tokens_per_s": tokens / statistics.median(seconds), "steps": len(seconds)}
+
+
+def speed_row(plain_s: Sequence[float], job_s: Sequence[float]) -> dict[str, Any]:
+    """The job's speed over the plain loop's: all its steps, and the quarters of what single turns say."""
+    ratio, turns = sum(plain_s) / sum(job_s), [a / b for a, b in zip(plain_s, job_s, strict=True)]
+    low, middle, high = statistics.quantiles(turns, n=4) if len(turns) > 1 else (ratio, ratio, ratio)
+    return {
+        "what": "speed in turns",
+        "farspan job / plain": ratio,
+        "median turn": middle,
+        "half of the turns": [low, high],
+        "goal": GOAL_SPEED,
+        "reached": ratio >= GOAL_SPEED,
+    }
 
 
 def curve_row(
-    job: tuple[float, ...], plain: tuple[float, ...], num_weights: int, goal: float = GOAL_CURVE
+    job: Sequence[float], plain: Sequence[float], num_weights: int, goal: float = GOAL_CURVE
 ) -> dict[str, Any]:
     """How far apart two loss curves are; `wrong` where they are not the same curve."""
     apart = _apart(job, plain)
@@ -215,7 +270,7 @@ def curve_row(
     return row if apart <= goal else {**row, "wrong": f"the curves are {apart:.2g} apart"}
 
 
-def _apart(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+def _apart(a: Sequence[float], b: Sequence[float]) -> float:
     # NumPy's maximum keeps a NaN.
     return float(np.abs(np.subtract(a, b)).max())
 

@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from farspan.errors import ClusterError
 
 _END_S = 30.0
+
+
+@contextmanager
+def apart(answer: Callable[..., None], arguments: tuple[Any, ...]) -> Iterator[tuple[BaseProcess, Connection]]:
+    """(process, our end of its pipe) of `answer(pipe, *arguments)`. The process has ended afterwards."""
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_answer, args=(answer, theirs, arguments), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield process, ours
+    finally:
+        # Whoever does not wait for the answer any more does not wait for its end either.
+        process.kill()
+        process.join(timeout=_END_S)
+        ours.close()
 
 
 def ask_apart(answer: Callable[..., None], arguments: tuple[Any, ...], what: str, deadline_s: float) -> Any:
@@ -20,25 +39,25 @@ def ask_apart(answer: Callable[..., None], arguments: tuple[Any, ...], what: str
     Raises:
         ClusterError: `what` died, or gave no answer until the deadline.
     """
-    context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_answer, args=(answer, theirs, arguments), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        if not ours.poll(deadline_s):
-            raise ClusterError(f"{what} gave no answer in {deadline_s:.0f} s")
-        found = ours.recv()
+    with apart(answer, arguments) as (process, pipe):
+        found = hear(process, pipe, what, deadline_s)
         process.join(timeout=_END_S)
         return found
+
+
+def hear(process: BaseProcess, pipe: Connection, what: str, deadline_s: float) -> Any:
+    """The next thing that a process apart sends.
+
+    Raises:
+        ClusterError: `what` died, or said nothing until the deadline.
+    """
+    try:
+        if not pipe.poll(deadline_s):
+            raise ClusterError(f"{what} gave no answer in {deadline_s:.0f} s")
+        return pipe.recv()
     except EOFError:
         process.join(timeout=_END_S)
         raise ClusterError(f"{what} died with code {process.exitcode}") from None
-    finally:
-        # Whoever does not wait for the answer any more does not wait for its end either.
-        process.kill()
-        process.join(timeout=_END_S)
-        ours.close()
 
 
 def _answer(answer: Callable[..., None], pipe: Connection, arguments: tuple[Any, ...]) -> None:
