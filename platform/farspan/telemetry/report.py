@@ -19,6 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from farspan.errors import UnreachableError
+from farspan.telemetry.cost import price_per_million
 from farspan.telemetry.kinds import (
     CheckpointPublished,
     Event,
@@ -155,9 +156,10 @@ def _price_tiles(summary: Summary) -> list[tuple[str, str, str]]:
     if used:
         tiles.append(("Utilization", f"{percentile(used, 50):.1%}", "of the devices' peak, median step"))
     price = summary.run.price_per_worker_hour
-    if price > 0 and summary.tokens > 0:
-        remark = f"at {number(price)} for a device's hour; {number(summary.cost)} for all steps"
-        tiles.append(("Price of a million tokens", number(summary.cost / summary.tokens * 1e6), remark))
+    if price > 0 and summary.tokens_per_worker_s > 0:
+        remark = f"at {number(price)} for a device's hour; {number(summary.cost)} for these steps"
+        per_million = price_per_million(price, 1, summary.tokens_per_worker_s)
+        tiles.append(("Price of a million tokens", number(per_million), remark))
     return tiles
 
 

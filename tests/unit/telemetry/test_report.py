@@ -218,7 +218,7 @@ def test_everything_that_happened_is_a_sentence_in_the_report(whole_page: Page, 
         ("Predicted step", "+10%", "3.00 s predicted, 2.73 s measured"),
         ("Predicted memory", "-18%", "1.00 GiB predicted, 1.23 GiB measured"),
         # Steps 1 to 3 on two workers and 4 to 8 on one: 11 times 2.727 s at 3.6 an hour, over 8 times 8192 tokens.
-        ("Price of a million tokens", "0.458", "at 3.60 for a device's hour; 0.0300 for all steps"),
+        ("Price of a million tokens", "0.458", "at 3.60 for a device's hour; 0.0300 for these steps"),
         ("Throughput", "3.00 k", "tokens/s, 2.19 k per worker"),
         ("Utilization", "37.5%", "of the devices' peak, median step"),
         ("Steps", "8", "21.8 s in steps"),
