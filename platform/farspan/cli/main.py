@@ -143,6 +143,17 @@ def train(
 
 
 @app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="Output folder of a run, local or s3://.", metavar="RUN")],
+    output: Annotated[str | None, typer.Option(metavar="FILE", help="Where to. None: RUN/report.html.")] = None,
+) -> None:
+    """Write the HTML report of a training run from its recorded events; also while it goes on."""
+    from farspan.cli.report import run_report
+
+    run_report(run, output)
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model folder or checkpoint, local or s3://.")],
     corpus: Annotated[str, typer.Option(help="Corpus folder from `farspan data build`.")],

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from farspan.telemetry.cost import cost, price_per_million
 from farspan.telemetry.events import (
     CheckpointPublished,
     Event,
@@ -89,14 +90,9 @@ class TrainProgress(_Live):
         elif isinstance(body, RunFinished):
             self.console.print(f"{body.steps} steps, {body.tokens:,} tokens in {body.seconds:.1f} s")
             if self._price > 0:
-                cost = self._price * self._workers * body.seconds / 3600
+                spent = cost(self._price, self._workers * body.seconds)
                 per_worker = body.tokens / max(body.seconds, 1e-9) / self._workers
-                self.console.print(f"cost {cost:.3g}, {per_worker:,.0f} tokens/s per worker")
-
-
-def price_per_million(per_worker_hour: float, workers: int, tokens_per_s: float) -> float:
-    """What a million tokens cost at this speed."""
-    return per_worker_hour * workers / 3600 / tokens_per_s * 1e6
+                self.console.print(f"cost {spent:.3g}, {per_worker:,.0f} tokens/s per worker")
 
 
 class BuildProgressBar(_Live):

@@ -7,10 +7,10 @@ import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC
+from datetime import UTC, datetime
 from pathlib import Path
 
-from farspan.errors import UnreachableError
+from farspan.errors import NotFoundError, UnreachableError
 from farspan.storage.door import open_store
 from farspan.storage.paths import LocalPlace, parse_uri
 from farspan.storage.patience import patiently
@@ -57,13 +57,37 @@ class _UploadedLog(EventLog):
         return event
 
 
+@contextmanager
+def recorded_log(output: str) -> Iterator[Path]:
+    """The log of a run that was started before, for reading; also while it goes on.
+
+    Raises:
+        NotFoundError: no run left its record there.
+        UnreachableError: it cannot be read.
+    """
+    place = parse_uri(output)
+    store = open_store(output)
+    if not store.exists(EVENTS_FILE):
+        raise NotFoundError(output, f"holds no {EVENTS_FILE}; name the output folder of a run")
+    if isinstance(place, LocalPlace):
+        yield place.folder / EVENTS_FILE
+        return
+    with tempfile.TemporaryDirectory(prefix="farspan-events-") as scratch:
+        store.download(EVENTS_FILE, Path(scratch) / EVENTS_FILE)
+        yield Path(scratch) / EVENTS_FILE
+
+
 def machine_facts() -> dict[str, str]:
     """What a report says about the machine."""
-    from datetime import datetime
     from importlib.metadata import version
 
     return {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
         "versions": ", ".join(f"{name} {version(name)}" for name in ("farspan", "torch", "ray", "transformers")),
-        "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "written": now(),
     }
+
+
+def now() -> str:
+    """Date and time as a report shows it."""
+    return f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"

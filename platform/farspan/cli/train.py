@@ -55,6 +55,7 @@ def run_train(path: str, overrides: list[str], *, dry_run: bool, cluster: str | 
         return
 
     from farspan.cli.record import run_log
+    from farspan.cli.report import reported
     from farspan.jobs.launch import joined_ray, local_ray
     from farspan.jobs.progress import StopWish
     from farspan.jobs.train import run_training
@@ -66,7 +67,14 @@ def run_train(path: str, overrides: list[str], *, dry_run: bool, cluster: str | 
     ray_here = joined_ray() if join else local_ray(cpus, gpus)
     wish, seconds = StopWish(), list[float]()
     board = curves_of(config)
-    with run_log(config.output) as log, progress_of(config) as progress, board, ray_here, stop_on_sigterm(wish):
+    with (
+        run_log(config.output) as log,
+        reported(log, config.output),
+        progress_of(config) as progress,
+        board,
+        ray_here,
+        stop_on_sigterm(wish),
+    ):
 
         def tell(body: EventBody) -> None:
             if isinstance(body, StepReport):

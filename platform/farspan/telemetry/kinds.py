@@ -152,10 +152,18 @@ class RunPreempted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RunFailed:
+    """The run was ended by an error or an interrupt; what it published before stays."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunResized:
     """The run goes on with another number of workers and the same sequences in each step."""
 
     step: int
+    """Steps done when the size changed."""
     workers: int
     accumulation: int
     reason: str
@@ -172,6 +180,7 @@ EventBody = (
     | PlanSteppedDown
     | RunRestarted
     | RunPreempted
+    | RunFailed
     | RunResized
     | Note
 )
@@ -187,6 +196,7 @@ KINDS: dict[str, type[EventBody]] = {
     "plan_stepped_down": PlanSteppedDown,
     "run_restarted": RunRestarted,
     "run_preempted": RunPreempted,
+    "run_failed": RunFailed,
     "run_resized": RunResized,
     "note": Note,
 }

@@ -1,7 +1,7 @@
 """The run report: one HTML file that needs nothing but itself.
 
 What the events say, in the order a reader asks: how it went, the curves, the requests, and at the end every event as
-it was written, so that no number is lost to rounding.
+it was written, so that no number is lost to rounding. Of a long run some steps stand for all, and the page says so.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from farspan.errors import UnreachableError
+from farspan.telemetry.cost import price_per_million
 from farspan.telemetry.kinds import (
     CheckpointPublished,
     Event,
@@ -26,6 +28,7 @@ from farspan.telemetry.kinds import (
     PlanPredicted,
     PlanSteppedDown,
     RequestServed,
+    RunFailed,
     RunFinished,
     RunPreempted,
     RunResized,
@@ -41,6 +44,8 @@ from farspan.telemetry.units import byte_scale, byte_size, count, duration, numb
 
 TEMPLATE = "report.html.jinja"
 Style = Callable[[float], str]
+_MOST_STEPS = 2000
+"""In the tables: a browser still opens them, and a run of a week has hundreds of thousands."""
 
 
 def write_report(events: Sequence[Event], out: Path, title: str, facts: Mapping[str, str] | None = None) -> Path:
@@ -55,17 +60,23 @@ def write_report(events: Sequence[Event], out: Path, title: str, facts: Mapping[
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.unfinished")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(page, encoding="utf-8")
+        # The name of a file need not be text.
+        unfinished.write_text(page, encoding="utf-8", errors="backslashreplace")
         unfinished.replace(out)
     except OSError as problem:
-        unfinished.unlink(missing_ok=True)
         raise UnreachableError(str(out), f"the report cannot be written ({problem.strerror})") from None
+    finally:
+        # Also after an interrupt; once it has its name it is no longer there.
+        with suppress(OSError):
+            unfinished.unlink()
     return out
 
 
 def render_report(events: Sequence[Event], title: str, facts: Mapping[str, str]) -> str:
     """The report as HTML."""
     summary = summarize(events)
+    shown = _thinned(summary.steps)
+    written = events if len(shown) == len(summary.steps) else _without_others(events, shown)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -75,17 +86,34 @@ def render_report(events: Sequence[Event], title: str, facts: Mapping[str, str])
         facts=facts,
         summary=summary,
         status=_status(summary),
-        train_tiles=[*_train_tiles(summary), *_predicted_tiles(events, summary)],
+        train_tiles=[*_train_tiles(summary), *_price_tiles(summary), *_predicted_tiles(summary)],
         serve_tiles=_serve_tiles(summary),
         # The SVG is ours and escapes what it was given; everything else is escaped by the template.
         train_plots=[(plot.title, Markup(draw(plot))) for plot in _train_plots(summary)],
         serve_plots=[(plot.title, Markup(draw(plot))) for plot in _serve_plots(summary)],
         requests=[_request_row(request) for request in summary.requests],
         timeline=[_timeline_row(event) for event in events if not isinstance(event.body, StepReport)],
-        steps=[_step_row(step) for step in summary.steps],
-        record="\n".join(to_json(event) for event in events),
-        num_events=len(events),
+        steps=[_step_row(step) for step in shown],
+        steps_shown=_shown(len(shown), len(summary.steps)),
+        record="\n".join(to_json(event) for event in written),
+        events_shown=_shown(len(written), len(events)),
     )
+
+
+def _thinned(steps: Sequence[StepReport]) -> Sequence[StepReport]:
+    """At most about _MOST_STEPS of them, evenly, the last one always."""
+    stride = max(1, math.ceil(len(steps) / _MOST_STEPS))
+    return [step for i, step in enumerate(steps, start=1) if i % stride == 1 % stride or i == len(steps)]
+
+
+def _without_others(events: Sequence[Event], shown: Sequence[StepReport]) -> Sequence[Event]:
+    """Every event but the steps that are not `shown`."""
+    numbers = {step.step for step in shown}
+    return [event for event in events if not isinstance(event.body, StepReport) or event.body.step in numbers]
+
+
+def _shown(some: int, all_: int) -> str:
+    return number(all_) if some == all_ else f"{number(some)} of {number(all_)}"
 
 
 def _status(summary: Summary) -> tuple[str, str]:
@@ -93,11 +121,17 @@ def _status(summary: Summary) -> tuple[str, str]:
     if summary.bad_steps:
         listed = ", ".join(str(step) for step in summary.bad_steps[:5]) + (", …" if len(summary.bad_steps) > 5 else "")
         return "bad", f"Loss or gradient norm was not finite at step {listed}"
-    if summary.started is None:
-        return "plain", "No training in this record"
-    if summary.finished is None:
-        return "warn", f"Not finished: the record ends after {plural(len(summary.steps), 'step')}"
-    return "good", f"Finished in {duration(summary.finished.seconds)}"
+    match summary.ended:
+        case RunFailed(reason=reason):
+            return "bad", f"Failed after {plural(len(summary.steps), 'step')}: {reason}"
+        case RunPreempted(step=step):
+            return "warn", f"Stopped after step {step}; the next start goes on from its checkpoint"
+        case RunFinished(seconds=seconds):
+            return "good", f"Finished in {duration(seconds)}"
+        case None if summary.started is not None:
+            return "warn", f"Not finished: the record ends after {plural(len(summary.steps), 'step')}"
+        case None:
+            return "plain", "No training in this record"
 
 
 def _train_tiles(summary: Summary) -> list[tuple[str, str, str]]:
@@ -109,26 +143,44 @@ def _train_tiles(summary: Summary) -> list[tuple[str, str, str]]:
         ("Final loss", number(last.loss, 4), f"from {number(first.loss, 4)}, in nats"),
         ("Steps", number(len(summary.steps)), f"{duration(math.fsum(s.step_s for s in summary.steps))} in steps"),
         ("Tokens", count(summary.tokens), f"{number(summary.tokens)} in all"),
-        ("Throughput", f"{count(summary.tokens_per_s)}", "tokens/s, all steps"),
+        ("Throughput", count(summary.tokens_per_s), f"tokens/s, {count(summary.tokens_per_worker_s)} per worker"),
         ("Peak memory", byte_size(summary.peak_memory_bytes), "of the fullest rank"),
         ("Sent between ranks", byte_size(sum(s.bytes_sent for s in summary.steps)), "to exchange attention"),
     ]
 
 
-def _predicted_tiles(events: Sequence[Event], summary: Summary) -> list[tuple[str, str, str]]:
+def _price_tiles(summary: Summary) -> list[tuple[str, str, str]]:
+    """What it cost, where the config says what a device does, and how well devices were used, where that is known."""
+    tiles = []
+    used = [step.utilization for step in summary.steps if step.utilization > 0]
+    if used:
+        tiles.append(("Utilization", f"{percentile(used, 50):.1%}", "of the devices' peak, median step"))
+    price = summary.run.price_per_worker_hour
+    if price > 0 and summary.tokens_per_worker_s > 0:
+        remark = f"at {number(price)} for a device's hour; {number(summary.cost)} for these steps"
+        per_million = price_per_million(price, 1, summary.tokens_per_worker_s)
+        tiles.append(("Price of a million tokens", number(per_million), remark))
+    return tiles
+
+
+def _predicted_tiles(summary: Summary) -> list[tuple[str, str, str]]:
     """What the planner said beside what was measured, by the median step: the first ones set things up."""
-    predicted = [event.body for event in events if isinstance(event.body, PlanPredicted)]
-    if not predicted or not summary.steps:
+    said, steps = summary.predicted, summary.as_predicted
+    if said is None or not steps:
         return []
-    last = predicted[-1]
     pairs: list[tuple[str, float, float, Style]] = [
-        ("Step", last.step_s, percentile([s.step_s for s in summary.steps], 50), duration)
+        ("step", said.step_s, percentile([s.step_s for s in steps], 50), duration)
     ]
-    if last.device_bytes:
-        pairs.append(("Memory", float(last.device_bytes), float(summary.peak_memory_bytes), byte_size))
+    if said.device_bytes:
+        pairs.append(("memory", said.device_bytes, max(s.peak_memory_bytes for s in steps), byte_size))
     return [
-        (f"{what} against plan", f"{(said - found) / found:+.0%}", f"{style(said)} predicted, {style(found)} measured")
-        for what, said, found, style in pairs
+        (
+            f"Predicted {what}",
+            f"{(plan - found) / found:+.0%}",
+            f"{style(plan)} predicted, {style(found)} measured",
+        )
+        for what, plan, found, style in pairs
+        if found > 0
     ]
 
 
@@ -236,8 +288,8 @@ def _step_row(step: StepReport) -> list[str]:
 
 
 def _timeline_row(event: Event) -> tuple[str, str, str]:
-    """(clock time in UTC, what, detail)."""
-    clock = datetime.fromtimestamp(event.time_s, tz=UTC).strftime("%H:%M:%S")
+    """(date and clock time in UTC, what, detail)."""
+    clock = datetime.fromtimestamp(event.time_s, tz=UTC).strftime("%Y-%m-%d %H:%M:%S")
     match event.body:
         case RunStarted():
             return clock, "Run started", ""
@@ -252,12 +304,15 @@ def _timeline_row(event: Event) -> tuple[str, str, str]:
         case PlanSteppedDown(step=step, reason=reason, change=change):
             return clock, f"Step {step} did not fit", f"{reason} · now {change}"
         case RunRestarted(step=step, redone=redone, reason=reason):
-            return clock, f"Restarted after step {step}", f"{plural(redone, 'step')} done again · {reason}"
+            where = f"after step {step}" if step > 0 else "from the beginning"
+            return clock, f"Restarted {where}", f"{plural(redone, 'step')} done again · {reason}"
         case RunPreempted(step=step, reason=reason):
             return clock, f"Stopped after step {step}", f"a checkpoint was published · {reason}"
         case RunResized(step=step, workers=workers, accumulation=accumulation, reason=reason):
             detail = f"accumulation {accumulation} · {reason}"
-            return clock, f"{plural(workers, 'worker')} from step {step}", detail
+            return clock, f"{plural(workers, 'worker')} from step {step + 1}", detail
+        case RunFailed(reason=reason):
+            return clock, "Run failed", reason
         case RunFinished(steps=steps, tokens=tokens, seconds=seconds):
             detail = f"{plural(steps, 'step')} · {plural(tokens, 'token')} · {duration(seconds)}"
             return clock, "Run finished", detail

@@ -175,7 +175,19 @@ def test_help_and_version_answer_at_once_without_heavy_libraries() -> None:
     )
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert answer.returncode == 0, answer.stderr
-    for verb in ("quickstart", "data", "plan", "train", "evaluate", "export", "serve", "chat", "bench", "version"):
+    for verb in (
+        "quickstart",
+        "data",
+        "plan",
+        "train",
+        "report",
+        "evaluate",
+        "export",
+        "serve",
+        "chat",
+        "bench",
+        "version",
+    ):
         assert verb in answer.stdout
 
 

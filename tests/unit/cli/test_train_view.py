@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from farspan.cli.curves import Curves
-from farspan.cli.progress import TrainProgress, price_per_million
+from farspan.cli.progress import TrainProgress
 from farspan.errors import ConfigError
 from farspan.telemetry.events import Event, RunFinished, RunResized, StepReport
 
@@ -16,11 +16,6 @@ STEP = StepReport(
     step=1, loss=2.5, learning_rate=1e-3, grad_norm=0.5, tokens=1000, num_labels=900, step_s=1.0, tokens_per_s=1000.0,
     peak_memory_bytes=2**20, bytes_sent=0, model_flops=4e11, utilization=0.4,
 )  # fmt: skip
-
-
-def test_a_million_tokens_cost_the_hours_they_take_on_all_workers() -> None:
-    # 1e6 tokens at 1000 a second are 1000 s on each of 2 workers at 3.6 an hour.
-    assert price_per_million(3.6, 2, 1000.0) == pytest.approx(2.0)
 
 
 def test_a_step_shows_utilization_and_price_where_they_are_known(capsys: pytest.CaptureFixture[str]) -> None:
