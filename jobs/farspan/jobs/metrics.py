@@ -10,11 +10,15 @@ from farspan.telemetry.names import METRICS
 
 
 class RunMetrics:
-    """One gauge for each number that events of training carry; `run` says whose it is."""
+    """One gauge for each number that events of training carry; `run` says whose it is.
+
+    Ray forgets a gauge that nobody set for 20 s: what was told once is told again with every later event.
+    """
 
     def __init__(self, run: str) -> None:
         self._tags = {"run": run}
         self._gauges: dict[type, list[tuple[str, Gauge]]] = {}
+        self._told: dict[Gauge, float] = {}
         for metric in METRICS:
             kind, _, field = metric.source.partition(".")
             if kind == "request_served":
@@ -23,6 +27,8 @@ class RunMetrics:
             self._gauges.setdefault(KINDS[kind], []).append((field, gauge))
 
     def record(self, body: EventBody) -> None:
-        """Export what an event says."""
+        """Export what an event says, and what earlier ones said of everything else."""
         for field, gauge in self._gauges.get(type(body), ()):
-            gauge.set(float(getattr(body, field)), self._tags)
+            self._told[gauge] = float(getattr(body, field))
+        for gauge, value in self._told.items():
+            gauge.set(value, self._tags)

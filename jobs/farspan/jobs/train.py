@@ -47,12 +47,14 @@ def run_training(
         FarspanError: what stopped the run, as the worker raised it.
     """
     plan = "\n".join(f"{what}: {text}" for what, text in plan_lines)
+    metrics = RunMetrics(config.name)
     tell(RunStarted(config=dump_config(config), plan=plan))
     if predicted is not None:
+        metrics.record(predicted)
         tell(predicted)
     if not config.train.resume:
         _start_over(config, tell)
-    return _Attempts(config, plan, tell, wish or StopWish()).run()
+    return _Attempts(config, plan, tell, wish or StopWish(), metrics).run()
 
 
 def _start_over(config: RunConfig, tell: Callable[[EventBody], None]) -> None:
@@ -69,6 +71,7 @@ class _Attempts:
     plan: str
     tell: Callable[[EventBody], None]
     wish: StopWish
+    metrics: RunMetrics
     _finished: bool = False
 
     def __post_init__(self) -> None:
@@ -78,7 +81,6 @@ class _Attempts:
         self._ladder = Ladder(config)
         self._budget = RestartBudget(config.train.max_restarts)
         self._trouble: OutOfMemoryError | None = None
-        self._metrics = RunMetrics(config.name)
         self._workers = config.parallel.workers
         self._begun = False
 
@@ -128,7 +130,7 @@ class _Attempts:
 
     def _hear(self, body: EventBody) -> None:
         self._finished = self._finished or isinstance(body, RunFinished)
-        self._metrics.record(body)
+        self.metrics.record(body)
         self.tell(body)
 
     def _step_down(self, problem: OutOfMemoryError, rung: Rung | None) -> None:

@@ -69,7 +69,8 @@ class OfflineEngine:
     def answers(self, lines: Iterable[Line]) -> Iterator[Answered]:
         """An answer for every line, as soon as it is there; a line that cannot be answered fails alone.
 
-        Raises EngineError when nothing can be computed because the KV pages are held by somebody else.
+        Raises EngineError when nothing can be computed because the KV pages are held by somebody else, and after the
+        last answer when a page was lost or had two owners on the way: some answers may be of foreign pages.
         """
         ahead = order_lines(lines)
         asked: dict[str, tuple[Prompt, list[int]]] = {}
@@ -86,6 +87,7 @@ class OfflineEngine:
                     elif line is not None:
                         asked[line.id] = (line, [])
                 yield from self._step(asked)
+            self.engine.check_integrity()
         finally:
             for request_id in asked:
                 self.engine.cancel(request_id)

@@ -5,6 +5,7 @@ Everything that touches pages happens in that one thread (host.py), which alone 
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import OrderedDict
@@ -30,6 +31,8 @@ _TRANSFER_POLL_S = 0.0005
 # While every page it needs is held elsewhere: they come back by a command or at the end of a lease.
 _STALLED_POLL_S = 0.01
 _IDLE_POLL_S = 0.25
+# Looking over many thousand pages takes milliseconds: too much after every short request.
+_CHECK_EVERY_S = 5.0
 # Pages of every place that stay free for each request that is here, when a prompt is followed: they decode meanwhile.
 _SPARE_PLACES = 2
 # A late offer is a message on its way: it is later than few other requests.
@@ -51,6 +54,24 @@ class Client:
     pull_started_s: float = 0.0
 
 
+class PageWatch:
+    """When the pages of an engine with nothing to do are looked over: once after something changed, and seldom."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s, self._checked_s, self._changed = every_s, -math.inf, False
+
+    def changed(self) -> None:
+        """Pages are about to change hands, or just did."""
+        self._changed = True
+
+    def is_due(self, now_s: float) -> bool:
+        """Asked while there is nothing to do; what is due is taken as done."""
+        if not self._changed or now_s - self._checked_s < self._every_s:
+            return False
+        self._changed, self._checked_s = False, now_s
+        return True
+
+
 class EngineLoop:
     """The turns of one engine, and what is asked of it between them."""
 
@@ -63,7 +84,7 @@ class EngineLoop:
         self._puller = Puller(engine.pool, transport, config.deadline_s)
         self._clients: dict[str, Client] = {}
         self._wanting_pages: list[Client] = []
-        self._quota = Role(engine)
+        self._quota, self._watch = Role(engine), PageWatch(_CHECK_EVERY_S)
         self._known: OrderedDict[str, None] = OrderedDict()
         """Requests that were here or were forgotten, the latest last: offers for them come too late."""
 
@@ -75,7 +96,7 @@ class EngineLoop:
     def turn(self, commands: Mailbox) -> None:
         """What commands, leases and transfers ask for, one iteration of the engine, and everybody told.
 
-        Raises EngineError when the engine will never compute again.
+        Raises EngineError when the engine will never compute again, or its pages are not what they should be.
         """
         if self._engine.lost:
             raise EngineError(self._engine.lost)
@@ -83,6 +104,7 @@ class EngineLoop:
             command.act()
         for ticket_id in self._leases.expire(time.time()):
             self._offered.pop(ticket_id, None)
+            self._watch.changed()
         self._start_pulls()
         for arrival in self._puller.poll(time.monotonic()):
             self._after_pull(arrival)
@@ -96,6 +118,15 @@ class EngineLoop:
             if self._engine.stalled:
                 self._puller.yield_early()
         self._outbox.send()
+        if self._idle and self._watch.is_due(time.monotonic()):
+            # What leases and quarantine hold is no loss; a page that nobody has, or two have, may be anybody's next.
+            self._engine.check_integrity()
+
+    @property
+    def _idle(self) -> bool:
+        """Whether nothing is computed, fetched or waited for; pages may still be held for others."""
+        under_way = self._puller.num_pulling or self._puller.num_early or self._wanting_pages
+        return not self._engine.has_work and not under_way
 
     def fail_all(self, error: FarspanError) -> None:
         """Tell everybody who waits that there will be no more."""
@@ -118,6 +149,7 @@ class EngineLoop:
             self._outbox.put(client.inbox, Failed(EngineError(f"request {request.request_id} is already here")))
             return
         self._clients[request.request_id] = client
+        self._watch.changed()
         self._know(request.request_id)
         reason = "" if client.ticket is None else self._refuse_ticket(client.ticket, client)
         if client.ticket is not None and not reason:
@@ -195,6 +227,7 @@ class EngineLoop:
         """Fetch pages of a prompt that is still computed elsewhere; false: they are not wanted now."""
         if offer.request_id in self._known:
             return False
+        self._watch.changed()
         spare = _SPARE_PLACES * len(self._clients) * self._engine.pool.layout.num_groups
         return self._puller.follow(offer, spare, time.monotonic(), time.time())
 
@@ -288,6 +321,7 @@ class EngineLoop:
     def release(self, ticket_id: str) -> bool:
         """Give the pages of a ticket back; false when they are no longer held for it."""
         self._offered.pop(ticket_id, None)
+        self._watch.changed()
         return self._leases.release(ticket_id)
 
     def report(self, identity: Identity, quota: Quota | None, known_prefixes: int) -> WorkerLoad:

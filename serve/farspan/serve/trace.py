@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,16 @@ class Arrivals:
             self.gaps[_bucket(at_s - self.last_s)] += 1
         self.gaps[0] += count - 1
         self.count, self.last_s = self.count + count, at_s
+
+    @property
+    def span_s(self) -> float:
+        """From the first token to the last: all gaps together."""
+        return 0.0 if self.first_s is None or self.last_s is None else self.last_s - self.first_s
+
+    def lengths(self) -> Iterator[tuple[float, int]]:
+        """(seconds, how many gaps of that length)."""
+        for bucket, count in self.gaps.items():
+            yield _gap_s(bucket), count
 
     def percentile_s(self, percent: int) -> float | None:
         """Of the gaps; none before there are two tokens."""

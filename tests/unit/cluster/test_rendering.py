@@ -8,6 +8,7 @@ import yaml
 from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
 from tests.support.disk import small_disk
 
+from farspan.cluster.environment import HABITS
 from farspan.cluster.rayclusters import serve_config, training_config
 from farspan.cluster.secrets import holds_secret
 from farspan.cluster.tree import render_tree, stale_files, write_tree
@@ -143,3 +144,11 @@ def test_a_full_disk_and_a_missing_folder_are_one_sentence(small_disk: Path) -> 
         write_tree(render_tree(spec()), small_disk)
     with pytest.raises(NotFoundError, match="no such folder"):
         write_tree({}, small_disk / "gone")
+
+
+def test_nothing_we_set_opens_ports_of_serves_replicas_beside_its_proxys() -> None:
+    switches = ("RAY_SERVE_ENABLE_DIRECT_INGRESS", "RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED")
+    image = (REPOSITORY / "infra" / "docker" / "Dockerfile").read_text(encoding="utf-8")
+    texts = {**FILES, "habits": " ".join(HABITS), "image": image}
+    assert all("RAY_SERVE_PROXY_USE_GRPC" in texts[name] for name in ("ray_cluster.yaml", "habits", "image"))
+    assert [name for name, text in texts.items() if any(switch in text for switch in switches)] == []

@@ -114,6 +114,17 @@ def test_a_second_run_answers_what_is_missing_and_mends_a_torn_line(tmp_path, to
     assert output.read_bytes() == before
 
 
+def test_a_batch_over_pages_that_were_lost_does_not_end_well():
+    opened = offline()
+    lines = [Prompt(f"p{i}", i + 1, (i, 1, 2), PARAMS) for i in range(3)]
+    assert len(list(opened.answers(lines))) == 3
+    opened.engine.pool._free.pop()
+    answers = opened.answers(lines)
+    assert [next(answers).error for _ in lines] == [None] * 3
+    with pytest.raises(EngineError, match="lost or doubly owned"):
+        next(answers)
+
+
 def test_shared_beginnings_are_computed_once_although_the_lines_are_shuffled(tmp_path):
     chance = random.Random(2)
     starts = [[chance.randrange(VOCAB) for _ in range(40)] for _ in range(12)]

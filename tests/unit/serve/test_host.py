@@ -17,6 +17,7 @@ from farspan.engine.engine import Engine
 from farspan.engine.request import SamplingParams
 from farspan.errors import EngineError, RequestError, TransferError
 from farspan.kv.transports.memory import MemoryNetwork, MemoryTransport
+from farspan.serve.engine_loop import PageWatch
 from farspan.serve.host import EngineHost
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, Pulled, Tokens
 
@@ -225,6 +226,68 @@ def test_a_host_with_nothing_to_do_reports_ill_when_a_rank_of_its_engine_is_lost
             hosts.decode.check()
 
     asyncio.run(run())
+
+
+def test_a_page_taken_behind_the_engines_back_is_noticed_when_it_has_nothing_to_do(hosts):
+    (prompt,) = prompts(10)
+    pool = hosts.engines[1].pool
+
+    async def run() -> None:
+        await hosts.decode._call(pool._free.pop)
+        answer, _ = await collect(hosts.decode.stream(request("r", prompt), (), None))
+        assert answer == reference(tiny_model(), prompt, MAX_TOKENS)
+        ends_s = time.monotonic() + 30
+        while hosts.decode._thread.is_alive():
+            assert time.monotonic() < ends_s, "nobody noticed"
+            await asyncio.sleep(0.01)
+        with pytest.raises(EngineError, match="lost or doubly owned"):
+            hosts.decode.check()
+        with pytest.raises(EngineError, match="lost or doubly owned"):
+            await hosts.decode.info()
+        hosts.prefill.check()
+
+    asyncio.run(run())
+
+
+def test_pages_that_a_lease_holds_are_not_lost_and_are_looked_over_once(hosts):
+    (prompt,) = prompts(40)
+    engine = hosts.engines[0]
+    held: list[int] = []
+    check = engine.check_integrity
+
+    def counted() -> None:
+        held.append(engine.pool.num_held)
+        check()
+
+    async def run() -> None:
+        engine.check_integrity = counted
+        prefilled = await hosts.prefill.prefill(request("r", prompt))
+        ends_s = time.monotonic() + 30
+        while not held:
+            assert time.monotonic() < ends_s, "nobody looked"
+            await asyncio.sleep(0.01)
+        # Whoever asks how it stands changes no page.
+        for _ in range(20):
+            assert (await hosts.prefill.info()).open_leases == 1
+        hosts.prefill.check()
+        assert held == [len(prefilled.ticket.pages)]
+        assert await hosts.prefill.release(prefilled.ticket.ticket_id)
+        await hosts.settled(idle)
+        hosts.prefill.check()
+
+    asyncio.run(run())
+
+
+def test_pages_are_looked_over_once_after_they_changed_hands_and_not_more_often_than_allowed():
+    watch = PageWatch(every_s=5.0)
+    assert not watch.is_due(0.0)
+    watch.changed()
+    assert watch.is_due(1.0)
+    assert not watch.is_due(100.0)
+    watch.changed()
+    assert watch.is_due(101.0)
+    watch.changed()
+    assert [watch.is_due(now_s) for now_s in (102.0, 105.9, 106.0, 120.0)] == [False, False, True, False]
 
 
 def test_whoever_still_waits_in_the_queue_when_the_engine_dies_is_told(hosts):

@@ -176,6 +176,8 @@ def test_what_was_counted_is_what_was_answered(served):
     assert gained['farspan_requests_total{outcome="refused"}'] == 1
     assert gained['farspan_request_tokens_total{kind="answer"}'] == 10
     assert gained["farspan_time_to_first_token_seconds_count"] == 1
+    # Two answers of five tokens.
+    assert gained["farspan_inter_token_seconds_count"] == gained['farspan_inter_token_seconds_bucket{le="+Inf"}'] == 8
     assert after["farspan_requests_running"] == 0
     assert after['farspan_kv_pages{role="decode",state="free"}'] == after['farspan_kv_pages{role="decode",state="all"}']
 

@@ -1,10 +1,11 @@
-"""The same endpoint behind a real socket: clients that hang up, and OpenAI's own synchronous client."""
+"""The same endpoint behind a real socket: clients that hang up, strangers, and OpenAI's own synchronous client."""
 
 from __future__ import annotations
 
 import socket
 import time
 
+import httpx
 import openai
 import pytest
 from tests.unit.serve.in_process import Served
@@ -54,3 +55,22 @@ def test_openais_synchronous_client_streams_and_reads_errors(port):
     stranger = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="sk-no", max_retries=0)
     with stranger, pytest.raises(openai.AuthenticationError):
         stranger.models.list()
+
+
+@pytest.mark.parametrize("authorization", [None, "Bearer sk-no", "Basic sk-one"])
+def test_whoever_asks_the_ingress_without_serves_proxy_needs_a_key_all_the_same(
+    served: Served, port: int, authorization: str | None
+):
+    # Of the application itself: an address that is added later is asked too.
+    asked = {(method, path.path) for path in served.app.routes for method in path.methods}
+    open_to_all = {("GET", "/health"), ("GET", "/ready"), ("GET", "/openapi.json")}
+    assert open_to_all < asked
+    headers = {} if authorization is None else {"authorization": authorization}
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60, headers=headers) as client:
+        told = {
+            (method, path): client.request(method, path.format(request_id="x"), content=b"{}").status_code
+            for method, path in asked
+        }
+        assert client.get("/v1/models", headers={"authorization": "Bearer sk-one"}).status_code == 200
+    assert told == {address: 200 if address in open_to_all else 401 for address in asked}
+    assert served.workers.asked == []

@@ -1,0 +1,51 @@
+"""What an endpoint counts is what happened, and what a dashboard asks for is there once there was a request."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+from tests.unit.serve.in_process import Served
+
+from farspan.serve.metrics import Gaps
+from farspan.serve.trace import Arrivals
+
+DASHBOARD = Path(__file__).resolve().parents[3] / "infra" / "monitoring" / "dashboards" / "serving.json"
+TEXT = {"model": "tiny", "prompt": "x" * 50, "max_tokens": 5, "ignore_eos": True}
+
+
+def test_every_number_of_the_dashboard_is_exported_by_an_endpoint_that_answered(tiny_folder):
+    served = Served(tiny_folder, engine={"host_cache_bytes": 1 << 20})
+    try:
+        moved = served.post("/v1/completions", TEXT, headers={"x-request-id": "moved"})
+        assert moved.status_code == 200
+        page = served.get("/metrics").text
+        trace = served.get("/v1/requests/moved/trace").json()
+    finally:
+        served.stop()
+    told = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in page.splitlines() if line[0] != "#"}
+    panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
+    asked = " ".join(target["expr"] for panel in panels for target in panel["targets"])
+    assert set(re.findall(r"\bfarspan_\w+", asked)) - {name.partition("{")[0] for name in told} == set()
+    assert trace["kv_bytes"] > 0
+    assert told[f'farspan_transfer_bytes_total{{transport="{trace["transport"]}"}}'] == trace["kv_bytes"]
+    assert told["farspan_transfer_seconds_count"] == 1
+    assert told["farspan_transfer_seconds_sum"] == pytest.approx(trace["transfer_s"])
+
+
+def test_gaps_are_counted_where_they_belong_and_their_sum_is_the_time_from_first_to_last():
+    registry, one, other = CollectorRegistry(), Arrivals(), Arrivals()
+    gaps = Gaps("gaps", "Between tokens.", registry)
+    # Two tokens come together; then 20 ms, 20 ms, 3 s.
+    for count, at_s in ((1, 1.0), (2, 1.02), (1, 1.04), (1, 4.04)):
+        one.add(count, at_s)
+    other.add(1, 7.0)
+    gaps.add(one)
+    gaps.add(other)
+    counted = {at: registry.get_sample_value("gaps_bucket", {"le": at}) for at in ("0.001", "0.01", "0.025", "2.5")}
+    assert counted == {"0.001": 1, "0.01": 1, "0.025": 3, "2.5": 3}
+    assert registry.get_sample_value("gaps_bucket", {"le": "+Inf"}) == registry.get_sample_value("gaps_count") == 4
+    assert registry.get_sample_value("gaps_sum") == pytest.approx(3.04)
