@@ -32,7 +32,7 @@ def refuse_config(config: PretrainedConfig) -> None:
         raise ModelError(f"{name}: use_bidirectional_attention lets tokens see later ones; only causal decoders")
     # Its frequencies depend on the longest sequence computed so far: one request would change another.
     if "dynamic" in rope_types(text):
-        raise ModelError(f"{name} has rope_type dynamic, which mixes requests; use default, linear, llama3 or yarn")
+        raise ModelError(f"{name} has rope_type dynamic, which mixes requests; use default, linear, ntk or yarn")
 
 
 def exact_experts(model: PreTrainedModel) -> None:

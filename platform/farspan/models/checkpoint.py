@@ -24,6 +24,7 @@ from transformers import (
 
 from farspan.config.load import nearest
 from farspan.errors import CheckpointError, ConfigError, ModelError
+from farspan.models.rope import stretch_ntk, take_ntk
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -45,11 +46,21 @@ def check_model_folder(folder: Path, *, tokenizer: bool = False) -> None:
 
 
 def open_config(folder: Path) -> PretrainedConfig:
-    """The model's transformers config."""
+    """The model's transformers config; its rope_type may also be farspan's `ntk` (rope.py).
+
+    Raises:
+        CheckpointError: there is no config.json.
+        ModelError, ConfigError: transformers cannot read it, or not with that `ntk`.
+    """
+    fields, factors = take_ntk(_read_json(folder, "config.json"), f"{folder / 'config.json'}: ")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if not factors:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     except (ValueError, KeyError) as problem:
         raise ModelError(f"{folder}: transformers cannot read config.json: {_one_line(problem)}") from None
+    stretch_ntk(config, factors)
+    return config
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -90,10 +101,12 @@ def make_config(
 ) -> PretrainedConfig:
     """A transformers config from its model_type and fields; an unknown field is refused.
 
-    `defaults` are taken where `settings` is silent and the architecture has such a field.
+    `defaults` are taken where `settings` is silent and the architecture has such a field. A rope_type may be
+    `ntk` (rope.py).
 
     Raises:
         ConfigError: unknown architecture or field, or values transformers rejects.
+        ModelError: `ntk` for a model without such a rope.
     """
     if architecture not in CONFIG_MAPPING:
         raise ConfigError(
@@ -113,8 +126,9 @@ def make_config(
                 nearest(name, list(known)),
             )
     fitting = {name: value for name, value in (defaults or {}).items() if name in known}
+    plain, factors = take_ntk(settings, "model.settings.")
     try:
-        config = config_class(**{**fitting, **settings})
+        config = config_class(**{**fitting, **plain})
         _require_causal_lm(config)
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(config)
@@ -122,6 +136,7 @@ def make_config(
         # transformers checks little of a config before it builds the model; the meta device builds it for nothing.
         reason = f"transformers cannot build it ({type(problem).__name__}: {_one_line(problem)})"
         raise ConfigError("model.settings", reason, dict(settings), "change that field") from None
+    stretch_ntk(config, factors)
     return config
 
 

@@ -100,7 +100,7 @@ def refuse_unsupported(config: PretrainedConfig) -> None:
     if ropes:
         raise ModelError(
             f"{name}: rope_type {ropes[0]} takes its frequencies from the longest position of a batch, so a document's "
-            "result would depend on its neighbours; use default, linear, llama3 or yarn"
+            "result would depend on its neighbours; use default, linear, ntk, llama3 or yarn"
         )
 
 

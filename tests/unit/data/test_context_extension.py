@@ -1,4 +1,4 @@
-"""Rope settings of the how-to reach the model: positions are stretched as transformers' own formulas say."""
+"""Rope settings of the how-to reach the model: positions are stretched as transformers' formulas, and NTK's, say."""
 
 from __future__ import annotations
 
@@ -26,19 +26,22 @@ def test_the_documented_settings_stretch_the_positions_of_a_model(example: str) 
     config = make_config("llama", {**TINY, **run.model.settings}, {"max_position_embeddings": 32768})
     refuse_unsupported(config)
     kind = run.model.settings["rope_parameters"]["rope_type"]
-    expected, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     found = random_causal_lm(config, 0).model.rotary_emb.inv_freq
     plain = 10000.0 ** (-torch.arange(0, 16, 2) / 16)
+    if kind == "ntk":
+        expected = (10000.0 * 4.0 ** (16 / 14)) ** (-torch.arange(0, 16, 2) / 16)
+    else:
+        expected, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     torch.testing.assert_close(found, expected)
     # The slowest frequency turns as much over four times the length as it did before.
     assert found[-1] == pytest.approx(plain[-1].item() / 4, rel=1e-5)
 
 
-def test_the_page_shows_yarn_and_linear() -> None:
-    assert [example.split("rope_type: ")[1].split(",")[0] for example in EXAMPLES] == ["yarn", "linear"]
+def test_the_page_shows_yarn_ntk_and_linear() -> None:
+    assert [example.split("rope_type: ")[1].split(",")[0] for example in EXAMPLES] == ["yarn", "ntk", "linear"]
 
 
 def test_frequencies_that_depend_on_the_batch_are_refused() -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
-    with pytest.raises(ModelError, match="use default, linear, llama3 or yarn"):
+    with pytest.raises(ModelError, match="use default, linear, ntk, llama3 or yarn"):
         refuse_unsupported(make_config("llama", {**TINY, "rope_parameters": rope}, {}))
