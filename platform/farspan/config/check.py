@@ -63,6 +63,10 @@ def check_run(config: RunConfig) -> None:
     at_least("train.keep_every", train.keep_every, 0)
     at_least("train.max_restarts", train.max_restarts, 0)
     at_least("train.reprobe_every", train.reprobe_every, 0)
+    within("train.z_loss", train.z_loss, 0, 1e3)
+    if not 0 <= train.label_smoothing < 1:
+        rule = "must be at least 0 and less than 1, the share of each label that is spread over the vocabulary"
+        raise ConfigError("train.label_smoothing", rule, train.label_smoothing, "use for example 0.1, or 0 for none")
     at_least("data.sequence_tokens", data.sequence_tokens, 2)
     _check_optim(config.optim)
     _check_memory(config.memory)

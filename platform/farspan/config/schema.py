@@ -176,6 +176,12 @@ class TrainConfig:
     """Keep only each layer's input and compute the rest again in backward."""
     loss_tile_tokens: int = 1024
     """Tokens whose logits exist at the same time."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread evenly over the whole vocabulary; in the loss a run reports, never in the one
+    of `farspan evaluate`."""
+    z_loss: float = 0.0
+    """What the square of the logits' log-sum-exp counts in the loss of each label (1e-4 keeps logits small); reported
+    and evaluated as label smoothing is."""
     checkpoint_every: int = 0
     """Steps between resumable checkpoints; 0: only at the end."""
     reprobe_every: int = 0

@@ -86,7 +86,7 @@ def build(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     tiled = _tiled(config, model) if config.memory.tiled_mlp else []
     mesh = make_mesh(device.type, parallel.sp, parallel.ulysses, timeout_s=config.resources.timeout_s)
-    loss = PackedLoss(model.to(device), config.train.loss_tile_tokens).train()
+    loss = _loss(config, model.to(device)).train()
     sequence = SequenceParallel(SequenceRanks.of(mesh), parallel.strategy, parallel.layout)
     step = TrainStep(
         weights=_engine(config, loss, mesh, device, tiled),
@@ -213,6 +213,11 @@ def _same_everywhere(dtype: torch.dtype) -> torch.dtype:
             "use model.dtype=float32, or bfloat16 where all multiply it",
         )
     return dtype
+
+
+def _loss(config: RunConfig, model: PreTrainedModel) -> PackedLoss:
+    train = config.train
+    return PackedLoss(model, train.loss_tile_tokens, label_smoothing=train.label_smoothing, z_loss=train.z_loss)
 
 
 def _tiled(config: RunConfig, model: PreTrainedModel) -> list[nn.Module]:

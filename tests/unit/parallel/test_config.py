@@ -70,6 +70,13 @@ def test_the_config_knows_the_strategies_and_layouts_that_exist() -> None:
         ([*HDP, "weights.engine=deepspeed"], "weights.engine: does not go with parallel.hdp: .*fsdp2"),
         ([*HDP, "train.reprobe_every=3"], "train.reprobe_every: does not go with parallel.hdp: .*reprobe_every=0"),
         ([*HDP, "train.certificate=c"], "train.certificate: does not go with parallel.hdp: .* leave train.certificate"),
+        (
+            ["train.label_smoothing=1"],
+            "train.label_smoothing: must be at least 0 and less than 1, .* got 1.0; use",
+        ),
+        (["train.label_smoothing=-0.1"], "train.label_smoothing: must be at least 0 .* got -0.1"),
+        (["train.label_smoothing=nan"], "train.label_smoothing: must be at least 0 .* got nan"),
+        (["train.z_loss=-1e-4"], "train.z_loss: must lie in 0..1000, got -0.0001; use train.z_loss=0"),
         (["lora.rank=-1"], "lora.rank: must be at least 0"),
         (["lora.targets=[all-linear,q_proj]"], "all-linear stands alone"),
     ],
