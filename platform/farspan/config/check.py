@@ -32,6 +32,7 @@ OPTIMIZERS = ("adamw", "adamw8bit")
 HYBRID_STRATEGIES = ("auto", "ulysses", "ring", "tokenring", "allgather")
 CHUNK_STRATEGIES = ("auto", "ulysses", "allgather", "hybrid")
 CHUNKINGS = ("none", "seco", "spaco")
+CHUNK_SAMPLINGS = ("independent", "importance", "without_replacement")
 WEIGHTS_ENGINES = ("fsdp2", "deepspeed")
 OFFLOADS = ("none", "cpu")
 ACTIVATION_OFFLOADS = ("none", "cpu", "cxl", "nvme")
@@ -251,11 +252,32 @@ def _check_optim(optim: OptimConfig) -> None:
 def _check_memory(memory: MemoryConfig) -> None:
     one_of("memory.offload_activations", memory.offload_activations, ACTIVATION_OFFLOADS)
     one_of("memory.chunk", memory.chunk, CHUNKINGS)
+    one_of("memory.chunk_sampling", memory.chunk_sampling, CHUNK_SAMPLINGS)
     at_least("memory.mlp_tile_tokens", memory.mlp_tile_tokens, 0)
     at_least("memory.chunk_tokens", memory.chunk_tokens, 1)
     within("memory.swap_share", memory.swap_share, 0, 1)
     within("memory.chunk_keep", memory.chunk_keep, 0.01, 1)
     within("memory.limit_gib", memory.limit_gib, 0, math.inf)
+    _check_sampling(memory)
+
+
+def _check_sampling(memory: MemoryConfig) -> None:
+    if memory.chunk_sampling == "independent":
+        return
+    if memory.chunk != "spaco":
+        raise ConfigError(
+            "memory.chunk_sampling",
+            f"is of drawn chunks and must be independent when memory.chunk is {memory.chunk}",
+            memory.chunk_sampling,
+            "use memory.chunk=spaco or leave memory.chunk_sampling out",
+        )
+    if memory.chunk_keep_labelled:
+        raise ConfigError(
+            "memory.chunk_sampling",
+            "decides about chunks with labels itself, and needs memory.chunk_keep_labelled=false",
+            memory.chunk_sampling,
+            "use memory.chunk_keep_labelled=false or memory.chunk_sampling=independent",
+        )
 
 
 def check_corpus(config: CorpusConfig) -> None:

@@ -219,11 +219,16 @@ class MemoryConfig:
     """Memory beside the device: dram:SIZE, cxl:node=N:SIZE, cxl:/dev/daxX.Y:SIZE, cxl:emulated:SIZE, nvme:FOLDER:SIZE;
     SIZE is what each process takes; offload to cpu needs none."""
     chunk: str = "none"
-    """none, seco (exact: the sequence goes through the model chunk by chunk), spaco (unbiased: chunks are drawn)."""
+    """none, seco (exact: the sequence goes through the model chunk by chunk), spaco (chunks are drawn, as
+    chunk_sampling says)."""
     chunk_tokens: int = 4096
     """Tokens of a chunk."""
     chunk_keep: float = 0.5
-    """chunk=spaco: probability with which a chunk is drawn for backward."""
+    """chunk=spaco: share of the chunks that are drawn for backward."""
+    chunk_sampling: str = "independent"
+    """chunk=spaco: independent (each chunk with probability chunk_keep; unbiased), importance (the more labels a chunk
+    holds, the more often; unbiased), without_replacement (as published, a fixed number of chunks: biased, for
+    comparison). All but independent need chunk_keep_labelled=false."""
     chunk_keep_labelled: bool = True
     """chunk=spaco: chunks that hold labels are always computed; false (unmasked text) draws them too."""
     limit_gib: float = 0.0

@@ -53,6 +53,12 @@ def test_the_config_knows_the_strategies_and_layouts_that_exist() -> None:
             ["memory.chunk=seco", "memory.offload_activations=nvme"],
             "in place when .* seco.*=cpu or cxl",
         ),
+        (["memory.chunk=spaco", "memory.chunk_sampling=random"], "memory.chunk_sampling: must be one of independent, "),
+        (["memory.chunk=seco", "memory.chunk_sampling=importance"], "independent when memory.chunk is seco, .*=spaco"),
+        (
+            ["memory.chunk=spaco", "memory.chunk_sampling=without_replacement"],
+            "decides about chunks with labels itself, .* use memory.chunk_keep_labelled=false",
+        ),
         (["train.reprobe_every=5", "lora.rank=4"], "train.reprobe_every: .* lora.rank=0"),
         (["weights.engine=deepspeed", "model.dtype=float64"], "fp32 weights that DeepSpeed keeps.*model.dtype=float32"),
         (["lora.dropout=0.1"], "lora.dropout: must be 0: dropped values would depend .* use lora.dropout=0"),
