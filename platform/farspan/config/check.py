@@ -156,14 +156,32 @@ def _check_reprobe(config: RunConfig) -> None:
 
 
 def _check_swap(config: RunConfig) -> None:
-    memory = config.memory
-    if memory.swap_share > 0 and not (config.train.recompute and memory.offload_activations != "none"):
+    memory, share = config.memory, config.memory.swap_share
+    if not isinstance(share, str):
+        within("memory.swap_share", share, 0, 1)
+    elif share != "auto":
+        raise ConfigError("memory.swap_share", "must be a number in 0..1, or auto", share, "use memory.swap_share=auto")
+    if share != 0 and not (config.train.recompute and memory.offload_activations != "none"):
         raise ConfigError(
             "memory.swap_share",
             "divides what a layer computes again from what waits elsewhere, and needs both",
-            memory.swap_share,
+            share,
             "use train.recompute=true memory.offload_activations=cpu, or memory.swap_share=0",
         )
+    if share != "auto":
+        return
+    for field, value, legal in (
+        ("memory.chunk", memory.chunk, "none"),
+        ("parallel.hdp", config.parallel.hdp, False),
+        ("weights.engine", config.weights.engine, "fsdp2"),
+    ):
+        if value != legal:
+            raise ConfigError(
+                "memory.swap_share",
+                f"is measured on one whole sequence before the first step, and auto does not go with {field}={value}",
+                share,
+                f"use {field}={str(legal).lower()} or a number for memory.swap_share",
+            )
 
 
 def _check_chunks(config: RunConfig) -> None:
@@ -255,7 +273,6 @@ def _check_memory(memory: MemoryConfig) -> None:
     one_of("memory.chunk_sampling", memory.chunk_sampling, CHUNK_SAMPLINGS)
     at_least("memory.mlp_tile_tokens", memory.mlp_tile_tokens, 0)
     at_least("memory.chunk_tokens", memory.chunk_tokens, 1)
-    within("memory.swap_share", memory.swap_share, 0, 1)
     within("memory.chunk_keep", memory.chunk_keep, 0.01, 1)
     within("memory.limit_gib", memory.limit_gib, 0, math.inf)
     _check_sampling(memory)

@@ -17,6 +17,7 @@ from farspan.plan.hybrid import document_cost
 from farspan.plan.run_plan import plan_run
 
 HDP = ["parallel.hdp=true"]
+AUTO = ["train.recompute=true", "memory.offload_activations=cpu", "memory.swap_share=auto"]
 
 
 def config(*overrides: str) -> RunConfig:
@@ -48,6 +49,12 @@ def test_the_config_knows_the_strategies_and_layouts_that_exist() -> None:
         (["optim.kind=adamw8bit", "weights.engine=deepspeed"], "another for optim.kind=adamw8bit, .*engine=fsdp2"),
         (["memory.chunk=seco", "parallel.strategy=ring"], "parallel.strategy: must be one of auto, ulysses"),
         (["memory.chunk=seco", "memory.chunk_tokens=1023"], "memory.chunk_tokens: must be a multiple of parallel.sp"),
+        (["memory.swap_share=1.5"], "memory.swap_share: must lie in 0..1, got 1.5; use memory.swap_share=1"),
+        (["memory.swap_share=most"], "memory.swap_share: must be a number in 0..1, or auto, got 'most'; use .*=auto"),
+        (["memory.swap_share=auto"], "memory.swap_share: .* needs both, got 'auto'; use train.recompute=true"),
+        ([*AUTO, "memory.chunk=seco"], "auto does not go with memory.chunk=seco, .* use memory.chunk=none or a number"),
+        ([*AUTO, *HDP], "auto does not go with parallel.hdp=True, .* use parallel.hdp=false or a number"),
+        ([*AUTO, "weights.engine=deepspeed"], "auto does not go with weights.engine=deepspeed, .* use .*=fsdp2"),
         (["memory.swap_share=0.5"], "memory.swap_share: .* needs both, got 0.5; use train.recompute=true"),
         (
             ["memory.chunk=seco", "memory.offload_activations=nvme"],
@@ -100,6 +107,8 @@ def test_what_cannot_run_is_refused_with_the_nearest_legal_value(overrides: list
         ["parallel.strategy=hybrid", "parallel.ulysses=2", "data.sequence_tokens=1004"],
         ["parallel.strategy=hybrid", "parallel.ulysses=4", "data.sequence_tokens=1004"],
         ["parallel.sp=1", "parallel.strategy=ring", "data.sequence_tokens=1003"],
+        AUTO,
+        [*AUTO, "memory.swap_share=1"],
     ],
 )
 def test_what_the_config_accepts_can_be_laid_out(overrides: list[str]) -> None:
