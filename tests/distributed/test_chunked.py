@@ -18,6 +18,7 @@ from farspan.activations.tiled import tile_mlps, tile_norms
 from farspan.batch import IGNORED_LABEL
 from farspan.chunked.evaluate import losses_of
 from farspan.chunked.seco import ChunkedStep
+from farspan.chunked.spaco import SAMPLINGS
 from farspan.models.attention import use_farspan_attention
 from farspan.models.parts import decoder_layers, token_norms
 from farspan.parallel.mesh import make_mesh
@@ -31,7 +32,7 @@ SEED = 0
 
 
 def gradients(
-    architecture: str, strategy: str, sharded: bool, draw_seed: int | None = None
+    architecture: str, strategy: str, sharded: bool, draw_seed: int | None = None, sampling: str = "independent"
 ) -> tuple[float, dict[str, Tensor], int]:
     """(loss, every whole gradient, chunks kept) of one sequence on all ranks; the last chunk is ragged."""
     model = small_model(decoder_config(architecture)).train()
@@ -53,7 +54,8 @@ def gradients(
         labels_T[16:32] = 0 if exchange.rank == 0 else IGNORED_LABEL
         generator = torch.Generator().manual_seed(draw_seed)
         flags = replace(batch, labels_T=labels_T)
-        draw = step.draw(flags, 0.5, generator, keep_labelled=True, over_ranks=largest_over_ranks)
+        kept = sampling == "independent"
+        draw = step.draw(flags, 0.5, generator, sampling=sampling, keep_labelled=kept, over_ranks=largest_over_ranks)
     total = step.forward_backward(loss, shard, num_labels(batch), draw)
     dist.all_reduce(total)
     found = {n.removeprefix("model."): _whole(p.grad) for n, p in loss.named_parameters() if p.grad is not None}
@@ -94,14 +96,17 @@ def test_chunks_over_ranks_equal_full_backpropagation(
         assert max(relative_error(got[name], want[name]) for name in want) < 1e-12
 
 
-def test_ranks_with_equal_generators_leave_out_the_same_chunks_and_agree_on_every_gradient(ranks: RankPool) -> None:
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_ranks_with_equal_generators_leave_out_the_same_chunks_and_agree_on_every_gradient(
+    ranks: RankPool, sampling: str
+) -> None:
     # Norms of this model are computed in fp64: its gradients do not depend on how a sum was scaled.
-    found = ranks.run(gradients, 2, "gpt_neox", "ulysses", True, SEED)
+    found = ranks.run(gradients, 2, "gpt_neox", "ulysses", True, SEED, sampling)
     (loss, first, kept), (other_loss, second, _) = found
-    assert kept == 2, "the seed leaves two chunks out"
+    assert kept == (1 if sampling == "importance" else 2), "the seed leaves chunks out"
     assert loss == other_loss
     assert all(torch.equal(first[name], second[name]) for name in first)
-    alone = ranks.run(gradients, 1, "gpt_neox", "ulysses", False, SEED)[0]
+    alone = ranks.run(gradients, 1, "gpt_neox", "ulysses", False, SEED, sampling)[0]
     assert max(relative_error(first[name], alone[1][name]) for name in first) < 1e-12
 
 

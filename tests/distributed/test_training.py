@@ -166,6 +166,33 @@ def test_activations_that_wait_in_another_tier_change_no_bit(
         assert all(torch.equal(grads[name], grad) for name, grad in expected.items())
 
 
+def shared_swap(config: RunConfig, cache: str) -> tuple[tuple[str, ...], list[EventBody], list[torch.Tensor]]:
+    """(what was decided on this rank, events of the whole run, final weights)."""
+    training, told = build(config, CPU, Path(cache)), list[EventBody]()
+    train(training, config, told.append)
+    return training.notes, told, [whole_of(p).detach() for p in training.step.loss.parameters()]
+
+
+def test_ranks_agree_on_the_share_they_measure_and_train_as_without_it(
+    ranks: RankPool, corpus: str, tmp_path: Path
+) -> None:
+    layout = ["parallel.workers=2", "data.sequence_tokens=1024", "train.recompute=true", "train.steps=2"]
+    tiers = ["memory.offload_activations=cxl", "memory.tiers=[cxl:emulated:64MiB]", "memory.swap_share=auto"]
+    plain, auto = (
+        ranks.run(shared_swap, 2, tiny_run(corpus, str(tmp_path / name), *layout, *more), str(tmp_path / "cache"))
+        for name, more in (("plain", []), ("auto", tiers))
+    )
+    assert auto[0][0] == auto[1][0]
+    (why,) = auto[0][0]
+    assert why.startswith("memory.swap_share=auto is ")
+    assert "(emulated)" in why
+    assert Note(text=why) in auto[0][1]
+    # Products cut by rows may be summed otherwise.
+    assert losses(auto[0][1]) == pytest.approx(losses(plain[0][1]), rel=1e-12)
+    for got, want in zip(auto[0][2], plain[0][2], strict=True):
+        assert relative_error(got, want) < 1e-9
+
+
 @pytest.mark.parametrize("place", ["cpu", "cxl"])
 @pytest.mark.parametrize("more", [["memory.chunk=seco"], ["memory.chunk=spaco", "train.recompute=true"]], ids=str)
 def test_an_arena_that_lies_in_another_tier_changes_no_bit(

@@ -22,7 +22,7 @@ from farspan.errors import ConfigError
 
 _aten = torch.ops.aten
 # Matrix products, and which argument holds the rows.
-_PRODUCTS = {_aten.mm.default: 0, _aten.addmm.default: 1}
+PRODUCTS = {_aten.mm.default: 0, _aten.addmm.default: 1}
 ATTENTION = tuple(
     getattr(_aten, name).default
     for name in (
@@ -45,12 +45,12 @@ class TokenRecorder(Recorder):
         if op in self._attention:
             out = op(*args, **kwargs)
             return out, give_saved(self.offload, out, move=True)
-        if op in _PRODUCTS and not kwargs:
+        if op in PRODUCTS and not kwargs:
             return self._product(op, args)
         return op(*args, **kwargs), None
 
     def _product(self, op: Op, args: tuple[Any, ...]) -> tuple[Any, Give | None]:
-        num_rows = args[_PRODUCTS[op]].shape[0]
+        num_rows = args[PRODUCTS[op]].shape[0]
         num_swapped = round(self._alpha * num_rows)
         if num_swapped == 0:
             return op(*args), None
@@ -87,5 +87,5 @@ def _by_rows(op: Op, args: tuple[Any, ...]) -> bool:
 
 
 def _rows(op: Op, args: tuple[Any, ...], rows: slice) -> tuple[Any, ...]:
-    place = _PRODUCTS[op]
+    place = PRODUCTS[op]
     return (*args[:place], args[place][rows], *args[place + 1 :])

@@ -21,7 +21,7 @@ from farspan.batch import IGNORED_LABEL, PackedBatch, ShardedBatch
 from farspan.chunked.arena import KvArena
 from farspan.chunked.attention import ChunkAttention, ChunkedAttention
 from farspan.chunked.layout import ChunkedLayout
-from farspan.chunked.spaco import Draw, bernoulli, even_probabilities, every_chunk, labelled_chunks
+from farspan.chunked.spaco import Draw, count_labels, draw_chunks, every_chunk
 from farspan.errors import ConfigError, ModelError
 from farspan.models.mixers import recurrent_mixers
 from farspan.parallel.exchange import Exchange
@@ -119,18 +119,19 @@ class ChunkedStep:
         keep: float,
         generator: torch.Generator,
         *,
+        sampling: str = "independent",
         keep_labelled: bool = False,
         over_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> Draw:
-        """An unbiased draw for the whole sequence `batch`: each chunk with probability `keep`.
+        """A draw for the whole sequence `batch`, of about the share `keep` of its chunks; see `draw_chunks`.
 
-        All ranks that reduce gradients together need equal draws: equal generators, and with `keep_labelled` (chunks
-        that hold labels are always kept) also `over_ranks`, the maximum over those ranks.
+        All ranks that reduce gradients together need equal draws: equal generators, and where labels decide (chunks
+        that hold some are always kept, or drawn by importance) also `over_ranks`, the maximum over those ranks.
         """
-        labelled = labelled_chunks(batch.labels_T, self.lay_out(batch.num_tokens).chunks, IGNORED_LABEL)
-        if keep_labelled and over_ranks is not None:
-            labelled = tuple(bool(flag) for flag in over_ranks(torch.tensor(labelled, dtype=torch.float64)))
-        return bernoulli(even_probabilities(keep, labelled, keep_labelled=keep_labelled), generator)
+        num_labels = count_labels(batch.labels_T, self.lay_out(batch.num_tokens).chunks, IGNORED_LABEL)
+        if over_ranks is not None and (keep_labelled or sampling == "importance"):
+            num_labels = tuple(over_ranks(torch.tensor(num_labels, dtype=torch.float64)).tolist())
+        return draw_chunks(sampling, num_labels, keep, generator, keep_labelled=keep_labelled)
 
     def forward_only(self, evaluate: Callable[[ShardedBatch, ChunkAttention], Tensor], shard: ShardedBatch) -> Tensor:
         """What `evaluate` gives for each token of this rank's `shard`, chunk after chunk, without autograd."""

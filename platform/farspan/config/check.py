@@ -8,9 +8,8 @@ from __future__ import annotations
 import ipaddress
 import math
 import re
-from collections.abc import Sequence
 
-from farspan.config.load import nearest
+from farspan.config.bounds import above, at_least, divides, multiple, one_of, within
 from farspan.config.schema import (
     CorpusConfig,
     EngineConfig,
@@ -33,6 +32,7 @@ OPTIMIZERS = ("adamw", "adamw8bit")
 HYBRID_STRATEGIES = ("auto", "ulysses", "ring", "tokenring", "allgather")
 CHUNK_STRATEGIES = ("auto", "ulysses", "allgather", "hybrid")
 CHUNKINGS = ("none", "seco", "spaco")
+CHUNK_SAMPLINGS = ("independent", "importance", "without_replacement")
 WEIGHTS_ENGINES = ("fsdp2", "deepspeed")
 OFFLOADS = ("none", "cpu")
 ACTIVATION_OFFLOADS = ("none", "cpu", "cxl", "nvme")
@@ -46,45 +46,49 @@ ON_BAD = ("skip", "fail")
 def check_run(config: RunConfig) -> None:
     """Refuse a training config that no model could make legal."""
     parallel, data, train = config.parallel, config.data, config.train
-    _one_of("model.dtype", config.model.dtype, TRAIN_DTYPES)
-    _one_of("parallel.strategy", parallel.strategy, STRATEGIES)
-    _one_of("parallel.layout", parallel.layout, LAYOUTS)
-    _at_least("parallel.workers", parallel.workers, 1)
-    _at_least("parallel.sp", parallel.sp, 1)
-    _within("parallel.min_workers", parallel.min_workers, 0, parallel.workers)
-    _above("parallel.grow_every_s", parallel.grow_every_s, 0)
+    one_of("model.dtype", config.model.dtype, TRAIN_DTYPES)
+    one_of("parallel.strategy", parallel.strategy, STRATEGIES)
+    one_of("parallel.layout", parallel.layout, LAYOUTS)
+    at_least("parallel.workers", parallel.workers, 1)
+    at_least("parallel.sp", parallel.sp, 1)
+    within("parallel.min_workers", parallel.min_workers, 0, parallel.workers)
+    above("parallel.grow_every_s", parallel.grow_every_s, 0)
     if parallel.sp > 0:
-        _multiple("parallel.min_workers", parallel.min_workers, "parallel.sp", parallel.sp)
-    _at_least("parallel.ulysses", parallel.ulysses, 1)
-    _at_least("train.steps", train.steps, 1)
-    _at_least("train.accumulation", train.accumulation, 1)
-    _at_least("train.loss_tile_tokens", train.loss_tile_tokens, 1)
-    _at_least("train.checkpoint_every", train.checkpoint_every, 0)
-    _at_least("train.keep_checkpoints", train.keep_checkpoints, 0)
-    _at_least("train.keep_every", train.keep_every, 0)
-    _at_least("train.max_restarts", train.max_restarts, 0)
-    _at_least("train.reprobe_every", train.reprobe_every, 0)
-    _at_least("data.sequence_tokens", data.sequence_tokens, 2)
+        multiple("parallel.min_workers", parallel.min_workers, "parallel.sp", parallel.sp)
+    at_least("parallel.ulysses", parallel.ulysses, 1)
+    at_least("train.steps", train.steps, 1)
+    at_least("train.accumulation", train.accumulation, 1)
+    at_least("train.loss_tile_tokens", train.loss_tile_tokens, 1)
+    at_least("train.checkpoint_every", train.checkpoint_every, 0)
+    at_least("train.keep_checkpoints", train.keep_checkpoints, 0)
+    at_least("train.keep_every", train.keep_every, 0)
+    at_least("train.max_restarts", train.max_restarts, 0)
+    at_least("train.reprobe_every", train.reprobe_every, 0)
+    within("train.z_loss", train.z_loss, 0, 1e3)
+    if not 0 <= train.label_smoothing < 1:
+        rule = "must be at least 0 and less than 1, the share of each label that is spread over the vocabulary"
+        raise ConfigError("train.label_smoothing", rule, train.label_smoothing, "use for example 0.1, or 0 for none")
+    at_least("data.sequence_tokens", data.sequence_tokens, 2)
     _check_optim(config.optim)
     _check_memory(config.memory)
     _check_reprobe(config)
     _check_swap(config)
-    _one_of("plan.choose", config.plan.choose, ("auto", "always", "never"))
-    _at_least("plan.gpus_per_node", config.plan.gpus_per_node, 1)
+    one_of("plan.choose", config.plan.choose, ("auto", "always", "never"))
+    at_least("plan.gpus_per_node", config.plan.gpus_per_node, 1)
     _check_hybrid(config)
     _check_chunks(config)
     _check_weights(config)
     _check_lora(config.lora)
-    _within("seed", config.seed, 0, 2**63 - 1)
-    _above("resources.cpus_per_worker", config.resources.cpus_per_worker, 0)
-    _within("resources.gpus_per_worker", config.resources.gpus_per_worker, 0, math.inf)
+    within("seed", config.seed, 0, 2**63 - 1)
+    above("resources.cpus_per_worker", config.resources.cpus_per_worker, 0)
+    within("resources.gpus_per_worker", config.resources.gpus_per_worker, 0, math.inf)
     _check_custom("resources.custom", config.resources.custom)
-    _at_least("resources.timeout_s", config.resources.timeout_s, 1)
-    _within("resources.peak_tflops", config.resources.peak_tflops, 0, math.inf)
-    _within("resources.price_per_gpu_hour", config.resources.price_per_gpu_hour, 0, math.inf)
-    _divides("parallel.sp", parallel.sp, "parallel.workers", parallel.workers)
-    _divides("parallel.sp", parallel.sp, "data.sequence_tokens", data.sequence_tokens)
-    _divides("parallel.ulysses", parallel.ulysses, "parallel.sp", parallel.sp)
+    at_least("resources.timeout_s", config.resources.timeout_s, 1)
+    within("resources.peak_tflops", config.resources.peak_tflops, 0, math.inf)
+    within("resources.price_per_gpu_hour", config.resources.price_per_gpu_hour, 0, math.inf)
+    divides("parallel.sp", parallel.sp, "parallel.workers", parallel.workers)
+    divides("parallel.sp", parallel.sp, "data.sequence_tokens", data.sequence_tokens)
+    divides("parallel.ulysses", parallel.ulysses, "parallel.sp", parallel.sp)
     if parallel.ulysses > 1 and parallel.strategy != "hybrid":
         raise ConfigError(
             "parallel.ulysses",
@@ -98,8 +102,8 @@ def check_run(config: RunConfig) -> None:
 
 def _check_hybrid(config: RunConfig) -> None:
     parallel, tokens = config.parallel, config.parallel.rank_tokens
-    _at_least("parallel.rank_tokens", tokens, 0)
-    _within("parallel.spill", parallel.spill, 0, 0.95)
+    at_least("parallel.rank_tokens", tokens, 0)
+    within("parallel.spill", parallel.spill, 0, 0.95)
     if not parallel.hdp:
         for field, given in (("parallel.rank_tokens", tokens), ("parallel.spill", parallel.spill)):
             if given:
@@ -112,7 +116,7 @@ def _check_hybrid(config: RunConfig) -> None:
             parallel.spill,
             "use memory.offload_activations=cpu or parallel.spill=0",
         )
-    _one_of("parallel.strategy", parallel.strategy, HYBRID_STRATEGIES)
+    one_of("parallel.strategy", parallel.strategy, HYBRID_STRATEGIES)
     for field, value, legal, why in (
         ("memory.chunk", config.memory.chunk, "none", "a chunk is of one sequence on the ranks of a mesh"),
         ("weights.engine", config.weights.engine, "fsdp2", "DeepSpeed wants as many micro-batches on every process"),
@@ -152,21 +156,39 @@ def _check_reprobe(config: RunConfig) -> None:
 
 
 def _check_swap(config: RunConfig) -> None:
-    memory = config.memory
-    if memory.swap_share > 0 and not (config.train.recompute and memory.offload_activations != "none"):
+    memory, share = config.memory, config.memory.swap_share
+    if not isinstance(share, str):
+        within("memory.swap_share", share, 0, 1)
+    elif share != "auto":
+        raise ConfigError("memory.swap_share", "must be a number in 0..1, or auto", share, "use memory.swap_share=auto")
+    if share != 0 and not (config.train.recompute and memory.offload_activations != "none"):
         raise ConfigError(
             "memory.swap_share",
             "divides what a layer computes again from what waits elsewhere, and needs both",
-            memory.swap_share,
+            share,
             "use train.recompute=true memory.offload_activations=cpu, or memory.swap_share=0",
         )
+    if share != "auto":
+        return
+    for field, value, legal in (
+        ("memory.chunk", memory.chunk, "none"),
+        ("parallel.hdp", config.parallel.hdp, False),
+        ("weights.engine", config.weights.engine, "fsdp2"),
+    ):
+        if value != legal:
+            raise ConfigError(
+                "memory.swap_share",
+                f"is measured on one whole sequence before the first step, and auto does not go with {field}={value}",
+                share,
+                f"use {field}={str(legal).lower()} or a number for memory.swap_share",
+            )
 
 
 def _check_chunks(config: RunConfig) -> None:
     memory, parallel = config.memory, config.parallel
     if memory.chunk == "none":
         return
-    _multiple("memory.chunk_tokens", memory.chunk_tokens, "parallel.sp", parallel.sp)
+    multiple("memory.chunk_tokens", memory.chunk_tokens, "parallel.sp", parallel.sp)
     if parallel.sp > 1 and parallel.strategy not in CHUNK_STRATEGIES:
         raise ConfigError(
             "parallel.strategy",
@@ -196,9 +218,9 @@ def _check_chunks(config: RunConfig) -> None:
 
 def _check_weights(config: RunConfig) -> None:
     weights = config.weights
-    _one_of("weights.engine", weights.engine, WEIGHTS_ENGINES)
-    _one_of("weights.offload_optimizer", weights.offload_optimizer, OFFLOADS)
-    _within("weights.zero", weights.zero, 1, 3)
+    one_of("weights.engine", weights.engine, WEIGHTS_ENGINES)
+    one_of("weights.offload_optimizer", weights.offload_optimizer, OFFLOADS)
+    within("weights.zero", weights.zero, 1, 3)
     if config.optim.kind == "adamw8bit":
         for field, value, wrong, way_out in (
             ("weights.engine", weights.engine, "deepspeed", "fsdp2"),
@@ -216,8 +238,8 @@ def _check_weights(config: RunConfig) -> None:
 
 
 def _check_lora(lora: LoraConfig) -> None:
-    _at_least("lora.rank", lora.rank, 0)
-    _above("lora.alpha", lora.alpha, 0)
+    at_least("lora.rank", lora.rank, 0)
+    above("lora.alpha", lora.alpha, 0)
     if lora.dropout != 0:
         raise ConfigError(
             "lora.dropout",
@@ -234,25 +256,45 @@ def _check_lora(lora: LoraConfig) -> None:
 
 
 def _check_optim(optim: OptimConfig) -> None:
-    _one_of("optim.kind", optim.kind, OPTIMIZERS)
-    _above("optim.lr", optim.lr, 0)
-    _above("optim.max_grad_norm", optim.max_grad_norm, 0)
-    _within("optim.lr", optim.lr, 0, 1e3)
-    _within("optim.beta1", optim.beta1, 0, 0.999999)
-    _within("optim.beta2", optim.beta2, 0, 0.999999)
-    _within("optim.weight_decay", optim.weight_decay, 0, 1e3)
-    _within("optim.final_lr_fraction", optim.final_lr_fraction, 0, 1)
-    _at_least("optim.warmup_steps", optim.warmup_steps, 0)
+    one_of("optim.kind", optim.kind, OPTIMIZERS)
+    above("optim.lr", optim.lr, 0)
+    above("optim.max_grad_norm", optim.max_grad_norm, 0)
+    within("optim.lr", optim.lr, 0, 1e3)
+    within("optim.beta1", optim.beta1, 0, 0.999999)
+    within("optim.beta2", optim.beta2, 0, 0.999999)
+    within("optim.weight_decay", optim.weight_decay, 0, 1e3)
+    within("optim.final_lr_fraction", optim.final_lr_fraction, 0, 1)
+    at_least("optim.warmup_steps", optim.warmup_steps, 0)
 
 
 def _check_memory(memory: MemoryConfig) -> None:
-    _one_of("memory.offload_activations", memory.offload_activations, ACTIVATION_OFFLOADS)
-    _one_of("memory.chunk", memory.chunk, CHUNKINGS)
-    _at_least("memory.mlp_tile_tokens", memory.mlp_tile_tokens, 0)
-    _at_least("memory.chunk_tokens", memory.chunk_tokens, 1)
-    _within("memory.swap_share", memory.swap_share, 0, 1)
-    _within("memory.chunk_keep", memory.chunk_keep, 0.01, 1)
-    _within("memory.limit_gib", memory.limit_gib, 0, math.inf)
+    one_of("memory.offload_activations", memory.offload_activations, ACTIVATION_OFFLOADS)
+    one_of("memory.chunk", memory.chunk, CHUNKINGS)
+    one_of("memory.chunk_sampling", memory.chunk_sampling, CHUNK_SAMPLINGS)
+    at_least("memory.mlp_tile_tokens", memory.mlp_tile_tokens, 0)
+    at_least("memory.chunk_tokens", memory.chunk_tokens, 1)
+    within("memory.chunk_keep", memory.chunk_keep, 0.01, 1)
+    within("memory.limit_gib", memory.limit_gib, 0, math.inf)
+    _check_sampling(memory)
+
+
+def _check_sampling(memory: MemoryConfig) -> None:
+    if memory.chunk_sampling == "independent":
+        return
+    if memory.chunk != "spaco":
+        raise ConfigError(
+            "memory.chunk_sampling",
+            f"is of drawn chunks and must be independent when memory.chunk is {memory.chunk}",
+            memory.chunk_sampling,
+            "use memory.chunk=spaco or leave memory.chunk_sampling out",
+        )
+    if memory.chunk_keep_labelled:
+        raise ConfigError(
+            "memory.chunk_sampling",
+            "decides about chunks with labels itself, and needs memory.chunk_keep_labelled=false",
+            memory.chunk_sampling,
+            "use memory.chunk_keep_labelled=false or memory.chunk_sampling=independent",
+        )
 
 
 def check_corpus(config: CorpusConfig) -> None:
@@ -261,15 +303,15 @@ def check_corpus(config: CorpusConfig) -> None:
         raise ConfigError("sources", "must name at least one file or folder", [], "try sources=[python:stdlib]")
     for source in config.sources:
         _check_source(source)
-    _one_of("format", config.format, FORMATS)
-    _one_of("train_on", config.train_on, TRAIN_ON)
-    _one_of("on_bad", config.on_bad, ON_BAD)
-    _at_least("vocab_size", config.vocab_size, 300)
-    _at_least("shard_tokens", config.shard_tokens, 1024)
-    _at_least("min_tokens", config.min_tokens, 2)
+    one_of("format", config.format, FORMATS)
+    one_of("train_on", config.train_on, TRAIN_ON)
+    one_of("on_bad", config.on_bad, ON_BAD)
+    at_least("vocab_size", config.vocab_size, 300)
+    at_least("shard_tokens", config.shard_tokens, 1024)
+    at_least("min_tokens", config.min_tokens, 2)
     if config.max_documents is not None:
-        _at_least("max_documents", config.max_documents, 1)
-    _at_least("upsample.min_tokens", config.upsample.min_tokens, 1)
+        at_least("max_documents", config.max_documents, 1)
+    at_least("upsample.min_tokens", config.upsample.min_tokens, 1)
     _hundredths("upsample.factor", config.upsample.factor)
     for source in config.sources:
         if isinstance(source, dict) and config.upsample.factor != 1:
@@ -294,7 +336,7 @@ def _check_shape_of_documents(config: CorpusConfig) -> None:
             way_out = "leave split_tokens out"
             raise ConfigError("split_tokens", "cuts texts; a conversation is kept whole", config.split_tokens, way_out)
         # The shortest part of a cut document has more than half of split_tokens.
-        _at_least("split_tokens", config.split_tokens, 2 * config.min_tokens)
+        at_least("split_tokens", config.split_tokens, 2 * config.min_tokens)
     if config.format == "chat" and config.tokenizer is None:
         way_out = "use tokenizer=FOLDER of the model that is tuned"
         raise ConfigError("tokenizer", "must be given with format=chat", None, way_out)
@@ -304,35 +346,35 @@ def _check_shape_of_documents(config: CorpusConfig) -> None:
 
 def _hundredths(field: str, value: float) -> None:
     """Mixtures are exact: after a hundred epochs every document was seen 100 * weight times."""
-    _within(field, value, 0.01, 1000)
+    within(field, value, 0.01, 1000)
     if abs(value * 100 - round(value * 100)) > 1e-6:
         raise ConfigError(field, "must be a multiple of 0.01", value, f"use {field}={round(value, 2):g}")
 
 
 def check_engine(engine: EngineConfig) -> None:
     """Refuse engine settings that no model could make legal."""
-    _one_of("engine.dtype", engine.dtype, SERVE_DTYPES)
-    _at_least("engine.page_tokens", engine.page_tokens, 1)
-    _at_least("engine.kv_bytes", engine.kv_bytes, 1024)
-    _at_least("engine.max_batch_tokens", engine.max_batch_tokens, 1)
-    _at_least("engine.max_sequences", engine.max_sequences, 1)
-    _at_least("engine.graph_rows", engine.graph_rows, 0)
-    _at_least("engine.offload_bytes", engine.offload_bytes, 0)
-    _at_least("engine.host_cache_bytes", engine.host_cache_bytes, 0)
-    _at_least("engine.draft_tokens", engine.draft_tokens, 0)
+    one_of("engine.dtype", engine.dtype, SERVE_DTYPES)
+    at_least("engine.page_tokens", engine.page_tokens, 1)
+    at_least("engine.kv_bytes", engine.kv_bytes, 1024)
+    at_least("engine.max_batch_tokens", engine.max_batch_tokens, 1)
+    at_least("engine.max_sequences", engine.max_sequences, 1)
+    at_least("engine.graph_rows", engine.graph_rows, 0)
+    at_least("engine.offload_bytes", engine.offload_bytes, 0)
+    at_least("engine.host_cache_bytes", engine.host_cache_bytes, 0)
+    at_least("engine.draft_tokens", engine.draft_tokens, 0)
     for field in ("prefill_tokens", "decode_tokens"):
         if (quota := getattr(engine, field)) is not None:
-            _at_least(f"engine.{field}", quota, 1)
+            at_least(f"engine.{field}", quota, 1)
     for name in engine.adapters:
         check_adapter_name(name)
-    _at_least("engine.adapter_bytes", engine.adapter_bytes, 1)
-    _at_least("engine.threads", engine.threads, 0)
+    at_least("engine.adapter_bytes", engine.adapter_bytes, 1)
+    at_least("engine.threads", engine.threads, 0)
     check_ranks(engine)
 
 
 def check_ranks(engine: EngineConfig) -> None:
     """Refuse what an engine of several ranks does not do."""
-    _at_least("engine.tensor_parallel", engine.tensor_parallel, 1)
+    at_least("engine.tensor_parallel", engine.tensor_parallel, 1)
     if engine.tensor_parallel == 1:
         return
     for field, value, legal, why in (
@@ -362,7 +404,7 @@ def check_adapter_name(name: str) -> None:
 
 def _check_custom(field: str, custom: dict[str, float]) -> None:
     for name, amount in custom.items():
-        _above(f"{field}.{name}", amount, 0)
+        above(f"{field}.{name}", amount, 0)
         if name in ("CPU", "GPU", "memory", "object_store_memory"):
             raise ConfigError(f"{field}.{name}", "is not a custom resource", name, f"leave it out of {field}")
 
@@ -378,23 +420,23 @@ def is_loopback(host: str) -> bool:
 def check_serve(config: ServeConfig) -> None:
     """Refuse a serving config that no model could make legal."""
     check_engine(config.engine)
-    _one_of("transfer.transport", config.transfer.transport, TRANSPORTS)
-    _one_of("transfer.split", config.transfer.split, SPLITS)
+    one_of("transfer.transport", config.transfer.transport, TRANSPORTS)
+    one_of("transfer.split", config.transfer.split, SPLITS)
     _check_role("prefill", config.prefill)
     _check_role("decode", config.decode)
     _check_objectives(config)
-    _above("transfer.deadline_s", config.transfer.deadline_s, 0)
-    _above("transfer.lease_s", config.transfer.lease_s, config.transfer.deadline_s)
-    _at_least("transfer.colocate_below_tokens", config.transfer.colocate_below_tokens, 0)
-    _at_least("max_body_bytes", config.max_body_bytes, 1)
-    _above("body_timeout_s", config.body_timeout_s, 0)
-    _one_of("tool_format", config.tool_format, TOOL_FORMATS)
-    _above("prefill.cpus", config.prefill.cpus, 0)
-    _above("decode.cpus", config.decode.cpus, 0)
+    above("transfer.deadline_s", config.transfer.deadline_s, 0)
+    above("transfer.lease_s", config.transfer.lease_s, config.transfer.deadline_s)
+    at_least("transfer.colocate_below_tokens", config.transfer.colocate_below_tokens, 0)
+    at_least("max_body_bytes", config.max_body_bytes, 1)
+    above("body_timeout_s", config.body_timeout_s, 0)
+    one_of("tool_format", config.tool_format, TOOL_FORMATS)
+    above("prefill.cpus", config.prefill.cpus, 0)
+    above("decode.cpus", config.decode.cpus, 0)
     _check_custom("prefill.custom", config.prefill.custom)
     _check_custom("decode.custom", config.decode.custom)
-    _above("start_timeout_s", config.start_timeout_s, 0)
-    _above("request_timeout_s", config.request_timeout_s, 0)
+    above("start_timeout_s", config.start_timeout_s, 0)
+    above("request_timeout_s", config.request_timeout_s, 0)
     if not 1 <= config.port <= 65535:
         raise ConfigError("port", "must lie in 1..65535", config.port, "use port=8000")
     _check_collector(config.telemetry.otlp_endpoint)
@@ -410,11 +452,11 @@ def _check_collector(address: str | None) -> None:
 
 def _check_role(name: str, role: RoleConfig) -> None:
     # None at first, where there may be none later.
-    _at_least(f"{name}.replicas", role.replicas, 0 if role.min_replicas == 0 else 1)
+    at_least(f"{name}.replicas", role.replicas, 0 if role.min_replicas == 0 else 1)
     if role.min_replicas is not None:
-        _within(f"{name}.min_replicas", role.min_replicas, 0, role.replicas)
+        within(f"{name}.min_replicas", role.min_replicas, 0, role.replicas)
     if role.max_replicas is not None:
-        _at_least(f"{name}.max_replicas", role.max_replicas, max(1, role.replicas))
+        at_least(f"{name}.max_replicas", role.max_replicas, max(1, role.replicas))
 
 
 def _check_objectives(config: ServeConfig) -> None:
@@ -423,16 +465,16 @@ def _check_objectives(config: ServeConfig) -> None:
         ("objectives.token_s", config.objectives.token_s),
         ("scaling.measure_s", config.scaling.measure_s),
     ):
-        _above(field, seconds, 0)
+        above(field, seconds, 0)
     if config.objectives.max_wait_s is not None:
-        _above("objectives.max_wait_s", config.objectives.max_wait_s, 0)
+        above("objectives.max_wait_s", config.objectives.max_wait_s, 0)
     for field, seconds in (
         ("scaling.up_s", config.scaling.up_s),
         ("scaling.down_s", config.scaling.down_s),
         ("scaling.to_zero_s", config.scaling.to_zero_s),
         ("drain_s", config.drain_s),
     ):
-        _within(field, seconds, 0, math.inf)
+        within(field, seconds, 0, math.inf)
 
 
 def refuse_ragged_stripes(parallel: ParallelConfig, sequence_tokens: int) -> None:
@@ -448,37 +490,3 @@ def refuse_ragged_stripes(parallel: ParallelConfig, sequence_tokens: int) -> Non
             sequence_tokens,
             f"use data.sequence_tokens={legal} or parallel.layout=document_zigzag",
         )
-
-
-def _one_of(field: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ConfigError(field, f"must be one of {', '.join(known)}", value, nearest(value, list(known)))
-
-
-def _within(field: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        nearest_legal = min(max(value, low), high) if not math.isnan(value) else low
-        raise ConfigError(field, f"must lie in {low:g}..{high:g}", value, f"use {field}={nearest_legal:g}")
-
-
-def _at_least(field: str, value: float, least: int) -> None:
-    if value < least:
-        raise ConfigError(field, f"must be at least {least}", value, f"use {field}={least}")
-
-
-def _above(field: str, value: float, bound: float) -> None:
-    if not value > bound:
-        raise ConfigError(field, f"must be more than {bound:g}", value, f"use for example {field}={bound + 1:g}")
-
-
-def _multiple(field: str, value: int, of_field: str, of: int) -> None:
-    if value % of != 0:
-        raise ConfigError(
-            field, f"must be a multiple of {of_field} ({of})", value, f"use {field}={-(-value // of) * of}"
-        )
-
-
-def _divides(field: str, value: int, total_field: str, total: int) -> None:
-    if total % value != 0:
-        legal = max(d for d in range(1, value + 1) if total % d == 0)
-        raise ConfigError(field, f"must divide {total_field} ({total})", value, f"use {field}={legal}")

@@ -176,6 +176,12 @@ class TrainConfig:
     """Keep only each layer's input and compute the rest again in backward."""
     loss_tile_tokens: int = 1024
     """Tokens whose logits exist at the same time."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread evenly over the whole vocabulary; in the loss a run reports, never in the one
+    of `farspan evaluate`."""
+    z_loss: float = 0.0
+    """What the square of the logits' log-sum-exp counts in the loss of each label (1e-4 keeps logits small); reported
+    and evaluated as label smoothing is."""
     checkpoint_every: int = 0
     """Steps between resumable checkpoints; 0: only at the end."""
     reprobe_every: int = 0
@@ -206,18 +212,24 @@ class MemoryConfig:
     """Tokens of such a tile; 0: as many as the model is wide."""
     offload_activations: str = "none"
     """Where tensors kept for backward wait: none (the device), cpu, cxl, nvme; with chunk, where the arena lies."""
-    swap_share: float = 0.0
+    swap_share: int | float | str = 0.0
     """With recompute and offload: share of a layer's tokens whose products wait there instead of being computed again;
-    attention is then never computed again (MEMO)."""
+    attention is then never computed again (MEMO). auto: as much as copies can hide behind computing, by measuring the
+    tier and a layer when the run starts."""
     tiers: list[str] = field(default_factory=list)
     """Memory beside the device: dram:SIZE, cxl:node=N:SIZE, cxl:/dev/daxX.Y:SIZE, cxl:emulated:SIZE, nvme:FOLDER:SIZE;
     SIZE is what each process takes; offload to cpu needs none."""
     chunk: str = "none"
-    """none, seco (exact: the sequence goes through the model chunk by chunk), spaco (unbiased: chunks are drawn)."""
+    """none, seco (exact: the sequence goes through the model chunk by chunk), spaco (chunks are drawn, as
+    chunk_sampling says)."""
     chunk_tokens: int = 4096
     """Tokens of a chunk."""
     chunk_keep: float = 0.5
-    """chunk=spaco: probability with which a chunk is drawn for backward."""
+    """chunk=spaco: share of the chunks that are drawn for backward."""
+    chunk_sampling: str = "independent"
+    """chunk=spaco: independent (each chunk with probability chunk_keep; unbiased), importance (the more labels a chunk
+    holds, the more often; unbiased), without_replacement (as published, a fixed number of chunks: biased, for
+    comparison). All but independent need chunk_keep_labelled=false."""
     chunk_keep_labelled: bool = True
     """chunk=spaco: chunks that hold labels are always computed; false (unmasked text) draws them too."""
     limit_gib: float = 0.0

@@ -17,6 +17,13 @@ from farspan.plan.hybrid import hybrid_plan
 from farspan.plan.sent import exchange_bytes
 from farspan.plan.weights import weights_bytes
 
+# How chunks are drawn, by memory.chunk_sampling.
+_DRAWN = {
+    "independent": ", each drawn with probability {keep:g}",
+    "importance": ", {keep:g} of them drawn on average, those with more labels more often",
+    "without_replacement": ", {keep:g} of them drawn without replacement (gradients are biased)",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
@@ -151,7 +158,7 @@ def _levers(config: RunConfig) -> str | None:
     memory, chunked = config.memory, config.memory.chunk != "none"
     parts = []
     if chunked:
-        drawn = f", each drawn with probability {memory.chunk_keep:g}" if memory.chunk == "spaco" else ""
+        drawn = _DRAWN[memory.chunk_sampling].format(keep=memory.chunk_keep) if memory.chunk == "spaco" else ""
         parts.append(f"{memory.chunk} by chunks of {memory.chunk_tokens} tokens{drawn}")
     if memory.offload_activations != "none":
         kind = {"cpu": "dram"}.get(memory.offload_activations, memory.offload_activations)

@@ -39,6 +39,7 @@ from farspan.train.loss import PackedLoss
 from farspan.train.offload import ArenaMemory, RunOffload, RunTiers
 from farspan.train.samples import WitnessedReader
 from farspan.train.step import TrainStep
+from farspan.train.swap import choose_share
 from farspan.train.useful import useful_work
 from farspan.train.weights import WeightsEngine
 from farspan.train.zero import ZeroWeights, refuse_without_deepspeed
@@ -61,6 +62,8 @@ class Training:
     """What is trained instead of the model's own weights."""
     plan: str = ""
     """What runs where, for a reader; kept beside checkpoints."""
+    notes: tuple[str, ...] = ()
+    """What was decided only now, by measuring; told when the run begins."""
 
 
 def build(
@@ -86,7 +89,7 @@ def build(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     tiled = _tiled(config, model) if config.memory.tiled_mlp else []
     mesh = make_mesh(device.type, parallel.sp, parallel.ulysses, timeout_s=config.resources.timeout_s)
-    loss = PackedLoss(model.to(device), config.train.loss_tile_tokens).train()
+    loss = _loss(config, model.to(device)).train()
     sequence = SequenceParallel(SequenceRanks.of(mesh), parallel.strategy, parallel.layout)
     step = TrainStep(
         weights=_engine(config, loss, mesh, device, tiled),
@@ -102,17 +105,28 @@ def build(
         hybrid=_hybrid(config, model.config, sequence, device),
     )
     # Last, because what it opens is closed by the step.
+    notes: list[str] = []
     tiers = None if config.memory.offload_activations == "none" else RunTiers(config.memory, device, local_ranks())
     if config.memory.chunk != "none":
         step.chunks = _chunks(config, model, sequence, mesh, device, tiers)
     elif tiers is not None:
         step.offload = RunOffload(tiers, model, device)
-        if config.memory.swap_share > 0:
-            step.offload.swap(model, config.memory.swap_share)
+        share = config.memory.swap_share
+        if isinstance(share, str):
+            share, why = choose_share(step, tiers)
+            notes.append(why)
+        if share > 0:
+            step.offload.swap(model, share)
     state = TrainState(0, 0, config.seed, config.data.sequence_tokens, corpus.fingerprint, config.optim.kind)
     tokenizer = load_tokenizer(corpus.tokenizer_folder)
     return Training(
-        step=step, tokenizer=tokenizer, state=state, compute=dtype, certificate=certificate, adapter=adapter
+        step=step,
+        tokenizer=tokenizer,
+        state=state,
+        compute=dtype,
+        certificate=certificate,
+        adapter=adapter,
+        notes=tuple(notes),
     )
 
 
@@ -213,6 +227,11 @@ def _same_everywhere(dtype: torch.dtype) -> torch.dtype:
             "use model.dtype=float32, or bfloat16 where all multiply it",
         )
     return dtype
+
+
+def _loss(config: RunConfig, model: PreTrainedModel) -> PackedLoss:
+    train = config.train
+    return PackedLoss(model, train.loss_tile_tokens, label_smoothing=train.label_smoothing, z_loss=train.z_loss)
 
 
 def _tiled(config: RunConfig, model: PreTrainedModel) -> list[nn.Module]:

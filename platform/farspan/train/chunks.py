@@ -64,12 +64,13 @@ class Chunks:
             batch,
             self.memory.chunk_keep,
             generator,
+            sampling=self.memory.chunk_sampling,
             keep_labelled=self.memory.chunk_keep_labelled,
             over_ranks=self._most,
         )
 
-    def _most(self, flags_C: Tensor) -> Tensor:
-        """A chunk that one rank must compute is computed by all: they reduce its gradients together."""
-        most_C = flags_C.to(self.device)
+    def _most(self, num_labels_C: Tensor) -> Tensor:
+        """A chunk that matters on one rank is computed by all: they reduce its gradients together."""
+        most_C = num_labels_C.to(self.device)
         dist.all_reduce(most_C, op=dist.ReduceOp.MAX, group=self.group)
         return most_C.cpu()

@@ -105,7 +105,7 @@ def _chunks(config: RunConfig) -> Iterator[Rung]:
         return
     if memory.chunk == "none":
         # Chunks keep only one chunk's tensors; where keys and values lie is a rung of its own.
-        config.train.recompute, memory.offload_activations = False, "none"
+        config.train.recompute, memory.offload_activations, memory.swap_share = False, "none", 0.0
     memory.chunk, memory.chunk_tokens = "seco", smaller
     if config.parallel.strategy not in CHUNK_STRATEGIES:
         # Chunks do not go around a ring.

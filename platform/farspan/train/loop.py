@@ -47,6 +47,7 @@ def train(
 def _train(training: Training, config: RunConfig, tell: Callable[[EventBody], None], outside: Outside) -> str | None:
     started, tokens = time.perf_counter(), 0
     first = _resume(training, config, tell)
+    _tell_all(tell, [Note(text=text) for text in training.notes])
     step, boundary, saver = training.step, Boundary(outside), _saver(training, config)
     peak, peak_source = peak_flops(config, step.device)
     if peak > 0:

@@ -32,7 +32,15 @@ from farspan.train.checkpoint import on_rank_0
 from farspan.train.step import TrainStep
 from farspan.verify.cases import ProbeSequence, leak_positions, make_cases, num_tokens
 from farspan.verify.judge import Check
-from farspan.verify.live import HeadWatch, LiveAnswer, judge_leaks, judge_live, plain_answers, probed_weights
+from farspan.verify.live import (
+    HeadWatch,
+    LiveAnswer,
+    Objective,
+    judge_leaks,
+    judge_live,
+    plain_answers,
+    probed_weights,
+)
 
 _SHORTEST_RAGGED = 16
 
@@ -50,10 +58,11 @@ def probe_layout(step: TrainStep, done: int, compute: torch.dtype) -> LayoutProb
         got = _sharded_answer(step, sequence, names)
         after = {at: _head_rows(step, sequence, at) for at in leak_positions(sequence)}
     plain = _plain_model(step)
+    objective = Objective(step.loss.label_smoothing, step.loss.z_loss)
 
     def judged() -> list[Check]:
         assert plain is not None, "rank 0 has the plain model"
-        exact, own = plain_answers(plain, sequence, names, compute)
+        exact, own = plain_answers(plain, sequence, names, compute, objective)
         return [*judge_live(got, exact, own, compute), *judge_leaks(sequence, got.head_TV, after, compute)]
 
     checks = on_rank_0(judged)

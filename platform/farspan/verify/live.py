@@ -69,8 +69,20 @@ def probed_weights(model: PreTrainedModel) -> list[str]:
     return [name for name, _ in model.named_parameters() if name.startswith(prefixes)]
 
 
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What a run adds to the likelihood of its labels: a probe compares it with the same."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
 def plain_answers(
-    model: PreTrainedModel, sequence: ProbeSequence, names: Iterable[str], compute: torch.dtype
+    model: PreTrainedModel,
+    sequence: ProbeSequence,
+    names: Iterable[str],
+    compute: torch.dtype,
+    objective: Objective,
 ) -> tuple[LiveAnswer, LiveAnswer]:
     """(in the type weights are kept in, in the compute type). `model` is used up: it ends in the compute type."""
     use_reference_attention(model)
@@ -80,11 +92,11 @@ def plain_answers(
         model.set_experts_implementation("eager")
     for name in names:
         model.get_parameter(name).requires_grad_()
-    exact = _answer(model, sequence)
+    exact = _answer(model, sequence, objective)
     for weight in model.parameters():
         # As sharded weights are cast: buffers (rotary frequencies) stay as wide as they are.
         weight.data = weight.data.to(compute)
-    return exact, _answer(model, sequence)
+    return exact, _answer(model, sequence, objective)
 
 
 def judge_live(got: LiveAnswer, exact: LiveAnswer, own: LiveAnswer, compute: torch.dtype) -> list[Check]:
@@ -120,7 +132,7 @@ def judge_leaks(
     ]
 
 
-def _answer(model: PreTrainedModel, sequence: ProbeSequence) -> LiveAnswer:
+def _answer(model: PreTrainedModel, sequence: ProbeSequence, objective: Objective) -> LiveAnswer:
     tokens_T = sequence.tokens(model.config.get_text_config(decoder=True).vocab_size)
     model.zero_grad(set_to_none=True)
     num_labels = sum(b - a - 1 for a, b in pairwise(sequence.bounds))
@@ -129,9 +141,14 @@ def _answer(model: PreTrainedModel, sequence: ProbeSequence) -> LiveAnswer:
         for a, b in pairwise(sequence.bounds):
             logits = model(input_ids=tokens_T[a:b].unsqueeze(0), use_cache=False).logits[0, :-1]
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            part = nn.functional.cross_entropy(wide, tokens_T[a + 1 : b], reduction="sum") / num_labels
+            part = _summed_loss(wide, tokens_T[a + 1 : b], objective) / num_labels
             loss += part.item()
             if b - a > 1:
                 part.backward()
     gradients = {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
     return LiveAnswer(loss, head.rows().double(), gradients)
+
+
+def _summed_loss(logits_TV: Tensor, labels_T: Tensor, objective: Objective) -> Tensor:
+    loss = nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum", label_smoothing=objective.label_smoothing)
+    return loss + objective.z_loss * logits_TV.logsumexp(-1).square().sum()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from farspan.chunked.seco import ChunkedStep
 from farspan.errors import ConfigError, ModelError
 from farspan.models.attention import use_farspan_attention
 from farspan.models.parts import decoder_layers
+from farspan.parallel.documents import attend_documents
 from farspan.train.loss import PackedLoss
 from farspan.verify.shrink import VOCAB, small_model
 
@@ -69,6 +71,21 @@ def test_loss_and_every_gradient_equal_full_backpropagation(
         loss, got = by_chunks(model, batch, chunk_tokens)
     assert loss == pytest.approx(want_loss, rel=1e-12)
     assert largest_error(got, want) < 1e-12
+
+
+def test_smoothed_labels_and_a_z_loss_by_chunks_equal_those_of_the_whole_sequence_and_not_what_is_evaluated() -> None:
+    model, batch = small_model(decoder_config("llama")), random_batch(PACKED, VOCAB)
+    use_farspan_attention(model)
+    loss = PackedLoss(model, tile_tokens=7, label_smoothing=0.1, z_loss=0.01)
+    shard = ChunkedStep(model, 60).lay_out(batch.num_tokens).shard(batch, 0)
+    want = loss(shard, partial(attend_documents, bounds=PACKED), num_labels(batch))
+    want.backward()
+    wanted = taken_gradients(model)
+    got = ChunkedStep(model, 16).forward_backward(loss, shard, num_labels(batch))
+    assert got.item() == pytest.approx(want.item(), rel=1e-12)
+    assert largest_error(taken_gradients(model), wanted) < 1e-12
+    likelihood = chunked_losses(model, batch, 16, tile_tokens=7).sum() / num_labels(batch)
+    assert likelihood.item() < want.item() * 0.99
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 11, 12])

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import combinations, product
 from math import comb, perm, prod
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 from tests.support.decoders import decoder_config
 from tests.support.packed import num_labels, random_batch
 from torch import Tensor
 
+from farspan.batch import IGNORED_LABEL, PackedBatch
+from farspan.chunked.layout import ChunkedLayout
 from farspan.chunked.seco import ChunkedStep
 from farspan.chunked.spaco import (
+    SAMPLINGS,
     Draw,
     bernoulli,
+    count_labels,
+    draw_chunks,
     even_probabilities,
     every_chunk,
     importance_probabilities,
-    labelled_chunks,
+    label_scores,
     without_replacement,
     without_replacement_of,
 )
+from farspan.config.check import CHUNK_SAMPLINGS
 from farspan.errors import ConfigError
 from farspan.models.attention import use_farspan_attention
 from farspan.train.loss import PackedLoss
@@ -41,13 +50,13 @@ def step_and_loss() -> tuple[ChunkedStep, PackedLoss]:
     return ChunkedStep(model, CHUNK_TOKENS), PackedLoss(model, CHUNK_TOKENS)
 
 
-def gradient(draw: Draw) -> Tensor:
+def gradient(draw: Draw, batch: PackedBatch = BATCH) -> Tensor:
     """All gradients of one sequence as one vector."""
     step, loss = step_and_loss()
     for p in loss.parameters():
         p.grad = torch.zeros_like(p)
-    shard = step.lay_out(BATCH.num_tokens).shard(BATCH, 0)
-    step.forward_backward(loss, shard, num_labels(BATCH), draw)
+    shard = step.lay_out(batch.num_tokens).shard(batch, 0)
+    step.forward_backward(loss, shard, num_labels(batch), draw)
     return torch.cat([p.grad.flatten() for p in loss.parameters() if p.grad is not None])
 
 
@@ -131,8 +140,9 @@ def test_draws_follow_their_probabilities_and_only_the_generator() -> None:
 def test_chunks_with_labels_are_always_kept_where_that_is_asked_for() -> None:
     labels_T = torch.full((10,), -100)
     labels_T[5] = 3
-    has_labels = labelled_chunks(labels_T, [(0, 4), (4, 8), (8, 10)], -100)
-    assert has_labels == (False, True, False)
+    num_labels = count_labels(labels_T, [(0, 4), (4, 8), (8, 10)], -100)
+    assert num_labels == (0, 1, 0)
+    has_labels = [number > 0 for number in num_labels]
     assert even_probabilities(0.3, has_labels, keep_labelled=True) == (0.3, 1.0, 0.3)
     assert even_probabilities(0.3, has_labels) == (0.3, 0.3, 0.3)
 
@@ -141,6 +151,54 @@ def test_importance_keeps_as_many_as_expected_and_never_more_than_surely() -> No
     found = importance_probabilities([1.0, 1.0, 2.0, 100.0], expected=2.0)
     assert found == pytest.approx((0.25, 0.25, 0.5, 1.0))
     assert importance_probabilities([1.0, 5.0], expected=2) == (1.0, 1.0)
+
+
+@given(st.lists(st.integers(0, 4096), min_size=1, max_size=40), st.floats(0.01, 1.0))
+def test_by_labels_as_many_chunks_are_drawn_as_evenly_and_none_less_than_half_as_often(
+    num_labels: list[int], keep: float
+) -> None:
+    found = importance_probabilities(label_scores(num_labels), keep * len(num_labels))
+    assert sum(found) == pytest.approx(keep * len(num_labels))
+    assert all(keep / 2 <= p * (1 + 1e-9) <= 1 + 2e-9 for p in found)
+    by_probability = [p for _, p in sorted(zip(num_labels, found, strict=True))]
+    assert by_probability == sorted(by_probability), "more labels, more often"
+
+
+@pytest.mark.parametrize("labelled", [(3, 9, 10, 12, 13, 14, 18), (17, 18)], ids=["a conversation", "an answer"])
+def test_draws_by_labels_have_no_bias_and_vary_less_than_even_ones_that_cost_the_same(
+    labelled: tuple[int, ...],
+) -> None:
+    labels_T = torch.full_like(BATCH.labels_T, IGNORED_LABEL)
+    labels_T[list(labelled)] = BATCH.tokens_T[[t + 1 for t in labelled]]
+    batch = replace(BATCH, labels_T=labels_T)
+    chunks = ChunkedLayout(BATCH.num_tokens, 1, CHUNK_TOKENS).chunks
+    scores = label_scores(count_labels(labels_T, chunks, IGNORED_LABEL))
+    exact, spread = gradient(every_chunk(NUM_CHUNKS), batch), {}
+    for name, scored in (("even", (1.0,) * NUM_CHUNKS), ("by labels", scores)):
+        found = [
+            (p, gradient(draw, batch)) for p, draw in independent(importance_probabilities(scored, 0.5 * NUM_CHUNKS))
+        ]
+        mean = sum((p * got for p, got in found), torch.zeros_like(exact))
+        assert float((mean - exact).norm() / exact.norm()) < 1e-12
+        spread[name] = sum(p * float((got - exact).norm()) ** 2 for p, got in found)
+    assert spread["by labels"] < 0.95 * spread["even"]
+
+
+def test_every_sampling_is_drawn_as_its_name_says_and_only_one_is_biased() -> None:
+    draws = {
+        s: [draw_chunks(s, (0, 8, 0, 0), 0.5, torch.Generator().manual_seed(n)) for n in range(400)] for s in SAMPLINGS
+    }
+    assert {s for s, found in draws.items() if any(draw.biased for draw in found)} == {"without_replacement"}
+    assert {draw.num_kept for draw in draws["without_replacement"]} == {2}
+    assert all(draw.weights[1] == 1.0 for draw in draws["importance"]), "its eight labels are all there are"
+    # 400 draws of four chunks: three standard deviations of their number are 60.
+    for sampling in ("independent", "importance"):
+        assert abs(sum(draw.num_kept for draw in draws[sampling]) - 800) < 60
+    assert CHUNK_SAMPLINGS == SAMPLINGS
+
+
+def test_a_sequence_without_labels_is_drawn_evenly() -> None:
+    assert label_scores((0, 0, 0)) == (1.0, 1.0, 1.0)
 
 
 def test_what_could_never_be_unbiased_is_refused() -> None:

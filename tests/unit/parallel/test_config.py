@@ -17,6 +17,7 @@ from farspan.plan.hybrid import document_cost
 from farspan.plan.run_plan import plan_run
 
 HDP = ["parallel.hdp=true"]
+AUTO = ["train.recompute=true", "memory.offload_activations=cpu", "memory.swap_share=auto"]
 
 
 def config(*overrides: str) -> RunConfig:
@@ -48,10 +49,22 @@ def test_the_config_knows_the_strategies_and_layouts_that_exist() -> None:
         (["optim.kind=adamw8bit", "weights.engine=deepspeed"], "another for optim.kind=adamw8bit, .*engine=fsdp2"),
         (["memory.chunk=seco", "parallel.strategy=ring"], "parallel.strategy: must be one of auto, ulysses"),
         (["memory.chunk=seco", "memory.chunk_tokens=1023"], "memory.chunk_tokens: must be a multiple of parallel.sp"),
+        (["memory.swap_share=1.5"], "memory.swap_share: must lie in 0..1, got 1.5; use memory.swap_share=1"),
+        (["memory.swap_share=most"], "memory.swap_share: must be a number in 0..1, or auto, got 'most'; use .*=auto"),
+        (["memory.swap_share=auto"], "memory.swap_share: .* needs both, got 'auto'; use train.recompute=true"),
+        ([*AUTO, "memory.chunk=seco"], "auto does not go with memory.chunk=seco, .* use memory.chunk=none or a number"),
+        ([*AUTO, *HDP], "auto does not go with parallel.hdp=True, .* use parallel.hdp=false or a number"),
+        ([*AUTO, "weights.engine=deepspeed"], "auto does not go with weights.engine=deepspeed, .* use .*=fsdp2"),
         (["memory.swap_share=0.5"], "memory.swap_share: .* needs both, got 0.5; use train.recompute=true"),
         (
             ["memory.chunk=seco", "memory.offload_activations=nvme"],
             "in place when .* seco.*=cpu or cxl",
+        ),
+        (["memory.chunk=spaco", "memory.chunk_sampling=random"], "memory.chunk_sampling: must be one of independent, "),
+        (["memory.chunk=seco", "memory.chunk_sampling=importance"], "independent when memory.chunk is seco, .*=spaco"),
+        (
+            ["memory.chunk=spaco", "memory.chunk_sampling=without_replacement"],
+            "decides about chunks with labels itself, .* use memory.chunk_keep_labelled=false",
         ),
         (["train.reprobe_every=5", "lora.rank=4"], "train.reprobe_every: .* lora.rank=0"),
         (["weights.engine=deepspeed", "model.dtype=float64"], "fp32 weights that DeepSpeed keeps.*model.dtype=float32"),
@@ -70,6 +83,13 @@ def test_the_config_knows_the_strategies_and_layouts_that_exist() -> None:
         ([*HDP, "weights.engine=deepspeed"], "weights.engine: does not go with parallel.hdp: .*fsdp2"),
         ([*HDP, "train.reprobe_every=3"], "train.reprobe_every: does not go with parallel.hdp: .*reprobe_every=0"),
         ([*HDP, "train.certificate=c"], "train.certificate: does not go with parallel.hdp: .* leave train.certificate"),
+        (
+            ["train.label_smoothing=1"],
+            "train.label_smoothing: must be at least 0 and less than 1, .* got 1.0; use",
+        ),
+        (["train.label_smoothing=-0.1"], "train.label_smoothing: must be at least 0 .* got -0.1"),
+        (["train.label_smoothing=nan"], "train.label_smoothing: must be at least 0 .* got nan"),
+        (["train.z_loss=-1e-4"], "train.z_loss: must lie in 0..1000, got -0.0001; use train.z_loss=0"),
         (["lora.rank=-1"], "lora.rank: must be at least 0"),
         (["lora.targets=[all-linear,q_proj]"], "all-linear stands alone"),
     ],
@@ -87,6 +107,8 @@ def test_what_cannot_run_is_refused_with_the_nearest_legal_value(overrides: list
         ["parallel.strategy=hybrid", "parallel.ulysses=2", "data.sequence_tokens=1004"],
         ["parallel.strategy=hybrid", "parallel.ulysses=4", "data.sequence_tokens=1004"],
         ["parallel.sp=1", "parallel.strategy=ring", "data.sequence_tokens=1003"],
+        AUTO,
+        [*AUTO, "memory.swap_share=1"],
     ],
 )
 def test_what_the_config_accepts_can_be_laid_out(overrides: list[str]) -> None:

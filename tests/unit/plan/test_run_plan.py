@@ -75,3 +75,15 @@ def test_the_plan_says_where_things_lie_and_that_an_emulated_tier_is_one() -> No
     assert "nvme" not in memory
     plain = plan_run(tiny_run("c", "o"), model_facts(make_config("llama", SETTINGS)), compute_bytes=8)
     assert "memory" not in dict(plain.lines())
+
+
+def test_the_plan_says_how_chunks_are_drawn_and_when_that_is_biased() -> None:
+    said = {}
+    for sampling in ("independent", "importance", "without_replacement"):
+        drawn = ["memory.chunk=spaco", f"memory.chunk_sampling={sampling}", "memory.chunk_keep_labelled=false"]
+        plan = plan_run(tiny_run("c", "o", *drawn), model_facts(make_config("llama", SETTINGS)), compute_bytes=8)
+        said[sampling] = dict(plan.lines())["memory"]
+    assert "each drawn with probability 0.5" in said["independent"]
+    assert "0.5 of them drawn on average, those with more labels more often" in said["importance"]
+    assert "biased" in said["without_replacement"]
+    assert sum("biased" in text for text in said.values()) == 1

@@ -50,6 +50,15 @@ def test_every_rung_is_legal_and_different_and_trains_on_the_same_sequences(star
     assert plans[-1].memory.chunk == "seco"
 
 
+def test_a_swap_does_not_keep_a_run_from_its_chunks() -> None:
+    plans = all_the_way_down(
+        run_config("train.recompute=true", "memory.offload_activations=cpu", "memory.swap_share=auto")
+    )
+    chunked = [plan for plan in plans if plan.memory.chunk == "seco"]
+    assert chunked
+    assert all(plan.memory.swap_share == 0 for plan in chunked)
+
+
 def test_the_cheapest_rung_comes_first() -> None:
     changes = all_the_way_down(run_config())[1:4]
     assert changes[0].memory.tiled_mlp

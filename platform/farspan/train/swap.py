@@ -1,0 +1,128 @@
+"""`memory.swap_share=auto`: how much of a recomputed layer waits in the tier, by MEMO's program over measured speeds.
+
+Every rank measures its own layers and its own way to the tier, all at once, as in a step. Each then decides by the
+slowest copies, the quickest layers and the least room of all ranks: the same share everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+from farspan.activations.memo import LayerCost, choose_alpha, simulate_stall
+from farspan.activations.memo_cost import measure_layers
+from farspan.memory.bench import measure
+from farspan.models.parts import decoder_layers
+from farspan.parallel.whole import WholeSequence
+from farspan.train.offload import RunTiers
+from farspan.train.step import TrainStep
+
+_LARGE_BYTES, _ROUNDS = 64 << 20, 3
+# RunOffload keeps the last layer on the device.
+_NUM_KEPT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SwapFacts:
+    """What one rank, or the worst of all, found. `host_bytes` are free in the tier."""
+
+    layer: LayerCost
+    bytes_per_s: float
+    host_bytes: int
+
+
+def choose_share(step: TrainStep, tiers: RunTiers) -> tuple[float, str]:
+    """(the share, one sentence that says why); collective, the same on every rank.
+
+    Two forwards of a sequence of the run, and some copies; weights, gradients, random numbers, the cursor and what the
+    run counts as read stay as they are.
+
+    Raises:
+        PlanError: the tier has no room for the inputs and attention outputs of the layers.
+        TierError: the tier gives back other bytes than were stored.
+    """
+    devices = [step.device] if step.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        layer = _layer_cost(step)
+        mine = SwapFacts(layer, _bytes_per_s(tiers, step.device), _free_bytes(tiers))
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return decide(worst_of(found), len(decoder_layers(step.loss.model)), tiers.wanted.label)
+
+
+def worst_of(found: Sequence[SwapFacts]) -> SwapFacts:
+    """What no rank is worse than."""
+    layers = [one.layer for one in found]
+    return SwapFacts(
+        layer=LayerCost(
+            input_bytes=max(layer.input_bytes for layer in layers),
+            attention_bytes=max(layer.attention_bytes for layer in layers),
+            rest_bytes=max(layer.rest_bytes for layer in layers),
+            forward_s=min(layer.forward_s for layer in layers),
+            backward_s=min(layer.backward_s for layer in layers),
+        ),
+        bytes_per_s=min(one.bytes_per_s for one in found),
+        host_bytes=min(one.host_bytes for one in found),
+    )
+
+
+def decide(facts: SwapFacts, num_layers: int, tier: str) -> tuple[float, str]:
+    """(the share in whole hundredths, so that the number told can be set in its place, the sentence); pure.
+
+    0 where not even what always moves could be hidden: layers are then computed again whole.
+    """
+    layer, speed = facts.layer, facts.bytes_per_s
+    choice = choose_alpha(layer, num_layers, speed, facts.host_bytes, _NUM_KEPT)
+    share = math.floor(choice.alpha * 100) / 100
+    waits = ""
+    if share > 0:
+        stall_s = simulate_stall(layer, num_layers, share, speed, _NUM_KEPT)
+        waits = f"; copies are expected to hold a sequence up for {stall_s:.3g} s"
+    return share, (
+        f"memory.swap_share=auto is {share:g}: a layer's forward takes {layer.forward_s:.3g} s, "
+        f"{_mib(layer.swapped_bytes(0))} of it always move and {_mib(layer.rest_bytes)} of products may, {tier} takes "
+        f"{speed / 1e9:.3g} GB/s and has {_mib(facts.host_bytes)}; {choice.reason}{waits}"
+    )
+
+
+def _layer_cost(step: TrainStep) -> LayerCost:
+    """Of the first sequence of this rank, as it is trained on."""
+    batch = step.reader.lay(step.reader.plan.sequence(step.mesh.dp_rank))
+    layout = step.sequence.lay_out(batch.num_tokens, batch.bounds)
+    shard = layout.shard(batch, step.exchange.rank).to(step.device)
+    attention, whole = step.sequence.attention(layout, shard.bounds), WholeSequence(shard.bounds, step.exchange, layout)
+    labels = torch.ones((), device=step.device)
+    try:
+        return measure_layers(
+            decoder_layers(step.loss.model), lambda: step.loss(shard, attention, labels, whole), step.device
+        )
+    finally:
+        for module in step.loss.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def _bytes_per_s(tiers: RunTiers, device: torch.device) -> float:
+    """Of all tiers that share the load together, in the slower direction."""
+    slowest = math.inf
+    for tier in tiers.wanted.tiers:
+        stats = tier.stats()
+        nbytes = max(1, min(_LARGE_BYTES, (stats.capacity_bytes - stats.used_bytes) // 2))
+        speeds = measure(tier, device, nbytes, _ROUNDS)
+        slowest = min(slowest, speeds["read_bytes_per_s"], speeds["write_bytes_per_s"])
+    # Regions are dealt out evenly: the others wait for the slowest.
+    return slowest * len(tiers.wanted.tiers)
+
+
+def _free_bytes(tiers: RunTiers) -> int:
+    return sum(stats.capacity_bytes - stats.used_bytes for stats in (tier.stats() for tier in tiers.wanted.tiers))
+
+
+def _mib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:.4g} MiB"

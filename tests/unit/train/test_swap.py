@@ -1,0 +1,70 @@
+"""memory.swap_share=auto: one decision from what every rank measured."""
+
+from __future__ import annotations
+
+import re
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from farspan.activations.memo import LayerCost, choose_alpha, simulate_stall
+from farspan.errors import PlanError
+from farspan.train.swap import SwapFacts, decide, worst_of
+
+LAYER = LayerCost(10, 10, 100, forward_s=1.0, backward_s=2.0)
+
+facts = st.builds(
+    SwapFacts,
+    layer=st.builds(
+        LayerCost,
+        input_bytes=st.integers(1, 10**6),
+        attention_bytes=st.integers(0, 10**6),
+        rest_bytes=st.integers(0, 10**7),
+        forward_s=st.floats(1e-4, 10),
+        backward_s=st.floats(1e-4, 20),
+    ),
+    bytes_per_s=st.floats(1e4, 1e9),
+    host_bytes=st.integers(10**9, 10**10),
+)
+
+
+def test_the_share_is_the_programs_in_hundredths_and_is_told_with_its_numbers() -> None:
+    share, why = decide(SwapFacts(LAYER, 57.77, 10**9), 12, "cxl0 (emulated)")
+    assert share == 0.37, "37.77 of 100 bytes can be hidden"
+    assert "\n" not in why
+    for part in ("memory.swap_share=auto is 0.37", "1 s", "cxl0 (emulated)", "bandwidth limits it", "up for 0 s"):
+        assert part in why, part
+
+
+def test_where_not_even_what_always_moves_can_be_hidden_nothing_is_swapped() -> None:
+    share, why = decide(SwapFacts(LAYER, 5.0, 10**9), 12, "dram")
+    assert share == 0
+    assert "X and O alone take longer" in why
+    assert not re.search("expected to hold", why)
+
+
+def test_a_tier_too_small_for_what_always_moves_is_refused() -> None:
+    with pytest.raises(PlanError, match="must fit on the host"):
+        decide(SwapFacts(LAYER, 100.0, 219), 12, "dram")
+    assert decide(SwapFacts(LAYER, 1000.0, 220), 12, "dram")[0] == 0
+
+
+@given(st.lists(facts, min_size=1, max_size=4), st.integers(2, 40))
+def test_every_rank_comes_to_the_same_share_and_none_could_hide_less(found: list[SwapFacts], num_layers: int) -> None:
+    share, _ = decide(worst_of(found), num_layers, "dram")
+    assert share == decide(worst_of(found[::-1]), num_layers, "dram")[0]
+    assert share * 100 == pytest.approx(round(share * 100)), "it can be written into a config"
+    for one in found:
+        own = choose_alpha(one.layer, num_layers, one.bytes_per_s, one.host_bytes, 1)
+        assert share <= own.alpha + 1e-9
+        if share > 0:
+            # Backward computes at least as long as forward: it does so in every model.
+            layer = LayerCost(
+                one.layer.input_bytes,
+                one.layer.attention_bytes,
+                one.layer.rest_bytes,
+                one.layer.forward_s,
+                max(one.layer.forward_s, one.layer.backward_s),
+            )
+            assert simulate_stall(layer, num_layers, share, one.bytes_per_s, 1) <= 1e-9 * num_layers * layer.backward_s
