@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.support.double import DoublePrecision
 from tests.support.zoo import VOCAB, zoo_model
-from tests.unit.engine.first_class import PATHS, SETTINGS, WITHOUT_PAGES, model_of
+from tests.unit.engine.first_class import PATHS, SETTINGS, WITHOUT_PAGES, all_kinds, model_of
 from tests.unit.engine.oracle import chunked_logits, whole_logits
 from tests.unit.engine.tiny import engine_config
 from transformers import PreTrainedModel
@@ -90,7 +90,9 @@ def test_greedy_answers_equal_transformers_generate(architecture):
     assert len(set(answer)) >= 6
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_oss", "deepseek_v3", "qwen3_next", "bamba"])
+@pytest.mark.parametrize(
+    "architecture", all_kinds(core=("llama", "gemma2", "gpt_oss", "deepseek_v3", "qwen3_next", "bamba"))
+)
 def test_bfloat16_errs_no_more_than_transformers_own(architecture):
     settings = SETTINGS.get(architecture, {})
     exact = zoo_model(architecture, torch.float32, **settings)
@@ -99,6 +101,7 @@ def test_bfloat16_errs_no_more_than_transformers_own(architecture):
     half = exact.to(torch.bfloat16)
     own = [whole_logits(half, row).float() for row in tokens]
     engine = Engine(half, engine_config(dtype="bfloat16"))
+    assert engine.path == PATHS[architecture]
     found = chunked_logits(engine, tokens, 16)
     ours = torch.stack([logits_V.float() for _, _, logits_V in found])
     at = [(row, position) for row, position, _ in found]
