@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
@@ -47,7 +47,7 @@ def model_of(architecture: str) -> PreTrainedModel:
         return zoo_model(architecture, **SETTINGS.get(architecture, {}))
 
 
-def all_kinds(core: Collection[str]) -> list[Any]:
-    """Every architecture as a parameter; those outside of `core` are tried by `make test-long` only."""
-    assert set(core) <= set(PATHS)
-    return [kind if kind in core else pytest.param(kind, marks=pytest.mark.long) for kind in PATHS]
+def kinds(among: Iterable[str] = PATHS, *, core: Collection[str]) -> list[Any]:
+    """Architectures as parameters; those outside of `core` are tried by `make test-long` only."""
+    assert set(core) <= set(among)
+    return [kind if kind in core else pytest.param(kind, marks=pytest.mark.long) for kind in among]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.support.double import DoublePrecision
 from tests.support.zoo import VOCAB, zoo_model
-from tests.unit.engine.first_class import PATHS, SETTINGS, WITHOUT_PAGES, all_kinds, model_of
+from tests.unit.engine.first_class import PATHS, SETTINGS, WITHOUT_PAGES, kinds, model_of
 from tests.unit.engine.oracle import chunked_logits, whole_logits
 from tests.unit.engine.tiny import engine_config
 from transformers import PreTrainedModel
@@ -91,7 +91,7 @@ def test_greedy_answers_equal_transformers_generate(architecture):
 
 
 @pytest.mark.parametrize(
-    "architecture", all_kinds(core=("llama", "gemma2", "gpt_oss", "deepseek_v3", "qwen3_next", "bamba"))
+    "architecture", kinds(core=("llama", "gemma2", "gpt_oss", "deepseek_v3", "qwen3_next", "bamba"))
 )
 def test_bfloat16_errs_no_more_than_transformers_own(architecture):
     settings = SETTINGS.get(architecture, {})

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.support.double import DoublePrecision
 from tests.support.zoo import zoo_model
-from tests.unit.engine.first_class import PATHS, WITH_STATES, all_kinds, model_of
+from tests.unit.engine.first_class import PATHS, WITH_STATES, kinds, model_of
 from tests.unit.engine.ledger import Clock, answer, ledger_engine
 from tests.unit.engine.oracle import whole_logits
 from tests.unit.engine.tiny import VOCAB, engine_config, tiny_model
@@ -87,7 +87,7 @@ def answers_and_found(
     return [whole_answer(events) for events in given.values()], [events[0].num_found for events in given.values()]
 
 
-@pytest.mark.parametrize("architecture", all_kinds(core=(*CORE, "gpt_oss", "deepseek_v3")))
+@pytest.mark.parametrize("architecture", kinds(core=(*CORE, "gpt_oss", "deepseek_v3")))
 def test_on_every_path_engines_that_guess_and_find_answer_like_those_that_do_not(architecture):
     prompts = prompts_of(30, 14)
     prompts.append(prompts[0][:25] + prompts[1])
