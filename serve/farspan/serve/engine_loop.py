@@ -146,6 +146,11 @@ class EngineLoop:
         if ticket.adapter != digest:
             name = client.request.caller.adapter or "the model alone"
             return f"the ticket was not computed with what {name} is here"
+        try:
+            # Now: as many pages as it names, of another size perhaps, may never be free here.
+            self._puller.check(ticket, time.time())
+        except TransferError as problem:
+            return problem.reason
         return _refuse_ticket(ticket, client)
 
     def _adapter_digest(self, request: GenerationRequest) -> str | None:
