@@ -237,7 +237,15 @@ class EngineLoop:
             return
         seconds = time.monotonic() - client.pull_started_s
         self._outbox.put(
-            client.inbox, Pulled(len(ticket.pages), ticket.num_bytes, seconds, self._transport.name, arrival.num_early)
+            client.inbox,
+            Pulled(
+                num_pages=len(ticket.pages),
+                num_bytes=ticket.num_bytes,
+                seconds=seconds,
+                transport=self._transport.name,
+                num_early=arrival.num_early,
+                digest=ticket.digest,
+            ),
         )
 
     def _after_event(self, event: TokenEvent | FailedEvent) -> None:
