@@ -23,7 +23,7 @@ KINDS = kinds(
     core=("llama", "gpt_oss", "deepseek_v3", "qwen3_next"),
 )
 SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 11, "presence_penalty": 0.3}
-NUM_TOKENS = 12
+NUM_TOKENS = 20
 # Sums of other lengths of rows are rounded elsewhere, in float64.
 ROUNDING = 1e-8
 
