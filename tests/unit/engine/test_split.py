@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.support.double import DoublePrecision
+from tests.unit.engine.first_class import kinds
 from tests.unit.engine.split import NUM_TOKENS, Split
 from tests.unit.engine.tiny import ARCHITECTURES, prompts, reference, tiny_model
 
@@ -78,7 +79,7 @@ def test_a_damaged_offer_gives_no_foreign_token_and_the_answer_is_recomputed(spl
     split.decode.check_integrity()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "qwen3_next"])
+@pytest.mark.parametrize("architecture", kinds(("llama", "gemma3_text", "qwen3_next"), core=("llama", "qwen3_next")))
 @pytest.mark.parametrize("page_tokens", [2, 8])
 def test_pages_of_another_size_are_refused_before_a_byte_moves_and_the_answer_is_the_same(architecture, page_tokens):
     prompt = [token % 61 for token in prompts(37)[0]]
