@@ -57,12 +57,16 @@ class Puller:
         """Parts that nobody waits for any more, and that may still write."""
         return len(self._quarantined)
 
+    def check(self, ticket: KvTicket, unix_s: float) -> None:
+        """Raises TransferError when a ticket is not acceptable, before there is a page for it."""
+        refuse_ticket(ticket, self._pool.layout, self._transport.name, unix_s)
+
     def start(self, ticket: KvTicket, pages: list[int], now_s: float, unix_s: float) -> None:
         """Begin to fetch `ticket` into `pages` (held by the caller until this returns).
 
         Raises TransferError, with `pages` still the caller's, when the ticket is not acceptable.
         """
-        refuse_ticket(ticket, self._pool.layout, self._transport.name, unix_s)
+        self.check(ticket, unix_s)
         assert len(pages) == len(ticket.pages), "one local page for each page of the ticket"
         pull = Pull(ticket.request_id, ticket.ticket_id, ticket.source, ticket.num_tokens, pages, now_s, ticket)
         self._begin(pull, ticket.pages, now_s)
@@ -106,7 +110,7 @@ class Puller:
         if pull is None or pull.ticket is not None:
             return False
         try:
-            refuse_ticket(ticket, self._pool.layout, self._transport.name, unix_s)
+            self.check(ticket, unix_s)
         except TransferError as problem:
             self._drop(pull, problem.reason)
             raise

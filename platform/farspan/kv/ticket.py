@@ -6,6 +6,8 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import xxhash
+
 from farspan.kv.pages import PagePool
 
 
@@ -57,6 +59,11 @@ class KvTicket:
     @property
     def num_bytes(self) -> int:
         return len(self.pages) * self.page_bytes
+
+    @property
+    def digest(self) -> str:
+        """Of all that its pages hold, in their order: 16 hex digits, the same for the same bytes wherever they lie."""
+        return f"{xxhash.xxh3_64_intdigest(b''.join(ref.digest.to_bytes(8, 'little') for ref in self.pages)):016x}"
 
 
 @dataclass(frozen=True, slots=True)

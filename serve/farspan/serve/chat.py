@@ -162,4 +162,4 @@ def _first_token(prefilled: Prefilled) -> Tokens:
 def _note(trace: RequestTrace, pulled: Pulled) -> None:
     trace.transport, trace.transfer_s = pulled.transport, pulled.seconds
     trace.kv_pages, trace.kv_bytes, trace.kv_pages_early = pulled.num_pages, pulled.num_bytes, pulled.num_early
-    trace.pulled_s = trace.age_s
+    trace.kv_digest, trace.pulled_s = pulled.digest, trace.age_s

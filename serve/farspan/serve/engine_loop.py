@@ -178,6 +178,11 @@ class EngineLoop:
         if ticket.adapter != digest:
             name = client.request.caller.adapter or "the model alone"
             return f"the ticket was not computed with what {name} is here"
+        try:
+            # Now: as many pages as it names, of another size perhaps, may never be free here.
+            self._puller.check(ticket, time.time())
+        except TransferError as problem:
+            return problem.reason
         return _refuse_ticket(ticket, client)
 
     def _adapter_digest(self, request: GenerationRequest) -> str | None:
@@ -265,7 +270,15 @@ class EngineLoop:
             return
         seconds = time.monotonic() - client.pull_started_s
         self._outbox.put(
-            client.inbox, Pulled(len(ticket.pages), ticket.num_bytes, seconds, self._transport.name, arrival.num_early)
+            client.inbox,
+            Pulled(
+                num_pages=len(ticket.pages),
+                num_bytes=ticket.num_bytes,
+                seconds=seconds,
+                transport=self._transport.name,
+                num_early=arrival.num_early,
+                digest=ticket.digest,
+            ),
         )
 
     def _after_event(self, event: TokenEvent | FailedEvent) -> None:

@@ -67,6 +67,8 @@ class Pulled:
     transport: str
     num_early: int = 0
     """Pages that were fetched, or under way, while the prompt was still computed."""
+    digest: str = ""
+    """Of what they hold, as it was verified."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,8 @@ class RequestTrace:
     kv_bytes: int = 0
     kv_pages_early: int = 0
     """Pages that were fetched, or under way, while the prompt was still computed."""
+    kv_digest: str = ""
+    """Of what all those pages hold, as it was offered and found again where they arrived; empty: none travelled."""
     transfer_s: float = 0.0
     """What was waited for the pages after that."""
     pulled_s: float | None = None
@@ -123,7 +125,16 @@ class RequestTrace:
         arrivals = self.arrivals
         names = ("request_id", "prompt_tokens", "cached_tokens", "route", "route_reason", "prefill_s", "transport")
         chosen = ("prefill_worker", "decode_worker", "predicted_first_token_s", "predicted_token_s")
-        more = ("kv_pages", "kv_bytes", "kv_pages_early", "transfer_s", "recovered", "recoveries", "finish")
+        more = (
+            "kv_pages",
+            "kv_bytes",
+            "kv_pages_early",
+            "kv_digest",
+            "transfer_s",
+            "recovered",
+            "recoveries",
+            "finish",
+        )
         return {
             **{name: getattr(self, name) for name in (*names, *chosen, *more)},
             "output_tokens": arrivals.count,

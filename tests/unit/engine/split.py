@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 from tests.support.zoo import zoo_model
 from tests.unit.engine.tiny import ARCHITECTURES, engine_config, tiny_model
 from transformers import PreTrainedModel
 
 from farspan.engine.engine import Engine
-from farspan.engine.request import SamplingParams
+from farspan.engine.request import Event, SamplingParams, TokenEvent
 from farspan.kv.puller import Arrival, Puller
 from farspan.kv.ticket import KvTicket, LeaseTable
 from farspan.kv.transports.memory import MemoryNetwork, MemoryTransport
@@ -26,9 +27,18 @@ def model_of(architecture: str) -> PreTrainedModel:
 class Split:
     """Two engines of the same model, joined by a transport."""
 
-    def __init__(self, architecture: str, transport: str, make: Callable[[str], PreTrainedModel] = model_of) -> None:
-        self.prefill = Engine(make(architecture), engine_config(max_batch_tokens=16))
-        self.decode = Engine(make(architecture), engine_config())
+    def __init__(
+        self,
+        architecture: str,
+        transport: str,
+        make: Callable[[str], PreTrainedModel] = model_of,
+        *,
+        tokenizer: Any = None,
+        **decode: object,
+    ) -> None:
+        """`decode`: what the engine that goes on is told, and the other is not."""
+        self.prefill = Engine(make(architecture), engine_config(max_batch_tokens=16), tokenizer=tokenizer)
+        self.decode = Engine(make(architecture), engine_config(**decode), tokenizer=tokenizer)
         network = MemoryNetwork()
         pools = self.prefill.pool, self.decode.pool
         ends = [MemoryTransport(p, network) if transport == "memory" else NixlTransport(p) for p in pools]
@@ -37,13 +47,19 @@ class Split:
         self.puller = Puller(self.decode.pool, self.receiver, deadline_s=30.0)
 
     def offer(self, prompt: list[int], params: SamplingParams) -> tuple[int, KvTicket]:
-        self.prefill.add("r", prompt, params, prefill_only=True)
-        events = []
+        """The first token, and the right to the pages."""
+        event, ticket = self.offer_as("r", prompt, params)
+        return event.token, ticket
+
+    def offer_as(self, name: str, prompt: list[int], params: SamplingParams) -> tuple[TokenEvent, KvTicket]:
+        self.prefill.add(name, prompt, params, prefill_only=True)
+        events: list[Event] = []
         while not events:
             events = self.prefill.step()
-        pages, num_tokens = self.prefill.take("r")
-        ticket = self.leases.offer("r", pages, num_tokens, self.source.address(), time.time())
-        return events[0].token, ticket
+        (event,) = events
+        assert isinstance(event, TokenEvent), event
+        pages, num_tokens = self.prefill.take(name)
+        return event, self.leases.offer(name, pages, num_tokens, self.source.address(), time.time())
 
     def pull(self, ticket: KvTicket) -> Arrival:
         pages = self.decode.pool.alloc(len(ticket.pages))

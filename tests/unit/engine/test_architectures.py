@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from tests.support.double import DoublePrecision
 from tests.support.zoo import VOCAB, zoo_model
+from tests.unit.engine.first_class import PATHS, SETTINGS, WITHOUT_PAGES, kinds, model_of
 from tests.unit.engine.oracle import chunked_logits, whole_logits
 from tests.unit.engine.tiny import engine_config
 from transformers import PreTrainedModel
@@ -17,39 +16,7 @@ from farspan.engine.request import SamplingParams
 from farspan.engine.runner import seen_pages
 from farspan.errors import RequestError
 
-PATHS = {
-    "llama": "packed",
-    "qwen2": "packed",
-    "qwen3": "packed",
-    "mistral": "packed",
-    "mixtral": "packed",
-    "gemma2": "packed",
-    "gemma3_text": "packed",
-    "phi": "packed",
-    "gpt_neox": "packed",
-    "gpt_oss": "packed",
-    "qwen3_moe": "packed",
-    "deepseek_v3": "packed",
-    "llama4_text": "packed",
-    "qwen3_next": "packed",
-    "bamba": "packed",
-    "lfm2": "packed",
-    "falcon_h1": "packed",
-    "jamba": "packed stepwise",
-    "mamba": "packed stepwise",
-    "mamba2": "packed",
-    "stablelm": "alone",
-}
-# Nothing of them is in pages, or nothing at all.
-WITHOUT_PAGES = ("mamba", "mamba2", "stablelm")
 NUM_TOKENS = 16
-SETTINGS = {"llama4_text": {"attn_temperature_tuning": False}, "gpt_neox": {"seed": 1}}
-
-
-@functools.cache
-def model_of(architecture: str) -> PreTrainedModel:
-    with DoublePrecision():
-        return zoo_model(architecture, **SETTINGS.get(architecture, {}))
 
 
 def rows(*lengths: int, seed: int = 1) -> list[list[int]]:
@@ -123,7 +90,9 @@ def test_greedy_answers_equal_transformers_generate(architecture):
     assert len(set(answer)) >= 6
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_oss", "deepseek_v3", "qwen3_next", "bamba"])
+@pytest.mark.parametrize(
+    "architecture", kinds(core=("llama", "gemma2", "gpt_oss", "deepseek_v3", "qwen3_next", "bamba"))
+)
 def test_bfloat16_errs_no_more_than_transformers_own(architecture):
     settings = SETTINGS.get(architecture, {})
     exact = zoo_model(architecture, torch.float32, **settings)
@@ -132,6 +101,7 @@ def test_bfloat16_errs_no_more_than_transformers_own(architecture):
     half = exact.to(torch.bfloat16)
     own = [whole_logits(half, row).float() for row in tokens]
     engine = Engine(half, engine_config(dtype="bfloat16"))
+    assert engine.path == PATHS[architecture]
     found = chunked_logits(engine, tokens, 16)
     ours = torch.stack([logits_V.float() for _, _, logits_V in found])
     at = [(row, position) for row, position, _ in found]

@@ -32,12 +32,13 @@ class LocalWorkers:
     def __init__(self, folder: Path, **engine: Any) -> None:
         network, tokenizer = MemoryNetwork(), load_tokenizer(folder)
         self.config = EngineConfig(**{**ENGINE, **engine})
+        roles = ("prefill", "decode", "decode")
         self.engines = [
-            Engine(load_causal_lm(folder, torch.float64), self.config, tokenizer=tokenizer) for _ in range(3)
+            Engine(load_causal_lm(folder, torch.float64), self.config_of(role), tokenizer=tokenizer) for role in roles
         ]
         self.hosts = [
             EngineHost(role, engine, MemoryTransport(engine.pool, network), TransferConfig())
-            for role, engine in zip(("prefill", "decode", "decode"), self.engines, strict=True)
+            for role, engine in zip(roles, self.engines, strict=True)
         ]
         self.die_after: int | None = None
         self.deaths = 0
@@ -46,6 +47,10 @@ class LocalWorkers:
         self.followed: list[bool] = []
         for host in self.hosts:
             host.start()
+
+    def config_of(self, role: str) -> EngineConfig:
+        """The same for all."""
+        return self.config
 
     async def prefill(self, request):
         self.asked.append(request)

@@ -52,7 +52,7 @@ class FakeWorkers:
         self.names.append(request.request_id)
         assert answered == ANSWER[: len(answered)]
         if ticket is not None and not (number < len(self.failures) and self.lengths[number] == 0):
-            yield Pulled(2, 128, 0.25, "memory")
+            yield Pulled(2, 128, 0.25, "memory", digest="0a1b")
         failing = number < len(self.failures)
         rest = ANSWER[len(answered) :][: self.lengths[number] if failing else None]
         for index, token in enumerate(rest):
@@ -97,7 +97,8 @@ def test_an_undisturbed_answer_is_prefilled_pulled_and_released_once():
     assert workers.attempts == [(1, True)]
     assert (workers.released, workers.cancelled) == (["t"], [])
     assert (trace.recovered, trace.kv_bytes, trace.transport, trace.prefill_s) == (False, 128, "memory", 0.5)
-    assert trace.report()["output_tokens"] == len(ANSWER)
+    report = trace.report()
+    assert (report["output_tokens"], report["kv_digest"]) == (len(ANSWER), "0a1b")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tracemalloc
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -54,6 +55,30 @@ def test_one_token_has_a_time_and_no_gaps_and_tokens_that_come_together_have_non
     together = Arrivals()
     together.add(4, 2.0)
     assert [together.percentile_s(percent) for percent in (50, 90, 99)] == [0.0, 0.0, 0.0]
+
+
+def test_the_digest_of_a_trace_is_that_of_the_pages_that_were_offered_and_of_nothing_else(served):
+    def digest_of(prompt: str) -> str:
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": 2}
+        assert served.post("/v1/completions", body, headers={"x-request-id": "mine"}).status_code == 200
+        trace = served.get("/v1/requests/mine/trace").json()
+        assert trace["kv_bytes"] > 0
+        assert not trace["recovered"]
+        return trace["kv_digest"]
+
+    one, other = digest_of("import threading as t"), digest_of("import threading as u")
+    tickets = [prefilled.ticket for prefilled in served.workers.prefilled[-2:]]
+    assert [ticket.digest for ticket in tickets] == [one, other]
+    assert one != other
+    assert len(one) == len(other) == 16
+    (first, *rest), *_ = (ticket.pages for ticket in tickets)
+    moved = replace(first, page=first.page + 1, epoch=first.epoch + 1)
+    changed = replace(first, digest=first.digest ^ 1)
+    assert replace(tickets[0], pages=(moved, *rest)).digest == one
+    assert (
+        len({one, *(replace(tickets[0], pages=pages).digest for pages in ((changed, *rest), rest, (*rest, first)))})
+        == 4
+    )
 
 
 def test_requests_of_many_answers_are_forgotten_sooner():
