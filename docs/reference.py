@@ -163,7 +163,10 @@ def _tree(module: ModuleType) -> ast.Module:
 
 
 def _type(hint: str) -> str:
-    return hint.replace("str | None", "str, or none").replace("int | None", "int, or none").replace("[", "\\[")
+    for kind in ("str", "int", "float"):
+        hint = hint.replace(f"{kind} | None", f"{kind}, or none")
+    # A bar would end the cell.
+    return hint.replace(" | ", " or ").replace("[", "\\[")
 
 
 def _default(default: str | None) -> str:

@@ -254,9 +254,9 @@ def test_every_number_of_the_dashboards_is_in_rays_prometheus_endpoint(
     # Told before the first step, as a checkpoint is before the last: they last as long as the run.
     predicted = PlanPredicted(step_s=0.5, device_bytes=1 << 20)
     run_training(run_config(corpus, tmp_path / "run"), [], lambda _: None, predicted=predicted)
-    troubled = RunMetrics("troubled")
-    for body in TROUBLES:
-        troubled.record(body)
+    with RunMetrics("troubled") as troubled:
+        for body in TROUBLES:
+            troubled.record(body)
     ends, found = time.monotonic() + 90, set[str]()
     while time.monotonic() < ends and not wanted <= found:
         # Samples alone: what is declared and was never told has no line of its own. Ray forgets them after a while.

@@ -30,6 +30,7 @@ from farspan.data.corpus import build_corpus
 from farspan.data.reader import Corpus, Reader, open_corpus
 from farspan.jobs.bench_plain import PlainLoop, PlainRun, plain_loop
 from farspan.jobs.launch import local_ray
+from farspan.jobs.progress import StopWish
 from farspan.jobs.train import run_training
 from farspan.models.checkpoint import make_config, random_causal_lm
 from farspan.telemetry.events import EventBody, StepReport
@@ -156,7 +157,7 @@ class _Comparison:
     def _in_turns(self, num_steps: int) -> tuple[Course, Course]:
         """(plain loop, job)"""
         config = self._bench.run(self._uri, self._scratch / "run", num_steps)
-        plain, job = Course(), Course()
+        plain, job, wish = Course(), Course(), StopWish()
         with self._loop(num_steps) as loop, local_ray(num_cpus=self._bench.threads):
             began_s = time.monotonic()
 
@@ -164,14 +165,20 @@ class _Comparison:
                 nonlocal began_s
                 if not isinstance(body, StepReport):
                     return
-                job.add(body.loss, time.monotonic() - began_s)
-                with _standing_still(loop.pid):
-                    plain.add(*loop.step())
-                if body.step % _TOLD_EVERY == 0:
-                    logger.info("step %d: %.3g s, of the job %.3g s", body.step, plain.seconds[-1], job.seconds[-1])
-                began_s = time.monotonic()
+                try:
+                    with _standing_still(loop.pid):
+                        job.add(body.loss, time.monotonic() - began_s)
+                        plain.add(*loop.step())
+                        if body.step % _TOLD_EVERY == 0:
+                            times = plain.seconds[-1], job.seconds[-1]
+                            logger.info("step %d: %.3g s, of the job %.3g s", body.step, *times)
+                        began_s = time.monotonic()
+                except BaseException:
+                    # Nobody would hear of it before the job's last step.
+                    wish.ask("the plain loop failed")
+                    raise
 
-            run_training(config, [], tell)
+            run_training(config, [], tell, wish)
         return plain, job
 
     def _plain_alone(self, num_steps: int, of_steps: int, noise: float = 0.0) -> Course:

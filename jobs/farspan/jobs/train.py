@@ -47,14 +47,14 @@ def run_training(
         FarspanError: what stopped the run, as the worker raised it.
     """
     plan = "\n".join(f"{what}: {text}" for what, text in plan_lines)
-    metrics = RunMetrics(config.name)
-    tell(RunStarted(config=dump_config(config), plan=plan))
-    if predicted is not None:
-        metrics.record(predicted)
-        tell(predicted)
-    if not config.train.resume:
-        _start_over(config, tell)
-    return _Attempts(config, plan, tell, wish or StopWish(), metrics).run()
+    with RunMetrics(config.name) as metrics:
+        tell(RunStarted(config=dump_config(config), plan=plan))
+        if predicted is not None:
+            metrics.record(predicted)
+            tell(predicted)
+        if not config.train.resume:
+            _start_over(config, tell)
+        return _Attempts(config, plan, tell, wish or StopWish(), metrics).run()
 
 
 def _start_over(config: RunConfig, tell: Callable[[EventBody], None]) -> None:

@@ -32,7 +32,7 @@ def run_bench(
     turns: int = 3,
     long_tokens: int | None = None,
 ) -> None:
-    """Run one bench, or all but `train`, which takes half an hour, and `serve`, and show the rows; see `show_results`.
+    """Run one bench, or all but `train`, which takes twenty minutes, and `serve`, and show the rows: `show_results`.
 
     `minutes`, `width` and `layers` are those of `train`; `vllm_env`, `peers` and `turns` those of `engine`;
     `long_tokens` that of `serve`.

@@ -53,7 +53,8 @@ def run_report(run: str, out: str | None) -> None:
 def _reason(problem: BaseException) -> str:
     if isinstance(problem, FarspanError):
         return str(problem)
-    if isinstance(problem, KeyboardInterrupt):
+    # Ray Train ends the process by SystemExit when it is interrupted.
+    if isinstance(problem, (KeyboardInterrupt, SystemExit)):
         return "interrupted"
     return f"{type(problem).__name__}: {problem}"
 

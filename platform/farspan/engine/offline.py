@@ -70,7 +70,8 @@ class OfflineEngine:
         """An answer for every line, as soon as it is there; a line that cannot be answered fails alone.
 
         Raises EngineError when nothing can be computed because the KV pages are held by somebody else, and after the
-        last answer when a page was lost or had two owners on the way: some answers may be of foreign pages.
+        last answer when a page belongs to nobody or to two: answers of this run may be of foreign pages, and those that
+        were written are to be thrown away.
         """
         ahead = order_lines(lines)
         asked: dict[str, tuple[Prompt, list[int]]] = {}

@@ -35,7 +35,7 @@ class StepReport:
     step: int
     """Counts from 1."""
     loss: float
-    """Mean cross entropy over `num_labels`, in nats."""
+    """Mean over `num_labels`, in nats: cross entropy, with label smoothing and z-loss where those are set."""
     learning_rate: float
     grad_norm: float
     """Global L2 norm before clipping."""

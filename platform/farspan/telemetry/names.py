@@ -22,7 +22,13 @@ class Metric:
 
 METRICS: tuple[Metric, ...] = (
     Metric("farspan_train_step", "steps", "Step", "step.step", "Optimizer steps done."),
-    Metric("farspan_train_loss_nats", "nats", "Loss", "step.loss", "Mean cross entropy over all labels of the step."),
+    Metric(
+        "farspan_train_loss_nats",
+        "nats",
+        "Loss",
+        "step.loss",
+        "Mean over all labels of the step, smoothing and z-loss included.",
+    ),
     Metric("farspan_train_learning_rate", "1", "Learning rate", "step.learning_rate", "Of this step."),
     Metric("farspan_train_grad_norm", "1", "Gradient norm", "step.grad_norm", "Global L2 norm before clipping."),
     Metric("farspan_train_tokens", "tokens", "Tokens", "step.tokens", "Tokens of the step, over all ranks."),

@@ -145,7 +145,12 @@ def _predicted(bodies: Sequence[EventBody]) -> tuple[PlanPredicted | None, tuple
 
 
 def _ending(bodies: Sequence[EventBody]) -> Ending | None:
-    """The last end that nothing followed: a run that stops to change its size says that it stopped, and goes on."""
+    """The last end that nothing followed: a run that stops to change its size says that it stopped, and goes on.
+
+    What fails after a run has finished does not undo that.
+    """
+    if (finished := next((body for body in bodies if isinstance(body, RunFinished)), None)) is not None:
+        return finished
     last = next((body for body in reversed(bodies) if isinstance(body, (*_GOES_ON, *_ENDINGS))), None)
     return last if isinstance(last, _ENDINGS) else None
 

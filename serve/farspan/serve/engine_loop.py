@@ -125,8 +125,9 @@ class EngineLoop:
     @property
     def _idle(self) -> bool:
         """Whether nothing is computed, fetched or waited for; pages may still be held for others."""
-        under_way = self._puller.num_pulling or self._puller.num_early or self._wanting_pages
-        return not self._engine.has_work and not under_way
+        if self._engine.has_work:
+            return False
+        return not (self._puller.num_pulling or self._puller.num_early or self._wanting_pages)
 
     def fail_all(self, error: FarspanError) -> None:
         """Tell everybody who waits that there will be no more."""

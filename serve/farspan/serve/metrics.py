@@ -48,7 +48,7 @@ class Metrics:
         )
         self._awaited = Histogram(
             "farspan_transfer_seconds",
-            "Wait for KV pages once their prompt is computed.",
+            "From the first KV page asked for to the last that arrived.",
             buckets=_TRANSFER_S,
             registry=registry,
         )

@@ -1,7 +1,8 @@
-"""What a run told once is exported for as long as the run tells anything."""
+"""What a run told once is exported for as long as the run goes on."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -9,33 +10,61 @@ import pytest
 from farspan.jobs.metrics import RunMetrics
 from farspan.telemetry.events import Note, PlanPredicted, RunResized, RunRestarted
 
+DEADLINE_S = 60.0
+PLANNED = {"farspan_predicted_step_seconds": 0.5, "farspan_predicted_device_bytes": 7}
 
-def test_what_was_told_once_is_told_again_with_every_later_event(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[tuple[str, float, dict[str, str]]] = []
 
-    class Gauge:
-        """Remembers what Ray would be told."""
+class Ray:
+    """Remembers what Ray is told."""
 
-        def __init__(self, name: str, **_: Any) -> None:
-            self.name = name
+    def __init__(self) -> None:
+        self.told: list[tuple[str, float, dict[str, str]]] = []
+        self.arrived = threading.Condition()
 
-        def set(self, value: float, tags: dict[str, str]) -> None:
-            told.append((self.name, value, tags))
+    def gauge(self, name: str, **_: Any) -> Any:
+        return Gauge(self, name)
+
+
+class Gauge:
+    def __init__(self, ray: Ray, name: str) -> None:
+        self.ray, self.name = ray, name
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        with self.ray.arrived:
+            self.ray.told.append((self.name, value, tags))
+            self.ray.arrived.notify_all()
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
+    made = Ray()
+    monkeypatch.setattr("farspan.jobs.metrics.Gauge", made.gauge)
+    return made
+
+
+def test_an_event_exports_its_own_numbers_under_the_name_of_the_run(ray: Ray) -> None:
+    metrics = RunMetrics("r")
 
     def exported(body: Any) -> dict[str, float]:
-        told.clear()
+        ray.told.clear()
         metrics.record(body)
-        assert all(tags == {"run": "r"} for _, _, tags in told)
-        return {name: value for name, value, _ in told}
+        assert all(tags == {"run": "r"} for _, _, tags in ray.told)
+        return {name: value for name, value, _ in ray.told}
 
-    monkeypatch.setattr("farspan.jobs.metrics.Gauge", Gauge)
-    metrics = RunMetrics("r")
-    planned = {"farspan_predicted_step_seconds": 0.5, "farspan_predicted_device_bytes": 7}
-    assert exported(PlanPredicted(step_s=0.5, device_bytes=7)) == planned
+    assert exported(PlanPredicted(step_s=0.5, device_bytes=7)) == PLANNED
     lost = {"farspan_restarted_step": 3, "farspan_redone_steps": 2}
-    assert exported(RunRestarted(step=3, redone=2, reason="lost")) == {**planned, **lost}
+    assert exported(RunRestarted(step=3, redone=2, reason="lost")) == lost
     size = {"farspan_resized_step": 3, "farspan_train_workers": 1, "farspan_train_accumulation": 2}
-    assert exported(RunResized(step=3, workers=1, accumulation=2, reason="room")) == {**planned, **lost, **size}
-    lost = {"farspan_restarted_step": 6, "farspan_redone_steps": 0}
-    assert exported(RunRestarted(step=6, redone=0, reason="lost")) == {**planned, **lost, **size}
-    assert exported(Note(text="nothing")) == {**planned, **lost, **size}
+    assert exported(RunResized(step=3, workers=1, accumulation=2, reason="room")) == size
+    assert exported(Note(text="nothing")) == {}
+
+
+def test_what_was_told_once_is_told_again_while_nothing_happens_and_no_more_afterwards(ray: Ray) -> None:
+    with RunMetrics("r", every_s=0.01) as metrics:
+        metrics.record(PlanPredicted(step_s=0.5, device_bytes=7))
+        with ray.arrived:
+            assert ray.arrived.wait_for(lambda: len(ray.told) >= 6, DEADLINE_S)
+    assert {name: value for name, value, _ in ray.told} == PLANNED
+    count = len(ray.told)
+    assert not metrics._thread.is_alive()
+    assert len(ray.told) == count

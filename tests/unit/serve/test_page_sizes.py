@@ -23,14 +23,19 @@ from farspan.serve.host import EngineHost
 from farspan.serve.messages import Failed, Prefilled
 
 BODY = {"model": "tiny", "prompt": TEXT[200:500], "max_tokens": 16, "logprobs": 2}
-WAYS: list[dict[str, Any]] = [{"temperature": 0}, {"temperature": 0.9, "seed": 4, "n": 2}]
+# Another prompt each: one that is found computed is done in one iteration, and nothing is offered before its end.
+WAYS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 0.9, "seed": 4, "n": 2, "prompt": TEXT[600:900]},
+]
 
 
 class MixedWorkers(LocalWorkers):
     """Pages of 4 tokens where prompts are computed, of 8 where answers are."""
 
     def config_of(self, role: str) -> EngineConfig:
-        return replace(self.config, page_tokens=4 if role == "prefill" else 8)
+        # Prompts take several iterations: pages are offered before the last of them.
+        return replace(self.config, page_tokens=4 if role == "prefill" else 8, max_batch_tokens=32)
 
 
 class MixedPlacedWorkers(MixedWorkers, PlacedWorkers):
@@ -78,6 +83,7 @@ def test_workers_of_different_page_sizes_that_are_paired_all_the_same_answer_lik
         assert (one["kv_pages"], one["kv_bytes"], one["transport"]) == (0, 0, "none")
         assert [reason for reason in one["recoveries"] if "another model or KV layout" in reason] == one["recoveries"]
         assert len(one["recoveries"]) == 1
+    assert mixed.workers.followed
     assert not any(mixed.workers.followed)
     asyncio.run(mixed.settled())
 
@@ -101,7 +107,7 @@ def test_workers_of_different_page_sizes_are_never_paired_where_the_ingress_know
 
 def test_a_ticket_of_more_pages_than_there_are_is_refused_at_once_when_their_size_is_another():
     (prompt,) = prompts(60)
-    network, patient = MemoryNetwork(), TransferConfig(deadline_s=3600.0)
+    network, patient = MemoryNetwork(), TransferConfig(deadline_s=120.0)
     engines = [Engine(tiny_model(), engine_config(page_tokens=size)) for size in (1, 64)]
     room = 3 * engines[1].pool.layout.cost_bytes
     engines[1] = Engine(tiny_model(), engine_config(page_tokens=64, kv_bytes=room))
