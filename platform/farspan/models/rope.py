@@ -27,11 +27,55 @@ def take_ntk(fields: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dic
     errors name the place of the fields.
 
     Raises:
-        ConfigError: a factor that stretches nothing, or a field that ntk does not have.
+        ConfigError: a factor that stretches nothing, a field that ntk does not have, ntk where it would not be read,
+            or beside a `rope_scaling`.
     """
+    home = "rope_parameters"
     if isinstance(fields.get("text_config"), Mapping):
         text, factors = take_ntk(fields["text_config"], f"{where}text_config.")
-        return {**fields, "text_config": text}, factors
+        taken, home = {**fields, "text_config": text}, "text_config.rope_parameters"
+    else:
+        taken, factors = _taken_ropes(fields, where)
+    # transformers would only warn of an ntk that is left, or ignore it.
+    left = [said for name in ("rope_parameters", "rope_scaling") for said in _says_ntk(taken.get(name), where + name)]
+    if left:
+        way_out = f"write rope_type: ntk in {home}, for the whole model or inside the kinds of layers that it is for"
+        raise ConfigError(left[0], "is not where ntk is read", _NTK, way_out)
+    if factors and taken.get("rope_scaling"):
+        # Its scaling would win over rope_parameters, and the larger theta would come on top.
+        rule = f"cannot stand beside rope_type ntk in {home}"
+        raise ConfigError(f"{where}rope_scaling", rule, taken["rope_scaling"], "leave one of the two out")
+    return taken, factors
+
+
+def stretch_ntk(config: PretrainedConfig, factors: Mapping[str, float]) -> None:
+    """Write the theta of `factors` (take_ntk) into `config`.
+
+    Raises:
+        ModelError: the model has no such rope, one of a single frequency, or one that transformers scales otherwise.
+    """
+    if not factors:
+        return
+    text = config.get_text_config(decoder=True)
+    for kind, factor in factors.items():
+        ropes = getattr(text, "rope_parameters", None) or {}
+        rope = (ropes.get(kind) or {}) if kind else ropes
+        if rope.get("rope_type") != "default" or "rope_theta" not in rope:
+            place = f"rope_parameters.{kind}" if kind else "rope_parameters"
+            raise ModelError(
+                f"{config.model_type}: rope_type ntk needs a rope of the model with rope_type default and a theta, "
+                f"got {place} {rope}; name the kinds of layers as the model's config does, and leave out every other "
+                "scaling of positions"
+            )
+        rope["rope_theta"] = ntk_theta(rope["rope_theta"], factor, _rotary_dim(config, kind))
+
+
+def ntk_theta(theta: float, factor: float, rotary_dim: int) -> float:
+    """The theta whose slowest of `rotary_dim / 2` frequencies is `factor` times slower, and its fastest the same."""
+    return float(theta * factor ** (rotary_dim / (rotary_dim - 2)))
+
+
+def _taken_ropes(fields: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, float]]:
     ropes = fields.get("rope_parameters")
     if not isinstance(ropes, Mapping):
         return dict(fields), {}
@@ -48,23 +92,12 @@ def take_ntk(fields: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dic
     return {**fields, "rope_parameters": plain}, factors
 
 
-def stretch_ntk(config: PretrainedConfig, factors: Mapping[str, float]) -> None:
-    """Write the theta of `factors` (take_ntk) into `config`.
-
-    Raises:
-        ModelError: the model has no such rope, or one of a single frequency.
-    """
-    if not factors:
-        return
-    text = config.get_text_config(decoder=True)
-    for kind, factor in factors.items():
-        rope = text.rope_parameters[kind] if kind else text.rope_parameters
-        rope["rope_theta"] = ntk_theta(rope["rope_theta"], factor, _rotary_dim(config, kind))
-
-
-def ntk_theta(theta: float, factor: float, rotary_dim: int) -> float:
-    """The theta whose slowest of `rotary_dim / 2` frequencies is `factor` times slower, and its fastest the same."""
-    return float(theta * factor ** (rotary_dim / (rotary_dim - 2)))
+def _says_ntk(rope: object, where: str) -> list[str]:
+    """The fields of `rope`, at any depth, that say ntk; `type` is the older name of rope_type."""
+    if not isinstance(rope, Mapping):
+        return []
+    here = [f"{where}.{name}" for name in ("rope_type", "type") if rope.get(name) == _NTK]
+    return here + [said for kind, inner in rope.items() for said in _says_ntk(inner, f"{where}.{kind}")]
 
 
 def _taken(rope: Mapping[str, Any], where: str) -> tuple[dict[str, Any], float | None]:

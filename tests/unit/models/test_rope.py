@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from farspan.errors import ConfigError, ModelError
 from farspan.models.checkpoint import load_causal_lm, make_config, open_config, random_causal_lm, save_causal_lm
-from farspan.models.rope import ntk_theta, take_ntk
+from farspan.models.rope import ntk_theta, stretch_ntk, take_ntk
 from farspan.models.rules import refuse_unsupported
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 77, "intermediate_size": 40}
 TOKENS = torch.arange(40).unsqueeze(0)
 NTK = {"rope_type": "ntk", "rope_theta": 5000.0, "factor": 4.0}
+OLDER = {"type": "ntk", "factor": 4.0}
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def open_fields(folder: Path, fields: dict[str, Any]) -> PretrainedConfig:
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **fields}))
+    return open_config(folder)
 
 
 def frequencies(architecture: str, ropes: dict[str, Any], name: str, **settings: Any) -> torch.Tensor:
@@ -108,6 +117,80 @@ def test_a_field_that_ntk_does_not_have_is_refused_by_name() -> None:
 def test_a_model_without_such_a_rope_is_refused(architecture: str, settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
         make_config(architecture, {**SIZES, **settings, "rope_parameters": NTK})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_scaling": LLAMA3, "rope_parameters": NTK},
+        {"model_type": "gemma3_text", "rope_scaling": LINEAR, "rope_parameters": {"full_attention": NTK}},
+        {"model_type": "gemma3", "text_config": {"rope_scaling": LINEAR, "rope_parameters": {"full_attention": NTK}}},
+        {"model_type": "qwen2_vl", "rope_scaling": LINEAR, "text_config": {"rope_parameters": NTK}},
+    ],
+    ids=["one rope", "kinds of layers", "in the text part", "beside the text part"],
+)
+def test_ntk_never_comes_on_top_of_the_scaling_of_an_older_config(fields: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rope_scaling: cannot stand beside rope_type ntk in .*got \{.*; leave one"):
+        open_fields(tmp_path, fields)
+
+
+def test_an_empty_rope_scaling_scales_nothing_and_is_no_hindrance(tmp_path: Path) -> None:
+    for empty in (None, {}):
+        config = open_fields(tmp_path, {**SIZES, "rope_scaling": empty, "rope_parameters": NTK})
+        assert config.rope_parameters == {"rope_type": "default", "rope_theta": ntk_theta(5000.0, 4.0, 32)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said", "home"),
+    [
+        ({"rope_scaling": NTK}, "rope_scaling.rope_type", "rope_parameters"),
+        ({"rope_scaling": OLDER}, "rope_scaling.type", "rope_parameters"),
+        ({"rope_parameters": OLDER}, "rope_parameters.type", "rope_parameters"),
+        ({"rope_parameters": {"full_attention": OLDER}}, "rope_parameters.full_attention.type", "rope_parameters"),
+        ({"rope_parameters": {**NTK, "full_attention": {}}}, "rope_parameters.rope_type", "rope_parameters"),
+        ({"text_config": {}, "rope_parameters": NTK}, "rope_parameters.rope_type", "text_config.rope_parameters"),
+        ({"text_config": {"rope_scaling": NTK}}, "text_config.rope_scaling.rope_type", "rope_parameters"),
+    ],
+    ids=[
+        "rope_scaling",
+        "both older names",
+        "type",
+        "type of a kind",
+        "beside kinds",
+        "beside the text",
+        "in the text",
+    ],
+)
+def test_an_ntk_that_would_not_be_read_is_refused_by_name(
+    fields: dict[str, Any], said: str, home: str, tmp_path: Path
+) -> None:
+    reason = f"{re.escape(said)}: is not where ntk is read, got 'ntk'; write rope_type: ntk in {re.escape(home)}, for"
+    with pytest.raises(ConfigError, match=f"config.json: {reason}"):
+        open_fields(tmp_path, fields)
+    with pytest.raises(ConfigError, match=f"^{reason}"):
+        take_ntk(fields, "")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_a_kind_of_layer_that_the_model_does_not_have_is_refused(architecture: str, tmp_path: Path) -> None:
+    ropes = {"rope_parameters": {"far_attention": {"rope_type": "ntk", "factor": 4.0}}}
+    reason = rf"^{architecture}: rope_type ntk needs .*got rope_parameters\.far_attention .*; name the kinds of layers"
+    with pytest.raises(ModelError, match=reason):
+        make_config(architecture, {**SIZES, "head_dim": 16, **ropes})
+    with pytest.raises(ModelError, match=reason):
+        open_fields(tmp_path, {"model_type": architecture, **SIZES, "head_dim": 16, **ropes})
+
+
+def test_a_model_without_rotary_positions_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"^gpt2: rope_type ntk needs .*got rope_parameters \{"):
+        open_fields(tmp_path, {"model_type": "gpt2", "rope_parameters": {"rope_type": "ntk", "factor": 4.0}})
+
+
+def test_a_config_that_transformers_scales_otherwise_is_never_stretched() -> None:
+    config = make_config("llama", {**SIZES, "rope_parameters": {**LINEAR, "rope_theta": 5000.0}})
+    with pytest.raises(ModelError, match=r"with rope_type default .*'linear'.*; .* leave out every other scaling"):
+        stretch_ntk(config, {"": 4.0})
+    assert config.rope_parameters["rope_theta"] == 5000.0
 
 
 def test_the_text_part_of_a_config_is_read_as_a_whole_one_is_and_nothing_given_is_changed() -> None:
