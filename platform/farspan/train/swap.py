@@ -17,10 +17,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from farspan.activations.memo import LayerCost, choose_alpha, simulate_stall
 from farspan.activations.memo_cost import measure_layers
+from farspan.errors import OutOfMemoryError
 from farspan.memory.bench import measure
 from farspan.models.parts import decoder_layers
 from farspan.parallel.whole import WholeSequence
 from farspan.train.offload import RunTiers
+from farspan.train.rescue import first_line, is_out_of_memory
 from farspan.train.step import TrainStep
 
 _LARGE_BYTES, _ROUNDS = 64 << 20, 3
@@ -38,19 +40,24 @@ class SwapFacts:
 
 
 def choose_share(step: TrainStep, tiers: RunTiers) -> tuple[float, str]:
-    """(the share, one sentence that says why); collective, the same on every rank.
+    """(the share, one line that says why); collective, the same on every rank.
 
     Two forwards of a sequence of the run, and some copies; weights, gradients, random numbers, the cursor and what the
     run counts as read stay as they are.
 
     Raises:
         PlanError: the tier has no room for the inputs and attention outputs of the layers.
+        OutOfMemoryError: memory did not suffice to measure, on the device or in the tier.
         TierError: the tier gives back other bytes than were stored.
     """
-    devices = [step.device] if step.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        layer = _layer_cost(step)
-        mine = SwapFacts(layer, _bytes_per_s(tiers, step.device), _free_bytes(tiers))
+    try:
+        mine = _measure(step, tiers)
+    except Exception as problem:
+        if not is_out_of_memory(problem):
+            raise
+        # No rescue watches yet, and none is needed: nothing has changed. A lower plan is needed all the same.
+        reason = f"measuring for memory.swap_share=auto: {first_line(problem)}"
+        raise OutOfMemoryError(dist.get_rank(), 0, reason) from problem
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     return decide(worst_of(found), len(decoder_layers(step.loss.model)), tiers.wanted.label)
@@ -89,6 +96,12 @@ def decide(facts: SwapFacts, num_layers: int, tier: str) -> tuple[float, str]:
         f"{_mib(layer.swapped_bytes(0))} of it always move and {_mib(layer.rest_bytes)} of products may, {tier} takes "
         f"{speed / 1e9:.3g} GB/s and has {_mib(facts.host_bytes)}; {choice.reason}{waits}"
     )
+
+
+def _measure(step: TrainStep, tiers: RunTiers) -> SwapFacts:
+    devices = [step.device] if step.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        return SwapFacts(_layer_cost(step), _bytes_per_s(tiers, step.device), _free_bytes(tiers))
 
 
 def _layer_cost(step: TrainStep) -> LayerCost:
