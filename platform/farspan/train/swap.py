@@ -80,21 +80,23 @@ def worst_of(found: Sequence[SwapFacts]) -> SwapFacts:
 
 
 def decide(facts: SwapFacts, num_layers: int, tier: str) -> tuple[float, str]:
-    """(the share in whole hundredths, so that the number told can be set in its place, the sentence); pure.
+    """(the share in whole hundredths, so that the number told can be set in its place, the line); pure.
 
-    0 where not even what always moves could be hidden: layers are then computed again whole.
+    0 where not even what always moves could be hidden, or it and less than a hundredth of the rest: nothing is swapped
+    then, and layers are computed again whole.
     """
     layer, speed = facts.layer, facts.bytes_per_s
     choice = choose_alpha(layer, num_layers, speed, facts.host_bytes, _NUM_KEPT)
     share = math.floor(choice.alpha * 100) / 100
-    waits = ""
-    if share > 0:
+    if share == 0:
+        then = ". At share 0 only the inputs of layers wait there, and layers are computed again whole, attention too"
+    else:
         stall_s = simulate_stall(layer, num_layers, share, speed, _NUM_KEPT)
-        waits = f"; copies are expected to hold a sequence up for {stall_s:.3g} s"
+        then = f"; copies are expected to hold a sequence up for {stall_s:.3g} s"
     return share, (
         f"memory.swap_share=auto is {share:g}: a layer's forward takes {layer.forward_s:.3g} s, "
-        f"{_mib(layer.swapped_bytes(0))} of it always move and {_mib(layer.rest_bytes)} of products may, {tier} takes "
-        f"{speed / 1e9:.3g} GB/s and has {_mib(facts.host_bytes)}; {choice.reason}{waits}"
+        f"{_mib(layer.swapped_bytes(0))} of it move at any share above 0 and {_mib(layer.rest_bytes)} of products may, "
+        f"{tier} takes {speed / 1e9:.3g} GB/s and has {_mib(facts.host_bytes)}; {choice.reason}{then}"
     )
 
 

@@ -23,6 +23,7 @@ from farspan.train.build import build
 from farspan.train.swap import SwapFacts, decide, worst_of
 
 LAYER = LayerCost(10, 10, 100, forward_s=1.0, backward_s=2.0)
+WHOLE = ". At share 0 only the inputs of layers wait there, and layers are computed again whole, attention too"
 
 facts = st.builds(
     SwapFacts,
@@ -51,7 +52,19 @@ def test_where_not_even_what_always_moves_can_be_hidden_nothing_is_swapped() -> 
     share, why = decide(SwapFacts(LAYER, 5.0, 10**9), 12, "dram")
     assert share == 0
     assert "X and O alone take longer" in why
+    assert why.endswith(WHOLE)
     assert not re.search("expected to hold", why)
+
+
+def test_a_share_of_less_than_a_hundredth_is_none_and_attention_is_said_to_be_computed_again() -> None:
+    hides_half_a_hundredth = SwapFacts(LAYER, 20.5, 10**9)
+    assert choose_alpha(LAYER, 12, 20.5, 10**9, 1).alpha == pytest.approx(0.005)
+    share, why = decide(hides_half_a_hundredth, 12, "dram")
+    assert share == 0
+    assert why.endswith(f"bandwidth limits it{WHOLE}")
+    least, why = decide(SwapFacts(LAYER, 21.1, 10**9), 12, "dram")
+    assert least == 0.01
+    assert "attention" not in why
 
 
 def test_a_tier_too_small_for_what_always_moves_is_refused() -> None:
