@@ -94,7 +94,7 @@ class TrainingError(FarspanError):
 
 
 class OutOfMemoryError(TrainingError):
-    """A rank had no memory left for a step."""
+    """A rank had no memory left for a step; step 0 is what comes before the first."""
 
     _fields = ("rank", "step", "reason")
 

@@ -66,7 +66,7 @@ def choose_alpha(
     alpha = max(0.0, min(1.0, by_time, by_room))
     stall_s = fixed / bytes_per_s - layer.forward_s if by_time < 0 else 0.0
     if by_time < 0:
-        reason = "X and O alone take longer to copy than a layer computes: nothing else is swapped"
+        reason = "X and O alone take longer to copy than a layer computes"
     elif alpha == 1.0:
         reason = "everything is copied while a layer computes, and the host has room for it"
     else:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from farspan.config.check import check_run
 from farspan.config.schema import RunConfig
+from farspan.errors import ConfigError
 from farspan.plan.choice import Choice
 from farspan.plan.cost import Plan, Task, plan_of_choice, refusal
 from farspan.plan.machine import Machine, calibrated, parse_machine
@@ -30,25 +32,34 @@ class Chosen:
 
 
 def choose_plan(config: RunConfig, written: frozenset[str], model: PretrainedConfig) -> Chosen:
-    """The best plan that agrees with every key the user wrote.
+    """The best plan that agrees with every key the user wrote, and with which the config is legal.
 
-    `written` are dotted keys. Where no plan that fits agrees, the config stays as it is and the reason is said: an
-    uncalibrated planner may be wrong, a user who wrote everything may know better.
+    `written` are dotted keys. Where no plan that fits is such a one, the config stays as it is and the reason is said:
+    an uncalibrated planner may be wrong, a user who wrote everything may know better.
     """
     machine = _machine(config)
     if machine is None:
         return Chosen(config)
     task, space = _task(config, model, machine)
     found = search(task, space)
-    agreeing = (plan for plan in found.plans if _agrees(plan.choice, config, written))
-    plan = next(agreeing, None)
-    if plan is None:
-        own = _choice_of(config)
-        why = refusal(task, own) or "no plan that fits agrees with what the config sets"
-        return Chosen(config, _prediction(plan_of_choice(task, own), config), (("planner", f"as written; {why}"),))
-    settings = {key: value for key, value in plan.choice.settings().items() if key not in written}
-    changed = _with(config, settings)
-    return Chosen(changed, _prediction(plan, config), _lines(plan, settings, config))
+    refused: ConfigError | None = None
+    for plan in found.plans:
+        if not _agrees(plan.choice, config, written):
+            continue
+        settings = {key: value for key, value in plan.choice.settings().items() if key not in written}
+        changed = _with(config, settings)
+        try:
+            check_run(changed)
+        except ConfigError as problem:
+            # The planner does not know every rule between keys. Of the best plan is told why not.
+            refused = refused or problem
+            continue
+        return Chosen(changed, _prediction(plan, config), _lines(plan, settings, config))
+    own = _choice_of(config)
+    why = refusal(task, own) or "no plan that fits agrees with what the config sets"
+    if refused is not None:
+        why = f"{why}; the best plan that agrees with it is refused: {refused}"
+    return Chosen(config, _prediction(plan_of_choice(task, own), config), (("planner", f"as written; {why}"),))
 
 
 def _machine(config: RunConfig) -> Machine | None:

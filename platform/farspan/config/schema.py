@@ -214,8 +214,8 @@ class MemoryConfig:
     """Where tensors kept for backward wait: none (the device), cpu, cxl, nvme; with chunk, where the arena lies."""
     swap_share: int | float | str = 0.0
     """With recompute and offload: share of a layer's tokens whose products wait there instead of being computed again;
-    attention is then never computed again (MEMO). auto: as much as copies can hide behind computing, by measuring the
-    tier and a layer when the run starts."""
+    above 0 attention is never computed again (MEMO), at 0 it is. auto: as much as copies can hide behind computing, by
+    measuring the tier and a layer when the run starts; it may be 0."""
     tiers: list[str] = field(default_factory=list)
     """Memory beside the device: dram:SIZE, cxl:node=N:SIZE, cxl:/dev/daxX.Y:SIZE, cxl:emulated:SIZE, nvme:FOLDER:SIZE;
     SIZE is what each process takes; offload to cpu needs none."""

@@ -125,7 +125,7 @@ class PlanSteppedDown:
     """A rank ran out of memory; the run goes on from the same batch with a plan that needs less."""
 
     step: int
-    """The step that did not fit."""
+    """The step that did not fit; 0: what comes before the first."""
     reason: str
     """Which rank, and what it said."""
     change: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,21 +105,10 @@ def build(
         device=device,
         hybrid=_hybrid(config, model.config, sequence, device),
     )
-    # Last, because what it opens is closed by the step.
-    notes: list[str] = []
-    tiers = None if config.memory.offload_activations == "none" else RunTiers(config.memory, device, local_ranks())
-    if config.memory.chunk != "none":
-        step.chunks = _chunks(config, model, sequence, mesh, device, tiers)
-    elif tiers is not None:
-        step.offload = RunOffload(tiers, model, device)
-        share = config.memory.swap_share
-        if isinstance(share, str):
-            share, why = choose_share(step, tiers)
-            notes.append(why)
-        if share > 0:
-            step.offload.swap(model, share)
     state = TrainState(0, 0, config.seed, config.data.sequence_tokens, corpus.fingerprint, config.optim.kind)
     tokenizer = load_tokenizer(corpus.tokenizer_folder)
+    # Last, because what it opens is closed by the step.
+    notes = _open_beside(config, model, step)
     return Training(
         step=step,
         tokenizer=tokenizer,
@@ -126,8 +116,32 @@ def build(
         compute=dtype,
         certificate=certificate,
         adapter=adapter,
-        notes=tuple(notes),
+        notes=notes,
     )
+
+
+def _open_beside(config: RunConfig, model: PreTrainedModel, step: TrainStep) -> tuple[str, ...]:
+    """Give `step` its chunks and the tiers beside the device, and say what was decided by measuring.
+
+    Where it raises, nothing stays open.
+    """
+    memory, notes = config.memory, list[str]()
+    with ExitStack() as undo:
+        tiers = None if memory.offload_activations == "none" else RunTiers(memory, step.device, local_ranks())
+        if tiers is not None:
+            undo.callback(tiers.close)
+        if memory.chunk != "none":
+            step.chunks = _chunks(config, model, step.sequence, step.mesh, step.device, tiers)
+        elif tiers is not None:
+            step.offload = RunOffload(tiers, model, step.device)
+            share = memory.swap_share
+            if isinstance(share, str):
+                share, why = choose_share(step, tiers)
+                notes.append(why)
+            if share > 0:
+                step.offload.swap(model, share)
+        undo.pop_all()
+    return tuple(notes)
 
 
 def named_parallel(config: RunConfig, model: PretrainedConfig, compute_bytes: int) -> ParallelConfig:

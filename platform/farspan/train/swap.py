@@ -17,10 +17,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from farspan.activations.memo import LayerCost, choose_alpha, simulate_stall
 from farspan.activations.memo_cost import measure_layers
+from farspan.errors import OutOfMemoryError
 from farspan.memory.bench import measure
 from farspan.models.parts import decoder_layers
 from farspan.parallel.whole import WholeSequence
 from farspan.train.offload import RunTiers
+from farspan.train.rescue import first_line, is_out_of_memory
 from farspan.train.step import TrainStep
 
 _LARGE_BYTES, _ROUNDS = 64 << 20, 3
@@ -38,19 +40,24 @@ class SwapFacts:
 
 
 def choose_share(step: TrainStep, tiers: RunTiers) -> tuple[float, str]:
-    """(the share, one sentence that says why); collective, the same on every rank.
+    """(the share, one line that says why); collective, the same on every rank.
 
     Two forwards of a sequence of the run, and some copies; weights, gradients, random numbers, the cursor and what the
     run counts as read stay as they are.
 
     Raises:
         PlanError: the tier has no room for the inputs and attention outputs of the layers.
+        OutOfMemoryError: memory did not suffice to measure, on the device or in the tier.
         TierError: the tier gives back other bytes than were stored.
     """
-    devices = [step.device] if step.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        layer = _layer_cost(step)
-        mine = SwapFacts(layer, _bytes_per_s(tiers, step.device), _free_bytes(tiers))
+    try:
+        mine = _measure(step, tiers)
+    except Exception as problem:
+        if not is_out_of_memory(problem):
+            raise
+        # No rescue watches yet, and none is needed: nothing has changed. A lower plan is needed all the same.
+        reason = f"measuring for memory.swap_share=auto: {first_line(problem)}"
+        raise OutOfMemoryError(dist.get_rank(), 0, reason) from problem
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     return decide(worst_of(found), len(decoder_layers(step.loss.model)), tiers.wanted.label)
@@ -73,22 +80,30 @@ def worst_of(found: Sequence[SwapFacts]) -> SwapFacts:
 
 
 def decide(facts: SwapFacts, num_layers: int, tier: str) -> tuple[float, str]:
-    """(the share in whole hundredths, so that the number told can be set in its place, the sentence); pure.
+    """(the share in whole hundredths, so that the number told can be set in its place, the line); pure.
 
-    0 where not even what always moves could be hidden: layers are then computed again whole.
+    0 where not even what always moves could be hidden, or it and less than a hundredth of the rest: nothing is swapped
+    then, and layers are computed again whole.
     """
     layer, speed = facts.layer, facts.bytes_per_s
     choice = choose_alpha(layer, num_layers, speed, facts.host_bytes, _NUM_KEPT)
     share = math.floor(choice.alpha * 100) / 100
-    waits = ""
-    if share > 0:
+    if share == 0:
+        then = ". At share 0 only the inputs of layers wait there, and layers are computed again whole, attention too"
+    else:
         stall_s = simulate_stall(layer, num_layers, share, speed, _NUM_KEPT)
-        waits = f"; copies are expected to hold a sequence up for {stall_s:.3g} s"
+        then = f"; copies are expected to hold a sequence up for {stall_s:.3g} s"
     return share, (
         f"memory.swap_share=auto is {share:g}: a layer's forward takes {layer.forward_s:.3g} s, "
-        f"{_mib(layer.swapped_bytes(0))} of it always move and {_mib(layer.rest_bytes)} of products may, {tier} takes "
-        f"{speed / 1e9:.3g} GB/s and has {_mib(facts.host_bytes)}; {choice.reason}{waits}"
+        f"{_mib(layer.swapped_bytes(0))} of it move at any share above 0 and {_mib(layer.rest_bytes)} of products may, "
+        f"{tier} takes {speed / 1e9:.3g} GB/s and has {_mib(facts.host_bytes)}; {choice.reason}{then}"
     )
+
+
+def _measure(step: TrainStep, tiers: RunTiers) -> SwapFacts:
+    devices = [step.device] if step.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        return SwapFacts(_layer_cost(step), _bytes_per_s(tiers, step.device), _free_bytes(tiers))
 
 
 def _layer_cost(step: TrainStep) -> LayerCost:

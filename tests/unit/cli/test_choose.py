@@ -23,6 +23,8 @@ EIGHT_B = {
 }
 ON_H100 = ["resources.gpus_per_worker=1", "plan.gpu=h100", "parallel.workers=8", "model.dtype=bfloat16"]
 
+MEASURED = ["train.recompute=true", "memory.offload_activations=cpu", "memory.swap_share=auto"]
+
 
 def chosen(*overrides: str) -> Chosen:
     config: RunConfig = tiny_run("nowhere", "nowhere/run", *ON_H100, *overrides, **EIGHT_B)
@@ -51,6 +53,24 @@ def test_what_the_user_set_stays_as_it_is() -> None:
     said = ["parallel.sp=4", "parallel.strategy=ring", "train.recompute=true"]
     config = chosen("data.sequence_tokens=65536", *said).config
     assert (config.parallel.sp, config.parallel.strategy, config.train.recompute) == (4, "ring", True)
+
+
+def test_no_plan_is_chosen_that_the_config_refuses() -> None:
+    config = chosen("data.sequence_tokens=16384", *MEASURED).config
+    check_run(config)
+    assert config.memory.swap_share == "auto"
+    assert (config.weights.engine, config.memory.chunk) == ("fsdp2", "none")
+
+
+def test_where_every_plan_that_fits_is_refused_the_config_runs_as_written_and_says_why() -> None:
+    found = chosen("data.sequence_tokens=4194304", "parallel.sp=8", *MEASURED)
+    check_run(found.config)
+    assert (found.config.weights.engine, found.config.memory.chunk) == ("fsdp2", "none")
+    ((what, why),) = found.lines
+    assert what == "planner"
+    assert why.startswith("as written; ")
+    assert "GiB" in why
+    assert "is refused: memory.swap_share: is measured on one whole sequence" in why
 
 
 @pytest.mark.long

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
+import torch
+import torch.distributed as dist
 from hypothesis import given
+from tests.support.corpus import small_corpus
+from tests.support.runs import tiny_run
+from transformers import PreTrainedModel
 
 from farspan.activations.memo import LayerCost, choose_alpha, simulate_stall
-from farspan.errors import PlanError
+from farspan.errors import OutOfMemoryError, PlanError
+from farspan.models.checkpoint import make_config, random_causal_lm
+from farspan.models.parts import decoder_layers
+from farspan.train.build import build
 from farspan.train.swap import SwapFacts, decide, worst_of
 
 LAYER = LayerCost(10, 10, 100, forward_s=1.0, backward_s=2.0)
+WHOLE = ". At share 0 only the inputs of layers wait there, and layers are computed again whole, attention too"
 
 facts = st.builds(
     SwapFacts,
@@ -41,7 +52,19 @@ def test_where_not_even_what_always_moves_can_be_hidden_nothing_is_swapped() -> 
     share, why = decide(SwapFacts(LAYER, 5.0, 10**9), 12, "dram")
     assert share == 0
     assert "X and O alone take longer" in why
+    assert why.endswith(WHOLE)
     assert not re.search("expected to hold", why)
+
+
+def test_a_share_of_less_than_a_hundredth_is_none_and_attention_is_said_to_be_computed_again() -> None:
+    hides_half_a_hundredth = SwapFacts(LAYER, 20.5, 10**9)
+    assert choose_alpha(LAYER, 12, 20.5, 10**9, 1).alpha == pytest.approx(0.005)
+    share, why = decide(hides_half_a_hundredth, 12, "dram")
+    assert share == 0
+    assert why.endswith(f"bandwidth limits it{WHOLE}")
+    least, why = decide(SwapFacts(LAYER, 21.1, 10**9), 12, "dram")
+    assert least == 0.01
+    assert "attention" not in why
 
 
 def test_a_tier_too_small_for_what_always_moves_is_refused() -> None:
@@ -68,3 +91,56 @@ def test_every_rank_comes_to_the_same_share_and_none_could_hide_less(found: list
                 max(one.layer.forward_s, one.layer.backward_s),
             )
             assert simulate_stall(layer, num_layers, share, one.bytes_per_s, 1) <= 1e-9 * num_layers * layer.backward_s
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return small_corpus(tmp_path_factory.mktemp("swap"))
+
+
+def no_room(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.\nand a stack")
+
+
+def build_alone(corpus: str, folder: Path, tier: str, *, fails: bool) -> None:
+    """Build a run on one rank, with an nvme tier of size `tier` in `folder`; with `fails` its first layer raises."""
+    places = ["memory.offload_activations=nvme", f"memory.tiers=['nvme:{folder}:{tier}']"]
+    config = tiny_run(corpus, "nowhere", "train.recompute=true", "memory.swap_share=auto", *places)
+    settings = {**config.model.settings, "vocab_size": 300, "max_position_embeddings": 64}
+    model: PreTrainedModel = random_causal_lm(make_config("llama", settings), 0).double()
+    if fails:
+        decoder_layers(model)[0].register_forward_pre_hook(no_room)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        build(config, torch.device("cpu"), folder / "cache", model)
+    finally:
+        dist.destroy_process_group()
+
+
+def open_files(folder: Path) -> list[str]:
+    """What this process holds open in `folder`, files without a name too."""
+    held = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return [name for name in map(os.readlink, held) if name.startswith(f"{folder}/#")]
+
+
+@pytest.mark.parametrize(
+    ("tier", "fails", "reason"),
+    [
+        ("64MiB", True, "CUDA out of memory."),
+        ("1KiB", False, "memory tier .* asked for 4096 bytes, .*"),
+    ],
+    ids=["in a forward", "in the tier"],
+)
+def test_no_memory_for_measuring_is_told_as_a_step_without_memory_and_leaves_no_tier_open(
+    corpus: str, tmp_path: Path, tier: str, fails: bool, reason: str
+) -> None:
+    with pytest.raises(OutOfMemoryError, match=f"memory.swap_share=auto: {reason}$") as caught:
+        build_alone(corpus, tmp_path, tier, fails=fails)
+    assert (caught.value.rank, caught.value.step) == (0, 0)
+    assert open_files(tmp_path) == []
+
+
+def test_a_tier_too_small_for_the_run_is_closed_too(corpus: str, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="must fit on the host"):
+        build_alone(corpus, tmp_path, "8KiB", fails=False)
+    assert open_files(tmp_path) == []
