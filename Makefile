@@ -7,6 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done; true)
 BIN := .venv/bin
 STAMP := .venv/.farspan-installed
+LONG := 'long and not gpu and not soak'
 
 .PHONY: help setup check test test-long test-gpu soak launch bench docs quickstart lock clean
 
@@ -48,7 +49,8 @@ test: setup
 
 test-long: setup
 	@echo "==> tests that take minutes each"
-	@$(BIN)/python -m pytest -m 'long and not gpu and not soak' tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m $(LONG) tests/unit tests/kernels
+	@$(BIN)/python -m pytest -m $(LONG) tests/distributed tests/cluster tests/end_to_end
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
