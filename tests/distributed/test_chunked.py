@@ -18,7 +18,7 @@ from farspan.activations.tiled import tile_mlps, tile_norms
 from farspan.batch import IGNORED_LABEL
 from farspan.chunked.evaluate import losses_of
 from farspan.chunked.seco import ChunkedStep
-from farspan.chunked.spaco import SAMPLINGS
+from farspan.config.check import CHUNK_SAMPLINGS
 from farspan.models.attention import use_farspan_attention
 from farspan.models.parts import decoder_layers, token_norms
 from farspan.parallel.mesh import make_mesh
@@ -96,7 +96,7 @@ def test_chunks_over_ranks_equal_full_backpropagation(
         assert max(relative_error(got[name], want[name]) for name in want) < 1e-12
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("sampling", CHUNK_SAMPLINGS)
 def test_ranks_with_equal_generators_leave_out_the_same_chunks_and_agree_on_every_gradient(
     ranks: RankPool, sampling: str
 ) -> None:

@@ -133,12 +133,12 @@ class _Comparison:
     def rows(self) -> list[dict[str, Any]]:
         bench, warm = self._bench, self._bench.warm_steps
         steps = bench.num_steps or self._steps_in_time()
-        logger.info("%d steps of each, one after the other", steps)
+        logger.info("%d steps of each, in turns", steps)
         plain, job = self._in_turns(steps)
         curve = curve_row(job.losses, plain.losses, self._num_weights(), bench.goal_curve)
         if "wrong" in curve:
             logger.info("the curves part; once more from weights one rounding away")
-            own = self._plain_alone(steps, steps, _ROUNDING)
+            own = self._plain_alone(steps, _ROUNDING)
             curve["plain's own, from weights one rounding away"] = _apart(own.losses, plain.losses)
         plain_s, job_s = plain.seconds[warm:], job.seconds[warm:]
         return [
@@ -149,7 +149,7 @@ class _Comparison:
         ]
 
     def _steps_in_time(self) -> int:
-        probed = self._plain_alone(self._bench.probe_steps, self._bench.probe_steps)
+        probed = self._plain_alone(self._bench.probe_steps)
         per_step = min(probed.seconds[1:])
         logger.info("a step of the plain loop takes about %.2g s", per_step)
         return max(self._bench.warm_steps + 1, int(self._bench.minutes * 60 / per_step))
@@ -181,9 +181,9 @@ class _Comparison:
             run_training(config, [], tell, wish)
         return plain, job
 
-    def _plain_alone(self, num_steps: int, of_steps: int, noise: float = 0.0) -> Course:
+    def _plain_alone(self, num_steps: int, noise: float = 0.0) -> Course:
         course = Course()
-        with self._loop(of_steps, noise) as loop:
+        with self._loop(num_steps, noise) as loop:
             for _ in range(num_steps):
                 course.add(*loop.step())
         return course

@@ -44,7 +44,7 @@ class RunMetrics:
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
-        self._thread.join()
+        self._thread.join(timeout=_TELL_EVERY_S)
 
     def record(self, body: EventBody) -> None:
         """Export what an event says."""

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from farspan.errors import ConfigError
 
-SAMPLINGS = ("independent", "importance", "without_replacement")
-
 
 @dataclass(frozen=True, slots=True)
 class Draw:
@@ -106,8 +104,9 @@ def label_scores(num_labels: Sequence[float]) -> tuple[float, ...]:
 def draw_chunks(
     sampling: str, num_labels: Sequence[float], keep: float, generator: torch.Generator, *, keep_labelled: bool = False
 ) -> Draw:
-    """A draw by one of SAMPLINGS that keeps the share `keep` of all chunks: on average, or rounded without replacement.
+    """A draw as `memory.chunk_sampling` says, which keeps the share `keep` of all chunks.
 
+    On average, but without replacement, where their number is rounded.
     `num_labels` of each chunk, and the generator, must be the same on every rank that reduces gradients together.
     `keep_labelled` is of independent draws.
     """

@@ -243,6 +243,7 @@ def test_without_a_price_a_peak_or_a_prediction_nothing_is_said_about_them(tmp_p
         ([RunPreempted(step=1, reason="room for 2"), RunResized(step=1, workers=2, accumulation=1, reason="room")],
          "Not finished: the record ends after 1 step"),
         ([RunFailed(reason="no room")], "Failed after 1 step: no room"),
+        ([RunFinished(steps=1, tokens=1, seconds=60.5), RunFailed(reason="interrupted")], "Finished in 60.5 s"),
         ([RunFailed(reason="no room"), RunStarted(config="", plan="")], "Not finished: the record ends after 1 step"),
         ([], "Not finished: the record ends after 1 step"),
     ],
