@@ -248,7 +248,7 @@ def run_through_an_outage(config: RunConfig, cache: Path, s3: S3Bucket, seconds:
     def tell(body: EventBody) -> None:
         events.append(body)
         if isinstance(body, StepReport) and body.step == 1:
-            s3.server.faults.outage(seconds)
+            s3.server.faults.outage(seconds, requests=4)
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

@@ -37,8 +37,12 @@ class Faults:
     """Send half of the body of an answer to GET, then close the connection."""
     altered_bodies: int = 0
     """Send another last byte in an answer to GET."""
-    outage_ends_s: float = 0.0
-    """Until then (a monotonic clock) nothing is answered: 503 and dropped connections in turns."""
+    outage_s: float = 0.0
+    """From the first request on, for so long, nothing is answered: 503 and dropped connections in turns."""
+    outage_requests: int = 0
+    """So many requests are not answered, however long they take to come."""
+    outage_ends_s: float | None = None
+    """A monotonic clock; None before the first request."""
     refused: int = 0
     dropped: int = 0
     seen: int = 0
@@ -49,19 +53,23 @@ class Faults:
         with self._lock:
             self.path, self.seen = path, 0
             self.unavailable, self.broken_bodies, self.altered_bodies = unavailable, broken_bodies, altered_bodies
-            self.outage_ends_s, self.refused, self.dropped = 0.0, 0, 0
+            self.outage_s, self.outage_requests, self.outage_ends_s = 0.0, 0, None
+            self.refused, self.dropped = 0, 0
 
-    def outage(self, seconds: float) -> None:
-        """From now on, for so long, nothing is answered, whatever its path."""
+    def outage(self, seconds: float, requests: int = 0) -> None:
+        """From the next request on, for so long and so many of them, nothing is answered, whatever its path.
+
+        A client that comes late finds the outage all the same.
+        """
         self.plan()
-        self.outage_ends_s = time.monotonic() + seconds
+        self.outage_s, self.outage_requests = seconds, requests
 
     def take(self, path: str, method: str) -> str | None:
         with self._lock:
             if self.path not in path:
                 return None
             self.seen += 1
-            if time.monotonic() < self.outage_ends_s:
+            if self._out():
                 return self._fail()
             if self.unavailable > 0:
                 self.unavailable -= 1
@@ -73,6 +81,11 @@ class Faults:
                 self.altered_bodies -= 1
                 return "altered body"
             return None
+
+    def _out(self) -> bool:
+        if self.outage_ends_s is None:
+            self.outage_ends_s = time.monotonic() + self.outage_s
+        return time.monotonic() < self.outage_ends_s or self.refused + self.dropped < self.outage_requests
 
     def _fail(self) -> str:
         if self.refused <= self.dropped:

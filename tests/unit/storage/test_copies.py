@@ -90,13 +90,13 @@ def test_who_waits_for_one_that_gets_on_goes_on_waiting(tmp_path: Path) -> None:
     target, entered = tmp_path / "model", threading.Event()
 
     def enter() -> None:
-        with one_at_a_time(target, 0.5):
+        with one_at_a_time(target, 2):
             entered.set()
 
     waiting = threading.Thread(target=enter)
     with one_at_a_time(target), staging_folder(target) as staging:
         waiting.start()
-        ends_s = time.monotonic() + 1.5
+        ends_s = time.monotonic() + 3
         with (staging / "weights").open("wb", buffering=0) as file:
             while time.monotonic() < ends_s:
                 file.write(b"more")
@@ -157,16 +157,16 @@ def test_files_that_are_not_chosen_are_never_asked_for(hub: str, s3: S3Bucket, t
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client itself asks once, so that an outage of a second outlasts it."""
+    """The client itself asks once, so that an outage outlasts it."""
     monkeypatch.setattr(s3_store, "ATTEMPTS", 1)
     monkeypatch.setattr(s3_store, "BODY_ATTEMPTS", 1)
 
 
 @pytest.mark.usefixtures("hasty")
 def test_a_store_that_does_not_answer_for_a_while_delays_a_copy(hub: str, s3: S3Bucket, tmp_path: Path) -> None:
-    s3.server.faults.outage(2.5)
+    s3.server.faults.outage(0, requests=3)
     folder = fetch_folder(hub, tmp_path / "cache", require_manifest=False, patience_s=_DEADLINE_S)
-    assert s3.server.faults.refused + s3.server.faults.dropped >= 2
+    assert (s3.server.faults.refused, s3.server.faults.dropped) == (2, 1)
     assert (folder / "weights").read_bytes() == s3.get("hub/weights")
 
 
