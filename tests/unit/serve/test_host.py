@@ -33,7 +33,7 @@ class Hosts:
 
     def __init__(self, lease_s: float = 60.0) -> None:
         network = MemoryNetwork()
-        config = TransferConfig(deadline_s=1.0, lease_s=lease_s)
+        config = TransferConfig(deadline_s=5.0, lease_s=lease_s)
         self.engines = [Engine(tiny_model(), engine_config()) for _ in range(2)]
         self.prefill, self.decode = (
             EngineHost(role, engine, MemoryTransport(engine.pool, network), config)
@@ -121,7 +121,7 @@ def test_a_caller_that_leaves_while_its_ticket_is_on_its_way_leaves_no_lease_beh
 
 
 def test_a_lease_nobody_claims_is_taken_back():
-    hosts = Hosts(lease_s=0.3)
+    hosts = Hosts(lease_s=2.0)
     (prompt,) = prompts(40)
 
     async def run() -> None:
