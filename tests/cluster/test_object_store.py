@@ -1,0 +1,101 @@
+"""An answer whose pages travelled by Ray's object store equals the colocated one, and nothing stays in the store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import openai
+import ray
+from tests.unit.serve.tiny_folder import TEXT, write_tiny_model
+
+from farspan.config.schema import EngineConfig, ServeConfig, TransferConfig
+from farspan.serve.app import Running, run_app
+from farspan.serve.port import free_port
+
+KEY = "sk-test"
+
+
+@contextmanager
+def served(folder: Path, transfer: TransferConfig) -> Iterator[Running]:
+    key_file = folder.with_name("keys")
+    key_file.touch(mode=0o600)
+    key_file.write_text(f"{KEY}\n")
+    config = ServeConfig(
+        model=str(folder),
+        port=free_port(),
+        api_key_file=str(key_file),
+        engine=EngineConfig(dtype="float64", kv_bytes=64 * 1024 * 1024, max_batch_tokens=512),
+        transfer=transfer,
+        start_timeout_s=240,
+    )
+    with run_app(config) as running:
+        yield running
+
+
+def answers(running: Running) -> list[tuple[str, dict]]:
+    """(text, trace) of a short prompt, one in several parts, and one that is sampled."""
+    client = openai.OpenAI(base_url=running.url, api_key=KEY, timeout=240, max_retries=0)
+    told = []
+    for num_chars, temperature in ((40, 0.0), (9000, 0.0), (300, 0.8)):
+        answer = client.completions.create(
+            model="tiny", prompt=TEXT[100 : 100 + num_chars], max_tokens=24, temperature=temperature, seed=7
+        )
+        told.append((answer.choices[0].text, get(running, f"requests/{answer.id}/trace").json()))
+    return told
+
+
+def get(running: Running, path: str) -> httpx.Response:
+    found = httpx.get(f"{running.url}/{path}", headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
+    assert found.status_code == 200, found.text
+    return found
+
+
+def store_bytes() -> float:
+    """What lies in the object store, as Ray's nodes reported it last."""
+    name = "object_store_memory"
+    return ray.cluster_resources()[name] - ray.available_resources().get(name, 0.0)
+
+
+def wait_for_store(num_bytes: float) -> float:
+    """Ray counts and reports a little later."""
+    ends_s = time.monotonic() + 60
+    while (now := store_bytes()) > num_bytes and time.monotonic() < ends_s:
+        time.sleep(0.2)
+    return now
+
+
+def test_pages_by_the_object_store_give_the_colocated_answer_and_leave_the_store_empty(ray_cluster, tmp_path):
+    write_tiny_model(tmp_path / "tiny")
+    split = TransferConfig(deadline_s=30, lease_s=50, split="always", transport="object_store")
+    with served(tmp_path / "tiny", split) as running:
+        assert running.transport == "object_store (transfer.transport asks for it)"
+        before = store_bytes()
+        # That the numbers move at all: otherwise they would prove nothing below.
+        something = ray.put(bytes(1 << 20))
+        ends_s = time.monotonic() + 60
+        while store_bytes() < before + (1 << 20) and time.monotonic() < ends_s:
+            time.sleep(0.2)
+        assert store_bytes() >= before + (1 << 20)
+        del something
+        assert wait_for_store(before) <= before
+        travelled = answers(running)
+        for _, trace in travelled:
+            assert (trace["recovered"], trace["transport"], trace["route"]) == (False, "object_store", "split")
+            assert trace["kv_bytes"] > 0
+        assert travelled[1][1]["kv_pages_early"] > 0
+        assert wait_for_store(before) <= before
+        metrics = get(running, "../metrics").text
+        moved = sum(trace["kv_bytes"] for _, trace in travelled)
+        assert f'farspan_transfer_bytes_total{{transport="object_store"}} {float(moved)}' in metrics
+        assert 'farspan_transfer_seconds_count{transport="object_store"} 3.0' in metrics
+    colocated = replace(split, transport="auto", colocate_below_tokens=100_000)
+    with served(tmp_path / "tiny", colocated) as running:
+        alone = answers(running)
+    assert [trace["kv_bytes"] for _, trace in alone] == [0, 0, 0]
+    assert [text for text, _ in travelled] == [text for text, _ in alone]
+    assert all(len(set(text)) > 5 for text, _ in travelled), "vacuous answers"
