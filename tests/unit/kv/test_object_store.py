@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-import weakref
-from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
 import pytest
 import torch
+from tests.unit.kv.store import Store
 
 from farspan.errors import ConfigError, TransferError
 from farspan.kv.layout import KvLayout
@@ -20,74 +18,12 @@ from farspan.kv.transports import nixl
 from farspan.kv.transports.base import ReadStatus
 from farspan.kv.transports.choose import choose_transport
 from farspan.kv.transports.memory import MemoryNetwork, MemoryTransport
-from farspan.kv.transports.object_store import ObjectTransport, PageSource
+from farspan.kv.transports.object_store import ObjectTransport
 
 LAYOUT = KvLayout.uniform(
     model="m", num_layers=2, num_kv_heads=1, k_head_dim=3, v_head_dim=3, dtype="float32", page_tokens=4
 )
 DEADLINE_S = 5.0
-
-
-class Store:
-    """A store of the test's own, and who is reachable over it. It keeps no object: somebody who waits for it does."""
-
-    def __init__(self) -> None:
-        self.sources: dict[str, PageSource] = {}
-        self.held = False
-        """Whether answers wait until `release`."""
-        self.objects: list[weakref.ref[Future[Any]]] = []
-        self.num_put = 0
-        self._later: list[Callable[[], None]] = []
-
-    def open(self, source: PageSource) -> StoreExchange:
-        self.sources[source.incarnation] = source
-        return StoreExchange(self, source.incarnation)
-
-    def ask(self, source: str, read: Callable[[PageSource], Any]) -> Future[Any]:
-        asked: Future[Any] = Future()
-        self.objects.append(weakref.ref(asked))
-
-        def answer() -> None:
-            if not asked.set_running_or_notify_cancel():
-                return
-            try:
-                if source not in self.sources:
-                    raise TransferError(source, "the source does not answer")
-                asked.set_result(read(self.sources[source]))
-                self.num_put += 1
-            except TransferError as problem:
-                asked.set_exception(problem)
-
-        self._later.append(answer)
-        if not self.held:
-            self.release()
-        return asked
-
-    @property
-    def num_held(self) -> int:
-        return sum(asked() is not None for asked in self.objects)
-
-    def release(self) -> None:
-        """Everything that was asked is answered, with what lies there now."""
-        later, self._later = self._later, []
-        for answer in later:
-            answer()
-
-
-class StoreExchange:
-    def __init__(self, store: Store, incarnation: str) -> None:
-        self._store, self._incarnation = store, incarnation
-
-    def ask_pages(self, source: str, pages: list[int], within_s: float) -> Future[bytes]:
-        assert within_s == DEADLINE_S
-        return self._store.ask(source, lambda there: there.copy_pages(pages))
-
-    def ask_epochs(self, source: str, pages: list[int], within_s: float) -> Future[list[int]]:
-        assert within_s == DEADLINE_S
-        return self._store.ask(source, lambda there: there.epochs(pages))
-
-    def close(self) -> None:
-        del self._store.sources[self._incarnation]
 
 
 class Pair:
