@@ -14,10 +14,20 @@ import ray
 from tests.unit.serve.tiny_folder import TEXT, write_tiny_model
 
 from farspan.config.schema import EngineConfig, ServeConfig, TransferConfig
+from farspan.kv.layout import KvLayout
+from farspan.kv.pages import PagePool
+from farspan.kv.ticket import SourceAddress
+from farspan.kv.transports.base import ReadStatus
+from farspan.kv.transports.object_store import ObjectTransport
+from farspan.serve.agent import NAMESPACE
 from farspan.serve.app import Running, run_app
+from farspan.serve.object_store import RayExchange
 from farspan.serve.port import free_port
 
 KEY, MIB = "sk-test", 1 << 20
+LAYOUT = KvLayout.uniform(
+    model="m", num_layers=2, num_kv_heads=1, k_head_dim=8, v_head_dim=8, dtype="float32", page_tokens=16
+)
 
 
 @contextmanager
@@ -103,3 +113,50 @@ def test_pages_by_the_object_store_give_the_colocated_answer_and_leave_the_store
     assert [trace["kv_bytes"] for _, trace in alone] == [0, 0, 0]
     assert [text for text, _ in travelled] == [text for text, _ in alone]
     assert all(len(set(text)) > 5 for text, _ in travelled), "vacuous answers"
+
+
+def test_a_lost_desk_comes_again_and_a_lost_process_ends_its_reads_at_once(ray_cluster):
+    source, address = start_source(LAYOUT)
+    receiver = PagePool(LAYOUT, 2 * LAYOUT.page_bytes)
+    transport = ObjectTransport(receiver, RayExchange, deadline_s=20.0)
+
+    def read() -> ReadStatus:
+        reading = transport.read_pages(address, [1], [0])
+        assert wait_until(lambda: reading.status() is not ReadStatus.PENDING)
+        return reading.status()
+
+    def desks() -> int:
+        known = ray.util.list_named_actors(all_namespaces=True)
+        return sum(actor["name"].endswith(address.incarnation) for actor in known)
+
+    try:
+        assert read() is ReadStatus.DONE
+        assert (receiver.storage_PB[0] == 7).all()
+        assert not receiver.storage_PB[1].any()
+        ray.kill(ray.get_actor(f"farspan-pages-{address.incarnation}", namespace=NAMESPACE), no_restart=False)
+        assert wait_until(lambda: read() is ReadStatus.DONE)
+        ray.kill(source)
+        started_s = time.monotonic()
+        assert read() is ReadStatus.FAILED
+        assert time.monotonic() - started_s < 15, "it waited for its deadline"
+        assert wait_until(lambda: desks() == 0)
+    finally:
+        transport.close()
+        ray.kill(source)
+
+
+def start_source(layout: KvLayout) -> tuple[ray.actor.ActorHandle, SourceAddress]:
+    """A process with two pages full of sevens, and where they are."""
+
+    # Here: Ray's workers do not find the modules of tests.
+    class Source:
+        def __init__(self) -> None:
+            pool = PagePool(layout, 2 * layout.page_bytes)
+            pool.storage_PB.fill_(7)
+            self._transport = ObjectTransport(pool, RayExchange, deadline_s=20.0)
+
+        def address(self) -> SourceAddress:
+            return self._transport.address()
+
+    source = ray.remote(Source).options(num_cpus=0).remote()
+    return source, ray.get(source.address.remote(), timeout=240)

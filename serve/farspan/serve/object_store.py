@@ -146,7 +146,7 @@ class RayExchange:
         """What the process behind `source` answers. Raises ValueError when Ray knows none."""
         peer = self._peer(source)
         # In a thread: Ray waits for its head, which may be away.
-        desk = peer.desk or await asyncio.to_thread(ray.get_actor, _NAME + source, namespace=NAMESPACE)
+        desk: Any = peer.desk or await asyncio.to_thread(ray.get_actor, _NAME + source, namespace=NAMESPACE)
         peer.desk = desk
         told = await desk.ask.remote(pages, of_epochs, within_s)
         if isinstance(told, TransferError):
