@@ -57,6 +57,7 @@ def run_serve(
             config.api_key_file = str(keys)
         overrides = [*overrides, f"api_key_file={keys}"]
     with ray_here, run_app(*configs) as running:
+        console.print(f"KV pages travel by {running.transport}", markup=False)
         console.print(f"ready: {running.url}  model {running.model}  key file {running.api_key_file}", markup=False)
         console.print(f"Ctrl-C stops it; kill -HUP {os.getpid()} reads the config again", markup=False)
         try:

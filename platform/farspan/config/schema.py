@@ -374,7 +374,7 @@ class TransferConfig:
     """How KV pages travel from a prefill worker to a decode worker."""
 
     transport: str = "auto"
-    """nixl, or auto, which is nixl."""
+    """nixl; object_store: Ray's; auto: nixl, and object_store where that is missing or cannot start."""
     deadline_s: float = 30.0
     """Longest wait for one prompt's pages."""
     lease_s: float = 60.0

@@ -32,11 +32,17 @@ class RankedTransport:
     def __init__(
         self, own: Transport, leader: Leader, pool: PagePool, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`own`: the leader's; the others open theirs now. From now on digests of the pool are those of whole pages."""
+        """`own`: the leader's; the others open theirs now. From now on digests of the pool are those of whole pages.
+
+        Raises TransferError when they opened another one.
+        """
         self._own, self._leader, self._clock = own, leader, clock
         self.name = own.name
         told = leader.ask(Word.ADDRESS, _NOTHING, ADDRESS_NUMBERS)
         self._others = tuple(read_sources(numbers)[0] for numbers in told)
+        if other := next((source.transport for source in self._others if source.transport != own.name), ""):
+            reason = f"one rank of this worker speaks {other}, its leader {own.name}; set transfer.transport"
+            raise TransferError(own.address().incarnation, reason)
         pool.join_digests(self._digests)
         self._num_fetches = 0
         self._open: dict[int, _RankedRead] = {}

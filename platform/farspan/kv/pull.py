@@ -120,7 +120,7 @@ def _refuse(offered: KvTicket | KvOffer, layout: KvLayout, transport: str, unix_
     if len(offered.source.ranks) + 1 != layout.num_ranks:
         refuse(f"the source names {len(offered.source.ranks) + 1} ranks, its layout {layout.num_ranks}")
     if offered.source.transport != transport:
-        refuse(f"the source speaks {offered.source.transport}, not {transport}")
+        refuse(f"the source speaks {offered.source.transport}, not {transport}; set transfer.transport")
     if offered.lease_until_s <= unix_s:
         refuse("the lease has expired")
     if unknown := _unknown(offered.pages, offered.source.num_pages):

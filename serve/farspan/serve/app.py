@@ -41,6 +41,7 @@ from farspan.serve.worker import DecodeWorker, PrefillWorker
 APP_NAME = "farspan"
 _ROUTER = "farspan.serve.targeting.TargetedRouter"
 _READY_POLL_S = 0.1
+_TOLD_S = 10.0
 _REQUESTS_PER_SEQUENCE = 4
 # Nearly nothing, but more than the head of a cluster offers: an endpoint must not end with the head.
 _INGRESS_CPUS = 0.01
@@ -57,6 +58,8 @@ class Running:
     model: str
     """Its name, or those of all its models."""
     api_key_file: str
+    transport: str
+    """By what KV pages travel between its workers, and why."""
 
 
 def check_app(config: ServeConfig, *more: ServeConfig) -> Path:
@@ -191,7 +194,9 @@ def run_app(config: ServeConfig, *more: ServeConfig) -> Iterator[Running]:
         _deploy((config, *more), keys, str(key_file), deadline_s)
         url = f"http://{_in_url(config.host)}:{config.port}"
         _wait_ready(url, deadline_s, timeout_s)
-        yield Running(f"{url}/v1", ", ".join(place.name for place in line_up((config, *more))), str(key_file))
+        places = line_up((config, *more))
+        names = ", ".join(place.name for place in places)
+        yield Running(f"{url}/v1", names, str(key_file), "; ".join(map(_told_transport, places)))
     finally:
         serve.shutdown()
         end_agents()
@@ -267,6 +272,17 @@ def _last_line(problem: Exception) -> str:
     return lines[-1].strip() if lines else type(problem).__name__
 
 
+def _told_transport(place: Place) -> str:
+    """By what the KV pages of one model travel, as a worker of it says."""
+    whose = f"{place.name}: " if place.label else ""
+    try:
+        handle = serve.get_deployment_handle(f"{DecodeWorker.role}{place.label}", app_name=APP_NAME)
+        info = handle.info.remote().result(timeout_s=_TOLD_S)
+    except (RayError, RayServeException, TimeoutError):
+        return f"{whose}transfer.transport={place.config.transfer.transport}, no worker runs that says more"
+    return f"{whose}{info.transport} ({info.transport_reason})"
+
+
 def _wait_ready(url: str, deadline_s: float, timeout_s: float) -> None:
     last = "no answer"
     # Not through the proxy of the environment: no other machine reaches this one's loopback.
@@ -277,6 +293,9 @@ def _wait_ready(url: str, deadline_s: float, timeout_s: float) -> None:
                 if answer.status_code == 200:
                     return
                 last = answer.text[:200]
+                # Waiting mends nothing: workers stay what they are.
+                if last.startswith('{"status":"mismatched"'):
+                    raise ClusterError(f"the workers do not fit together: {last}")
             except httpx.HTTPError as problem:
                 last = type(problem).__name__
             time.sleep(_READY_POLL_S)

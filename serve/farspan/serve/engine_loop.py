@@ -369,6 +369,7 @@ class EngineLoop:
             num_requests=len(self._clients),
             open_leases=self._leases.num_open,
             host=self._engine.host.use if self._engine.host is not None else None,
+            transport=self._transport.name,
         )
 
 

@@ -146,3 +146,7 @@ class WorkerInfo:
     open_leases: int
     host: HostUse | None = None
     """None: nothing is kept in host memory."""
+    transport: str = ""
+    """Workers with different ones do not exchange pages."""
+    transport_reason: str = ""
+    """Why it is this one."""

@@ -49,6 +49,7 @@ class Metrics:
         self._awaited = Histogram(
             "farspan_transfer_seconds",
             "From the first KV page asked for to the last that arrived.",
+            ["transport"],
             buckets=_TRANSFER_S,
             registry=registry,
         )
@@ -103,7 +104,7 @@ class Metrics:
             self._gaps.add(one.arrivals)
             if one.kv_pages:
                 self._moved.labels(one.transport).inc(one.kv_bytes)
-                self._awaited.observe(one.transfer_s)
+                self._awaited.labels(one.transport).observe(one.transfer_s)
         if trace.arrivals.first_s is not None:
             self._first.observe(trace.arrivals.first_s)
             self._whole.observe(time.monotonic() - trace.started_s)

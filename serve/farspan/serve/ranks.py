@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import ray
@@ -23,9 +22,9 @@ from farspan.engine.cut import Share
 from farspan.engine.follow import follow
 from farspan.engine.gang import Gang
 from farspan.errors import ClusterError, EngineError, FarspanError
-from farspan.kv.transports.choose import choose_transport
 from farspan.models.checkpoint import load_causal_lm
 from farspan.serve.folder import open_model_folder
+from farspan.serve.object_store import open_transport
 
 # Ranks compute the same at the same time: one that is so far behind is lost.
 _DEADLINE_S = 60.0
@@ -57,7 +56,7 @@ class Rank:
         model = load_causal_lm(open_model_folder(config.model), getattr(torch, config.engine.dtype))
         store.set(_ready(self._rank), "")
         share = Share.of(model, _form(config, store, self._rank))
-        follow(on_device(model), config.engine, share, partial(choose_transport, config.transfer.transport))
+        follow(on_device(model), config.engine, share, lambda pool: open_transport(config.transfer, pool).transport)
 
 
 class Ranks:

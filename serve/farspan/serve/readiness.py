@@ -55,5 +55,8 @@ class Readiness:
         if len({info.layout for info in infos}) != 1:
             reason = "prefill and decode workers have different models or KV layouts"
             return 503, {"status": "mismatched", "reason": reason}
+        if len({info.transport for info in infos}) != 1:
+            spoken = ", ".join(f"a {info.role} worker {info.transport}" for info in infos)
+            return 503, {"status": "mismatched", "reason": f"KV pages cannot travel: {spoken}; set transfer.transport"}
         self._were_there = True
         return 200, {"status": "ready", "roles": [info.role for info in infos]}

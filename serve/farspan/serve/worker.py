@@ -9,6 +9,7 @@ import os
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -20,8 +21,7 @@ from farspan.engine.engine import Engine
 from farspan.engine.ranked import RankedTransport
 from farspan.errors import ClusterError, ModelError
 from farspan.kv.ticket import KvOffer, KvTicket
-from farspan.kv.transports.base import Transport
-from farspan.kv.transports.choose import choose_transport
+from farspan.kv.transports.choose import Chosen
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
 from farspan.serve.agent import open_host_cache
 from farspan.serve.folder import open_model_folder
@@ -39,6 +39,7 @@ from farspan.serve.messages import (
     StreamItem,
     WorkerInfo,
 )
+from farspan.serve.object_store import open_transport
 from farspan.serve.quotas import Orders
 from farspan.serve.ranks import Ranks, on_device
 from farspan.serve.trunk import Trunks
@@ -64,7 +65,9 @@ class Worker:
         open_cache = partial(open_host_cache, config.engine.host_cache_bytes)
         engine = Engine(model, config.engine, tokenizer=load_tokenizer(folder), host_cache=open_cache, share=share)
         refuse_split(engine, config)
-        self._host = EngineHost(self.role, engine, _transport(engine, config), config.transfer, PULSE_S)
+        chosen = _transport(engine, config)
+        self._transport_reason = chosen.reason
+        self._host = EngineHost(self.role, engine, chosen.transport, config.transfer, PULSE_S)
         self._weights = engine.pool.layout.model
         self._identity = Identity(replica_name(), self.role, uuid.uuid4().hex, machine_kind(engine))
         self._drain_s = min(config.drain_s, config.transfer.deadline_s)
@@ -124,7 +127,7 @@ class Worker:
         return await self._host.report(self._identity, mine.quota, mine.known_prefixes)
 
     async def info(self) -> WorkerInfo:
-        return await self._host.info()
+        return replace(await self._host.info(), transport_reason=self._transport_reason)
 
     async def cancel(self, request_id: str) -> None:
         """Forget a request whose client went away; harmless when it is not here."""
@@ -171,9 +174,11 @@ def replica_name() -> str:
     return str(serve.get_replica_context().replica_id.unique_id)
 
 
-def _transport(engine: Engine, config: ServeConfig) -> Transport:
-    own = choose_transport(config.transfer.transport, engine.pool)
-    return own if engine.leader is None else RankedTransport(own, engine.leader, engine.pool)
+def _transport(engine: Engine, config: ServeConfig) -> Chosen:
+    own = open_transport(config.transfer, engine.pool)
+    if engine.leader is None:
+        return own
+    return replace(own, transport=RankedTransport(own.transport, engine.leader, engine.pool))
 
 
 def machine_kind(engine: Engine) -> str:

@@ -8,14 +8,18 @@ from typing import Any
 
 from tests.support.zoo import zoo_model
 from tests.unit.engine.tiny import ARCHITECTURES, engine_config, tiny_model
+from tests.unit.kv.store import Store
 from transformers import PreTrainedModel
 
 from farspan.engine.engine import Engine
 from farspan.engine.request import Event, SamplingParams, TokenEvent
+from farspan.kv.pages import PagePool
 from farspan.kv.puller import Arrival, Puller
 from farspan.kv.ticket import KvTicket, LeaseTable
+from farspan.kv.transports.base import Transport
 from farspan.kv.transports.memory import MemoryNetwork, MemoryTransport
 from farspan.kv.transports.nixl import NixlTransport
+from farspan.kv.transports.object_store import ObjectTransport
 
 NUM_TOKENS = 20
 
@@ -39,10 +43,14 @@ class Split:
         """`decode`: what the engine that goes on is told, and the other is not."""
         self.prefill = Engine(make(architecture), engine_config(max_batch_tokens=16), tokenizer=tokenizer)
         self.decode = Engine(make(architecture), engine_config(**decode), tokenizer=tokenizer)
-        network = MemoryNetwork()
+        network, store = MemoryNetwork(), Store()
         pools = self.prefill.pool, self.decode.pool
-        ends = [MemoryTransport(p, network) if transport == "memory" else NixlTransport(p) for p in pools]
-        self.source, self.receiver = ends
+        makers: dict[str, Callable[[PagePool], Transport]] = {
+            "memory": lambda pool: MemoryTransport(pool, network),
+            "object_store": lambda pool: ObjectTransport(pool, store.open, deadline_s=30.0),
+            "nixl": NixlTransport,
+        }
+        self.source, self.receiver = (makers[transport](pool) for pool in pools)
         self.leases = LeaseTable(self.prefill.pool, lease_s=60.0)
         self.puller = Puller(self.decode.pool, self.receiver, deadline_s=30.0)
 

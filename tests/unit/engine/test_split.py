@@ -24,7 +24,9 @@ def split(request):
 
 
 @pytest.mark.parametrize(
-    "split", [*((a, "memory") for a in ARCHITECTURES), ("llama", "nixl"), ("qwen3", "nixl")], indirect=True
+    "split",
+    [*((a, "memory") for a in ARCHITECTURES), ("llama", "nixl"), ("qwen3", "nixl"), ("qwen3", "object_store")],
+    indirect=True,
 )
 @pytest.mark.parametrize("length", [1, 8, 61])
 def test_prefill_here_and_decode_there_equals_both_in_one_place(split, length):
@@ -44,7 +46,7 @@ def test_prefill_here_and_decode_there_equals_both_in_one_place(split, length):
         assert engine.pool.num_free == engine.pool.num_pages
 
 
-@pytest.mark.parametrize("split", [("llama", "memory"), ("llama", "nixl")], indirect=True)
+@pytest.mark.parametrize("split", [("llama", "memory"), ("llama", "nixl"), ("llama", "object_store")], indirect=True)
 @pytest.mark.parametrize("damage", ["stale epoch", "flipped byte", "unknown page", "expired lease"])
 def test_a_damaged_offer_gives_no_foreign_token_and_the_answer_is_recomputed(split, damage):
     prompt, other = prompts(30, 31)

@@ -77,7 +77,9 @@ def assert_nothing_is_held(*engines: Engine) -> None:
         assert engine.states.num_free == engine.states.num_slots
 
 
-@pytest.mark.parametrize("split", [*((a, "memory") for a in HYBRIDS), ("qwen3_next", "nixl")], indirect=True)
+@pytest.mark.parametrize(
+    "split", [*((a, "memory") for a in HYBRIDS), ("qwen3_next", "nixl"), ("qwen3_next", "object_store")], indirect=True
+)
 @pytest.mark.parametrize("length", [1, 8, 37])
 def test_prefill_here_and_decode_there_gives_the_tokens_and_logits_of_one_plain_forward(split, length):
     prompt, params = row(length), SamplingParams(max_tokens=NUM_TOKENS)

@@ -16,6 +16,7 @@ class Workers:
     def __init__(self) -> None:
         self.num_asked, self.now_s = 0, 0.0
         self.layouts: list[str] = ["a", "a"]
+        self.transports = ["nixl", "nixl"]
         self.free = asyncio.Event()
         self.free.set()
 
@@ -24,7 +25,8 @@ class Workers:
         await self.free.wait()
         if not self.layouts:
             raise ClusterError("a worker does not answer")
-        return [SimpleNamespace(role=f"role{n}", layout=layout) for n, layout in enumerate(self.layouts)]
+        told = enumerate(zip(self.layouts, self.transports, strict=False))
+        return [SimpleNamespace(role=f"role{n}", layout=layout, transport=by) for n, (layout, by) in told]
 
 
 def test_all_who_ask_at_once_share_one_question_also_when_some_leave():
@@ -41,6 +43,18 @@ def test_all_who_ask_at_once_share_one_question_also_when_some_leave():
         told = await asyncio.gather(*asking[100:])
         assert told == [(200, {"status": "ready", "roles": ["role0", "role1"]})] * 400
         assert workers.num_asked == 1
+
+    asyncio.run(run())
+
+
+def test_workers_with_different_transports_are_not_ready_and_one_sentence_says_why():
+    async def run() -> None:
+        workers = Workers()
+        workers.transports = ["nixl", "object_store"]
+        status, told = await Readiness(workers.info).told()
+        assert (status, told["status"]) == (503, "mismatched")
+        said = "KV pages cannot travel: a role0 worker nixl, a role1 worker object_store; set transfer.transport"
+        assert told["reason"] == said
 
     asyncio.run(run())
 

@@ -35,11 +35,14 @@ class NixlTransport:
     name = "nixl"
 
     def __init__(self, pool: PagePool) -> None:
-        """Raises TransferError when NIXL is not installed or has no UCX."""
+        """Raises TransferError when NIXL is not installed, cannot start, has no UCX, or does not take the pages."""
         self._pool = pool
         self._incarnation = uuid.uuid4().hex
         self._agent = make_agent(self._incarnation)
-        self._registered = [self._agent.register_memory([t]) for t in (pool.storage_PB, pool.epochs_P)]
+        try:
+            self._registered = [self._agent.register_memory([t]) for t in (pool.storage_PB, pool.epochs_P)]
+        except Exception as problem:
+            raise TransferError(self._incarnation, f"NIXL could not register the pages: {problem}") from None
         self._memory = "VRAM" if pool.device.type == "cuda" else "DRAM"
         self._device = pool.device.index or 0
         self._peers, self._buffers = _Peers(self._agent), _EpochBuffers(self._agent)
@@ -247,7 +250,7 @@ def make_agent(name: str) -> Any:
     NIXL's Python tells the thread of every agent to wait 0 microseconds, which takes a whole core of an idle worker.
     It has no argument for it: the field of its config is written here.
 
-    Raises TransferError when NIXL is not installed or has no UCX.
+    Raises TransferError when NIXL is not installed, cannot start or has no UCX.
     """
     try:
         with _logging_kept():
@@ -263,6 +266,9 @@ def make_agent(name: str) -> Any:
     binding.nixlAgentConfig = Waiting
     try:
         agent = nixl.nixl_agent(name, nixl.nixl_agent_config(backends=["UCX"]))
+    # NIXL's errors have no common root but Exception.
+    except Exception as problem:
+        raise TransferError(name, f"NIXL could not start: {problem}") from None
     finally:
         binding.nixlAgentConfig = plain
     if "UCX" not in agent.backends:
