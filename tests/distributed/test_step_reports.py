@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.support.corpus import small_corpus
+from tests.support.engines import build_here
 from tests.support.ranks import RankPool
 from tests.support.runs import TINY, tiny_run
 from torch import Tensor
@@ -154,6 +155,23 @@ def test_a_step_tells_what_its_ranks_waited_and_what_their_pools_and_optimizers_
     assert all(0 < one.waited_s < one.report.step_s for one in told)
     for one in told:
         assert (one.report.exposed_s, one.report.exposed_max_s) == (sum(waited) / 2, max(waited))
+
+
+def with_zero(config: RunConfig, cache: str) -> tuple[StepReport, int]:
+    """(report of the first step, weights of the whole model)."""
+    step = build_here(config, cache).step
+    num_weights = sum(getattr(p, "ds_numel", p.numel()) for p in step.loss.parameters())
+    return step.run(0), num_weights
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_deepspeed_offloads_is_told_as_dram(ranks: RankPool, corpus: str, tmp_path: Path, stage: int) -> None:
+    engine = ["weights.engine=deepspeed", f"weights.zero={stage}", "weights.offload_optimizer=cpu"]
+    config = tiny_run(corpus, str(tmp_path / "run"), "parallel.workers=2", "model.dtype=float32", *engine)
+    (report, num_weights), _ = ranks.run(with_zero, 2, config, str(tmp_path / "cache"))
+    # Half of the fp32 weights and two moments of each; DeepSpeed pads what it cuts.
+    least = 3 * 4 * num_weights / 2
+    assert least <= report.dram_bytes < 1.1 * least
 
 
 @pytest.mark.parametrize(
