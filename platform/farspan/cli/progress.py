@@ -21,6 +21,8 @@ from farspan.telemetry.events import (
     RunRestarted,
     StepReport,
 )
+from farspan.telemetry.tiers import held_beside
+from farspan.telemetry.units import byte_size, duration
 
 
 class _Live:
@@ -59,13 +61,18 @@ class TrainProgress(_Live):
         body = event.body
         if isinstance(body, StepReport):
             self._bar.update(self._task, completed=body.step, description=f"loss {body.loss:.4f}")
-            shown = [f"utilization {body.utilization:.1%}"] if body.utilization > 0 else []
+            shown = [
+                f"{tier} {byte_size(size)}" for tier, size in {"device": body.device_bytes, **held_beside(body)}.items()
+            ]
+            if body.exposed_max_s > 0:
+                shown.append(f"exposed {duration(body.exposed_s)} (max {duration(body.exposed_max_s)})")
+            if body.utilization > 0:
+                shown.append(f"utilization {body.utilization:.1%}")
             if self._price > 0:
                 shown.append(f"{price_per_million(self._price, self._workers, body.tokens_per_s):.3g} per M tokens")
             self.console.print(
                 f"step {body.step:>5}/{self._num_steps}  loss {body.loss:8.4f}  {body.tokens_per_s:>9,.0f} tokens/s  "
-                f"lr {body.learning_rate:.2e}  grad {body.grad_norm:.2f}  "
-                + "  ".join([f"peak {body.peak_memory_bytes / 2**20:,.0f} MiB", *shown])
+                f"lr {body.learning_rate:.2e}  grad {body.grad_norm:.2f}  " + "  ".join(shown)
             )
         elif isinstance(body, CheckpointPublished):
             self.console.print(f"checkpoint after step {body.step}: {body.uri} ({body.seconds:.1f} s)", markup=False)

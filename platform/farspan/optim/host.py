@@ -121,6 +121,12 @@ class HostOptimizer(torch.optim.Optimizer):
         slot = self._slots[weight]
         return slot.inner.state.get(slot.master, {})
 
+    def host_bytes(self) -> int:
+        """What it holds on the host: masters and gradients in its tier, and the states beside them."""
+        states = (state for slot in self._slots.values() for state in slot.inner.state.values())
+        values = (value for state in states for value in state.values() if isinstance(value, Tensor))
+        return self._tier.stats().owners.get(OWNER, 0) + sum(value.nbytes for value in values)
+
     def close(self) -> None:
         """Give the host memory back; the optimizer cannot step any more."""
         for hook in self._hooks:

@@ -1,4 +1,4 @@
-"""The only place where ranks of one sequence talk: collectives that count what they send.
+"""The only place where ranks of one sequence talk: collectives that count what they send, and how long they keep.
 
 Shapes: R ranks. The process group is passed in; nothing here is process-wide.
 Waits end: every operation carries the deadline its process group was made with.
@@ -7,12 +7,15 @@ Waits end: every operation carries the deadline its process group was made with.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from farspan.parallel.waits import Waits
 
 # torch 2.13 renamed both and warns about the old names; these two lines go when 2.13 is the oldest torch we run on.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -21,9 +24,10 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 @dataclass
 class Counter:
-    """Bytes sent to other ranks. Exchanges of one sequence may share one."""
+    """Bytes sent to other ranks, and time waited for theirs. Exchanges of one sequence may share one."""
 
     num_bytes: int = 0
+    waits: Waits = field(default_factory=Waits)
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,14 @@ class Transfer:
     works: Sequence[dist.Work]
     arriving: tuple[Tensor, ...]
     leaving: tuple[Tensor, ...]
+    waits: Waits | None = None
+    """Where the wait is counted; none: nowhere."""
 
     def wait(self) -> tuple[Tensor, ...]:
         """What arrived."""
-        for work in self.works:
-            work.wait()
+        with nullcontext() if self.waits is None else self.waits.on(self.arriving[0].device):
+            for work in self.works:
+                work.wait()
         return self.arriving
 
 
@@ -64,6 +71,11 @@ class Exchange:
     def num_ranks(self) -> int:
         return dist.get_world_size(self.group)
 
+    @property
+    def _waits(self) -> Waits | None:
+        """A rank that is alone waits for nobody."""
+        return self.counter.waits if self.num_ranks > 1 else None
+
     def _member(self, number: int) -> int:
         """The rank of the group that is member `number` of the exchange, counted round."""
         return number % self.num_ranks
@@ -85,7 +97,7 @@ class Exchange:
         out = torch.empty_like(x)
         work = dist.all_to_all_single(out, x, group=self.group, async_op=True)
         self.counter.num_bytes += x.nbytes * (self.num_ranks - 1) // self.num_ranks
-        return Transfer([work], (out,), (x,))
+        return Transfer([work], (out,), (x,), self._waits)
 
     def pass_on(self, tensors: Sequence[Tensor], distance: int = 1) -> Transfer:
         """Start sending `tensors` to the rank `distance` further on; as many of the same shapes arrive from behind.
@@ -101,7 +113,7 @@ class Exchange:
         receives = [dist.P2POp(dist.irecv, x, group=self.group, group_peer=behind) for x in arriving]
         works = dist.batch_isend_irecv(sends + receives)
         self.counter.num_bytes += sum(x.nbytes for x in leaving)
-        return Transfer(works, arriving, leaving)
+        return Transfer(works, arriving, leaving, self._waits)
 
     def gather(self, tensors: Sequence[Tensor]) -> Transfer:
         """Start collecting `tensors` of every rank: [R, *shape] each, row r from rank r."""
@@ -112,7 +124,7 @@ class Exchange:
             for out, x in zip(arriving, leaving, strict=True)
         ]
         self.counter.num_bytes += sum(x.nbytes for x in leaving) * (self.num_ranks - 1)
-        return Transfer([work for work in works if work is not None], arriving, leaving)
+        return Transfer([work for work in works if work is not None], arriving, leaving, self._waits)
 
     def sum_rows(self, tensors: Sequence[Tensor]) -> Transfer:
         """Start summing `tensors` [R, ...] over ranks, row r of the sums arriving at rank r (a reduce-scatter)."""
@@ -123,7 +135,7 @@ class Exchange:
             for out, x in zip(arriving, leaving, strict=True)
         ]
         self.counter.num_bytes += sum(x.nbytes for x in leaving) * (self.num_ranks - 1) // self.num_ranks
-        return Transfer([work for work in works if work is not None], arriving, leaving)
+        return Transfer([work for work in works if work is not None], arriving, leaving, self._waits)
 
 
 @dataclass

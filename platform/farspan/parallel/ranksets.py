@@ -43,7 +43,7 @@ class SetExchange(Exchange):
         x = x.contiguous()
         out = torch.empty_like(x)
         transfer = self._each_to_each(list(x.unbind()), list(out.unbind()))
-        return Transfer(transfer, (out,), (x,))
+        return Transfer(transfer, (out,), (x,), self._waits)
 
     def gather(self, tensors: Sequence[Tensor]) -> Transfer:
         leaving = tuple(x.contiguous() for x in tensors)
@@ -51,7 +51,7 @@ class SetExchange(Exchange):
         works: list[dist.Work] = []
         for x, out in zip(leaving, arriving, strict=True):
             works += self._each_to_each([x] * self.num_ranks, list(out.unbind()))
-        return Transfer(works, arriving, leaving)
+        return Transfer(works, arriving, leaving, self._waits)
 
     def sum_rows(self, tensors: Sequence[Tensor]) -> Transfer:
         leaving = tuple(x.contiguous() for x in tensors)
@@ -59,7 +59,7 @@ class SetExchange(Exchange):
         works: list[dist.Work] = []
         for x, out in zip(leaving, arriving, strict=True):
             works += self._each_to_each(list(x.unbind()), list(out.unbind()))
-        return _Summed(works, arriving, leaving)
+        return _Summed(works, arriving, leaving, self._waits)
 
     def _each_to_each(self, rows: Sequence[Tensor], out: Sequence[Tensor]) -> list[dist.Work]:
         """Start sending rows[r] to member r; what it has for this one arrives in out[r]."""
@@ -84,7 +84,7 @@ class RankSets:
     """Exchanges over sets of the ranks of the default group; collective to make, free to ask."""
 
     def __init__(self, device: torch.device, counter: Counter, *, timeout_s: float) -> None:
-        """`counter` counts what this rank sends in any set; `timeout_s` bounds every wait."""
+        """`counter` counts what this rank sends and waits in any set; `timeout_s` bounds every wait."""
         self.counter = counter
         self._group = dist.new_group(timeout=timedelta(seconds=timeout_s))
         # Some backends connect ranks in a group's first collective, which then all of them have to join.

@@ -10,7 +10,7 @@ import json
 import math
 import types
 import typing
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from farspan.errors import CorruptDataError
@@ -51,6 +51,24 @@ class StepReport:
     """Operations the step cannot do without (train.useful); 0: not known for this model."""
     utilization: float = 0.0
     """Their share of what all devices could do in that time; 0: their peak is not known."""
+    device_bytes: int = 0
+    """On the device, by the rank that uses most: the step's peak on CUDA; on a CPU all memory of the process that is
+    resident at the end of the step, its DRAM tiers too. 0: not known."""
+    dram_bytes: int = 0
+    """Held in DRAM at the end of the step, by the rank that holds most: by an offloaded optimizer, and what its DRAM
+    tiers gave to offloaded activations or to the arena of chunks, in use or kept for the next step."""
+    cxl_bytes: int = 0
+    """The same of its CXL tiers."""
+    emulated_cxl_bytes: int = 0
+    """The same of emulated ones: DRAM whose speed is made up."""
+    nvme_bytes: int = 0
+    """The same of its NVMe tiers."""
+    exposed_s: float = 0.0
+    """Time of the step in which a rank stood still for others, mean over ranks: for what attention and recurrent layers
+    exchange, for the number of labels, draws of chunks, and the loss. What travels while something is computed does not
+    count, nor what the engine of weights waits for (gathering weights, summing gradients, their norm)."""
+    exposed_max_s: float = 0.0
+    """The same of the rank that stood still longest."""
     samples: str = ""
     """Hash of every sequence the run has consumed up to and with this step."""
 
@@ -245,9 +263,11 @@ def from_json(line: str, origin: str = "event") -> Event:
 
 def _decode_body(values: Any, body_type: type[EventBody], origin: str) -> EventBody:
     hints = typing.get_type_hints(body_type)
-    if not isinstance(values, dict) or set(values) != set(hints):
+    # A record that was begun before a number was added does not have it.
+    required = {f.name for f in fields(body_type) if f.default is MISSING}
+    if not isinstance(values, dict) or not required <= set(values) <= set(hints):
         raise CorruptDataError(origin, f"{body_type.__name__} must have exactly the fields {', '.join(hints)}")
-    return body_type(**{name: _decode(values[name], hint, f"{origin}: {name}") for name, hint in hints.items()})
+    return body_type(**{name: _decode(value, hints[name], f"{origin}: {name}") for name, value in values.items()})
 
 
 def _encode(value: Any) -> Any:

@@ -39,6 +39,37 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "farspan_train_sent_bytes", "bytes", "Bytes sent", "step.bytes_sent", "By all ranks, to exchange attention."
     ),
+    Metric(
+        "farspan_train_device_bytes",
+        "bytes",
+        "Device memory",
+        "step.device_bytes",
+        "Of the fullest rank: peak of the step on CUDA, resident on a CPU.",
+    ),
+    Metric("farspan_train_dram_bytes", "bytes", "DRAM held", "step.dram_bytes", "By pools, arenas and optimizer."),
+    Metric("farspan_train_cxl_bytes", "bytes", "CXL held", "step.cxl_bytes", "By pools and arenas."),
+    Metric(
+        "farspan_train_emulated_cxl_bytes",
+        "bytes",
+        "CXL (emulated) held",
+        "step.emulated_cxl_bytes",
+        "By pools and arenas.",
+    ),
+    Metric("farspan_train_nvme_bytes", "bytes", "NVMe held", "step.nvme_bytes", "By pools."),
+    Metric(
+        "farspan_train_exposed_seconds",
+        "s",
+        "Exposed communication",
+        "step.exposed_s",
+        "Waited for other ranks with nothing to compute; mean over ranks.",
+    ),
+    Metric(
+        "farspan_train_exposed_max_seconds",
+        "s",
+        "Exposed communication, worst rank",
+        "step.exposed_max_s",
+        "The same of the rank that waited longest.",
+    ),
     Metric("farspan_train_model_flops", "operations", "Useful work", "step.model_flops", "Without recomputation."),
     Metric("farspan_train_utilization", "1", "Utilization", "step.utilization", "Useful work over the devices' peak."),
     Metric(

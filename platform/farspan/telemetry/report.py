@@ -40,6 +40,7 @@ from farspan.telemetry.kinds import (
 from farspan.telemetry.names import metric
 from farspan.telemetry.plots import Plot, draw
 from farspan.telemetry.summary import Summary, percentile, summarize
+from farspan.telemetry.tiers import BESIDE_DEVICE, held_beside
 from farspan.telemetry.units import byte_scale, byte_size, count, duration, number, plural, time_scale
 
 TEMPLATE = "report.html.jinja"
@@ -85,6 +86,8 @@ def render_report(events: Sequence[Event], title: str, facts: Mapping[str, str])
         title=title,
         facts=facts,
         summary=summary,
+        # A record of training alone was never meant to hold a request.
+        about_serving=bool(summary.requests) or (summary.started is None and not summary.steps),
         status=_status(summary),
         train_tiles=[*_train_tiles(summary), *_price_tiles(summary), *_predicted_tiles(summary)],
         serve_tiles=_serve_tiles(summary),
@@ -146,6 +149,27 @@ def _train_tiles(summary: Summary) -> list[tuple[str, str, str]]:
         ("Throughput", count(summary.tokens_per_s), f"tokens/s, {count(summary.tokens_per_worker_s)} per worker"),
         ("Peak memory", byte_size(summary.peak_memory_bytes), "of the fullest rank"),
         ("Sent between ranks", byte_size(sum(s.bytes_sent for s in summary.steps)), "to exchange attention"),
+        *_exposed_tiles(summary),
+        *_tier_tiles(summary),
+    ]
+
+
+def _exposed_tiles(summary: Summary) -> list[tuple[str, str, str]]:
+    """What communication cost in time, where ranks waited at all."""
+    seconds = math.fsum(step.step_s for step in summary.steps)
+    waited, most = (math.fsum(getattr(s, name) for s in summary.steps) for name in ("exposed_s", "exposed_max_s"))
+    if seconds <= 0 or most <= 0:
+        return []
+    remark = f"of the steps' time, mean over ranks; {most / seconds:.1%} by each step's worst"
+    return [("Exposed communication", f"{waited / seconds:.1%}", remark)]
+
+
+def _tier_tiles(summary: Summary) -> list[tuple[str, str, str]]:
+    """The tiers beside the device that held something."""
+    return [
+        (f"Held in {name}", byte_size(most), "by the fullest rank")
+        for field, name in BESIDE_DEVICE.items()
+        if (most := max(getattr(step, field) for step in summary.steps)) > 0
     ]
 
 
@@ -203,6 +227,8 @@ def _train_plots(summary: Summary) -> list[Plot]:
     plots = []
     for name, style, from_zero in _TRAIN_CURVES if x else ():
         y = [float(getattr(step, name)) for step in summary.steps]
+        if name in _ONLY_WHERE_USED and not any(y):
+            continue
         what = metric(f"step.{name}")
         plots.append(_plot(f"plot-{name}", what.label, what.unit, style, "step", x, y, len(x), from_zero=from_zero))
     return plots
@@ -226,7 +252,11 @@ _TRAIN_CURVES: tuple[tuple[str, Style, bool], ...] = (
     ("loss", number, False),
     ("tokens_per_s", count, True),
     ("peak_memory_bytes", byte_size, True),
+    ("exposed_s", duration, True),
+    ("device_bytes", byte_size, True),
+    *((field, byte_size, True) for field in BESIDE_DEVICE),
 )
+_ONLY_WHERE_USED = {"exposed_s", "device_bytes", *BESIDE_DEVICE}
 _REQUEST_BARS: tuple[tuple[str, str, Callable[[RequestServed], float]], ...] = (
     ("ttft_s", "", lambda request: request.ttft_s),
     ("inter_token_s", ", median", lambda request: percentile(request.inter_token_s, 50)),
@@ -283,7 +313,9 @@ def _step_row(step: StepReport) -> list[str]:
     return [
         str(step.step), number(step.loss, 5), number(step.learning_rate), number(step.grad_norm),
         number(step.tokens), number(step.num_labels), duration(step.step_s), number(step.tokens_per_s),
-        byte_size(step.peak_memory_bytes), byte_size(step.bytes_sent),
+        byte_size(step.peak_memory_bytes), byte_size(step.device_bytes),
+        ", ".join(f"{tier} {byte_size(size)}" for tier, size in held_beside(step).items()) or "–",
+        byte_size(step.bytes_sent), duration(step.exposed_s), duration(step.exposed_max_s),
     ]  # fmt: skip
 
 

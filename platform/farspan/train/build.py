@@ -131,7 +131,7 @@ def _open_beside(config: RunConfig, model: PreTrainedModel, step: TrainStep) -> 
         if tiers is not None:
             undo.callback(tiers.close)
         if memory.chunk != "none":
-            step.chunks = _chunks(config, model, step.sequence, step.mesh, step.device, tiers)
+            step.chunks = _chunks(config, model, step.sequence, tiers)
         elif tiers is not None:
             step.offload = RunOffload(tiers, model, step.device)
             share = memory.swap_share
@@ -267,14 +267,12 @@ def _chunks(
     config: RunConfig,
     model: PreTrainedModel,
     sequence: SequenceParallel,
-    mesh: Mesh,
-    device: torch.device,
     tiers: RunTiers | None,
 ) -> Chunks:
     home = None if tiers is None else ArenaMemory(tiers)
     arena = KvArena() if home is None else KvArena(home.allocate, free=home.free)
     step = ChunkedStep(model, config.memory.chunk_tokens, sequence, arena)
-    return Chunks(step, config.memory, config.seed, mesh.all.get_group(), device, home)
+    return Chunks(step, config.memory, config.seed, home)
 
 
 def _hybrid(

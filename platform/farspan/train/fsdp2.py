@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 
 from farspan.config.schema import OptimConfig
+from farspan.optim.host import HostOptimizer
 from farspan.optim.make import clip_grad_norm, make_optimizer
 from farspan.parallel.shard import shard_weights
 from farspan.train.loss import PackedLoss
@@ -65,6 +66,9 @@ class Fsdp2Weights:
         else:
             set_model_state_dict(self.module, dict(weights), options=_FROM_RANK_0)
         scatter_states(self.module, self.optimizer, states)
+
+    def host_bytes(self) -> int:
+        return self.optimizer.host_bytes() if isinstance(self.optimizer, HostOptimizer) else 0
 
     def held(self) -> dict[str, Tensor]:
         return local_shards(self.module, self.optimizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -46,6 +46,11 @@ class RunTiers:
             self.close()
             raise
 
+    @property
+    def all(self) -> Sequence[Tier]:
+        """Every tier, wanted or not."""
+        return [tier for tiers in self._all.values() for tier in tiers]
+
     def close(self) -> None:
         for tiers in self._all.values():
             for tier in tiers:
@@ -86,6 +91,11 @@ class RunOffload:
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
 
     @property
+    def tiers(self) -> Sequence[Tier]:
+        """Those of the run."""
+        return self._tiers.all
+
+    @property
     def report(self) -> OffloadReport:
         """What the last sequence of this rank moved."""
         return self._offload.report
@@ -121,6 +131,11 @@ class ArenaMemory:
         """What `allocate` gave is not used any more."""
         region = self._regions.pop(tensor.data_ptr())
         region.tier.free(region)
+
+    @property
+    def tiers(self) -> Sequence[Tier]:
+        """Those of the run."""
+        return self._tiers.all
 
     @property
     def num_bytes(self) -> int:

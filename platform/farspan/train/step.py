@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,14 +16,17 @@ from torch import Tensor
 from farspan.batch import IGNORED_LABEL, PackedBatch, ShardedBatch
 from farspan.config.schema import OptimConfig
 from farspan.errors import TrainingError
+from farspan.memory.tier import Tier
 from farspan.parallel.exchange import Exchange
 from farspan.parallel.layout import Layout
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.strategy import SequenceParallel
+from farspan.parallel.waits import Waits
 from farspan.parallel.whole import WholeSequence
 from farspan.telemetry.events import StepReport
 from farspan.train.chunks import Chunks
 from farspan.train.hdp import HybridStep
+from farspan.train.held import DeviceMemory, Held, held_by
 from farspan.train.loss import PackedLoss
 from farspan.train.offload import RunOffload
 from farspan.train.samples import WitnessedReader
@@ -50,6 +52,10 @@ class TrainStep:
     hybrid: HybridStep | None = None
     """How documents find their ranks; none: whole sequences go to the ranks of the mesh."""
     cursor: int = 0
+    device_memory: DeviceMemory = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.device_memory = DeviceMemory(self.device)
 
     @property
     def loss(self) -> PackedLoss:
@@ -60,6 +66,27 @@ class TrainStep:
     def exchange(self) -> Exchange:
         """What the ranks of this sequence send each other, counted."""
         return self.sequence.ranks.all
+
+    @property
+    def waits(self) -> Waits:
+        """How long this rank waits for others: in attention and recurrent layers, and for labels, draws and the loss.
+
+        Not what the engine of weights waits for: gathering weights, summing gradients and taking their norm.
+        """
+        return self.exchange.counter.waits
+
+    @property
+    def tiers(self) -> Sequence[Tier]:
+        """Those this rank opened beside the device; an offloaded optimizer has its own."""
+        if self.offload is not None:
+            return self.offload.tiers
+        home = None if self.chunks is None else self.chunks.home
+        return () if home is None else home.tiers
+
+    @property
+    def held(self) -> Held:
+        """What this rank holds now; on CUDA, of the device, the most since the step began."""
+        return held_by(self.device_memory.of_step, self.tiers, self.weights.host_bytes())
 
     def close(self) -> None:
         """Give back what waits beside the device."""
@@ -77,6 +104,8 @@ class TrainStep:
             TrainingError: the loss or the gradient is not finite; weights are left as they were.
         """
         started, sent_before = time.perf_counter(), self.exchange.bytes_sent
+        self.waits.begin()
+        self.device_memory.begin()
         loss, num_labels = self.backward()
         lr = learning_rate(self.optim, step, self.num_steps)
         if before_update is not None:
@@ -91,8 +120,11 @@ class TrainStep:
         self.cursor += num_sequences
         tokens = num_sequences * self.reader.plan.sequence_tokens
         seconds = time.perf_counter() - started
-        sent = self._over_all_ranks(self.exchange.bytes_sent - sent_before)
-        peak = self._over_all_ranks(peak_memory_bytes(self.device), dist.ReduceOp.MAX)
+        waited, sizes = self.waits.seconds(), (*self.held, self.device_memory.most_ever)
+        sent, all_waited = self._over_all_ranks((self.exchange.bytes_sent - sent_before, waited)).tolist()
+        most_waited, *most = self._over_all_ranks((waited, *sizes), dist.ReduceOp.MAX).tolist()
+        *tiers, peak = (int(size) for size in most)
+        held = Held(*tiers)
         return StepReport(
             step=step + 1,
             loss=loss.item(),
@@ -102,8 +134,15 @@ class TrainStep:
             num_labels=int(num_labels.item()),
             step_s=seconds,
             tokens_per_s=tokens / seconds,
-            peak_memory_bytes=int(peak.item()),
-            bytes_sent=int(sent.item()),
+            peak_memory_bytes=peak,
+            bytes_sent=int(sent),
+            device_bytes=held.device,
+            dram_bytes=held.dram,
+            cxl_bytes=held.cxl,
+            emulated_cxl_bytes=held.emulated_cxl,
+            nvme_bytes=held.nvme,
+            exposed_s=all_waited / self.mesh.all.size(),
+            exposed_max_s=most_waited,
         )
 
     def backward(self) -> tuple[Tensor, Tensor]:
@@ -141,7 +180,9 @@ class TrainStep:
         """Add the gradients of one sequence; its share of the loss."""
         if self.chunks is not None:
             first_sequence = self.cursor + micro * self.mesh.dp
-            return self.chunks.forward_backward(self.weights, batch, shard, num_labels, first_sequence, last=last)
+            return self.chunks.forward_backward(
+                self.weights, batch, shard, num_labels, first_sequence, self._over_all_ranks, last=last
+            )
         attention = self.sequence.attention(layout, shard.bounds)
         whole = WholeSequence(shard.bounds, self.exchange, layout)
         with nullcontext() if self.offload is None else self.offload.step():
@@ -151,7 +192,9 @@ class TrainStep:
 
     def _over_all_ranks(self, value: Any, op: Any = dist.ReduceOp.SUM) -> Tensor:
         total = torch.as_tensor(value, dtype=torch.float64, device=self.device).clone()
-        dist.all_reduce(total, op=op, group=self.mesh.all.get_group())
+        # A rank that is alone waits for nobody.
+        with self.waits.on(self.device) if self.mesh.all.size() > 1 else nullcontext():
+            dist.all_reduce(total, op=op, group=self.mesh.all.get_group())
         return total
 
 
@@ -162,10 +205,3 @@ def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
     progress = (step - optim.warmup_steps) / max(1, num_steps - 1 - optim.warmup_steps)
     low = optim.lr * optim.final_lr_fraction
     return low + (optim.lr - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this process ever held on its device: allocator's peak on CUDA, resident set on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

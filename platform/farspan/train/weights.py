@@ -48,6 +48,13 @@ class WeightsEngine(Protocol):
         """Put back what `whole_weights` and `whole_states` gave; only rank 0 brings it."""
         ...
 
+    def host_bytes(self) -> int:
+        """What an offloaded optimizer of this rank holds in host memory, beside the device; 0 without one.
+
+        Weights and states, and gradients too where they are this project's to count (FSDP2). Not collective.
+        """
+        ...
+
     def held(self) -> dict[str, Tensor]:
         """What this rank holds between two steps, by name: its own tensors, not copies. Not collective.
 

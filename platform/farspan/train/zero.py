@@ -70,6 +70,7 @@ class ZeroWeights:
         self.module = module
         self._group = mesh.all.get_group()
         self._stage = weights.zero
+        self._offloads = weights.offload_optimizer == "cpu"
         betas = (optim.beta1, optim.beta2)
         self._adamw = torch.optim.AdamW(weight_groups(module, optim), lr=optim.lr, betas=betas)
         # DeepSpeed casts weights to the compute type before it copies its fp32 ones from them.
@@ -135,6 +136,12 @@ class ZeroWeights:
                 buffer.copy_(self._from_rank_0(weights.get(name), buffer.shape, buffer.dtype))
         self._set_states(states)
 
+    def host_bytes(self) -> int:
+        if not self._offloads:
+            return 0
+        states = (value for flat in self._masters() for value in self._adamw.state[flat].values())
+        return sum(tensor.nbytes for tensor in (*self._masters(), *states))
+
     def held(self) -> dict[str, Tensor]:
         return {}
 
@@ -181,13 +188,17 @@ class ZeroWeights:
         Left to itself, stage 1 and 2 of DeepSpeed 0.19 link states to weights after the first parameter group's first
         step, when those of the next group do not exist yet, and never again.
         """
-        optimizer = self._engine.optimizer
-        kept = [p for group in self._adamw.param_groups for p in group["params"]]
-        for flat in optimizer.fp32_partitioned_groups_flat if self._stage == 3 else kept:
+        for flat in self._masters():
             moments = {key: torch.zeros_like(flat, requires_grad=False) for key in _MOMENTS}
             self._adamw.state[flat] = {"step": torch.zeros(()), **moments}
         if self._stage < 3:
-            optimizer._lazy_init_hp_params_optimizer_state()
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _masters(self) -> list[Tensor]:
+        """The flat fp32 weights that this rank steps."""
+        if self._stage == 3:
+            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        return [p for group in self._adamw.param_groups for p in group["params"]]
 
     def _set_fp32(self, weight: nn.Parameter, full: Tensor, key: str | None) -> None:
         """Put a whole fp32 weight (or its state `key`) into the parts this rank keeps."""

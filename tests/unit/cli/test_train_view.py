@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,13 +31,22 @@ def test_a_step_shows_utilization_and_price_where_they_are_known(capsys: pytest.
 
 
 def test_a_step_without_a_known_peak_or_price_shows_neither(capsys: pytest.CaptureFixture[str]) -> None:
-    from dataclasses import replace
-
     with TrainProgress(9) as progress:
         progress.show(Event(0.0, replace(STEP, utilization=0.0)))
     said = capsys.readouterr().out
     assert "utilization" not in said
     assert "per M tokens" not in said
+
+
+def test_a_step_shows_what_each_tier_holds_and_how_long_ranks_waited(capsys: pytest.CaptureFixture[str]) -> None:
+    held = replace(STEP, device_bytes=3 << 20, dram_bytes=2 << 20, emulated_cxl_bytes=1 << 20)
+    with TrainProgress(9) as progress:
+        progress.show(Event(0.0, replace(held, exposed_s=0.125, exposed_max_s=0.25)))
+        progress.show(Event(0.0, replace(STEP, device_bytes=3 << 20)))
+    spread, alone = capsys.readouterr().out.splitlines()
+    tiers = "device 3.00 MiB  dram 2.00 MiB  cxl (emulated) 1.00 MiB  exposed 125 ms (max 250 ms)  utilization"
+    assert tiers in spread
+    assert "device 3.00 MiB  utilization" in alone
 
 
 def test_tensorboard_is_written_or_refused_with_the_package_to_install(tmp_path: Path) -> None:

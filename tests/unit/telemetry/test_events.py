@@ -60,6 +60,16 @@ def test_the_written_line_is_standard_json_also_for_nan() -> None:
     assert (record["fields"]["loss"], record["fields"]["grad_norm"]) == ("NaN", "-Infinity")
 
 
+def test_a_record_from_before_a_number_was_added_is_still_read() -> None:
+    record = json.loads(to_json(Event(1.0, STEP)))
+    for name in ("device_bytes", "exposed_s", "samples"):
+        del record["fields"][name]
+    assert from_json(json.dumps(record)) == Event(1.0, STEP)
+    del record["fields"]["loss"]
+    with pytest.raises(CorruptDataError, match="exactly the fields"):
+        from_json(json.dumps(record))
+
+
 def test_a_log_gives_back_what_was_appended_also_over_two_writers(tmp_path: Path) -> None:
     path = tmp_path / "run" / "events.jsonl"
     clock = iter([1.5, 2.5, 3.5])

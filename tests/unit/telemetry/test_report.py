@@ -38,6 +38,11 @@ from farspan.telemetry.summary import percentile, summarize
 from farspan.telemetry.units import byte_size, count, duration, number
 
 TRAIN_PLOTS = {"plot-loss", "plot-tokens_per_s", "plot-peak_memory_bytes"}
+# Only where there is something to show.
+TIER_PLOTS = {
+    f"plot-{name}"
+    for name in ("exposed_s", "device_bytes", "dram_bytes", "cxl_bytes", "emulated_cxl_bytes", "nvme_bytes")
+}
 SERVE_PLOTS = {"plot-ttft_s", "plot-inter_token_s", "plot-transfer_s"}
 HOSTILE = "</pre></title><script>alert('x')</script><img src=x onerror=y>&amp;\"'"
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -100,6 +105,14 @@ def step(i: int, loss: float) -> StepReport:
     return StepReport(
         step=i, loss=loss, learning_rate=3.0625e-4, grad_norm=1.5078125, tokens=8192, num_labels=8179, step_s=2.7265625,
         tokens_per_s=3004.515625, peak_memory_bytes=1317011456 + i, bytes_sent=50331648,
+    )  # fmt: skip
+
+
+def full(report: StepReport) -> StepReport:
+    """The same step of two ranks that hold something everywhere and wait for each other."""
+    return dataclasses.replace(
+        report, device_bytes=5 << 30, dram_bytes=4 << 30, cxl_bytes=3 << 30, emulated_cxl_bytes=2 << 30,
+        nvme_bytes=1 << 30, exposed_s=0.3408203125, exposed_max_s=0.681640625,
     )  # fmt: skip
 
 
@@ -270,6 +283,28 @@ def test_every_plot_is_there_with_a_title_and_a_description(tmp_path: Path) -> N
     assert "Loss over 8 steps: first 8.88, last 8.00, lowest 8.00, highest 8.88." in page.text
 
 
+def test_tiers_and_exposed_communication_are_shown_where_a_step_tells_of_them(tmp_path: Path) -> None:
+    page = page_of(tmp_path, timed([full(step(i, 9.0)) for i in range(1, 4)]))
+    assert page.plots() == TRAIN_PLOTS | TIER_PLOTS
+    for tile in (
+        ("Exposed communication", "12.5%", "of the steps' time, mean over ranks; 25.0% by each step's worst"),
+        ("Held in dram", "4.00 GiB", "by the fullest rank"),
+        ("Held in cxl", "3.00 GiB", "by the fullest rank"),
+        ("Held in cxl (emulated)", "2.00 GiB", "by the fullest rank"),
+        ("Held in nvme", "1.00 GiB", "by the fullest rank"),
+    ):
+        assert tile in page.tiles
+    (row,) = [row for row in page.rows if row[:1] == ["3"]]
+    tiers = "dram 4.00 GiB, cxl 3.00 GiB, cxl (emulated) 2.00 GiB, nvme 1.00 GiB"
+    assert row[9:] == ["5.00 GiB", tiers, "48.0 MiB", "341 ms", "682 ms"]
+
+
+def test_a_step_of_one_process_without_tiers_says_nothing_of_them(tmp_path: Path) -> None:
+    page = page_of(tmp_path, plain_run())
+    assert page.plots() == TRAIN_PLOTS | SERVE_PLOTS
+    assert not [label for label, _, _ in page.tiles if label.startswith(("Exposed", "Held"))]
+
+
 def test_no_id_stands_twice_so_that_no_plot_clips_another(tmp_path: Path) -> None:
     ids = page_of(tmp_path, whole_run()).ids()
     assert len(ids) == len(set(ids))
@@ -327,7 +362,7 @@ def test_a_hostile_string_stays_text_wherever_it_comes_from(tmp_path: Path) -> N
     ("events", "plots", "said"),
     [
         ([], set(), ["No training in this record", "holds no training step", "holds no served request"]),
-        (plain_run()[:9], TRAIN_PLOTS, ["Not finished: the record ends after 8 steps", "holds no served request"]),
+        (plain_run()[:9], TRAIN_PLOTS, ["Not finished: the record ends after 8 steps"]),
         (plain_run()[:2], TRAIN_PLOTS, ["ends after 1 step"]),
         (plain_run()[11:13], SERVE_PLOTS, ["holds no training step"]),
         (plain_run()[12:13], SERVE_PLOTS, ["no finite value"]),
@@ -342,6 +377,19 @@ def test_a_report_of_a_part_says_what_is_missing(
     assert page.plots() == plots
     for sentence in said:
         assert sentence in page.text
+
+
+@pytest.mark.parametrize(
+    ("events", "sections"),
+    [(plain_run(), 1), (plain_run()[:9], 0), (plain_run()[:1], 0), (plain_run()[11:13], 1), ([], 1)],
+    ids=["both", "only-training", "died-at-once", "only-serving", "nothing"],
+)
+def test_a_record_of_training_alone_has_no_section_about_serving(
+    tmp_path: Path, events: list[Event], sections: int
+) -> None:
+    page = page_of(tmp_path, events)
+    assert page.ids().count("serving") == sections
+    assert ("Serving" in page.text) == ("served request" in page.text or bool(page.plots() & SERVE_PLOTS))
 
 
 def test_one_step_is_drawn_as_a_point(tmp_path: Path) -> None:
