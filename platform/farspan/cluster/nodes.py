@@ -38,8 +38,9 @@ def no_room(cluster: Cluster, ask: Ask) -> ConfigError | None:
     """Why so many workers find no room on the nodes that are there, however long they wait; none: they do."""
     bundle, fitting = words(ask.bundle), cluster.with_room(ask.bundle)
     if not fitting:
-        offers = "; ".join(f"{node.address} has {words(_of(node, ask.bundle))}" for node in cluster.nodes)
-        rule = f"must find room on the cluster's nodes, and none has it for one worker of {bundle} ({offers})"
+        # A large cluster has few kinds of nodes.
+        offers = "; ".join(sorted({words(_of(node, ask.bundle)) for node in cluster.nodes}))
+        rule = f"must find room on the cluster's nodes, and none has it for one worker of {bundle} (they have {offers})"
         return ConfigError(ask.field, rule, ask.count, "ask for less for each, or add larger nodes")
     room = sum(room_in(node.resources, ask.bundle) for node in fitting)
     if room >= ask.count:

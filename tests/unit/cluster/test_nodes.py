@@ -35,10 +35,10 @@ def test_more_workers_than_there_is_room_for_are_refused_with_how_many_there_is(
     )
 
 
-def test_one_worker_that_no_node_has_room_for_is_refused_with_what_each_has() -> None:
-    assert str(no_room(CLUSTER, workers(1, CPU=9))) == (
-        "parallel.workers: must find room on the cluster's nodes, and none has it for one worker of 9 CPU (10.0.0.1 "
-        "has 8 CPU; 10.0.0.2 has 8 CPU; 10.0.0.3 has 8 CPU), got 1; ask for less for each, or add larger nodes"
+def test_one_worker_that_no_node_has_room_for_is_refused_with_what_they_have() -> None:
+    assert str(no_room(CLUSTER, workers(1, CPU=9, GPU=1))) == (
+        "parallel.workers: must find room on the cluster's nodes, and none has it for one worker of 9 CPU, 1 GPU (they "
+        "have 8 CPU, 0 GPU; 8 CPU, 1 GPU; 8 CPU, 4 GPU), got 1; ask for less for each, or add larger nodes"
     )
 
 
