@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +19,11 @@ from tests.support.corpus import REPOSITORY, small_corpus
 from tests.support.local_ray import LocalRay
 from tests.support.runs import tiny_run
 
+from farspan.cli.main import run
+from farspan.config.load import dump_config
 from farspan.errors import ClusterError, ConfigError, CorruptDataError, OutOfMemoryError
+from farspan.jobs.facts import ask_cluster
+from farspan.jobs.jobs import list_jobs
 from farspan.jobs.package import lay_out, package_files
 from farspan.jobs.submit import Submitted, connect, follow, submit_command, submit_training
 from farspan.jobs.train import run_training
@@ -148,14 +154,14 @@ def test_two_jobs_that_bring_new_code_to_a_node_at_once_both_run_it(
     changed = [*package_files(), ("farspan/new_code.py", b"")]
     monkeypatch.setattr("farspan.jobs.package.package_files", lambda: iter(changed))
 
-    def run(name: str) -> list[str]:
+    def help_of(name: str) -> list[str]:
         lines: list[str] = []
         # Different files beside the code make different environments of them.
         follow(submit_command(ray_cluster.dashboard, "--help", {"name": name}, name), lines.append)
         return lines
 
     with ThreadPoolExecutor() as threads:
-        one, other = threads.map(run, ["one", "other"])
+        one, other = threads.map(help_of, ["one", "other"])
     for lines in (one, other):
         assert any("Usage: python -m farspan.cli.main" in line for line in lines)
 
@@ -189,6 +195,32 @@ def test_the_command_line_submits_too(ray_cluster: LocalRay, corpus: str, tmp_pa
         cwd=tmp_path, capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert answer.returncode == 0, answer.stderr
-    assert "submitted raysubmit_" in answer.stdout
-    assert "step     1/1" in answer.stdout
+    before, _, after = answer.stdout.partition("submitted raysubmit_")
+    assert re.search(r"machine +1 x cpu of .* \(memory as the cluster's nodes \(1 with room\) say; speeds are", before)
+    assert re.search(r"peak memory +.* per process predicted", before)
+    for what in ("step", "breaks first"):
+        assert f"  {what:16} " in before
+    assert "step     1/1" in after
     assert REPOSITORY.exists()
+
+
+def test_what_can_never_be_placed_is_refused_before_it_is_submitted(
+    ray_cluster: LocalRay, corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Ray's monitor says so after its first look.
+    ends = time.monotonic() + 60
+    while (seen := ask_cluster(ray_cluster.dashboard)) is None or seen.grows is None:
+        assert time.monotonic() < ends
+        time.sleep(0.2)
+    (node,) = seen.nodes
+    assert (seen.grows, node.resources["CPU"]) == (False, 4)
+    before = len(list_jobs(ray_cluster.dashboard))
+    (tmp_path / "run.yaml").write_text(dump_config(tiny_run(corpus, str(tmp_path / "run"), "parallel.workers=5")))
+    assert run(["train", str(tmp_path / "run.yaml"), "--cluster", ray_cluster.dashboard]) == 2
+    said = capsys.readouterr()
+    assert "peak memory" in said.out
+    assert (
+        "error: parallel.workers: must find room on the cluster's nodes, which have it for 4 workers of 1 CPU, got 5; "
+        "ask for at most 4, or add nodes first\n" in said.err
+    )
+    assert len(list_jobs(ray_cluster.dashboard)) == before

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 
@@ -25,7 +28,19 @@ def start_local_ray() -> Iterator[LocalRay]:
     make_token()
     with ray_environment():
         try:
-            context = ray.init("local", num_cpus=4, include_dashboard=True, log_to_driver=False)
+            with own_python_first():
+                context = ray.init("local", num_cpus=4, include_dashboard=True, log_to_driver=False)
             yield LocalRay(f"http://{context.dashboard_url}", context.address_info["gcs_address"])
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def own_python_first() -> Iterator[None]:
+    """Inside, `python` is this one for whatever is started, as in the image of a cluster."""
+    before = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{before}"
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before

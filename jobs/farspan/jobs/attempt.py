@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from types import FrameType
 
 import ray
 import ray.train
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
@@ -26,6 +30,8 @@ from farspan.storage.door import open_store
 from farspan.storage.paths import join_uri
 from farspan.telemetry.events import EventBody, StepReport
 
+_ABORT_S = 30.0
+
 
 class AttemptLost(Exception):
     """Workers, their node or their controller were lost: the run may go on from its newest checkpoint."""
@@ -41,6 +47,7 @@ def run_attempt(config: RunConfig, plan: str, tell: Callable[[EventBody], None],
     Raises:
         FarspanError: what a worker raised on purpose.
         AttemptLost: what happened to the workers.
+        KeyboardInterrupt: Ctrl-C; the workers were told to end.
     """
     newest = 0
 
@@ -58,7 +65,8 @@ def run_attempt(config: RunConfig, plan: str, tell: Callable[[EventBody], None],
                 torch_config=LinkedTorchConfig(backend=_backend(config), timeout_s=int(config.resources.timeout_s)),
                 run_config=_ray_run(config),
             )
-            trainer.fit()
+            with _interrupts_kept():
+                trainer.fit()
     except (ray.train.TrainingFailedError, RayActorError) as problem:
         raise verdict(problem, newest) from None
 
@@ -102,11 +110,39 @@ def _first_words(problem: BaseException) -> str:
     return f"{type(problem).__name__}: {words[:200]}"
 
 
+@contextmanager
+def _interrupts_kept() -> Iterator[None]:
+    """Afterwards Ctrl-C means what it meant before: Ray Train leaves a handler that asks a controller which is gone."""
+    if threading.current_thread() is not threading.main_thread():
+        # Only the main thread may say what a signal means, and Ray Train keeps to that.
+        yield
+        return
+    meant = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, meant)
+
+
 class _Trainer(TorchTrainer):
-    """Ray Train without its manager of Ray Data sets: one process less to start, and we read our own."""
+    """Ray Train without its manager of Ray Data sets (one process less to start, and we read our own), interrupted as
+    every other command is.
+    """
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         return [found for found in super()._create_default_callbacks() if not isinstance(found, DatasetsCallback)]
+
+    def _register_sigint_handler(self, controller: ray.actor.ActorHandle) -> None:
+        """Ray Train's own handler ends the process with code 0, as if the run were done."""
+
+        def interrupted(_signal: int, _frame: FrameType | None) -> None:
+            # Who asks twice does not wait for the workers.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with suppress(RayError):
+                ray.get(controller.abort.remote(), timeout=_ABORT_S)
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGINT, interrupted)
 
 
 def _scaling(config: RunConfig) -> ScalingConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 
 from farspan.batch import IGNORED_LABEL
 from farspan.config.schema import OptimConfig
+from farspan.jobs.guardian import Guardian
 from farspan.models.checkpoint import make_config, random_causal_lm
 from farspan.train.apart import apart, hear
 
@@ -43,24 +44,23 @@ class PlainRun:
 class PlainLoop:
     """The loop, which takes a step when it is asked to."""
 
-    def __init__(self, process: psutil.Process, hear: Callable[[], Any]) -> None:
+    def __init__(self, process: psutil.Process, hear: Callable[[], Any], guardian: Guardian) -> None:
         self.pid = process.pid
-        self._process, self._hear = process, hear
+        self._process, self._hear, self._guardian = process, hear, guardian
 
     def step(self) -> tuple[float, float]:
         """(loss, seconds it took). Raises ClusterError: its process died, or gave no answer until the deadline."""
         started_s = time.monotonic()
-        self._process.resume()
+        self._guardian.go_on([self._process])
         loss = self._hear()
         seconds = time.monotonic() - started_s
-        with suppress(psutil.NoSuchProcess):
-            self._process.suspend()
+        self._guardian.stop([self._process])
         assert isinstance(loss, float), "the process sends its losses"
         return loss, seconds
 
 
 @contextmanager
-def plain_loop(run: PlainRun, deadline_s: float) -> Iterator[PlainLoop]:
+def plain_loop(run: PlainRun, deadline_s: float, guardian: Guardian) -> Iterator[PlainLoop]:
     """The loop over all its learning rates, made and standing still. Its process has ended afterwards.
 
     Raises:
@@ -74,8 +74,8 @@ def plain_loop(run: PlainRun, deadline_s: float) -> Iterator[PlainLoop]:
 
         hear_loop()
         made = psutil.Process(process.pid)
-        made.suspend()
-        yield PlainLoop(made, hear_loop)
+        guardian.stop([made])
+        yield PlainLoop(made, hear_loop, guardian)
 
 
 def _in_process(pipe: Connection, run: PlainRun) -> None:

@@ -2,7 +2,8 @@
 
 The job is what `farspan train` starts: a local Ray, Ray Train, one worker. Its speed is taken from when its steps are
 told of, so that everything between steps counts. Job and loop take turns, a step each, and each stands still, Ray with
-the job, while it is the other's turn: a machine whose speed drifts drifts for both.
+the job, while it is the other's turn: a machine whose speed drifts drifts for both. Who stands still ends with the
+bench, however that ends (guardian.py).
 
 Two right programs round differently, and training makes more of it. So that curves that part can be read, the plain
 loop then runs once more from weights that differ by one rounding, and how far that takes it from itself is told.
@@ -15,8 +16,8 @@ import statistics
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from farspan.config.schema import CorpusConfig, RunConfig
 from farspan.data.corpus import build_corpus
 from farspan.data.reader import Corpus, Reader, open_corpus
 from farspan.jobs.bench_plain import PlainLoop, PlainRun, plain_loop
+from farspan.jobs.guardian import Guardian, guardian
 from farspan.jobs.launch import local_ray
 from farspan.jobs.progress import StopWish
 from farspan.jobs.train import run_training
@@ -111,13 +113,13 @@ def bench_train(bench: TrainBench) -> list[dict[str, Any]]:
         ClusterError: the plain loop died or hung.
         FarspanError: what stopped the job.
     """
-    with tempfile.TemporaryDirectory(prefix="farspan-bench-") as scratch:
-        return _Comparison(bench, Path(scratch)).rows()
+    with tempfile.TemporaryDirectory(prefix="farspan-bench-") as scratch, guardian() as watching:
+        return _Comparison(bench, Path(scratch), watching).rows()
 
 
 class _Comparison:
-    def __init__(self, bench: TrainBench, scratch: Path) -> None:
-        self._bench, self._scratch = bench, scratch
+    def __init__(self, bench: TrainBench, scratch: Path, watching: Guardian) -> None:
+        self._bench, self._scratch, self._guardian = bench, scratch, watching
         self._uri = str(scratch / "corpus")
         build_corpus(
             CorpusConfig(
@@ -166,7 +168,7 @@ class _Comparison:
                 if not isinstance(body, StepReport):
                     return
                 try:
-                    with _standing_still(loop.pid):
+                    with self._guardian.standing_still(_started_here({loop.pid, self._guardian.pid})):
                         job.add(body.loss, time.monotonic() - began_s)
                         plain.add(*loop.step())
                         if body.step % _TOLD_EVERY == 0:
@@ -202,7 +204,7 @@ class _Comparison:
             rates=tuple(learning_rate(optim, step, num_steps) for step in range(num_steps)),
             noise=noise,
         )
-        return plain_loop(run, _SLACK_S)
+        return plain_loop(run, _SLACK_S, self._guardian)
 
     def _model_settings(self) -> dict[str, Any]:
         # What a run adds to a model made from scratch.
@@ -222,21 +224,9 @@ def write_tokens(corpus: Corpus, folder: Path, sequence_tokens: int, seed: int, 
         np.save(folder / f"{name}.npy", np.stack([getattr(batch, f"{name}_T").numpy() for batch in batches]))
 
 
-@contextmanager
-def _standing_still(but: int) -> Iterator[None]:
-    """Inside, every process this one has started stands still, Ray's too, but one that may be told to go on."""
-    ours = [child for child in psutil.Process().children(recursive=True) if child.pid != but]
-    stopped = list[psutil.Process]()
-    try:
-        for child in ours:
-            with suppress(psutil.NoSuchProcess):
-                child.suspend()
-                stopped.append(child)
-        yield
-    finally:
-        for child in reversed(stopped):
-            with suppress(psutil.NoSuchProcess):
-                child.resume()
+def _started_here(but: set[int]) -> list[psutil.Process]:
+    """Every process this one has started, Ray's too, but some."""
+    return [child for child in psutil.Process().children(recursive=True) if child.pid not in but]
 
 
 def _contender_row(name: str, tokens: int, seconds: Sequence[float]) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from farspan.jobs.knock import knock
 
 _AUTH_MODE = "RAY_AUTH_MODE"
 _TOKEN_FILE = Path("~/.ray/auth_token")
+# Of a node's session: where Ray unpacks what a job brought along.
+_UNPACKED = "working_dir_files"
 
 
 @contextmanager
@@ -105,6 +107,11 @@ def ray_environment() -> Iterator[None]:
     finally:
         for name in added:
             os.environ.pop(name, None)
+
+
+def is_passing(folder: Path) -> bool:
+    """Whether a folder lies in what Ray unpacked for a job, which it removes some time after the job."""
+    return _UNPACKED in folder.parts
 
 
 def make_token() -> None:

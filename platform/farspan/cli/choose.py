@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from farspan.config.check import check_run
-from farspan.config.schema import RunConfig
+from farspan.config.schema import ParallelConfig, RunConfig
 from farspan.errors import ConfigError
 from farspan.plan.choice import Choice
 from farspan.plan.cost import Plan, Task, plan_of_choice, refusal
@@ -31,16 +31,19 @@ class Chosen:
     lines: tuple[tuple[str, str], ...] = ()
 
 
-def choose_plan(config: RunConfig, written: frozenset[str], model: PretrainedConfig) -> Chosen:
+def choose_plan(
+    config: RunConfig, written: frozenset[str], model: PretrainedConfig, machine: Machine | None = None
+) -> Chosen:
     """The best plan that agrees with every key the user wrote, and with which the config is legal.
 
-    `written` are dotted keys. Where no plan that fits is such a one, the config stays as it is and the reason is said:
-    an uncalibrated planner may be wrong, a user who wrote everything may know better.
+    `machine` is what the workers get; none: what the config says of it, or this machine. `written` are dotted keys.
+    Where no plan that fits is such a one, the config stays as it is and the reason is said: an uncalibrated planner may
+    be wrong, a user who wrote everything may know better.
     """
-    machine = _machine(config)
+    machine = machine or _machine(config)
     if machine is None:
         return Chosen(config)
-    task, space = _task(config, model, machine)
+    task, space = task_of(config, model, machine)
     found = search(task, space)
     refused: ConfigError | None = None
     for plan in found.plans:
@@ -55,7 +58,7 @@ def choose_plan(config: RunConfig, written: frozenset[str], model: PretrainedCon
             refused = refused or problem
             continue
         return Chosen(changed, _prediction(plan, config), _lines(plan, settings, config))
-    own = _choice_of(config)
+    own = choice_of(config)
     why = refusal(task, own) or "no plan that fits agrees with what the config sets"
     if refused is not None:
         why = f"{why}; the best plan that agrees with it is refused: {refused}"
@@ -64,7 +67,7 @@ def choose_plan(config: RunConfig, written: frozenset[str], model: PretrainedCon
 
 def _machine(config: RunConfig) -> Machine | None:
     """The machine the workers get; none where nobody said and nobody can be asked."""
-    workers, wanted = config.parallel.workers, config.plan
+    wanted = config.plan
     if wanted.choose == "never":
         return None
     if config.resources.gpus_per_worker == 0:
@@ -72,7 +75,7 @@ def _machine(config: RunConfig) -> Machine | None:
             return None
         from farspan.plan.calibrate import cpu_machine
 
-        return cpu_machine(workers)
+        return cpu_machine(config.parallel.workers)
     if wanted.gpu is None:
         import torch
 
@@ -81,13 +84,20 @@ def _machine(config: RunConfig) -> Machine | None:
         from farspan.plan.calibrate import this_machine
 
         return this_machine()
+    return named_machine(config, wanted.gpu)
+
+
+def named_machine(config: RunConfig, gpu: str) -> Machine:
+    """As many machines with GPUs of that kind as the workers of a run need."""
+    workers, wanted = config.parallel.workers, config.plan
     nodes = -(-workers // wanted.gpus_per_node)
     limit = config.memory.limit_gib or None
-    machine = parse_machine(f"{wanted.gpu}:{-(-workers // nodes)}", nodes, memory_gib=limit)
+    machine = parse_machine(f"{gpu}:{-(-workers // nodes)}", nodes, memory_gib=limit)
     return machine if wanted.calibration is None else calibrated(machine, Path(wanted.calibration))
 
 
-def _task(config: RunConfig, model: PretrainedConfig, machine: Machine) -> tuple[Task, Space]:
+def task_of(config: RunConfig, model: PretrainedConfig, machine: Machine) -> tuple[Task, Space]:
+    """What is planned for a run on `machine`, and what may be chosen."""
     from farspan.plan.exchange import ways_of
     from farspan.plan.trace import trace_model
 
@@ -107,14 +117,14 @@ def _agrees(choice: Choice, config: RunConfig, written: frozenset[str]) -> bool:
     return all(value == settings[key] or (key, value) == ("parallel.strategy", "auto") for key, value in said.items())
 
 
-def _choice_of(config: RunConfig) -> Choice:
+def choice_of(config: RunConfig) -> Choice:
     """The config as it is, in the planner's words."""
     parallel, memory = config.parallel, config.memory
     return Choice(
         dp=parallel.workers // parallel.sp,
         sp=parallel.sp,
-        strategy="ulysses" if parallel.strategy == "auto" else parallel.strategy,
-        ulysses=parallel.ulysses,
+        strategy=_strategy(parallel),
+        ulysses=parallel.ulysses if _strategy(parallel) == "hybrid" else 1,
         engine=config.weights.engine,
         zero=config.weights.zero,
         tiled_mlp=memory.tiled_mlp,
@@ -127,6 +137,17 @@ def _choice_of(config: RunConfig) -> Choice:
         offload_optimizer=config.weights.offload_optimizer,
         lora_rank=config.lora.rank,
     )
+
+
+def _strategy(parallel: ParallelConfig) -> str:
+    """One process shares nothing, and a group of one or of all makes no hybrid."""
+    if (
+        parallel.strategy == "auto"
+        or parallel.sp == 1
+        or (parallel.strategy, parallel.ulysses) == ("hybrid", parallel.sp)
+    ):
+        return "ulysses"
+    return "ring" if (parallel.strategy, parallel.ulysses) == ("hybrid", 1) else parallel.strategy
 
 
 def _with(config: RunConfig, settings: dict[str, Any]) -> RunConfig:

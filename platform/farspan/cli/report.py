@@ -53,8 +53,7 @@ def run_report(run: str, out: str | None) -> None:
 def _reason(problem: BaseException) -> str:
     if isinstance(problem, FarspanError):
         return str(problem)
-    # Ray Train ends the process by SystemExit when it is interrupted.
-    if isinstance(problem, (KeyboardInterrupt, SystemExit)):
+    if isinstance(problem, KeyboardInterrupt):
         return "interrupted"
     return f"{type(problem).__name__}: {problem}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import statistics
 import tempfile
@@ -14,13 +15,13 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Console
 
-from farspan.cli.choose import Chosen, as_written, choose_plan
+from farspan.cli.choose import Chosen, choose_plan
 from farspan.config.check import check_run
 from farspan.config.load import dump_config, load_config, written_keys
 from farspan.config.schema import RunConfig
-from farspan.errors import ConfigError
+from farspan.errors import ConfigError, StorageError
 from farspan.plan.run_plan import RunPlan
-from farspan.storage.paths import absolute_uri
+from farspan.storage.paths import LocalPlace, absolute_uri, parse_uri
 from farspan.telemetry.events import EventBody, StepReport
 
 if TYPE_CHECKING:
@@ -38,29 +39,40 @@ STOPPED = 143
 def show_plan(path: str, overrides: list[str]) -> None:
     """Print the plan of a config."""
     chosen = _read_and_choose(path, overrides)
-    _print_plan([*plan_of(chosen.config).lines(), *chosen.lines])
+    print_plan([*plan_of(chosen.config).lines(), *chosen.lines])
 
 
 def run_train(path: str, overrides: list[str], *, dry_run: bool, cluster: str | None, join: bool) -> None:
     """Run a training config here, or hand it to a cluster."""
+    if cluster is not None:
+        from farspan.cli.submission import submit_run
+
+        submit_run(path, overrides, cluster, dry_run=dry_run)
+        return
     chosen = _read_and_choose(path, overrides)
     config, plan = chosen.config, plan_of(chosen.config)
     config.parallel, lines = plan.parallel, [*plan.lines(), *chosen.lines]
     if dry_run:
         typer.echo(dump_config(config), nl=False)
-        _print_plan(lines)
+        print_plan(lines)
         return
-    if cluster is not None:
-        _submit(as_written(config), cluster)
-        return
+    if join:
+        _refuse_passing(config.output)
+    try:
+        _run(chosen, config, lines, join=join)
+    except KeyboardInterrupt:
+        _tell_way_on(config, [path, *overrides, *(["--join"] if join else [])])
+        raise
 
+
+def _run(chosen: Chosen, config: RunConfig, lines: list[tuple[str, str]], *, join: bool) -> None:
     from farspan.cli.record import run_log
     from farspan.cli.report import reported
     from farspan.jobs.launch import joined_ray, local_ray
     from farspan.jobs.progress import StopWish
     from farspan.jobs.train import run_training
 
-    _print_plan(lines)
+    print_plan(lines)
     resources = config.resources
     cpus = resources.cpus_per_worker * config.parallel.workers
     gpus = resources.gpus_per_worker * config.parallel.workers
@@ -99,10 +111,10 @@ def _read_and_choose(path: str, overrides: list[str]) -> Chosen:
     if config.plan.choose == "never" or (config.resources.gpus_per_worker == 0 and config.plan.choose != "always"):
         return Chosen(config)
     with Console(stderr=True).status("choosing a plan"):
-        return choose_plan(config, written_keys(path, overrides), _model_of(config))
+        return choose_plan(config, written_keys(path, overrides), model_of(config))
 
 
-def _model_of(config: RunConfig) -> PretrainedConfig:
+def model_of(config: RunConfig) -> PretrainedConfig:
     """The model's config, with the corpus's vocabulary where it is made from scratch."""
     from farspan.data.reader import read_corpus_manifest
     from farspan.models.attention import refuse_unsupported
@@ -170,7 +182,7 @@ def plan_of(config: RunConfig) -> RunPlan:
     from farspan.plan.run_plan import plan_run
     from farspan.train.build import compute_dtype, required_certificate
 
-    model = _model_of(config)
+    model = model_of(config)
     device = torch.device("cuda" if config.resources.gpus_per_worker > 0 else "cpu")
     num_adapter = count_matrices(model, config.lora) if config.lora.rank > 0 else 0
     plan = plan_run(config, model_facts(model), compute_dtype(config.model.dtype, device).itemsize, num_adapter)
@@ -178,21 +190,33 @@ def plan_of(config: RunConfig) -> RunPlan:
     return plan
 
 
-def _submit(config: RunConfig, address: str) -> None:
-    from farspan.jobs.submit import follow, is_this_machine, submit_training
+def _refuse_passing(output: str) -> None:
+    from farspan.jobs.launch import is_passing
 
-    places = {"output": config.output, "data.corpus": config.data.corpus}
-    if config.train.certificate is not None:
-        places["train.certificate"] = config.train.certificate
-    for field, uri in places.items():
-        if "://" not in uri and not is_this_machine(address):
-            raise ConfigError(field, "must be reachable from the cluster", uri, "use s3://BUCKET/PATH")
-    submitted = submit_training(config, address)
-    typer.echo(f"submitted {submitted.job_id} to {address}")
-    follow(submitted, typer.echo)
+    place = parse_uri(output)
+    if isinstance(place, LocalPlace) and is_passing(place.folder):
+        raise ConfigError(
+            "output", "must outlive the folder that came with the job", output, "use an absolute path or s3://BUCKET"
+        )
 
 
-def _print_plan(lines: list[tuple[str, str]]) -> None:
+def _tell_way_on(config: RunConfig, words: list[str]) -> None:
+    """After an interrupt: where the run stands, and the command that goes on from there."""
+    from farspan.train.checkpoint import list_checkpoints
+
+    try:
+        newest = next(iter(list_checkpoints(config.output)), None)
+        stands = "no checkpoint was published yet" if newest is None else f"newest checkpoint: {newest}"
+    except StorageError as problem:
+        stands = f"its newest checkpoint is not known ({problem})"
+    if not config.train.resume:
+        words = [*(word for word in words if not word.startswith("train.resume=")), "train.resume=true"]
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{stands}; go on with: farspan train {shlex.join(words)}", markup=False)
+
+
+def print_plan(lines: list[tuple[str, str]]) -> None:
+    """Print rows of (what, how much and why)."""
     console = Console(highlight=False, soft_wrap=True)
     console.print("plan", style="bold")
     for what, text in lines:

@@ -59,10 +59,10 @@ def misfits(launcher: Mapping[str, Any], asks: Sequence[Ask]) -> list[str]:
 
 
 def _misfit(types: Mapping[str, Mapping[str, Any]], ask: Ask) -> str | None:
-    rooms = {name: _room(node, ask.bundle) for name, node in types.items()}
-    bundle = _words(ask.bundle)
+    rooms = {name: room_in(node["resources"], ask.bundle) for name, node in types.items()}
+    bundle = words(ask.bundle)
     if not any(rooms.values()):
-        offers = "; ".join(f"{name} has {_words(node['resources'])}" for name, node in types.items())
+        offers = "; ".join(f"{name} has {words(node['resources'])}" for name, node in types.items())
         return (
             f"{ask.field}: no node type has room for one worker of {bundle} ({offers}); ask for less, or larger nodes"
         )
@@ -92,10 +92,9 @@ def _too_much_together(types: Mapping[str, Mapping[str, Any]], asks: Sequence[As
     return found
 
 
-def _room(node: Mapping[str, Any], bundle: Mapping[str, float]) -> int:
-    """How many such workers one node takes."""
-    offers = node["resources"]
-    return min(int((offers.get(name, 0) + _NEARLY) // amount) for name, amount in bundle.items())
+def room_in(offers: Mapping[str, float], bundle: Mapping[str, float]) -> int:
+    """How many workers that ask for `bundle` a node with the resources `offers` takes."""
+    return min(int((offers.get(name, 0) + _NEARLY) // amount) for name, amount in bundle.items() if amount > 0)
 
 
 def _most(name: str, node: Mapping[str, Any]) -> int:
@@ -111,5 +110,6 @@ def _gpus(count: float) -> dict[str, float]:
     return {"GPU": count} if count > 0 else {}
 
 
-def _words(resources: Mapping[str, float]) -> str:
+def words(resources: Mapping[str, float]) -> str:
+    """Resources for a reader."""
     return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())

@@ -245,7 +245,8 @@ class PlanConfig:
     choose: str = "auto"
     """auto: on GPUs, what the config does not set is chosen; always: on CPUs too; never: everything as it is set."""
     gpu: str | None = None
-    """Kind of GPU the workers get, such as h100 or a100-80; none: this machine is asked and measured."""
+    """Kind of GPU the workers get, such as h100 or a100-80; none: this machine is asked and measured, or with --cluster
+    its nodes are asked."""
     gpus_per_node: int = 8
     """GPUs of one machine."""
     calibration: str | None = None

@@ -14,7 +14,7 @@ from farspan.errors import PlanError
 from farspan.kernels.attention.dispatch import choose_backend
 from farspan.kernels.attention.limits import Ask
 from farspan.parallel.exchange import Exchange
-from farspan.plan.machine import DEVICES, Device, Efficiency, Machine
+from farspan.plan.machine import DEVICES, Device, Efficiency, Machine, sheet_of
 
 _REPEATS = 5
 
@@ -90,11 +90,10 @@ def _gpus() -> Machine:
 
 
 def _sheet(name: str, memory: int) -> Device:
-    words = name.lower().replace("-", " ").split()
-    fits = [d for d in DEVICES.values() if d.name.split("-")[0] in words]
-    if not fits:
+    sheet = sheet_of(name, memory)
+    if sheet is None:
         raise PlanError(f"no data sheet for {name}; known devices are {', '.join(DEVICES)}")
-    return min(fits, key=lambda d: abs(d.bytes - memory))
+    return sheet
 
 
 def _gemm(device: torch.device, size: int, dtype: torch.dtype) -> float:

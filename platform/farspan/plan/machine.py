@@ -158,6 +158,16 @@ def parse_machine(
     )
 
 
+def sheet_of(name: str, memory: float | None = None) -> Device | None:
+    """The data sheet of a device by the name its driver gives it; of several sizes the one with about `memory` bytes.
+
+    None: an unknown device. Without `memory` the smallest size is meant.
+    """
+    said = name.lower().replace("-", " ").replace("_", " ").split()
+    fits = [device for device in DEVICES.values() if device.name.split("-")[0] in said]
+    return min(fits, key=lambda device: abs(device.bytes - (memory or 0.0)), default=None)
+
+
 def size_text(num_bytes: float) -> str:
     """Bytes for a reader."""
     if num_bytes < 0.1 * GIB:

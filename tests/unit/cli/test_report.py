@@ -77,7 +77,6 @@ def test_the_verb_that_trains_leaves_the_report_of_a_run_that_failed_or_was_stop
     [
         (TrainingError("loss is not finite"), "loss is not finite"),
         (KeyboardInterrupt(), "interrupted"),
-        (SystemExit(0), "interrupted"),
         (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
     ],
 )

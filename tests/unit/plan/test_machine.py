@@ -13,7 +13,7 @@ from tests.unit.plan.test_search import random_task
 from farspan.errors import ConfigError, NotFoundError
 from farspan.plan.calibrate import cpu_machine
 from farspan.plan.cost import plan_of_choice
-from farspan.plan.machine import GIB, calibrated, parse_machine, save_calibration, size_text
+from farspan.plan.machine import GIB, calibrated, parse_machine, save_calibration, sheet_of, size_text
 from farspan.plan.search import search
 
 
@@ -25,6 +25,25 @@ def test_this_machine_is_measured_and_its_processes_share_it() -> None:
     assert two.num_devices == 2
     assert two.device.bytes == one.device.bytes / 2
     assert list(one.tier_bytes()) == ["device"]
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "sheet"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79.6, "h100"),
+        ("NVIDIA A100-SXM4-80GB", 79.3, "a100-80"),
+        ("NVIDIA A100-SXM4-40GB", 39.5, "a100-40"),
+        # As Ray calls them, without their memory.
+        ("A100", None, "a100-40"),
+        ("AMD_Instinct_MI300X", None, "mi300x"),
+        ("L4", None, "l4"),
+        ("NVIDIA L40S", 44.7, "l40s"),
+        ("Strange 9000", 80.0, None),
+    ],
+)
+def test_a_data_sheet_is_found_by_the_name_a_driver_gives(name: str, gib: float | None, sheet: str | None) -> None:
+    found = sheet_of(name, None if gib is None else gib * GIB)
+    assert (None if found is None else found.name) == sheet
 
 
 def test_a_calibration_changes_the_time_and_not_the_bytes(tmp_path: Path) -> None:
