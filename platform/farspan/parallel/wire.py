@@ -35,7 +35,9 @@ class WireBytes(TorchDispatchMode):
         if func in _ALL_TO_ALL:
             self._count(args[_ALL_TO_ALL[func]])
         elif func.namespace == "c10d" and func not in _SENDS_NOTHING:
-            raise ClusterError(f"bytes on the wire are counted of all-to-all alone, and {func} was called; count it too")
+            raise ClusterError(
+                f"bytes on the wire are counted of all-to-all alone, and {func} was called; count it too"
+            )
         return func(*args, **(kwargs or {}))
 
     def _count(self, sent: Tensor | list[Tensor]) -> None:

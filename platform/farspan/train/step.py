@@ -26,7 +26,7 @@ from farspan.telemetry.events import StepReport
 from farspan.train.chunks import Chunks
 from farspan.train.hdp import HybridStep
 from farspan.train.loss import PackedLoss
-from farspan.train.offload import RunOffload
+from farspan.train.offload import RunOffload, RunTiers
 from farspan.train.samples import WitnessedReader
 from farspan.train.weights import WeightsEngine
 
@@ -49,6 +49,8 @@ class TrainStep:
     """Where activations wait; none: on the device."""
     hybrid: HybridStep | None = None
     """How documents find their ranks; none: whole sequences go to the ranks of the mesh."""
+    tiers: RunTiers | None = None
+    """What all of these keep beside the device lies in; none: nothing does."""
     cursor: int = 0
 
     @property
@@ -67,6 +69,9 @@ class TrainStep:
             self.chunks.close()
         if self.offload is not None:
             self.offload.close()
+        if self.tiers is not None:
+            self.weights.close()
+            self.tiers.close()
 
     def run(self, step: int, before_update: Callable[[], None] | None = None) -> StepReport:
         """Consume dp * accumulation sequences and change the weights once; `step` counts from 0.

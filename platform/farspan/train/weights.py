@@ -59,6 +59,10 @@ class WeightsEngine(Protocol):
         """Take over what `held` gave on this rank of as many ranks. Not collective."""
         ...
 
+    def close(self) -> None:
+        """Give back memory of tiers; there are no more steps. Not collective."""
+        ...
+
 
 def weight_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """The weights that are trained, as an optimizer takes them.
