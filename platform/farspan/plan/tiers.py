@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from farspan.config.schema import ParallelConfig, RunConfig
-from farspan.errors import ConfigError
+from farspan.errors import ConfigError, PlanError
 from farspan.memory.placement import Decision, Item, Place, place
-from farspan.memory.speeds import Speed, is_place, place_of
+from farspan.memory.speeds import Speed, is_known, is_place, place_of
 from farspan.parallel.heads import plan_heads
 from farspan.plan.facts import ModelFacts
 from farspan.plan.hybrid import rank_tokens
@@ -136,6 +136,26 @@ def assign(kinds: Sequence[Kind], places: Sequence[Place]) -> tuple[Given, ...]:
     ]
     decisions = iter(place(items, places))
     return tuple(_given(kind, [next(decisions) for part in kind.parts if part > 0]) for kind in kinds)
+
+
+def unmeasured(tiers: Sequence[str], places: Mapping[str, Place], speeds: Mapping[str, Speed]) -> list[int]:
+    """Numbers of the tiers whose speed has to be measured: unknown, and shared with another of the same kind."""
+    kinds = [found.kind for found in places.values()]
+    keys = ((number, key_of(tiers, number)) for number in range(len(tiers)))
+    shared = [number for number, key in keys if key in places and kinds.count(places[key].kind) > 1]
+    return [number for number in shared if not is_known(tiers[number], speeds)]
+
+
+def refuse_unplaced(config: RunConfig, given: Sequence[Given]) -> None:
+    """What is predicted not to fit is refused, unless the user named its place: a prediction may be wrong.
+
+    Raises:
+        PlanError: with the policy's reason.
+    """
+    for one in given:
+        sure = one.kind.name == OPTIMIZER or config.memory.offload_activations == "auto"
+        if one.refused is not None and sure:
+            raise PlanError(f"memory.tiers: {one.refused}")
 
 
 def _given(kind: Kind, decisions: Sequence[Decision]) -> Given:

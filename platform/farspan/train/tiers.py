@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from farspan.config.schema import ParallelConfig, RunConfig
-from farspan.errors import CorruptDataError, PlanError
+from farspan.errors import CorruptDataError
 from farspan.memory.available import available_bytes
 from farspan.memory.host import DramTier
 from farspan.memory.open import open_tier
 from farspan.memory.placement import Place
-from farspan.memory.speeds import Speed, is_known, measure_speed, read_speeds, rows_of
+from farspan.memory.speeds import Speed, measure_speed, read_speeds, rows_of
 from farspan.memory.tier import Tier
 from farspan.optim.host import needed_bytes
 from farspan.plan.facts import model_facts
-from farspan.plan.tiers import HOST, OPTIMIZER, Given, Kind, assign, key_of, kinds_of, needs_trace, places_of
+from farspan.plan.run_plan import RunPlan
+from farspan.plan.tiers import HOST, Kind, assign, key_of, kinds_of, needs_trace, places_of, refuse_unplaced, unmeasured
 from farspan.plan.trace import trace_layers
 from farspan.storage.door import open_store
 from farspan.train.checkpoint import on_rank_0
@@ -78,7 +80,7 @@ def open_run_tiers(
             found = Known(speeds, host_bytes if HOST in places else 0)
             on_rank_0(lambda: _keep(config, kept, found))
         given = assign(kinds, list(places.values()))
-        _refuse_unplaced(config, given)
+        refuse_unplaced(config, given)
         names = {places[key].name if key in places else key: tier for key, tier in opened.items()}
         undo.pop_all()
     return RunTiers(names, given)
@@ -95,6 +97,31 @@ def run_kinds(
     optimizer = needed_bytes(trained, dist.get_world_size(), config.optim.kind, adds=adds)
     facts = model_facts(model.config)
     return kinds_of(config, parallel, facts, layers, compute.itemsize, optimizer, on_gpu=device.type == "cuda")
+
+
+def plan_tiers(
+    config: RunConfig, model: PretrainedConfig, plan: RunPlan, compute: torch.dtype, *, on_gpu: bool
+) -> RunPlan:
+    """`plan` with what its run will decide, as far as that is known before: nothing is opened and nothing measured.
+
+    Raises:
+        ConfigError, PlanError: as `open_run_tiers`.
+    """
+    layers = trace_layers(model, compute, tiled=config.memory.tiled_mlp) if needs_trace(config) else ()
+    kinds = kinds_of(
+        config, plan.parallel, model_facts(model), layers, compute.itemsize, plan.host_bytes, on_gpu=on_gpu
+    )
+    if not kinds:
+        return plan
+    tiers = config.memory.tiers
+    known = kept_of_run(config) if len(places_of(tiers, kinds, {}, 1)) > 1 else Known()
+    speeds = {**known.speeds, **given_speeds(config)}
+    # How much of its memory a host of the run has free is known there and then.
+    places = places_of(tiers, kinds, speeds, known.host_bytes or sys.maxsize)
+    given = assign(kinds, list(places.values()))
+    refuse_unplaced(config, given)
+    asked = dict.fromkeys(tiers[number] for number in unmeasured(tiers, places, speeds))
+    return replace(plan, tiers=given, unmeasured=tuple(asked))
 
 
 def given_speeds(config: RunConfig) -> dict[str, Speed]:
@@ -138,24 +165,15 @@ def _measured(
 ) -> dict[str, Speed]:
     """Description -> speed of tiers nobody knows, where another of the same kind makes it matter; collective."""
     found: dict[str, Speed] = {}
-    kinds = [place.kind for place in places.values()]
-    for number, text in enumerate(config.memory.tiers):
-        key = key_of(config.memory.tiers, number)
-        if key not in places or is_known(text, speeds) or text in found or kinds.count(places[key].kind) < 2:
+    for number in unmeasured(config.memory.tiers, places, speeds):
+        text, key = config.memory.tiers[number], key_of(config.memory.tiers, number)
+        if text in found:
             continue
         with memory_limit(device, config.memory.limit_gib):
             mine = measure_speed(opened[key], device, config.memory.limit_gib)
         every = _of_all(mine)
         found[text] = Speed(min(one.bytes_per_s for one in every), max(one.latency_s for one in every))
     return found
-
-
-def _refuse_unplaced(config: RunConfig, given: Sequence[Given]) -> None:
-    """What is predicted not to fit is refused, unless the user named its place: a prediction may be wrong."""
-    for one in given:
-        sure = one.kind.name == OPTIMIZER or config.memory.offload_activations == "auto"
-        if one.refused is not None and sure:
-            raise PlanError(f"memory.tiers: {one.refused}")
 
 
 def _free_bytes() -> int:
