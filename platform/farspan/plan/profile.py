@@ -110,6 +110,8 @@ class LayerKind:
     """None: a recurrent layer."""
     products: Poly = Poly()
     """Bytes its matrix products give in one forward."""
+    attention_out: Poly = Poly()
+    """Bytes its attention gives."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,6 +115,7 @@ class _Trace:
                     mlp_peak=mlp_peak or Poly(),
                     attention=self.watch.shapes.get(kind.shown),
                     products=_fit(self.lengths, [run.layers[kind.shown].forward_products for run in plain]),
+                    attention_out=Poly(c1=float(self._attention_out(kind))),
                 )
             )
         return ModelProfile(
@@ -143,10 +144,13 @@ class _Trace:
         with replaced(self._tiles(self._mlps()) if tiled else []):
             run = self._run(tokens, recompute=False)
         for kind in self.shell.kinds:
-            seen, shape = run.layers[kind.shown], self.watch.shapes.get(kind.shown)
-            out = 0 if shape is None else shape.out_bytes(self.dtype.itemsize)
+            seen, out = run.layers[kind.shown], self._attention_out(kind)
             found += kind.count * [LayerBytes(seen.saved / tokens, seen.forward_products / tokens, out)]
         return tuple(found)
+
+    def _attention_out(self, kind: Kind) -> int:
+        shape = self.watch.shapes.get(kind.shown)
+        return 0 if shape is None else shape.out_bytes(self.dtype.itemsize)
 
     def _mlps(self) -> list[tuple[nn.Module, str]]:
         return [(x, mlp[0]) for x in self.shell.layers if (mlp := mlp_of(x)) is not None]

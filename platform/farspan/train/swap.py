@@ -6,7 +6,6 @@ slowest copies, the quickest layers and the least room of all ranks: the same sh
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from farspan.activations.memo import LayerCost, choose_alpha, simulate_stall
+from farspan.activations.memo import LayerCost, choose_alpha, in_hundredths, simulate_stall
 from farspan.activations.memo_cost import measure_layers
 from farspan.errors import OutOfMemoryError
 from farspan.memory.speeds import measure_speed
@@ -88,7 +87,7 @@ def decide(facts: SwapFacts, num_layers: int, tier: str) -> tuple[float, str]:
     """
     layer, speed = facts.layer, facts.bytes_per_s
     choice = choose_alpha(layer, num_layers, speed, facts.host_bytes, _NUM_KEPT)
-    share = math.floor(choice.alpha * 100) / 100
+    share = in_hundredths(choice.alpha)
     if share == 0:
         then = ". At share 0 only the inputs of layers wait there, and layers are computed again whole, attention too"
     else:

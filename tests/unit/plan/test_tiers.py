@@ -73,7 +73,7 @@ def test_a_tier_too_small_gives_the_rest_to_the_next_and_says_so() -> None:
 
 def test_an_optimizer_that_dram_cannot_hold_lies_in_cxl_memory_or_is_refused_with_the_way_out() -> None:
     config, found = decided("weights.offload_optimizer=cpu", BOTH, optimizer_bytes=3 * MIB)
-    with pytest.raises(PlanError, match="needs 3145728 bytes .*; give more DRAM, or use 8-bit states"):
+    with pytest.raises(PlanError, match=r"needs 3145728 bytes .*; give more DRAM, or use 8-bit states"):
         refuse_unplaced(config, list(found.values()))
     small = "memory.tiers=['dram:512KiB','cxl:node=1:1MiB']"
     config, found = decided("weights.offload_optimizer=cpu", small)
