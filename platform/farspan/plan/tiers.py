@@ -17,7 +17,6 @@ from farspan.memory.speeds import Speed, is_known, is_place, place_of
 from farspan.parallel.heads import plan_heads
 from farspan.plan.facts import ModelFacts
 from farspan.plan.hybrid import rank_tokens
-from farspan.plan.machine import size_text
 from farspan.plan.profile import LayerBytes
 
 OPTIMIZER, ACTIVATIONS, ARENA, ARENA_GRADIENTS = "optimizer", "activations", "KV arena", "KV gradients"
@@ -61,7 +60,7 @@ class Given:
 
     def text(self) -> str:
         """For a reader."""
-        where = " + ".join(f"{size_text(nbytes)} in {name}" for name, nbytes in self.shares)
+        where = " + ".join(f"{nbytes / 2**20:,.1f} MiB in {name}" for name, nbytes in self.shares)
         return f"{where}: {self.reason}" if where else self.reason
 
 
