@@ -30,7 +30,7 @@ def predict_share(task: Task, choice: Choice) -> tuple[float, str]:
     try:
         found = choose_alpha(layer, task.profile.num_layers, bytes_per_s, room, _NUM_KEPT)
     except PlanError as problem:
-        return 0.0, str(problem)
+        return 0.0, f"memory.swap_share=auto is predicted to be refused: {problem}"
     share = in_hundredths(found.alpha)
     return share, (
         f"memory.swap_share=auto is predicted to be {share:g}: a layer's forward takes {layer.forward_s:.3g} s, copies "
