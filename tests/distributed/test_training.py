@@ -183,7 +183,9 @@ def test_ranks_agree_on_the_share_they_measure_and_train_as_without_it(
         for name, more in (("plain", []), ("auto", tiers))
     )
     assert auto[0][0] == auto[1][0]
-    (why,) = auto[0][0]
+    where, why = auto[0][0]
+    assert where.startswith("activations: ")
+    assert "in cxl:emulated:64MiB (emulated)" in where
     assert why.startswith("memory.swap_share=auto is ")
     assert "(emulated)" in why
     assert Note(text=why) in auto[0][1]

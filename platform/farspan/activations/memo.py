@@ -14,6 +14,7 @@ Source: MEMO (Zhao et al. 2024, https://arxiv.org/abs/2407.12117), section 4.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from farspan.errors import PlanError
@@ -72,6 +73,11 @@ def choose_alpha(
     else:
         reason = "bandwidth limits it" if by_time <= by_room else "the host's room limits it"
     return MemoChoice(alpha, stall_s, round(num_swapped * layer.swapped_bytes(alpha)), reason)
+
+
+def in_hundredths(alpha: float) -> float:
+    """A share a user can write, and no larger than `alpha`."""
+    return math.floor(alpha * 100) / 100
 
 
 def simulate_stall(

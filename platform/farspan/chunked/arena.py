@@ -36,9 +36,9 @@ class _Layer:
 class KvArena:
     """Memory for the keys and values of `num_layers` layers.
 
-    `allocate` none: memory beside the first keys stored. `gradient_dtype` none: gradients are summed in the type of
-    the keys (8 * G * D bytes per token and layer in bf16); fp32 sums round less and take 12 * G * D. `free` hears of
-    each tensor of `allocate` that is not used any more.
+    `allocate` none: memory beside the first keys stored; `allocate_sums` none: gradients lie where keys do.
+    `gradient_dtype` none: gradients are summed in the type of the keys (8 * G * D bytes per token and layer in bf16);
+    fp32 sums round less and take 12 * G * D. `free` hears of each allocated tensor that is not used any more.
     """
 
     def __init__(
@@ -46,8 +46,10 @@ class KvArena:
         allocate: Allocate | None = None,
         gradient_dtype: torch.dtype | None = None,
         free: Callable[[Tensor], None] | None = None,
+        allocate_sums: Allocate | None = None,
     ) -> None:
         self._allocate, self._gradient_dtype, self._free = allocate, gradient_dtype, free
+        self._allocate_sums = allocate_sums or allocate
         self._layers: dict[int, _Layer] = {}
         self._num_tokens, self._with_gradients = 0, False
 
@@ -118,6 +120,7 @@ class KvArena:
         layer = _Layer(k_SGD, v_SGC)
         if self._with_gradients:
             dtype = self._gradient_dtype or k_cGD.dtype
+            allocate = self._allocate_sums or _beside(k_cGD)
             layer.dk_SGD, layer.dv_SGC = (allocate(shape, dtype).zero_() for shape in shapes)
         self._layers[number] = layer
         return layer

@@ -16,6 +16,7 @@ from farspan.plan.cost import Plan, Task, plan_of_choice, refusal
 from farspan.plan.machine import Machine, calibrated, parse_machine
 from farspan.plan.run_plan import passes_of
 from farspan.plan.search import Space, search
+from farspan.plan.swap import predict_share, with_share
 from farspan.telemetry.events import PlanPredicted
 
 if TYPE_CHECKING:
@@ -57,12 +58,13 @@ def choose_plan(
             # The planner does not know every rule between keys. Of the best plan is told why not.
             refused = refused or problem
             continue
-        return Chosen(changed, _prediction(plan, config), _lines(plan, settings, config))
-    own = choice_of(config)
+        return Chosen(changed, _prediction(plan, config), (*_lines(plan, settings, config), *_swap(task, plan, config)))
+    own = with_share(task, choice_of(config), config.memory.swap_share)
     why = refusal(task, own) or "no plan that fits agrees with what the config sets"
     if refused is not None:
         why = f"{why}; the best plan that agrees with it is refused: {refused}"
-    return Chosen(config, _prediction(plan_of_choice(task, own), config), (("planner", f"as written; {why}"),))
+    plan = plan_of_choice(task, own)
+    return Chosen(config, _prediction(plan, config), (("planner", f"as written; {why}"), *_swap(task, plan, config)))
 
 
 def _machine(config: RunConfig) -> Machine | None:
@@ -104,7 +106,7 @@ def task_of(config: RunConfig, model: PretrainedConfig, machine: Machine) -> tup
     profile = trace_model(model)
     workers = config.parallel.workers
     sizes = [n for n in range(1, workers + 1) if workers % n == 0]
-    space = Space(optimizers=(config.optim.kind,), lora_rank=config.lora.rank)
+    space = Space(optimizers=(config.optim.kind,), lora_rank=config.lora.rank, swap_share=config.memory.swap_share)
     return Task(profile, machine, config.data.sequence_tokens, ways_of(profile, sizes), passes_of(config)), space
 
 
@@ -114,7 +116,11 @@ def _agrees(choice: Choice, config: RunConfig, written: frozenset[str]) -> bool:
     whole = OmegaConf.structured(config)
     settings = choice.settings()
     said = {key: OmegaConf.select(whole, key) for key in settings if key in written}
-    return all(value == settings[key] or (key, value) == ("parallel.strategy", "auto") for key, value in said.items())
+    left_open = {"parallel.strategy", "memory.offload_activations"}
+    return all(
+        value == settings[key] or (value == "auto" and key in left_open and settings[key] != "none")
+        for key, value in said.items()
+    )
 
 
 def choice_of(config: RunConfig) -> Choice:
@@ -176,6 +182,13 @@ def _lines(plan: Plan, settings: dict[str, Any], config: RunConfig) -> tuple[tup
         ("planner", f"chose {'  '.join(changed)}" if changed else "would choose what the config says"),
         ("predicted", f"{plan.step_s * config.train.accumulation:,.2f} s a step, to be compared with what is measured"),
     )
+
+
+def _swap(task: Task, plan: Plan, config: RunConfig) -> tuple[tuple[str, str], ...]:
+    """What the run is going to measure, as far as it can be said before."""
+    if config.memory.swap_share != "auto" or not plan.choice.recompute:
+        return ()
+    return (("swap", predict_share(task, plan.choice)[1]),)
 
 
 def as_written(config: RunConfig) -> RunConfig:

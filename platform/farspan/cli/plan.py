@@ -60,6 +60,7 @@ def run_planner(question: Question, *, explain: bool, as_json: bool, top: int) -
     machine = _machine(question)
     space = _space(question)
     config, tokens = _run_config(question)
+    space = replace(space, swap_share=config.memory.swap_share)
     task = _task(config, machine, tokens)
     found = search(task, space)
     best = found.best

@@ -21,6 +21,7 @@ from farspan.plan.explain import breaks_first, seconds
 from farspan.plan.machine import GIB, Machine, sheet_of, size_text
 from farspan.plan.search import limit_of
 from farspan.plan.states import states_of
+from farspan.plan.swap import with_share
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -159,7 +160,7 @@ def foresee(config: RunConfig, model: PretrainedConfig, target: Target) -> Forec
         return Forecast(lines)
     lines[0] = ("machine", f"{target.machine.text()} ({target.source})")
     task, _ = task_of(config, model, target.machine)
-    choice = choice_of(config)
+    choice = with_share(task, choice_of(config), config.memory.swap_share)
     states = states_of(task.profile, choice)
     plan = plan_of_choice(task, choice)
     peak, limit = size_text(plan.footprint.device_bytes), size_text(plan.device_limit)
@@ -202,6 +203,8 @@ def _refuse_unreachable(config: RunConfig, address: str) -> None:
     places = {"output": config.output, "data.corpus": config.data.corpus}
     if config.train.certificate is not None:
         places["train.certificate"] = config.train.certificate
+    if config.memory.speeds is not None:
+        places["memory.speeds"] = config.memory.speeds
     for field, uri in places.items():
         if "://" not in uri and not is_this_machine(address):
             raise ConfigError(field, "must be reachable from the cluster", uri, "use s3://BUCKET/PATH")

@@ -170,24 +170,28 @@ def read_run_config(path: str, overrides: list[str]) -> RunConfig:
         config.model.source = absolute_uri(config.model.source)
     if config.train.certificate is not None:
         config.train.certificate = absolute_uri(config.train.certificate)
+    if config.memory.speeds is not None:
+        config.memory.speeds = absolute_uri(config.memory.speeds)
     return config
 
 
 def plan_of(config: RunConfig) -> RunPlan:
-    """The plan of a run; opens the corpus's manifest and the model's config, nothing heavier."""
+    """The plan of a run; opens the corpus's manifest and the model's config, and traces a layer where it must."""
     import torch
 
     from farspan.models.lora import count_matrices
     from farspan.plan.facts import model_facts
     from farspan.plan.run_plan import plan_run
     from farspan.train.build import compute_dtype, required_certificate
+    from farspan.train.tiers import plan_tiers
 
     model = model_of(config)
     device = torch.device("cuda" if config.resources.gpus_per_worker > 0 else "cpu")
     num_adapter = count_matrices(model, config.lora) if config.lora.rank > 0 else 0
-    plan = plan_run(config, model_facts(model), compute_dtype(config.model.dtype, device).itemsize, num_adapter)
+    compute = compute_dtype(config.model.dtype, device)
+    plan = plan_run(config, model_facts(model), compute.itemsize, num_adapter)
     required_certificate(config, model, plan.parallel)
-    return plan
+    return plan_tiers(config, model, plan, compute, on_gpu=device.type == "cuda")
 
 
 def _refuse_passing(output: str) -> None:

@@ -125,7 +125,8 @@ class WeightsConfig:
     zero: int = 3
     """engine=deepspeed: 1 cuts AdamW's states, 2 gradients too, 3 weights too."""
     offload_optimizer: str = "none"
-    """engine=deepspeed: none, or cpu to keep AdamW's states and the fp32 weights in host memory."""
+    """none, or cpu to keep AdamW's states and the fp32 weights in host memory: local DRAM, or where memory.tiers gives
+    too little of it, the CXL memory they describe."""
 
 
 @dataclass(kw_only=True)
@@ -211,14 +212,18 @@ class MemoryConfig:
     mlp_tile_tokens: int = 0
     """Tokens of such a tile; 0: as many as the model is wide."""
     offload_activations: str = "none"
-    """Where tensors kept for backward wait: none (the device), cpu, cxl, nvme; with chunk, where the arena lies."""
+    """Where tensors kept for backward wait: none (the device), cpu, cxl, nvme; auto: in tiers and host memory, as their
+    speeds and room decide (the plan says why); with chunk, where the arena lies."""
     swap_share: int | float | str = 0.0
     """With recompute and offload: share of a layer's tokens whose products wait there instead of being computed again;
     above 0 attention is never computed again (MEMO), at 0 it is. auto: as much as copies can hide behind computing, by
     measuring the tier and a layer when the run starts; it may be 0."""
     tiers: list[str] = field(default_factory=list)
     """Memory beside the device: dram:SIZE, cxl:node=N:SIZE, cxl:/dev/daxX.Y:SIZE, cxl:emulated:SIZE, nvme:FOLDER:SIZE;
-    SIZE is what each process takes; offload to cpu needs none."""
+    SIZE is what each process takes; offload to cpu needs none. weights.offload_optimizer takes of them, too."""
+    speeds: str | None = None
+    """What `farspan bench memory --json` wrote about these tiers, local or s3://; none: where tiers of one kind share
+    the load, the run measures them once and keeps tiers.json in its output."""
     chunk: str = "none"
     """none, seco (exact: the sequence goes through the model chunk by chunk), spaco (chunks are drawn, as
     chunk_sampling says)."""

@@ -53,9 +53,7 @@ def open_tiers(
 
 def open_tier(text: str, device: torch.device, open_store: Callable[[str], Objects]) -> Tier:
     """One tier from its description; see `open_tiers`."""
-    kind, _, rest = text.partition(":")
-    where, _, size = rest.rpartition(":")
-    capacity = parse_bytes(size, text)
+    kind, where, capacity = parse_tier(text)
     if kind == "dram" and not where:
         return DramTier(capacity, device=device)
     if kind == "device" and not where and device.type == "cuda":
@@ -71,6 +69,17 @@ def open_tier(text: str, device: torch.device, open_store: Callable[[str], Objec
     if kind == "objects" and where:
         return ObjectStoreTier(open_store(where), capacity)
     raise ConfigError("memory.tiers", "must describe a tier this machine can have", text, f"write one of {_FORMS}")
+
+
+def parse_tier(text: str) -> tuple[str, str, int]:
+    """`cxl:node=1:64GiB` -> (cxl, node=1, bytes); whether there is such a tier shows when it is opened.
+
+    Raises:
+        ConfigError: it does not end in a size.
+    """
+    kind, _, rest = text.partition(":")
+    where, _, size = rest.rpartition(":")
+    return kind, where, parse_bytes(size, text)
 
 
 def parse_bytes(size: str, text: str) -> int:

@@ -24,6 +24,8 @@ class Item:
     touches_per_step: float
     computed_on: bool
     """The processor computes on it where it is (optimizer states, master weights); otherwise it is only copied."""
+    only: tuple[str, ...] = ()
+    """Kinds of tier that may hold it; empty: all."""
 
     @property
     def traffic_bytes(self) -> float:
@@ -65,7 +67,8 @@ def place(items: Sequence[Item], places: Sequence[Place]) -> list[Decision]:
     order = sorted(items, key=lambda i: (not i.computed_on, -i.touches_per_step, -i.nbytes, i.name))
     decided: dict[int, Decision] = {}
     for item in order:
-        decision = _place_computed(item, places, room) if item.computed_on else _place_streamed(item, places, room)
+        allowed = [p for p in places if not item.only or p.kind in item.only]
+        decision = _place_computed(item, allowed, room) if item.computed_on else _place_streamed(item, allowed, room)
         for name, nbytes in decision.shares:
             room[name] -= nbytes
         decided[id(item)] = decision
@@ -117,7 +120,7 @@ def _place_streamed(item: Item, places: Sequence[Place], room: dict[str, int]) -
             over = ", ".join(name for name, _ in shares)
             striped = f"striped over {over} by their speed" if len(shares) > 1 else f"in {over}"
             return Decision(item, shares, f"{item.name} is only streamed: {striped}{_why_not_before(kind, places)}")
-    left = sum(room.values())
+    left = sum(room[p.name] for p in places)
     return Decision(
         item,
         (),

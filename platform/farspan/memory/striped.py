@@ -14,12 +14,17 @@ class StripedTiers:
     Whole regions are dealt out, not slices of one: a layer's saved tensors are several, and travel side by side.
     """
 
-    def __init__(self, tiers: Sequence[Tier], bytes_per_s: Sequence[float] | None = None) -> None:
-        """`bytes_per_s`: as `farspan bench memory` measured them; none: all alike."""
+    def __init__(
+        self, tiers: Sequence[Tier], shares: Sequence[float] | None = None, after: Sequence[Tier] = ()
+    ) -> None:
+        """`shares`: what each tier gets of an owner's bytes, or its speed; none: all alike.
+
+        `after`: tiers for what none of these has room for, in this order.
+        """
         assert tiers
-        self.tiers = list(tiers)
-        self._speeds = list(bytes_per_s) if bytes_per_s is not None else [1.0] * len(self.tiers)
-        assert len(self._speeds) == len(self.tiers)
+        self.tiers, self._after = list(tiers), list(after)
+        self.shares = list(shares) if shares is not None else [1.0] * len(self.tiers)
+        assert len(self.shares) == len(self.tiers)
 
     @property
     def label(self) -> str:
@@ -30,13 +35,16 @@ class StripedTiers:
         Raises:
             TierFullError: no tier has room.
         """
+        # Others may lie in the same tiers: what counts is what this owner has there.
         loads = [
-            (tier.stats().used_bytes + nbytes) / speed for tier, speed in zip(self.tiers, self._speeds, strict=True)
+            (tier.stats().owners.get(owner, 0) + nbytes) / share
+            for tier, share in zip(self.tiers, self.shares, strict=True)
         ]
         refusals: list[TierFullError] = []
-        for _, index in sorted((load, index) for index, load in enumerate(loads)):
+        order = sorted(range(len(loads)), key=loads.__getitem__)
+        for tier in (*(self.tiers[index] for index in order), *self._after):
             try:
-                return self.tiers[index].allocate(nbytes, owner)
+                return tier.allocate(nbytes, owner)
             except TierFullError as refusal:
                 refusals.append(refusal)
         raise max(refusals, key=lambda refusal: refusal.free_bytes)

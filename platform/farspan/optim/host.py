@@ -10,10 +10,11 @@ optimizer. What overlaps with backward is the traffic, which is what costs time.
 
 from __future__ import annotations
 
+import mmap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from farspan.memory.inplace import InPlaceTier
 from farspan.memory.tier import DEADLINE_S, Region
 from farspan.memory.transfer import Finished, ThreadLane, Transfer
-from farspan.optim.adamw8bit import restore_states
+from farspan.optim.adamw8bit import BLOCK, in_blocks, restore_states
 from farspan.optim.shards import like_shard, local_of
 
 OWNER = "optimizer"
@@ -41,6 +42,8 @@ class _Slot:
     inner: torch.optim.Optimizer
     next_region: Region | None = None
     arriving: Transfer = Finished()  # noqa: RUF009
+    states: dict[str, Region] = field(default_factory=dict)
+    """Where the moments lie, by name."""
     num_passes: int = 0
     seen: tuple[int, int] = (0, 0)
 
@@ -97,6 +100,7 @@ class HostOptimizer(torch.optim.Optimizer):
         back = []
         for slot, future in zip(slots, stepped, strict=True):
             future.result(timeout=self._deadline_s)
+            self._settle(slot)
             back.append(self._tier.fetch(slot.master_region, local_of(slot.weight), self._deadline_s))
         for slot, transfer in zip(slots, back, strict=True):
             transfer.wait()
@@ -121,11 +125,15 @@ class HostOptimizer(torch.optim.Optimizer):
         slot = self._slots[weight]
         return slot.inner.state.get(slot.master, {})
 
+    def bytes_beside(self) -> int:
+        """What it holds on the host beside its tier: states too small for a place there, or just loaded."""
+        kept = [(slot, slot.inner.state.get(slot.master, {})) for slot in self._slots.values()]
+        found = (value for slot, states in kept for name, value in states.items() if name not in slot.states)
+        return sum(value.nbytes for value in found if isinstance(value, Tensor))
+
     def host_bytes(self) -> int:
-        """What it holds on the host: masters and gradients in its tier, and the states beside them."""
-        states = (state for slot in self._slots.values() for state in slot.inner.state.values())
-        values = (value for state in states for value in state.values() if isinstance(value, Tensor))
-        return self._tier.stats().owners.get(OWNER, 0) + sum(value.nbytes for value in values)
+        """What it holds on the host: masters, gradients and moments in its tier, and what is beside it."""
+        return self._tier.stats().owners.get(OWNER, 0) + self.bytes_beside()
 
     def close(self) -> None:
         """Give the host memory back; the optimizer cannot step any more."""
@@ -134,7 +142,7 @@ class HostOptimizer(torch.optim.Optimizer):
         self._adding.close()
         self._stepping.shutdown()
         for slot in self._slots.values():
-            for region in (slot.master_region, slot.grad_region, slot.next_region):
+            for region in (slot.master_region, slot.grad_region, slot.next_region, *slot.states.values()):
                 if region is not None:
                     self._tier.free(region)
         self._slots.clear()
@@ -153,6 +161,19 @@ class HostOptimizer(torch.optim.Optimizer):
         """A region's memory as a tensor shaped like `like`."""
         nbytes = like.numel() * like.element_size()
         return self._tier.memory_of(region)[:nbytes].view(like.dtype).view(like.shape)
+
+    def _settle(self, slot: _Slot) -> None:
+        """Move moments that were made or loaded elsewhere into the tier, where they stay."""
+        states = slot.inner.state.get(slot.master, {})
+        for name, value in states.items():
+            if not isinstance(value, Tensor) or value.ndim == 0 or value.numel() == 0:
+                continue
+            region = slot.states.get(name)
+            if region is None:
+                region = slot.states[name] = self._tier.allocate(value.nbytes, OWNER)
+            home = self._view(region, value)
+            if home.data_ptr() != value.data_ptr():
+                states[name] = home.copy_(value)
 
     def _refresh(self, slot: _Slot) -> None:
         """Whoever else wrote into the device's weight, a checkpoint for one, is followed."""
@@ -209,6 +230,25 @@ def _total_norm(slots: list[_Slot]) -> Tensor:
     square = torch.nn.utils.get_total_norm(grads).to(mesh.device_type) ** 2
     torch.distributed.all_reduce(square, group=mesh.get_group())
     return square.sqrt()
+
+
+def needed_bytes(weights: Iterable[Tensor], num_ranks: int, kind: str, *, adds: bool) -> int:
+    """Most bytes of tiers that a rank needs for whole `weights` cut by rows over `num_ranks`.
+
+    `adds`: several passes come before a step, and gradients wait to be added.
+    """
+    total = 0
+    for weight in weights:
+        rows = -(-weight.shape[0] // num_ranks) if weight.ndim else 1
+        shard = torch.empty(rows, *weight.shape[1:], dtype=weight.dtype, device="meta")
+        nbytes, in_8_bits = shard.nbytes, kind == "adamw8bit" and in_blocks(shard)
+        moments = [shard.numel(), 4 * shard.numel() // BLOCK] if in_8_bits else [max(nbytes, 4 * shard.numel())]
+        total += sum(_pages(size) for size in [nbytes, nbytes, *moments, *moments, *([nbytes] if adds else [])])
+    return total
+
+
+def _pages(nbytes: int) -> int:
+    return -(-max(1, nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _version(weight: nn.Parameter) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from farspan.errors import ConfigError
 from farspan.memory.host import DramTier
 from farspan.memory.inplace import InPlaceTier
 from farspan.optim.adamw8bit import AdamW8bit
-from farspan.optim.host import HostOptimizer
+from farspan.optim.host import HostOptimizer, needed_bytes
 from farspan.optim.shards import local_of
 
 KINDS = ("adamw", "adamw8bit")
@@ -68,7 +68,7 @@ def make_optimizer(
     weights = [weight for group in groups for weight in group["params"]]
     # bitsandbytes' quantization on the CPU, itself threaded, gives wrong codes when two threads call it at once.
     threads = 1 if kind == "adamw8bit" else num_threads
-    return HostOptimizer(groups, make, tier or _fitting(weights), num_threads=threads)
+    return HostOptimizer(groups, make, tier or _fitting(weights, kind), num_threads=threads)
 
 
 def clip_grad_norm(optimizer: torch.optim.Optimizer, weights: Iterable[nn.Parameter], max_norm: float) -> Tensor:
@@ -86,9 +86,8 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(v.numel() * v.element_size() for v in values)
 
 
-def _fitting(weights: list[nn.Parameter]) -> DramTier:
-    """Room for masters, gradients and, with several passes, the next gradients."""
-    page = DramTier.granularity
-    sizes = [local_of(w).numel() * w.element_size() for w in weights]
+def _fitting(weights: list[nn.Parameter], kind: str) -> DramTier:
+    """Room for masters, moments, gradients and, with several passes, the next gradients."""
     device = weights[0].device if weights else torch.device("cpu")
-    return DramTier(3 * sum(-(-max(1, size) // page) * page for size in sizes), device=device, name="dram (optimizer)")
+    nbytes = needed_bytes([local_of(weight) for weight in weights], 1, kind, adds=True)
+    return DramTier(nbytes, device=device, name="dram (optimizer)")

@@ -20,6 +20,7 @@ from farspan.parallel.layout import ContiguousLayout, Layout
 from farspan.parallel.mesh import make_mesh
 from farspan.parallel.strategy import STRATEGIES, SequenceParallel, SequenceRanks, bytes_sent
 from farspan.parallel.traffic import Block
+from farspan.parallel.wire import WireBytes
 
 ONE_PROCESS, PEER = "one process", "deepspeed ulysses"
 
@@ -44,7 +45,7 @@ class BenchCase:
 
 @dataclass
 class Contender:
-    """One way to compute forward and backward on this rank; `sent` reads its byte counter."""
+    """One way to compute forward and backward on this rank; `sent` gives the bytes this rank sends in one more run."""
 
     name: str
     run: Callable[[], list[Tensor]]
@@ -81,8 +82,10 @@ def our_contenders(case: BenchCase, tensors: list[Tensor]) -> list[Contender]:
         def run(attention: Any = attention, held: list[Tensor] = held) -> list[Tensor]:
             return _with_gradients(lambda q, k, v: attention(q, k, v, scale=case.scale), held)
 
-        def sent(ranks: SequenceRanks = ranks) -> int:
-            return ranks.all.bytes_sent
+        def sent(ranks: SequenceRanks = ranks, run: Callable[[], list[Tensor]] = run) -> int:
+            before = ranks.all.bytes_sent
+            run()
+            return ranks.all.bytes_sent - before
 
         formula = sum(bytes_sent(name, block, num_ranks, num_ulysses))
         contenders.append(Contender(name, run, layout, sent, formula))
@@ -136,8 +139,13 @@ def peer_contenders(case: BenchCase, tensors: list[Tensor]) -> tuple[list[Conten
     def run() -> list[Tensor]:
         return [x[0] for x in _with_gradients(lambda q, k, v: wrapper(q, k, v, 0), held)]
 
+    def sent() -> int:
+        with WireBytes(num_ranks) as wire:
+            run()
+        return wire.bytes_sent
+
     numbers = sum(x.numel() for x in held) // num_ranks
-    return [Contender(PEER, run, layout, None, 2 * numbers * 4 * (num_ranks - 1))], ""
+    return [Contender(PEER, run, layout, sent, 2 * numbers * 4 * (num_ranks - 1))], ""
 
 
 def _start_deepspeed() -> str | None:

@@ -22,6 +22,8 @@ class Choice:
     recompute: bool = False
     offload_activations: str = "none"
     """cpu: what is kept for backward lies in host memory; in chunk-wise training that is the KV arena."""
+    swap_share: float = 0.0
+    """Of a recomputed layer, the share of tokens whose products wait in memory instead. Asked for, never chosen."""
     chunk: str = "none"
     chunk_tokens: int = 0
     optimizer: str = "adamw"
@@ -73,6 +75,7 @@ class Choice:
         words = [
             ("recompute", self.recompute),
             ("offload", self.offload_activations != "none"),
+            (f"swap {self.swap_share:.0%}", self.swap_share > 0),
             ("tiled MLP", self.tiled_mlp),
             (f"{self.chunk} {_short(self.chunk_tokens)}", self.chunk != "none"),
             ("8-bit AdamW", self.optimizer == "adamw8bit"),

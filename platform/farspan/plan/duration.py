@@ -48,6 +48,8 @@ class _Layer:
 
     count: int
     forward_s: float
+    again_s: float
+    """What a recomputation takes: of a swapped layer less than its forward."""
     backward_s: float
     exchange_forward_s: float
     exchange_backward_s: float
@@ -66,14 +68,12 @@ def duration(
     spill_tier: str = "host",
 ) -> Duration:
     """One step: `dp` sequences of `tokens` side by side. `kept` are bytes each kind of layer keeps for backward."""
-    layers = [
-        _layer(kind, profile, choice, share, tokens, machine, size)
-        for kind, share, size in zip(profile.kinds, sharing, kept, strict=True)
-    ]
+    layers = _layers(profile, choice, sharing, tokens, machine, kept)
     chunked = choice.chunk != "none"
     # Chunk-wise training runs forward once for keys and values, and once more for each chunk's backward.
     forwards = 1 + int(choice.recompute) + int(chunked)
-    compute = sum(x.count * (forwards * x.forward_s + x.backward_s) for x in layers)
+    spared = sum(x.count * (x.forward_s - x.again_s) for x in layers)
+    compute = sum(x.count * (forwards * x.forward_s + x.backward_s) for x in layers) - spared
     exchange = sum(x.count * (forwards * x.exchange_forward_s + x.exchange_backward_s) for x in layers)
     shard = tokens / choice.sp
     compute += _root_s(profile, choice, shard, machine) + _launch_s(profile, choice, shard, forwards, machine)
@@ -86,6 +86,30 @@ def duration(
         optimizer_s=optimizer,
         flops=_useful_flops(profile, choice, tokens),
     )
+
+
+def layer_seconds(
+    profile: ModelProfile, choice: Choice, sharing: Sequence[Sharing], tokens: int, machine: Machine
+) -> tuple[float, float]:
+    """Seconds of (forward, backward) of a layer, the mean over all of them; what it waits for others counts."""
+    layers = _layers(profile, choice, sharing, tokens, machine, [0.0] * len(profile.kinds))
+    forward = sum(x.count * (x.forward_s + x.exchange_forward_s) for x in layers)
+    backward = sum(x.count * (x.backward_s + x.exchange_backward_s) for x in layers)
+    return forward / profile.num_layers, backward / profile.num_layers
+
+
+def _layers(
+    profile: ModelProfile,
+    choice: Choice,
+    sharing: Sequence[Sharing],
+    tokens: int,
+    machine: Machine,
+    kept: Sequence[float],
+) -> list[_Layer]:
+    return [
+        _layer(kind, profile, choice, share, tokens, machine, size)
+        for kind, share, size in zip(profile.kinds, sharing, kept, strict=True)
+    ]
 
 
 def _layer(
@@ -118,12 +142,21 @@ def _layer(
     return _Layer(
         count=kind.count,
         forward_s=forward + attention,
+        again_s=forward + attention - _spared_s(kind, choice, shard, attention, machine),
         backward_s=backward + _ATTENTION_BACKWARD * attention,
         exchange_forward_s=ahead,
         exchange_backward_s=behind,
         kept_bytes=kept,
         weight_bytes=2.0 * kind.num_parameters,
     )
+
+
+def _spared_s(kind: LayerKind, choice: Choice, shard: float, attention_s: float, machine: Machine) -> float:
+    """Seconds of a recomputation that a swap saves: attention, and the products of its share of the tokens."""
+    if choice.swap_share == 0:
+        return 0.0
+    products = kind.whole.forward.flops(shard) / (machine.device.flops * machine.efficiency.gemm)
+    return attention_s + choice.swap_share * products
 
 
 def _work_s(work: Work, tokens: float, machine: Machine) -> float:
@@ -225,7 +258,7 @@ def _activations_s(choice: Choice, layers: Sequence[_Layer], tokens: int, machin
     waited = 0.0
     for layer in layers:
         travel = layer.kept_bytes / machine.spill_bandwidth(tier)
-        back = layer.backward_s + (layer.forward_s if choice.recompute else 0.0)
+        back = layer.backward_s + (layer.again_s if choice.recompute else 0.0)
         waited += layer.count * (max(0.0, travel - layer.forward_s) + max(0.0, travel - back))
     return waited
 

@@ -69,6 +69,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
     time = plan.duration
     return {
         "settings": plan.choice.settings(),
+        "swap_share": plan.choice.swap_share,
         "dp": plan.choice.dp,
         "sequence_tokens": plan.tokens,
         "tiers_bytes": {name: round(size) for name, size in plan.tiers.items()},

@@ -146,8 +146,15 @@ def on_rank(kind: LayerKind, part: Pass, name: str, shard: float, whole: float) 
 def kept_of(kind: LayerKind, choice: Choice, share: Sharing, shard: float, whole: float) -> float:
     """Bytes one layer keeps from forward to backward."""
     if choice.recompute:
-        return kind.boundary(shard)
+        return kind.boundary(shard) + swapped_of(kind, choice, share, shard)
     return on_rank(kind, passes(kind, choice), "saved", shard, whole) + share.extra_saved_bytes * shard
+
+
+def swapped_of(kind: LayerKind, choice: Choice, share: Sharing, shard: float) -> float:
+    """Bytes of a layer that is computed again which wait elsewhere instead: attention, and products of some tokens."""
+    if choice.swap_share == 0:
+        return 0.0
+    return kind.attention_out(shard) * share.q_factor + choice.swap_share * kind.products(shard)
 
 
 def mlp_tile(width: int, shard: float) -> float:

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from farspan.activations.memo_tokens import PRODUCTS
+
 _VIEWS = (torch.ops.aten._unsafe_view, torch.ops.aten.detach, torch.ops.aten.lift_fresh)
 
 
@@ -30,6 +32,8 @@ class Meter(TorchDispatchMode):
         self._weight_shapes = {tuple(sorted(weight.shape)) for weight in weights}
         self.live = self.peak = 0
         self.flops = self.moved = 0
+        self.products = 0
+        """Bytes that matrix products gave: what a swap by tokens may move."""
         self.where = ""
         self.largest: dict[str, int] = {}
         """Module and operation -> bytes of the largest storage it made."""
@@ -47,6 +51,8 @@ class Meter(TorchDispatchMode):
             self.flops += _grouped_flops(args[0], args[1])
         elif formula is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
+        if func in PRODUCTS:
+            self.products += result.numel() * result.element_size()
         if outputs and not func.is_view and func.overloadpacket not in _VIEWS:
             # What only makes room reads nothing.
             inputs = () if "empty" in str(func) else (x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))

@@ -74,6 +74,20 @@ class AttentionShape:
         """Keys, values and their gradients of one token: what chunk-wise training keeps of it."""
         return 2 * self.num_kv_heads * (self.head_dim + self.value_dim) * itemsize
 
+    def out_bytes(self, itemsize: int) -> int:
+        """What attention gives for one token: outputs, and their log-sum-exp in at least fp32."""
+        return self.num_q_heads * (self.value_dim * itemsize + max(4, itemsize))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBytes:
+    """Bytes of one token in one layer."""
+
+    saved: float
+    """Kept for backward where nothing is computed again."""
+    products: float
+    attention: float
+
 
 @dataclass(frozen=True, slots=True)
 class LayerKind:
@@ -94,6 +108,10 @@ class LayerKind:
     """Most bytes alive while one tile of the MLP runs backward, by the tokens of the tile."""
     attention: AttentionShape | None
     """None: a recurrent layer."""
+    products: Poly = Poly()
+    """Bytes its matrix products give in one forward."""
+    attention_out: Poly = Poly()
+    """Bytes its attention gives."""
 
 
 @dataclass(frozen=True, slots=True)

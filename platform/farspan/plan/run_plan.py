@@ -15,6 +15,7 @@ from farspan.plan.choose import choose_parallel
 from farspan.plan.facts import ModelFacts
 from farspan.plan.hybrid import hybrid_plan
 from farspan.plan.sent import exchange_bytes
+from farspan.plan.tiers import Given
 from farspan.plan.weights import weights_bytes
 
 # How chunks are drawn, by memory.chunk_sampling.
@@ -56,6 +57,10 @@ class RunPlan:
     """Lines that take the place of a mesh's, where documents have ranks of their own."""
     memory: str | None = None
     """What is done to need less memory, where anything is."""
+    tiers: tuple[Given, ...] = ()
+    """Where what does not lie on the device lies."""
+    unmeasured: tuple[str, ...] = ()
+    """Tiers whose speed decides and is not known yet."""
 
     def lines(self) -> list[tuple[str, str]]:
         """The plan for a reader: (what, how much and why)."""
@@ -79,6 +84,10 @@ class RunPlan:
             )
         notes = (("memory", self.memory), ("strategy", self.reason), ("recurrent", self.recurrent))
         rows += [(what, text) for what, text in notes if text]
+        rows += [(given.kind.name, given.text()) for given in self.tiers]
+        if self.unmeasured:
+            names = " and ".join(self.unmeasured)
+            rows.append(("tiers", f"the speed of {names} is measured when the run starts, and decides their shares"))
         rows = [(what, dict(self.hybrid).get(what, text)) for what, text in rows]
         rows += [row for row in self.hybrid if row[0] not in dict(rows)]
         padded = self.heads.q_heads - self.heads.num_q_heads
@@ -164,13 +173,18 @@ def _levers(config: RunConfig) -> str | None:
         kind = {"cpu": "dram"}.get(memory.offload_activations, memory.offload_activations)
         named = [f"{t} (emulated)" if ":emulated:" in t else t for t in memory.tiers if t.startswith(f"{kind}:")]
         what = "keys and values of all chunks" if chunked else "tensors kept for backward"
-        parts.append(f"{what} in {' + '.join(named) or 'host memory'}")
+        where = "where room and speeds decide" if kind == "auto" else f"in {' + '.join(named) or 'host memory'}"
+        parts.append(f"{what} {where}")
     if memory.tiled_mlp:
         tokens = memory.mlp_tile_tokens or "as many"
         wide = "" if memory.mlp_tile_tokens else " as the model is wide"
         parts.append(f"feed-forward layers and normalizations by tiles of {tokens} tokens{wide}")
     if config.train.recompute:
         parts.append("layers computed again in backward")
+    if isinstance(memory.swap_share, str):
+        parts.append("products of as many tokens as copies can hide wait there instead (measured when the run starts)")
+    elif memory.swap_share > 0:
+        parts.append(f"products of {memory.swap_share:.0%} of the tokens wait there instead")
     if config.optim.kind == "adamw8bit":
         parts.append("optimizer states in 8 bits")
     if config.weights.offload_optimizer != "none":

@@ -9,6 +9,7 @@ from math import lcm
 from farspan.plan.choice import Choice, broken_rule
 from farspan.plan.cost import Overflow, Plan, Task, footprint_of, overflow, plan_of_choice
 from farspan.plan.states import states_of
+from farspan.plan.swap import with_share
 
 CHUNKS = (8_192, 32_768, 131_072)
 LOSS_TILES = (1_024, 8_192)
@@ -27,6 +28,8 @@ class Space:
     chunks: tuple[int, ...] = CHUNKS
     loss_tiles: tuple[int, ...] = LOSS_TILES
     lora_rank: int = 0
+    swap_share: float | str = 0.0
+    """memory.swap_share, of choices that recompute layers and offload; auto: as it is predicted."""
     host_arena: bool = True
     """Whether the KV arena of chunk-wise training may lie in host memory."""
 
@@ -156,7 +159,7 @@ def choices_of(task: Task, space: Space, group: Choice) -> Iterator[Choice]:
                 part = replace(group, recompute=recompute, tiled_mlp=tiled, loss_tile_tokens=tile)
                 yield part
                 if len(task.machine.tier_bytes()) > 1:
-                    yield replace(part, offload_activations="cpu")
+                    yield with_share(task, replace(part, offload_activations="cpu"), space.swap_share)
                 for chunk in space.chunks:
                     if chunk < task.tokens and tile <= chunk:
                         chunked = replace(part, chunk="seco", chunk_tokens=chunk)

@@ -11,6 +11,7 @@ counted by formula, because they depend on windows and documents.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import cast
 
@@ -27,6 +28,7 @@ from farspan.plan.profile import (
     ALIVE,
     KEPT,
     MOVED,
+    LayerBytes,
     LayerKind,
     LossCost,
     ModelProfile,
@@ -55,9 +57,25 @@ def trace_model(
     Raises:
         ModelError: the model does something a trace cannot follow.
     """
+    with _followed(config):
+        return _Trace(make_shell(config, dtype, attention), dtype, attention).profile()
+
+
+def trace_layers(config: PretrainedConfig, dtype: torch.dtype, *, tiled: bool) -> tuple[LayerBytes, ...]:
+    """Every layer, alike ones beside each other; one short trace, where `trace_model` makes a dozen.
+
+    Raises:
+        ModelError: the model does something a trace cannot follow.
+    """
+    with _followed(config):
+        return _Trace(make_shell(config, dtype), dtype, "farspan").layers(tiled)
+
+
+@contextmanager
+def _followed(config: PretrainedConfig) -> Iterator[None]:
     try:
         with fake_tensors():
-            return _Trace(make_shell(config, dtype, attention), dtype, attention).profile()
+            yield
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, IndexError) as problem:
         name = config.get_text_config(decoder=True).model_type
         reason = " ".join(str(problem).split())[:200]
@@ -76,8 +94,8 @@ class _Trace:
 
     def profile(self) -> ModelProfile:
         plain, again = self._both([])
-        mlps = [(x, mlp[0]) for x in self.shell.layers if (mlp := mlp_of(x)) is not None]
-        tiles = [(*part, Tiled()) for part in (*mlps, *named_token_norms(self.shell.model))]
+        mlps = self._mlps()
+        tiles = self._tiles(mlps)
         tiled = self._both(tiles) if mlps else None
         mixers = [(x, MIXER, MixerStub()) for x in self.shell.layers if hasattr(x, MIXER)]
         rest = self._both(mixers) if mixers else None
@@ -96,6 +114,8 @@ class _Trace:
                     rest=self._pass(kind, *rest) if rest is not None and kind.rule.recurrent else None,
                     mlp_peak=mlp_peak or Poly(),
                     attention=self.watch.shapes.get(kind.shown),
+                    products=_fit(self.lengths, [run.layers[kind.shown].forward_products for run in plain]),
+                    attention_out=Poly(c1=float(self._attention_out(kind))),
                 )
             )
         return ModelProfile(
@@ -117,6 +137,26 @@ class _Trace:
             quadratics=(*_quadratics(self.lengths, plain), *_quadratic_traffic(kinds)),
             max_positions=getattr(self.text, "max_position_embeddings", None),
         )
+
+    def layers(self, tiled: bool) -> tuple[LayerBytes, ...]:
+        """Every layer of the real model, by one run at one length: what it keeps grows with its tokens."""
+        tokens, found = self.lengths[-1 if self.lengths is RECURRENT_LENGTHS else 0], list[LayerBytes]()
+        with replaced(self._tiles(self._mlps()) if tiled else []):
+            run = self._run(tokens, recompute=False)
+        for kind in self.shell.kinds:
+            seen, out = run.layers[kind.shown], self._attention_out(kind)
+            found += kind.count * [LayerBytes(seen.saved / tokens, seen.forward_products / tokens, out)]
+        return tuple(found)
+
+    def _attention_out(self, kind: Kind) -> int:
+        shape = self.watch.shapes.get(kind.shown)
+        return 0 if shape is None else shape.out_bytes(self.dtype.itemsize)
+
+    def _mlps(self) -> list[tuple[nn.Module, str]]:
+        return [(x, mlp[0]) for x in self.shell.layers if (mlp := mlp_of(x)) is not None]
+
+    def _tiles(self, mlps: list[tuple[nn.Module, str]]) -> list[tuple[nn.Module, str, nn.Module]]:
+        return [(*part, Tiled()) for part in (*mlps, *named_token_norms(self.shell.model))]
 
     def _both(self, parts: Iterable[tuple[nn.Module, str, nn.Module]]) -> tuple[list[Run], list[Run]]:
         """Runs at all lengths with modules replaced by `parts`: keeping everything, and recomputing layers."""

@@ -24,6 +24,7 @@ class Seen:
     backward_peak: int = 0
     forward_flops: int = 0
     forward_moved: int = 0
+    forward_products: int = 0
     backward_flops: int = 0
     backward_moved: int = 0
 
@@ -58,7 +59,7 @@ class Windows:
     ) -> None:
         self.meter, self.saved, self.run, self.layers, self.watch = meter, saved, run, layers, watch
         self.recompute = recompute
-        self.open: tuple[Seen, int, int, int, int] | None = None
+        self.open: tuple[Seen, int, int, int, int, int] | None = None
         self.forward = True
         self.before_tail = self.before_backward = 0
 
@@ -133,16 +134,16 @@ class Windows:
 
     def _start(self, seen: Seen, *, backward: bool) -> None:
         live = self.meter.mark()
-        self.open = (seen, live, self.saved.total, self.meter.flops, self.meter.moved)
+        self.open = (seen, live, self.saved.total, self.meter.flops, self.meter.moved, self.meter.products)
 
     def _close(self, *, backward: bool) -> None:
         if self.open is None:
             return
-        seen, live, saved, flops, moved = self.open
+        seen, live, saved, flops, moved, products = self.open
         self.open = None
         peak, flops, moved = self.meter.peak - live, self.meter.flops - flops, self.meter.moved - moved
         if backward:
             seen.backward_peak, seen.backward_flops, seen.backward_moved = peak, flops, moved
         else:
             seen.forward_peak, seen.forward_flops, seen.forward_moved = peak, flops, moved
-            seen.saved = self.saved.total - saved
+            seen.saved, seen.forward_products = self.saved.total - saved, self.meter.products - products

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -36,11 +35,13 @@ from farspan.train.checkpoint import TrainState
 from farspan.train.chunks import Chunks
 from farspan.train.fsdp2 import Fsdp2Weights
 from farspan.train.hdp import HybridStep
+from farspan.train.limit import memory_limit
 from farspan.train.loss import PackedLoss
 from farspan.train.offload import ArenaMemory, RunOffload, RunTiers
 from farspan.train.samples import WitnessedReader
 from farspan.train.step import TrainStep
 from farspan.train.swap import choose_share
+from farspan.train.tiers import open_run_tiers
 from farspan.train.useful import useful_work
 from farspan.train.weights import WeightsEngine
 from farspan.train.zero import ZeroWeights, refuse_without_deepspeed
@@ -90,28 +91,35 @@ def build(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     tiled = _tiled(config, model) if config.memory.tiled_mlp else []
     mesh = make_mesh(device.type, parallel.sp, parallel.ulysses, timeout_s=config.resources.timeout_s)
-    loss = _loss(config, model.to(device)).train()
     sequence = SequenceParallel(SequenceRanks.of(mesh), parallel.strategy, parallel.layout)
-    step = TrainStep(
-        weights=_engine(config, loss, mesh, device, tiled),
-        optim=config.optim,
-        num_steps=config.train.steps,
-        accumulation=config.train.accumulation,
-        mesh=mesh,
-        sequence=sequence,
-        reader=WitnessedReader(
-            corpus, config.data.sequence_tokens, config.seed, useful_work(config, model.config), mesh.sp
-        ),
-        device=device,
-        hybrid=_hybrid(config, model.config, sequence, device),
-    )
+    with ExitStack() as undo:
+        tiers = open_run_tiers(config, model, parallel, device, dtype)
+        if tiers is not None:
+            undo.callback(tiers.close)
+        loss = _loss(config, model.to(device)).train()
+        weights = _engine(config, loss, mesh, device, tiled, tiers)
+        undo.callback(weights.close)
+        step = TrainStep(
+            weights=weights,
+            optim=config.optim,
+            num_steps=config.train.steps,
+            accumulation=config.train.accumulation,
+            mesh=mesh,
+            sequence=sequence,
+            reader=WitnessedReader(
+                corpus, config.data.sequence_tokens, config.seed, useful_work(config, model.config), mesh.sp
+            ),
+            device=device,
+            hybrid=_hybrid(config, model.config, sequence, device),
+            tiers=tiers,
+        )
+        notes = (*(() if tiers is None else tiers.notes), *_lay_out(config, model, step, tiers))
+        # From here on the step closes what was opened.
+        undo.pop_all()
     state = TrainState(0, 0, config.seed, config.data.sequence_tokens, corpus.fingerprint, config.optim.kind)
-    tokenizer = load_tokenizer(corpus.tokenizer_folder)
-    # Last, because what it opens is closed by the step.
-    notes = _open_beside(config, model, step)
     return Training(
         step=step,
-        tokenizer=tokenizer,
+        tokenizer=load_tokenizer(corpus.tokenizer_folder),
         state=state,
         compute=dtype,
         certificate=certificate,
@@ -120,28 +128,27 @@ def build(
     )
 
 
-def _open_beside(config: RunConfig, model: PreTrainedModel, step: TrainStep) -> tuple[str, ...]:
-    """Give `step` its chunks and the tiers beside the device, and say what was decided by measuring.
-
-    Where it raises, nothing stays open.
-    """
-    memory, notes = config.memory, list[str]()
-    with ExitStack() as undo:
-        tiers = None if memory.offload_activations == "none" else RunTiers(memory, step.device, local_ranks())
-        if tiers is not None:
-            undo.callback(tiers.close)
-        if memory.chunk != "none":
-            step.chunks = _chunks(config, model, step.sequence, tiers)
-        elif tiers is not None:
-            step.offload = RunOffload(tiers, model, step.device)
-            share = memory.swap_share
-            if isinstance(share, str):
-                share, why = choose_share(step, tiers)
-                notes.append(why)
-            if share > 0:
-                step.offload.swap(model, share)
-        undo.pop_all()
-    return tuple(notes)
+def _lay_out(config: RunConfig, model: PreTrainedModel, step: TrainStep, tiers: RunTiers | None) -> tuple[str, ...]:
+    """Give `step` its chunks and what waits in tiers, and say what was decided by measuring."""
+    memory = config.memory
+    if memory.chunk != "none":
+        home = None if tiers is None or memory.offload_activations == "none" else ArenaMemory(tiers)
+        arena = KvArena() if home is None else KvArena(home.allocate, free=home.free, allocate_sums=home.allocate_sums)
+        chunked = ChunkedStep(model, memory.chunk_tokens, step.sequence, arena)
+        step.chunks = Chunks(chunked, memory, config.seed, home)
+        return ()
+    if tiers is None or memory.offload_activations == "none":
+        return ()
+    step.offload, notes = RunOffload(tiers, model, step.device), tuple[str, ...]()
+    share = memory.swap_share
+    if isinstance(share, str):
+        # As a step is: what measuring takes is held to the same limit.
+        with memory_limit(step.device, memory.limit_gib):
+            share, why = choose_share(step, tiers, memory.limit_gib)
+        notes = (why,)
+    if share > 0:
+        step.offload.swap(model, share)
+    return notes
 
 
 def named_parallel(config: RunConfig, model: PretrainedConfig, compute_bytes: int) -> ParallelConfig:
@@ -256,25 +263,6 @@ def _tiled(config: RunConfig, model: PreTrainedModel) -> list[nn.Module]:
     return tile_mlps(model, decoder_layers(model), tile_tokens)
 
 
-def local_ranks() -> int:
-    """Processes of this run on this host; collective."""
-    names: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(names, platform.node())
-    return names.count(platform.node())
-
-
-def _chunks(
-    config: RunConfig,
-    model: PreTrainedModel,
-    sequence: SequenceParallel,
-    tiers: RunTiers | None,
-) -> Chunks:
-    home = None if tiers is None else ArenaMemory(tiers)
-    arena = KvArena() if home is None else KvArena(home.allocate, free=home.free)
-    step = ChunkedStep(model, config.memory.chunk_tokens, sequence, arena)
-    return Chunks(step, config.memory, config.seed, home)
-
-
 def _hybrid(
     config: RunConfig, model: PretrainedConfig, sequence: SequenceParallel, device: torch.device
 ) -> HybridStep | None:
@@ -288,10 +276,16 @@ def _hybrid(
 
 
 def _engine(
-    config: RunConfig, loss: PackedLoss, mesh: Mesh, device: torch.device, tiled: list[nn.Module]
+    config: RunConfig,
+    loss: PackedLoss,
+    mesh: Mesh,
+    device: torch.device,
+    tiled: list[nn.Module],
+    tiers: RunTiers | None,
 ) -> WeightsEngine:
     dtype = compute_dtype(config.model.dtype, device)
     if config.weights.engine == "deepspeed":
         return ZeroWeights(loss, mesh, dtype, config.optim, config.weights, tiled)
     layers, offload = decoder_layers(loss.model), config.weights.offload_optimizer
-    return Fsdp2Weights(loss, layers, mesh.all, dtype, config.optim, offload)
+    home = None if tiers is None else tiers.optimizer
+    return Fsdp2Weights(loss, layers, mesh.all, dtype, config.optim, offload, home)

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 
 from farspan.config.schema import OptimConfig
+from farspan.memory.inplace import InPlaceTier
 from farspan.optim.host import HostOptimizer
 from farspan.optim.make import clip_grad_norm, make_optimizer
 from farspan.parallel.shard import shard_weights
@@ -32,11 +33,15 @@ class Fsdp2Weights:
         compute_dtype: torch.dtype,
         optim: OptimConfig,
         offload_optimizer: str = "none",
+        tier: InPlaceTier | None = None,
     ) -> None:
+        """`tier`: where the optimizer lies with `offload_optimizer`; none: in a tier of its own."""
         shard_weights(module, layers, mesh, compute_dtype)
         self.module = module
-        self.optimizer = make_optimizer(weight_groups(module, optim), optim, kind=optim.kind, offload=offload_optimizer)
-        self._max_grad_norm = optim.max_grad_norm
+        self.optimizer = make_optimizer(
+            weight_groups(module, optim), optim, kind=optim.kind, offload=offload_optimizer, tier=tier
+        )
+        self._in_tier, self._max_grad_norm = tier is not None, optim.max_grad_norm
 
     def loss(self, *inputs: Any) -> Tensor:
         return cast(Tensor, self.module(*inputs))
@@ -68,13 +73,19 @@ class Fsdp2Weights:
         scatter_states(self.module, self.optimizer, states)
 
     def host_bytes(self) -> int:
-        return self.optimizer.host_bytes() if isinstance(self.optimizer, HostOptimizer) else 0
+        if not isinstance(self.optimizer, HostOptimizer):
+            return 0
+        return self.optimizer.bytes_beside() if self._in_tier else self.optimizer.host_bytes()
 
     def held(self) -> dict[str, Tensor]:
         return local_shards(self.module, self.optimizer)
 
     def put_back(self, held: Mapping[str, Tensor]) -> None:
         load_local_shards(self.module, self.optimizer, held)
+
+    def close(self) -> None:
+        if isinstance(self.optimizer, HostOptimizer):
+            self.optimizer.close()
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.module.parameters() if p.requires_grad]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,72 +12,70 @@ from transformers import PreTrainedModel
 
 from farspan.activations.memo_tokens import memo_contexts
 from farspan.activations.offload import ActivationOffload, OffloadReport
-from farspan.config.schema import MemoryConfig
-from farspan.errors import ConfigError
-from farspan.memory.available import available_bytes
-from farspan.memory.host import DramTier
 from farspan.memory.inplace import InPlaceTier
-from farspan.memory.open import open_tiers
 from farspan.memory.striped import StripedTiers
 from farspan.memory.tier import Region, Tier
 from farspan.models.parts import decoder_layers, trunk_and_head
-from farspan.storage.door import open_store
-
-# What a user writes -> the kind of tier it means.
-_KINDS = {"cpu": "dram", "cxl": "cxl", "nvme": "nvme"}
-_SHARE_OF_HOST = 0.8
-_ARENA = "KV arena"
+from farspan.plan.tiers import ACTIVATIONS, ARENA, ARENA_GRADIENTS, OPTIMIZER, Given
 
 
 class RunTiers:
-    """The tiers one run opened; `wanted` are those of `memory.offload_activations`, which share the load."""
+    """The tiers one run opened, and what of it lies in which, as `farspan.plan.tiers` decided."""
 
-    def __init__(self, memory: MemoryConfig, device: torch.device, num_local: int) -> None:
-        """`num_local`: processes of this host, which share its memory.
+    def __init__(self, tiers: Mapping[str, Tier], given: Sequence[Given]) -> None:
+        """`tiers` by the names that decisions call them; they are closed with it."""
+        self._tiers, self.given = tiers, {one.kind.name: one for one in given}
 
-        Raises:
-            ConfigError: no tier of the wanted kind is described.
-            TierError: this machine does not have it.
+    def of(self, name: str) -> StripedTiers:
+        """Where one kind of bytes goes: over the tiers it was given, in its shares.
+
+        What was predicted a little too small overflows into the others that may hold it.
         """
-        self._all = open_tiers(memory.tiers, device, open_store)
-        try:
-            self.wanted = StripedTiers(self._of_kind(memory, device, num_local))
-        except Exception:
-            self.close()
-            raise
+        given = self.given[name]
+        allowed = {
+            key: tier for key, tier in self._tiers.items() if not given.kind.only or tier.kind in given.kind.only
+        }
+        if not given.shares:
+            return StripedTiers(list(allowed.values()))
+        shares = dict(given.shares)
+        after = [tier for key, tier in allowed.items() if key not in shares and tier.kind != "device"]
+        return StripedTiers([self._tiers[key] for key in shares], list(shares.values()), after)
+
+    @property
+    def optimizer(self) -> InPlaceTier | None:
+        """Where the optimizer lies, in one piece; none: on the device."""
+        if OPTIMIZER not in self.given:
+            return None
+        (tier,) = self.of(OPTIMIZER).tiers
+        assert isinstance(tier, InPlaceTier), "it is given DRAM or CXL memory alone"
+        return tier
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A line for each kind of bytes: where it lies and why, and what may not fit."""
+        lines = []
+        for name, given in self.given.items():
+            lines.append(f"{name}: {given.text()}")
+            if given.refused is not None and given.shares:
+                lines.append(f"{name}: {given.refused}")
+        return tuple(lines)
 
     @property
     def all(self) -> Sequence[Tier]:
-        """Every tier, wanted or not."""
-        return [tier for tiers in self._all.values() for tier in tiers]
+        """Every tier, whatever lies there."""
+        return tuple(self._tiers.values())
 
     def close(self) -> None:
-        for tiers in self._all.values():
-            for tier in tiers:
-                tier.close()
-
-    def _of_kind(self, memory: MemoryConfig, device: torch.device, num_local: int) -> list[Tier]:
-        kind = _KINDS[memory.offload_activations]
-        if kind == "dram" and kind not in self._all:
-            capacity = int(_SHARE_OF_HOST * available_bytes() / num_local)
-            self._all[kind] = [DramTier(capacity, device=device if device.type == "cuda" else None)]
-        if kind not in self._all:
-            raise ConfigError(
-                "memory.tiers",
-                f"must describe a tier of kind {kind} for memory.offload_activations={memory.offload_activations}",
-                list(memory.tiers),
-                f"add {'cxl:node=N:64GiB' if kind == 'cxl' else 'nvme:/folder:64GiB'} or use offload_activations=cpu",
-            )
-        return self._all[kind]
+        for tier in self._tiers.values():
+            tier.close()
 
 
 class RunOffload:
-    """The offload of one run; `close` gives everything back."""
+    """The offload of one run; `close` gives its buffers back."""
 
     def __init__(self, tiers: RunTiers, model: PreTrainedModel, device: torch.device) -> None:
-        """`tiers` are closed with it."""
-        self._tiers = tiers
-        self._offload = ActivationOffload(tiers.wanted, trunk_and_head(model)[0], decoder_layers(model), device)
+        home = tiers.of(ACTIVATIONS)
+        self._offload = ActivationOffload(home, trunk_and_head(model)[0], decoder_layers(model), device)
 
     @contextmanager
     def step(self, share: float = 1.0) -> Iterator[None]:
@@ -91,51 +89,37 @@ class RunOffload:
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
 
     @property
-    def tiers(self) -> Sequence[Tier]:
-        """Those of the run."""
-        return self._tiers.all
-
-    @property
     def report(self) -> OffloadReport:
         """What the last sequence of this rank moved."""
         return self._offload.report
 
     def close(self) -> None:
         self._offload.close()
-        self._tiers.close()
 
 
 class ArenaMemory:
     """Memory for the KV arena of one run in tiers that are computed on in place; `close` gives everything back."""
 
     def __init__(self, tiers: RunTiers) -> None:
-        """`tiers` are closed with it."""
-        self._tiers = tiers
+        self._keys, self._sums = tiers.of(ARENA), tiers.of(ARENA_GRADIENTS)
         self._regions: dict[int, Region] = {}
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor whose content is undefined, for `KvArena(allocate)`.
+        """A tensor whose content is undefined, for the keys and values of `KvArena`.
 
         Raises:
             TierFullError: no tier has room.
         """
-        nbytes = math.prod(shape) * dtype.itemsize
-        region = self._tiers.wanted.allocate(max(1, nbytes), _ARENA)
-        tier = region.tier
-        assert isinstance(tier, InPlaceTier), "the config was checked"
-        tensor = tier.memory_of(region)[:nbytes].view(dtype).view(shape)
-        self._regions[tensor.data_ptr()] = region
-        return tensor
+        return self._take(self._keys, ARENA, shape, dtype)
+
+    def allocate_sums(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The same, for the sums of gradients, which the processor adds to."""
+        return self._take(self._sums, ARENA_GRADIENTS, shape, dtype)
 
     def free(self, tensor: Tensor) -> None:
-        """What `allocate` gave is not used any more."""
+        """What was given is not used any more."""
         region = self._regions.pop(tensor.data_ptr())
         region.tier.free(region)
-
-    @property
-    def tiers(self) -> Sequence[Tier]:
-        """Those of the run."""
-        return self._tiers.all
 
     @property
     def num_bytes(self) -> int:
@@ -146,4 +130,12 @@ class ArenaMemory:
         while self._regions:
             region = self._regions.popitem()[1]
             region.tier.free(region)
-        self._tiers.close()
+
+    def _take(self, home: StripedTiers, owner: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        nbytes = math.prod(shape) * dtype.itemsize
+        region = home.allocate(max(1, nbytes), owner)
+        tier = region.tier
+        assert isinstance(tier, InPlaceTier), "the config was checked"
+        tensor = tier.memory_of(region)[:nbytes].view(dtype).view(shape)
+        self._regions[tensor.data_ptr()] = region
+        return tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,6 @@ from torch import Tensor
 from farspan.batch import IGNORED_LABEL, PackedBatch, ShardedBatch
 from farspan.config.schema import OptimConfig
 from farspan.errors import TrainingError
-from farspan.memory.tier import Tier
 from farspan.parallel.exchange import Exchange
 from farspan.parallel.layout import Layout
 from farspan.parallel.mesh import Mesh
@@ -28,7 +27,7 @@ from farspan.train.chunks import Chunks
 from farspan.train.hdp import HybridStep
 from farspan.train.held import DeviceMemory, Held, held_by
 from farspan.train.loss import PackedLoss
-from farspan.train.offload import RunOffload
+from farspan.train.offload import RunOffload, RunTiers
 from farspan.train.samples import WitnessedReader
 from farspan.train.weights import WeightsEngine
 
@@ -51,6 +50,8 @@ class TrainStep:
     """Where activations wait; none: on the device."""
     hybrid: HybridStep | None = None
     """How documents find their ranks; none: whole sequences go to the ranks of the mesh."""
+    tiers: RunTiers | None = None
+    """What all of these keep beside the device lies in; none: nothing does."""
     cursor: int = 0
     device_memory: DeviceMemory = field(init=False)
 
@@ -76,17 +77,10 @@ class TrainStep:
         return self.exchange.counter.waits
 
     @property
-    def tiers(self) -> Sequence[Tier]:
-        """Those this rank opened beside the device; an offloaded optimizer has its own."""
-        if self.offload is not None:
-            return self.offload.tiers
-        home = None if self.chunks is None else self.chunks.home
-        return () if home is None else home.tiers
-
-    @property
     def held(self) -> Held:
         """What this rank holds now; on CUDA, of the device, the most since the step began."""
-        return held_by(self.device_memory.of_step, self.tiers, self.weights.host_bytes())
+        tiers = () if self.tiers is None else self.tiers.all
+        return held_by(self.device_memory.of_step, tiers, self.weights.host_bytes())
 
     def close(self) -> None:
         """Give back what waits beside the device."""
@@ -94,6 +88,9 @@ class TrainStep:
             self.chunks.close()
         if self.offload is not None:
             self.offload.close()
+        if self.tiers is not None:
+            self.weights.close()
+            self.tiers.close()
 
     def run(self, step: int, before_update: Callable[[], None] | None = None) -> StepReport:
         """Consume dp * accumulation sequences and change the weights once; `step` counts from 0.

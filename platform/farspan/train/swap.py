@@ -6,7 +6,6 @@ slowest copies, the quickest layers and the least room of all ranks: the same sh
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,17 +14,18 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from farspan.activations.memo import LayerCost, choose_alpha, simulate_stall
+from farspan.activations.memo import LayerCost, choose_alpha, in_hundredths, simulate_stall
 from farspan.activations.memo_cost import measure_layers
 from farspan.errors import OutOfMemoryError
-from farspan.memory.bench import measure
+from farspan.memory.speeds import measure_speed
+from farspan.memory.striped import StripedTiers
 from farspan.models.parts import decoder_layers
 from farspan.parallel.whole import WholeSequence
+from farspan.plan.tiers import ACTIVATIONS
 from farspan.train.offload import RunTiers
 from farspan.train.rescue import first_line, is_out_of_memory
 from farspan.train.step import TrainStep
 
-_LARGE_BYTES, _ROUNDS = 64 << 20, 3
 # RunOffload keeps the last layer on the device.
 _NUM_KEPT = 1
 
@@ -39,11 +39,11 @@ class SwapFacts:
     host_bytes: int
 
 
-def choose_share(step: TrainStep, tiers: RunTiers) -> tuple[float, str]:
+def choose_share(step: TrainStep, tiers: RunTiers, limit_gib: float = 0.0) -> tuple[float, str]:
     """(the share, one line that says why); collective, the same on every rank.
 
-    Two forwards of a sequence of the run, and some copies; weights, gradients, random numbers, the cursor and what the
-    run counts as read stay as they are.
+    Two forwards of a sequence of the run, and some copies, of so little that it fits into a limit (0: none); weights,
+    gradients, random numbers, the cursor and what the run counts as read stay as they are.
 
     Raises:
         PlanError: the tier has no room for the inputs and attention outputs of the layers.
@@ -51,7 +51,7 @@ def choose_share(step: TrainStep, tiers: RunTiers) -> tuple[float, str]:
         TierError: the tier gives back other bytes than were stored.
     """
     try:
-        mine = _measure(step, tiers)
+        mine = _measure(step, tiers, limit_gib)
     except Exception as problem:
         if not is_out_of_memory(problem):
             raise
@@ -60,7 +60,7 @@ def choose_share(step: TrainStep, tiers: RunTiers) -> tuple[float, str]:
         raise OutOfMemoryError(dist.get_rank(), 0, reason) from problem
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
-    return decide(worst_of(found), len(decoder_layers(step.loss.model)), tiers.wanted.label)
+    return decide(worst_of(found), len(decoder_layers(step.loss.model)), tiers.of(ACTIVATIONS).label)
 
 
 def worst_of(found: Sequence[SwapFacts]) -> SwapFacts:
@@ -87,7 +87,7 @@ def decide(facts: SwapFacts, num_layers: int, tier: str) -> tuple[float, str]:
     """
     layer, speed = facts.layer, facts.bytes_per_s
     choice = choose_alpha(layer, num_layers, speed, facts.host_bytes, _NUM_KEPT)
-    share = math.floor(choice.alpha * 100) / 100
+    share = in_hundredths(choice.alpha)
     if share == 0:
         then = ". At share 0 only the inputs of layers wait there, and layers are computed again whole, attention too"
     else:
@@ -100,10 +100,10 @@ def decide(facts: SwapFacts, num_layers: int, tier: str) -> tuple[float, str]:
     )
 
 
-def _measure(step: TrainStep, tiers: RunTiers) -> SwapFacts:
-    devices = [step.device] if step.device.type == "cuda" else []
+def _measure(step: TrainStep, tiers: RunTiers, limit_gib: float) -> SwapFacts:
+    devices, home = [step.device] if step.device.type == "cuda" else [], tiers.of(ACTIVATIONS)
     with torch.random.fork_rng(devices=devices):
-        return SwapFacts(_layer_cost(step), _bytes_per_s(tiers, step.device), _free_bytes(tiers))
+        return SwapFacts(_layer_cost(step), _bytes_per_s(home, step.device, limit_gib), _free_bytes(home))
 
 
 def _layer_cost(step: TrainStep) -> LayerCost:
@@ -123,20 +123,18 @@ def _layer_cost(step: TrainStep) -> LayerCost:
                 module.reshard()
 
 
-def _bytes_per_s(tiers: RunTiers, device: torch.device) -> float:
+def _bytes_per_s(home: StripedTiers, device: torch.device, limit_gib: float) -> float:
     """Of all tiers that share the load together, in the slower direction."""
-    slowest = math.inf
-    for tier in tiers.wanted.tiers:
-        stats = tier.stats()
-        nbytes = max(1, min(_LARGE_BYTES, (stats.capacity_bytes - stats.used_bytes) // 2))
-        speeds = measure(tier, device, nbytes, _ROUNDS)
-        slowest = min(slowest, speeds["read_bytes_per_s"], speeds["write_bytes_per_s"])
-    # Regions are dealt out evenly: the others wait for the slowest.
-    return slowest * len(tiers.wanted.tiers)
+    whole = sum(home.shares)
+    # Each carries its share while the others carry theirs: all wait for the one that is through last.
+    return min(
+        measure_speed(tier, device, limit_gib).bytes_per_s * whole / share
+        for tier, share in zip(home.tiers, home.shares, strict=True)
+    )
 
 
-def _free_bytes(tiers: RunTiers) -> int:
-    return sum(stats.capacity_bytes - stats.used_bytes for stats in (tier.stats() for tier in tiers.wanted.tiers))
+def _free_bytes(home: StripedTiers) -> int:
+    return sum(stats.capacity_bytes - stats.used_bytes for stats in (tier.stats() for tier in home.tiers))
 
 
 def _mib(num_bytes: float) -> str:

@@ -49,7 +49,7 @@ class WeightsEngine(Protocol):
         ...
 
     def host_bytes(self) -> int:
-        """What an offloaded optimizer of this rank holds in host memory, beside the device; 0 without one.
+        """What an offloaded optimizer of this rank holds in host memory beside the run's tiers; 0 without one.
 
         Weights and states, and gradients too where they are this project's to count (FSDP2). Not collective.
         """
@@ -64,6 +64,10 @@ class WeightsEngine(Protocol):
 
     def put_back(self, held: Mapping[str, Tensor]) -> None:
         """Take over what `held` gave on this rank of as many ranks. Not collective."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory of tiers; there are no more steps. Not collective."""
         ...
 
 

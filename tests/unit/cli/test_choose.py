@@ -66,8 +66,9 @@ def test_where_every_plan_that_fits_is_refused_the_config_runs_as_written_and_sa
     found = chosen("data.sequence_tokens=4194304", "parallel.sp=8", *MEASURED)
     check_run(found.config)
     assert (found.config.weights.engine, found.config.memory.chunk) == ("fsdp2", "none")
-    ((what, why),) = found.lines
-    assert what == "planner"
+    (what, why), (beside, share) = found.lines
+    assert (what, beside) == ("planner", "swap")
+    assert share.startswith("memory.swap_share=auto is predicted to be ")
     assert why.startswith("as written; ")
     assert "GiB" in why
     assert "is refused: memory.swap_share: is measured on one whole sequence" in why

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -17,9 +19,12 @@ from transformers import PreTrainedModel
 
 from farspan.activations.memo import LayerCost, choose_alpha, simulate_stall
 from farspan.errors import OutOfMemoryError, PlanError
+from farspan.memory.host import DramTier
+from farspan.memory.speeds import measure_speed
 from farspan.models.checkpoint import make_config, random_causal_lm
 from farspan.models.parts import decoder_layers
 from farspan.train.build import build
+from farspan.train.limit import data_bytes
 from farspan.train.swap import SwapFacts, decide, worst_of
 
 LAYER = LayerCost(10, 10, 100, forward_s=1.0, backward_s=2.0)
@@ -102,17 +107,17 @@ def no_room(*_: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory.\nand a stack")
 
 
-def build_alone(corpus: str, folder: Path, tier: str, *, fails: bool) -> None:
-    """Build a run on one rank, with an nvme tier of size `tier` in `folder`; with `fails` its first layer raises."""
+def build_alone(corpus: str, folder: Path, tier: str, *options: str, hook: Callable[..., None] | None = None) -> None:
+    """Build a run on one rank, with an nvme tier of size `tier` in `folder`; its first layer calls `hook` before."""
     places = ["memory.offload_activations=nvme", f"memory.tiers=['nvme:{folder}:{tier}']"]
-    config = tiny_run(corpus, "nowhere", "train.recompute=true", "memory.swap_share=auto", *places)
+    config = tiny_run(corpus, "nowhere", "train.recompute=true", "memory.swap_share=auto", *places, *options)
     settings = {**config.model.settings, "vocab_size": 300, "max_position_embeddings": 64}
     model: PreTrainedModel = random_causal_lm(make_config("llama", settings), 0).double()
-    if fails:
-        decoder_layers(model)[0].register_forward_pre_hook(no_room)
+    if hook is not None:
+        decoder_layers(model)[0].register_forward_pre_hook(hook)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        build(config, torch.device("cpu"), folder / "cache", model)
+        build(config, torch.device("cpu"), folder / "cache", model).step.close()
     finally:
         dist.destroy_process_group()
 
@@ -135,12 +140,32 @@ def test_no_memory_for_measuring_is_told_as_a_step_without_memory_and_leaves_no_
     corpus: str, tmp_path: Path, tier: str, fails: bool, reason: str
 ) -> None:
     with pytest.raises(OutOfMemoryError, match=f"memory.swap_share=auto: {reason}$") as caught:
-        build_alone(corpus, tmp_path, tier, fails=fails)
+        build_alone(corpus, tmp_path, tier, hook=no_room if fails else None)
     assert (caught.value.rank, caught.value.step) == (0, 0)
     assert open_files(tmp_path) == []
 
 
 def test_a_tier_too_small_for_the_run_is_closed_too(corpus: str, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="must fit on the host"):
-        build_alone(corpus, tmp_path, "8KiB", fails=False)
+        build_alone(corpus, tmp_path, "8KiB")
     assert open_files(tmp_path) == []
+
+
+def test_measuring_is_held_to_the_limit_of_a_step(corpus: str, tmp_path: Path) -> None:
+    before, seen = resource.getrlimit(resource.RLIMIT_DATA), []
+
+    def look(*_: object) -> None:
+        seen.append(resource.getrlimit(resource.RLIMIT_DATA)[0] - data_bytes())
+
+    build_alone(corpus, tmp_path, "64MiB", "memory.limit_gib=1", hook=look)
+    assert len(seen) == 2, "one forward to count, one to time"
+    assert all(0 < left <= 1 << 30 for left in seen)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+@pytest.mark.parametrize("limit_gib", [0.0, 1.0, 1 / 64])
+def test_copies_are_measured_with_an_eighth_of_the_limit_at_most(limit_gib: float) -> None:
+    tier = DramTier(1 << 30)
+    measure_speed(tier, torch.device("cpu"), limit_gib)
+    assert tier.stats().peak_bytes == {0.0: 64 << 20, 1.0: 64 << 20, 1 / 64: 2 << 20}[limit_gib]
+    tier.close()
