@@ -130,8 +130,8 @@ def first_step(config: RunConfig, cache: str) -> Told:
         pooled = sum(region.held_bytes for region in step.offload._offload.store.pool._idle)
     weights = [local_of(p) for p in step.loss.parameters()]
     page = mmap.PAGESIZE
-    # A master and a gradient in whole pages; two moments beside them, and the number of steps.
-    optimizer = sum(2 * -(-max(1, w.nbytes) // page) * page + 2 * w.nbytes + 4 for w in weights)
+    # A master, a gradient and two moments of each weight in whole pages; beside them the number of steps.
+    optimizer = sum(4 * -(-max(1, w.nbytes) // page) * page + 4 for w in weights)
     step.close()
     return Told(report, waited_s, pooled, optimizer)
 
