@@ -36,6 +36,7 @@ from farspan.train.checkpoint import TrainState
 from farspan.train.chunks import Chunks
 from farspan.train.fsdp2 import Fsdp2Weights
 from farspan.train.hdp import HybridStep
+from farspan.train.hdp_cost import cost_key, measured_cost
 from farspan.train.loss import PackedLoss
 from farspan.train.offload import ArenaMemory, RunOffload, RunTiers
 from farspan.train.samples import WitnessedReader
@@ -108,7 +109,7 @@ def build(
     state = TrainState(0, 0, config.seed, config.data.sequence_tokens, corpus.fingerprint, config.optim.kind)
     tokenizer = load_tokenizer(corpus.tokenizer_folder)
     # Last, because what it opens is closed by the step.
-    notes = _open_beside(config, model, step)
+    notes = _open_beside(config, model, step, dtype)
     return Training(
         step=step,
         tokenizer=tokenizer,
@@ -120,7 +121,7 @@ def build(
     )
 
 
-def _open_beside(config: RunConfig, model: PreTrainedModel, step: TrainStep) -> tuple[str, ...]:
+def _open_beside(config: RunConfig, model: PreTrainedModel, step: TrainStep, dtype: torch.dtype) -> tuple[str, ...]:
     """Give `step` its chunks and the tiers beside the device, and say what was decided by measuring.
 
     Where it raises, nothing stays open.
@@ -140,6 +141,11 @@ def _open_beside(config: RunConfig, model: PreTrainedModel, step: TrainStep) -> 
                 notes.append(why)
             if share > 0:
                 step.offload.swap(model, share)
+        if step.hybrid is not None and config.parallel.hdp_cost == "measured":
+            # Last: what waits in a tier takes its time too.
+            key = cost_key(config, model_facts(model.config), step.hybrid.strategy, dtype)
+            step.hybrid.cost, why = measured_cost(config, key, step)
+            notes.append(why)
         undo.pop_all()
     return tuple(notes)
 
