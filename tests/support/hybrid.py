@@ -21,13 +21,15 @@ from farspan.train.build import build, model_config
 CPU = torch.device("cpu")
 
 
-def long_tailed_corpus(folder: Path) -> str:
-    """60 documents cut from this repository's sources, most of them short, a few long."""
+def long_tailed_corpus(folder: Path, num_documents: int = 60, mean: float = 5.0, spread: float = 1.3) -> str:
+    """Documents cut from this repository's sources, most of them short, a few long: log-normal numbers of letters."""
     text = "".join(p.read_text(encoding="utf-8") for p in sorted((REPOSITORY / "platform/farspan/config").glob("*.py")))
-    sizes = np.random.Generator(np.random.PCG64(1)).lognormal(5.0, 1.3, 60).clip(16, 4000).astype(int)
+    sizes = np.random.Generator(np.random.PCG64(1)).lognormal(mean, spread, num_documents).clip(16, 4000).astype(int)
     (folder / "texts").mkdir()
     for number, size in enumerate(sizes):
-        (folder / "texts" / f"{number:03d}.py").write_text(text[number * 300 :][:size], encoding="utf-8")
+        (folder / "texts" / f"{number:03d}.py").write_text(
+            text[number * 300 % (len(text) - 4000) :][:size], encoding="utf-8"
+        )
     output = str(folder / "corpus")
     build_corpus(CorpusConfig(sources=[str(folder / "texts")], output=output, vocab_size=300), lambda progress: None)
     return output
