@@ -28,6 +28,7 @@ from farspan.telemetry.events import (
 )
 from farspan.train.checkpoint import clear_checkpoints, newest_step
 from farspan.train.elastic import Size, at_size, legal_sizes
+from farspan.train.hdp_cost import forget_cost
 from farspan.train.ladder import Ladder, Rung
 from farspan.train.rescue import clear_rescue
 
@@ -60,6 +61,7 @@ def run_training(
 def _start_over(config: RunConfig, tell: Callable[[EventBody], None]) -> None:
     """Remove what an earlier run left: after a lost worker this one must not go on from it."""
     clear_rescue(config.output)
+    forget_cost(config.output)
     count = clear_checkpoints(config.output)
     if count > 0:
         tell(Note(text=f"train.resume=false: {count} checkpoints of an earlier run were removed"))

@@ -30,6 +30,7 @@ STRATEGIES = ("auto", "ulysses", "ring", "tokenring", "hybrid", "allgather")
 LAYOUTS = ("auto", "contiguous", "zigzag", "document_zigzag")
 OPTIMIZERS = ("adamw", "adamw8bit")
 HYBRID_STRATEGIES = ("auto", "ulysses", "ring", "tokenring", "allgather")
+HYBRID_COSTS = ("counted", "measured")
 CHUNK_STRATEGIES = ("auto", "ulysses", "allgather", "hybrid")
 CHUNKINGS = ("none", "seco", "spaco")
 CHUNK_SAMPLINGS = ("independent", "importance", "without_replacement")
@@ -104,9 +105,14 @@ def _check_hybrid(config: RunConfig) -> None:
     parallel, tokens = config.parallel, config.parallel.rank_tokens
     at_least("parallel.rank_tokens", tokens, 0)
     within("parallel.spill", parallel.spill, 0, 0.95)
+    one_of("parallel.hdp_cost", parallel.hdp_cost, HYBRID_COSTS)
     if not parallel.hdp:
-        for field, given in (("parallel.rank_tokens", tokens), ("parallel.spill", parallel.spill)):
-            if given:
+        for field, given, unset in (
+            ("parallel.rank_tokens", tokens, 0),
+            ("parallel.spill", parallel.spill, 0),
+            ("parallel.hdp_cost", parallel.hdp_cost, "counted"),
+        ):
+            if given != unset:
                 raise ConfigError(field, "needs parallel.hdp=true", given, "leave it out or use parallel.hdp=true")
         return
     if parallel.spill and config.memory.offload_activations == "none":

@@ -111,6 +111,9 @@ class ParallelConfig:
     one, so that all processes end together. sp then only says how many sequences a step has."""
     rank_tokens: int = 0
     """hdp: tokens of a micro-batch that one process holds; 0: data.sequence_tokens / sp."""
+    hdp_cost: str = "counted"
+    """hdp: by what processes are balanced: counted (operations, by the model's config), or measured (seconds of this
+    model on these processes, taken before the first step and kept in <output>/hdp_cost.json for every restart)."""
     spill: float = 0.0
     """hdp: share of what a long document keeps that may wait in memory.offload_activations, so that it needs fewer
     processes; 0: none, and everything waits there if it is set."""

@@ -24,15 +24,26 @@ from farspan.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a micro-batch costs, in any unit: quadratic * s^2 + linear * s of every document, and `fixed` once."""
+    """What a micro-batch costs, in any unit: quadratic * s^2 + linear * s + each of every document, and `fixed` once.
+
+    Of R ranks that share one, each pays (R - 1) * (message + travel * s / R) more.
+    """
 
     quadratic: float
     linear: float
     fixed: float = 0.0
+    each: float = 0.0
+    message: float = 0.0
+    travel: float = 0.0
 
     def document(self, tokens: int) -> float:
         """Of one document, wherever it runs."""
-        return self.quadratic * tokens * tokens + self.linear * tokens
+        return self.quadratic * tokens * tokens + self.linear * tokens + self.each
+
+    def shared(self, tokens: int, num_ranks: int) -> float:
+        """Of a micro-batch of one document, for each of its ranks."""
+        sent = (num_ranks - 1) * (self.message + self.travel * tokens / num_ranks)
+        return self.document(tokens) / num_ranks + self.fixed + sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +142,10 @@ def balance(lengths: Sequence[int], num_ranks: int, capacity: int, cost: Cost, s
             alone[document] = whole
         else:
             ranks = min(num_ranks, max(least[document], -int(-whole // mean)))
-            shared.append((whole / ranks + cost.fixed, document, ranks))
+            # Not so many that what they tell each other costs more than one of them saves.
+            while ranks > least[document] and cost.shared(tokens, ranks - 1) <= cost.shared(tokens, ranks):
+                ranks -= 1
+            shared.append((cost.shared(tokens, ranks), document, ranks))
     loads = [0.0] * num_ranks
     together: list[MicroBatch] = []
     for share, document, ranks in sorted(shared, key=lambda one: (-one[0], one[1])):

@@ -11,9 +11,16 @@ from farspan.parallel.layout import DocumentZigzagLayout
 from farspan.parallel.strategy import bytes_sent, count_hops
 from farspan.parallel.traffic import Block
 from farspan.plan.facts import ModelFacts
+from farspan.storage.paths import join_uri
 
 _LIMITED_BACKWARD = 3.5  # forward and backward of attention, in forwards
 _MATRIX_BACKWARD = 3.0
+# By parallel.hdp_cost.
+_BALANCE = {
+    "counted": "by operations of attention and matrices, counted by the model's config, not measured",
+    "measured": "by seconds, measured before the first step; a run that goes on uses those in {file}",
+}
+HDP_COST = "hdp_cost.json"
 _FIXED_TOKENS = 64  # a micro-batch's launches cost what the matrices cost of so many tokens
 
 
@@ -73,6 +80,8 @@ class HybridPlan:
     most_ranks: int
     most_document_bytes: int
     gathered_bytes: int
+    balance: str = ""
+    """By what processes are balanced."""
 
     @property
     def most_sent_bytes(self) -> int:
@@ -88,6 +97,7 @@ class HybridPlan:
             ("tokens", f"at most {held} per process at a time, {step_tokens} per step in all"),
             ("attention", f"{self.strategy} among the processes of a document"),
             ("ranks", f"a document of s tokens is on ceil(s / {held}), the longest possible on {longest}"),
+            ("balance", self.balance),
             ("exchange", f"nothing for documents of up to {held} tokens, {sent}"),
             ("gathered", f"{_mib(self.gathered_bytes)} more per process during a step: whole weights and gradients"),
         )
@@ -110,6 +120,7 @@ def hybrid_plan(
         most_document_bytes=sent,
         # Whole weights as they compute, whole gradients as they are summed.
         gathered_bytes=facts.num_parameters * compute_bytes + num_trained * max(4, compute_bytes),
+        balance=_BALANCE[parallel.hdp_cost].format(file=join_uri(config.output, HDP_COST)),
     )
 
 

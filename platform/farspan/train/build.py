@@ -35,6 +35,7 @@ from farspan.train.checkpoint import TrainState
 from farspan.train.chunks import Chunks
 from farspan.train.fsdp2 import Fsdp2Weights
 from farspan.train.hdp import HybridStep
+from farspan.train.hdp_cost import cost_key, measured_cost
 from farspan.train.limit import memory_limit
 from farspan.train.loss import PackedLoss
 from farspan.train.offload import ArenaMemory, RunOffload, RunTiers
@@ -113,7 +114,8 @@ def build(
             hybrid=_hybrid(config, model.config, sequence, device),
             tiers=tiers,
         )
-        notes = (*(() if tiers is None else tiers.notes), *_lay_out(config, model, step, tiers))
+        notes = () if tiers is None else tiers.notes
+        notes = (*notes, *_lay_out(config, model, step, tiers), *_measure_balance(config, model, step, dtype))
         # From here on the step closes what was opened.
         undo.pop_all()
     state = TrainState(0, 0, config.seed, config.data.sequence_tokens, corpus.fingerprint, config.optim.kind)
@@ -149,6 +151,15 @@ def _lay_out(config: RunConfig, model: PreTrainedModel, step: TrainStep, tiers: 
     if share > 0:
         step.offload.swap(model, share)
     return notes
+
+
+def _measure_balance(config: RunConfig, model: PreTrainedModel, step: TrainStep, dtype: torch.dtype) -> tuple[str, ...]:
+    """Last, because what waits in a tier takes its time too."""
+    if step.hybrid is None or config.parallel.hdp_cost != "measured":
+        return ()
+    key = cost_key(config, model_facts(model.config), step.hybrid.strategy, dtype)
+    step.hybrid.cost, why = measured_cost(config, key, step)
+    return (why,)
 
 
 def named_parallel(config: RunConfig, model: PretrainedConfig, compute_bytes: int) -> ParallelConfig:

@@ -34,7 +34,7 @@ from farspan.train.weights import WeightsEngine
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """What one forward takes."""
 
     shard: ShardedBatch
@@ -77,31 +77,39 @@ class HybridStep:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         with gathered(weights.module):
             for one in work:
-                with self._offloaded(one, offload):
-                    found = weights.loss(one.shard.to(self.device), one.attention, num_labels, one.whole)
-                    weights.backward(found, last=False)
-                loss += found.detach()
-            self._sum(weights, num_labels)
+                loss += self.compute(weights, one, num_labels, offload)
+            self.sum_over_ranks(weights, num_labels)
         return over_all_ranks(loss), num_labels
 
-    def _work(self, micro: MicroBatch, samples: Sequence[Sample], reader: WitnessedReader) -> _Work:
-        batch = reader.share([samples[document] for document in micro.documents], len(micro.ranks))
-        if not micro.shared:
-            return self._alone(batch, micro.spilled)
-        batch = _padded(batch, len(micro.ranks))
-        layout = self._lay_out(batch, len(micro.ranks))
-        exchange = self.sets.of(micro.ranks)
-        return _Work(
+    def work_on(self, batch: PackedBatch, ranks: tuple[int, ...], spilled: float = 0.0) -> Work:
+        """This rank's part of a micro-batch of these ranks."""
+        if len(ranks) == 1:
+            return self._alone(batch, spilled)
+        batch = _padded(batch, len(ranks))
+        layout = self._lay_out(batch, len(ranks))
+        exchange = self.sets.of(ranks)
+        return Work(
             shard=layout.shard(batch, exchange.rank),
             attention=make_strategy(self.strategy, SequenceRanks(exchange, exchange, exchange), layout, batch.bounds),
             whole=WholeSequence(batch.bounds, exchange, layout),
-            spilled=micro.spilled,
+            spilled=spilled,
         )
 
-    def _alone(self, batch: PackedBatch, spilled: float = 0.0) -> _Work:
+    def compute(self, weights: WeightsEngine, one: Work, num_labels: Tensor, offload: RunOffload | None) -> Tensor:
+        """Add the gradients of a micro-batch to this rank's, where weights are gathered; its share of the loss."""
+        with self._offloaded(one, offload):
+            found = weights.loss(one.shard.to(self.device), one.attention, num_labels, one.whole)
+            weights.backward(found, last=False)
+        return found.detach()
+
+    def _work(self, micro: MicroBatch, samples: Sequence[Sample], reader: WitnessedReader) -> Work:
+        batch = reader.share([samples[document] for document in micro.documents], len(micro.ranks))
+        return self.work_on(batch, micro.ranks, micro.spilled)
+
+    def _alone(self, batch: PackedBatch, spilled: float = 0.0) -> Work:
         layout = ContiguousLayout(batch.num_tokens, 1)
         attention = LocalAttention(PairTable.of(layout, batch.bounds))
-        return _Work(layout.shard(batch, 0), attention, WholeSequence(batch.bounds), spilled)
+        return Work(layout.shard(batch, 0), attention, WholeSequence(batch.bounds), spilled)
 
     def _lay_out(self, batch: PackedBatch, num_ranks: int) -> Layout:
         # Stripes of each document, because a document's length divides by nothing.
@@ -109,16 +117,17 @@ class HybridStep:
         layout = choose_layout(self.strategy, name, num_ranks)
         return make_layout(layout, batch.num_tokens, num_ranks, batch.bounds)
 
-    def _offloaded(self, one: _Work, offload: RunOffload | None) -> AbstractContextManager[None]:
+    def _offloaded(self, one: Work, offload: RunOffload | None) -> AbstractContextManager[None]:
         if offload is None:
             return nullcontext()
         if self.spill is None:
             return offload.step()
         return offload.step(one.spilled) if one.spilled else nullcontext()
 
-    def _sum(self, weights: WeightsEngine, num_labels: Tensor) -> None:
-        """Sum gradients over ranks. torch does so in a backward only: each rank runs one of a token without a label,
-        in which no rank waits for a part of the others. Its own gradients are zero.
+    def sum_over_ranks(self, weights: WeightsEngine, num_labels: Tensor) -> None:
+        """Sum gradients, last of all where weights are gathered; collective. torch does so in a backward only: each
+        rank runs one of a token without a label, in which no rank waits for a part of the others. Its own gradients
+        are zero.
         """
         none_T = torch.zeros(1, dtype=torch.int64)
         one = self._alone(PackedBatch(none_T, torch.full_like(none_T, IGNORED_LABEL), none_T, (0, 1), ()))

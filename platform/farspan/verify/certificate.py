@@ -70,7 +70,7 @@ def layout_of(parallel: ParallelConfig) -> dict[str, Any]:
     """The layout of one sequence: everything of the config but the number of sequences side by side."""
     fields = dataclasses.asdict(parallel)
     # A certificate is of a mesh: documents with ranks of their own are not examined.
-    for beside in ("workers", "hdp", "rank_tokens", "spill"):
+    for beside in ("workers", "hdp", "rank_tokens", "hdp_cost", "spill"):
         fields.pop(beside)
     return fields
 

@@ -71,6 +71,8 @@ def test_the_config_knows_the_strategies_and_layouts_that_exist() -> None:
         (["lora.dropout=0.1"], "lora.dropout: must be 0: dropped values would depend .* use lora.dropout=0"),
         (["parallel.rank_tokens=64"], "parallel.rank_tokens: needs parallel.hdp=true, got 64"),
         (["parallel.spill=0.5"], "parallel.spill: needs parallel.hdp=true"),
+        (["parallel.hdp_cost=measured"], "parallel.hdp_cost: needs parallel.hdp=true, got 'measured'; leave it out"),
+        ([*HDP, "parallel.hdp_cost=timed"], "parallel.hdp_cost: must be one of counted, measured, got 'timed'"),
         ([*HDP, "parallel.spill=0.5"], "parallel.spill: needs a place: .*memory.offload_activations=cpu"),
         ([*HDP, "parallel.spill=1"], "parallel.spill: must lie in 0..0.95"),
         ([*HDP, "parallel.rank_tokens=2000"], r"must be at least 2048: .*\(8192\), .* 4 processes.*rank_tokens=2048"),

@@ -77,6 +77,18 @@ def test_the_plan_says_where_things_lie_and_that_an_emulated_tier_is_one() -> No
     assert "memory" not in dict(plain.lines())
 
 
+def test_the_plan_says_by_what_documents_are_balanced_and_where_measured_seconds_are_kept() -> None:
+    facts = model_facts(make_config("llama", SETTINGS))
+    said = {}
+    for cost in ("counted", "measured"):
+        config = tiny_run("c", "/runs/o", "parallel.hdp=true", f"parallel.hdp_cost={cost}")
+        said[cost] = dict(plan_run(config, facts, compute_bytes=8).lines())["balance"]
+    assert "counted by the model's config, not measured" in said["counted"]
+    assert "measured before the first step" in said["measured"]
+    assert "/runs/o/hdp_cost.json" in said["measured"]
+    assert "balance" not in dict(plan_run(tiny_run("c", "o"), facts, compute_bytes=8).lines())
+
+
 def test_the_plan_says_how_chunks_are_drawn_and_when_that_is_biased() -> None:
     said = {}
     for sampling in ("independent", "importance", "without_replacement"):
