@@ -32,7 +32,7 @@ def run_bench(
     turns: int = 3,
     long_tokens: int | None = None,
 ) -> None:
-    """Run one bench, or all but `train`, which takes twenty minutes, and `serve`, and show the rows: `show_results`.
+    """Run one bench, or all but `train`, which takes twenty minutes, `serve` and `roles`; `show_results` of its rows.
 
     `minutes`, `width` and `layers` are those of `train`; `vllm_env`, `peers` and `turns` those of `engine`;
     `long_tokens` that of `serve`.
@@ -62,8 +62,10 @@ def run_bench(
         benches = {what: lambda: bench_train(sized(width, layers, minutes))}
     if what == "serve":
         benches = {what: lambda: _bench_serve(long_tokens)}
+    if what == "roles":
+        benches = {what: _bench_roles}
     if what != "all" and what not in benches:
-        known = [*benches, "serve", "train"]
+        known = [*benches, "serve", "roles", "train"]
         raise ConfigError("bench", f"must be all or one of {', '.join(known)}", what, nearest(what, known))
     if save and not BASELINES.parent.is_dir():
         raise ConfigError("--save", "must be used in farspan's own repository", str(Path.cwd()), "change to its root")
@@ -103,6 +105,14 @@ def _bench_serve(long_tokens: int | None) -> list[dict[str, Any]]:
     bench = ServeBench() if long_tokens is None else ServeBench(long_tokens=long_tokens)
     with local_ray(2):
         return bench_serve(bench)
+
+
+def _bench_roles() -> list[dict[str, Any]]:
+    from farspan.jobs.launch import local_ray
+    from farspan.serve.bench_roles import bench_roles
+
+    with local_ray(2):
+        return bench_roles()
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from farspan.engine.path import open_path
 from farspan.engine.request import SamplingParams
 from farspan.engine.runner import Piece
 from farspan.engine.sampler import SampleRow, choose_tokens
-from farspan.errors import ModelError
+from farspan.errors import EngineError, ModelError
+from farspan.kv.ownership import Owned, told
 
 _NO_END: frozenset[int] = frozenset()
 
@@ -84,8 +85,11 @@ class ModelDrafter:
             self._pool.free(reading.pages)
 
     def check_integrity(self) -> None:
-        """Raises EngineError when a page is lost or doubly owned."""
+        """Raises EngineError when a page is lost, doubly owned, or held for nobody."""
         self._pool.check_integrity()
+        owned = (Owned(_owner(name), reading.pages) for name, reading in self._readings.items())
+        if forgotten := self._pool.forgotten(owned):
+            raise EngineError(told(forgotten))
 
     @property
     def num_held(self) -> int:
@@ -106,7 +110,7 @@ class ModelDrafter:
         if ask.most < 1 or longest >= self._max_context_tokens:
             return False
         missing = self._pool.layout.num_pages(longest) - len(reading.pages)
-        pages = self._pool.alloc(max(0, missing))
+        pages = self._pool.alloc(max(0, missing), _owner(ask.request_id))
         if pages is None:
             self.forget(ask.request_id)
             return False
@@ -134,3 +138,7 @@ class ModelDrafter:
 def _plain(params: SamplingParams) -> SamplingParams:
     """What a draft follows: how tokens are drawn, not what depends on the answer so far."""
     return replace(params, logprobs=None, min_tokens=0, grammar=None)
+
+
+def _owner(request_id: str) -> str:
+    return f"the guesses for request {request_id}"

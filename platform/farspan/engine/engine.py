@@ -6,7 +6,7 @@ One thread owns an engine. Pages are the only thing that leaves it: `take` after
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +32,7 @@ from farspan.engine.fairness import Claim, Service, fair_order
 from farspan.engine.faster import speed_up
 from farspan.engine.guesses import Guesses
 from farspan.engine.history import Recall
-from farspan.engine.holdings import Holdings
+from farspan.engine.holdings import Holdings, owner_of
 from farspan.engine.lead import Leader
 from farspan.engine.path import capture_decode, open_path
 from farspan.engine.request import (
@@ -54,6 +54,7 @@ from farspan.engine.terms import PLAIN_TERMS, Terms
 from farspan.errors import EngineError, RequestError
 from farspan.kv.host_cache import BlockCache
 from farspan.kv.layout import KvLayout
+from farspan.kv.ownership import Forgotten, Owned, told
 from farspan.kv.prefix import OPEN_SCOPE, PrefixCache, PrefixScope
 
 # An iteration with nothing to compute waits so long for pages from host memory, then lets its caller look around.
@@ -222,6 +223,7 @@ class Engine:
         num_pages = len(pages) - self.pool.layout.num_state_pages
         sequence.state_pages, sequence.num_computed = pages[num_pages:], len(prompt)
         fill_table(self.pool.layout, sequence, pages[:num_pages])
+        self.pool.hand(pages, owner_of(sequence))
         self._holdings.remember(sequence, tail=True)
 
     def take(self, request_id: str) -> tuple[list[int], int]:
@@ -399,11 +401,24 @@ class Engine:
         if self.leader is not None:
             self.leader.close()
 
-    def check_integrity(self) -> None:
-        """Raises EngineError when a page or a state is lost or doubly owned."""
+    def check_integrity(self, elsewhere: Iterable[Owned] = ()) -> None:
+        """Raises EngineError when a page or a state is lost or doubly owned, or a page is held for nobody.
+
+        `elsewhere`: what is held outside, as after `take` and before `adopt`.
+        """
+        if forgotten := self.forgotten(elsewhere):
+            raise EngineError(told(forgotten))
+
+    def forgotten(self, elsewhere: Iterable[Owned], *, untaken: bool = True) -> list[Forgotten]:
+        """Pages that an owner never gave back; without `untaken`, what `take` was not asked for yet is among them.
+
+        Raises EngineError when a page or a state is lost or doubly owned.
+        """
         self.pool.check_integrity()
         if self.states is not None:
             self.states.check_integrity([s.request_id for s in self._running])
+        alive = (*self._running, *self._waiting, *(self._taken.values() if untaken else ()))
+        return self.pool.forgotten((*self._holdings.owned(alive), *elsewhere))
 
     def _enqueue(
         self,

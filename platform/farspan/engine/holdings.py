@@ -6,7 +6,7 @@ And its recurrent state, where the model has one: in a slot while it runs, in pa
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from farspan.errors import RequestError, TierError
 from farspan.kv.host_traffic import HostTraffic
 from farspan.kv.layout import GONE
 from farspan.kv.offload import PageOffload
+from farspan.kv.ownership import Owned
 from farspan.kv.pages import PagePool
 from farspan.kv.prefix import NO_MATCH, Match, PrefixCache, PrefixChain, PrefixScope
 from farspan.kv.states import StatePool, pack_state, unpack_state
@@ -149,7 +150,7 @@ class Holdings:
             if self._host is not None:
                 self._host.forget(sequence.request_id)
             if match := self._matches.get(sequence.request_id):
-                self._pool.retain(match.held)
+                self._pool.retain(match.held, owner_of(sequence))
                 sequence.pages, sequence.num_gone = array("q", match.pages), match.pages.count(GONE)
 
     def extend(self, sequence: SequenceState, num_pages: int) -> None:
@@ -160,7 +161,7 @@ class Holdings:
         if sequence.kept is not None:
             self._fetch(sequence)
         if num_pages > len(sequence.pages):
-            sequence.pages.extend(self._alloc(num_pages - len(sequence.pages)))
+            sequence.pages.extend(self._alloc(num_pages - len(sequence.pages), sequence))
         if sequence.state_pages:
             self._restore(sequence, unpack_state(self._pool, sequence.state_pages))
             self._pool.free(sequence.state_pages)
@@ -180,20 +181,20 @@ class Holdings:
                 # What is used again is used again there too, and what was lost there is kept anew.
                 self._host.keep(sequence.chain, range(places), sequence.pages)
         if match.sources and all(map(self._pool.is_findable, match.sources)):
-            sequence.pages.extend(self._copies(match.sources, num_pages - len(sequence.pages)))
+            sequence.pages.extend(self._copies(match.sources, num_pages - len(sequence.pages), sequence))
             sequence.num_computed = match.num_tokens
         sequence.num_found = max(sequence.num_found, min(sequence.num_computed, sequence.num_prompt))
 
-    def _copies(self, sources: Sequence[int], missing: int) -> list[int]:
+    def _copies(self, sources: Sequence[int], missing: int, sequence: SequenceState) -> list[int]:
         """Pages with the content of `sources`, of the `missing` ones that are there for the sequence."""
         idle = [page for page in sources if self._pool.holders(page) == 0]
         # Where there are no pages for copies, those that nobody holds are the only ones left.
         taken = idle if self._pool.num_free - len(idle) < missing else []
         for page in taken:
-            self._pool.take_over(page)
+            self._pool.take_over(page, owner_of(sequence))
         copied = [page for page in sources if page not in taken]
-        self._pool.retain(copied)
-        copies = dict(zip(copied, self._alloc(len(copied)), strict=True))
+        self._pool.retain(copied, owner_of(sequence))
+        copies = dict(zip(copied, self._alloc(len(copied), sequence), strict=True))
         for source, page in copies.items():
             self._pool.copy(source, page)
         self._pool.free(copied)
@@ -204,7 +205,7 @@ class Holdings:
         assert self._offload is not None
         assert sequence.kept is not None
         kept, sequence.kept = sequence.kept, None
-        pages = self._alloc(kept.num_pages)
+        pages = self._alloc(kept.num_pages, sequence)
         fill_table(self._pool.layout, sequence, pages)
         self._restore(sequence, self._offload.take(kept, pages))
 
@@ -315,13 +316,21 @@ class Holdings:
         if self._prefix is not None:
             self._prefix.unpin(name)
 
+    def owned(self, sequences: Iterable[SequenceState]) -> Iterator[Owned]:
+        """What these sequences hold, what is pinned, and what is fetched from host memory."""
+        for sequence in sequences:
+            yield Owned(owner_of(sequence), [*held_pages(sequence), *sequence.state_pages])
+        for holder in (self._prefix, self._host):
+            if holder is not None:
+                yield from holder.owned()
+
     def _chain(self, prefix: PrefixCache, sequence: SequenceState) -> PrefixChain:
         if sequence.chain is None:
             sequence.chain = prefix.chain(sequence.terms.scope)
         return sequence.chain
 
-    def _alloc(self, count: int) -> list[int]:
-        pages = self._pool.alloc(count)
+    def _alloc(self, count: int, sequence: SequenceState) -> list[int]:
+        pages = self._pool.alloc(count, owner_of(sequence))
         assert pages is not None, "the scheduler gave away pages that are not there"
         return pages
 
@@ -334,3 +343,8 @@ class Holdings:
         self._offload.take(self._offload.put(pages), pages)
         self._pool.free(pages)
         return clock() - start
+
+
+def owner_of(sequence: SequenceState) -> str:
+    """By what name its pages are known."""
+    return f"request {sequence.request_id}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from farspan.kv.host_cache import BATCH_BLOCKS, BlockCache, Source
 from farspan.kv.host_index import HostCounts, HostUse
 from farspan.kv.host_link import HostLink
 from farspan.kv.layout import GONE
+from farspan.kv.ownership import Owned
 from farspan.kv.pages import PagePool
 from farspan.kv.prefix import PrefixCache, PrefixChain
 from farspan.memory.transfer import ThreadLane
@@ -29,6 +30,7 @@ _LOOK_S = 0.002
 _JOB_S = 60.0
 # Pages that wait to be copied out; when computing is faster than copying, the newest are not kept.
 _MOST_WAITING = 16_384
+_OWNER = "what is fetched from host memory"
 
 
 class _Page(NamedTuple):
@@ -103,6 +105,11 @@ class HostTraffic:
     def num_fetching(self) -> int:
         """Pages that are being filled, and held until they are."""
         return sum(len(fetch.pages) for fetch in self._fetches)
+
+    def owned(self) -> Iterator[Owned]:
+        """What is held until pages are filled."""
+        for fetch in self._fetches:
+            yield Owned(_OWNER, [*fetch.kept, *fetch.pages])
 
     @property
     def use(self) -> HostUse:
@@ -210,8 +217,8 @@ class HostTraffic:
         return self._link.counts()
 
     def _fetch(self, search: _Search, missing: list[tuple[int, int]], names: list[bytes], there: list[int]) -> _Fetch:
-        self._pool.retain(there)
-        pages = self._pool.alloc(len(missing))
+        self._pool.retain(there, _OWNER)
+        pages = self._pool.alloc(len(missing), _OWNER)
         assert pages is not None, "there was room for them"
         fetch = _Fetch(search.chain, search.tokens, missing, frozenset(names), pages, there)
         targets = [self._pool.storage_PB[page] for page in pages]

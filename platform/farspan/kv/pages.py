@@ -7,7 +7,7 @@ B bytes of a page.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from farspan.errors import EngineError
 from farspan.kv.layout import GONE, KvLayout
+from farspan.kv.ownership import Forgotten, Owned, unbalanced
 
 # Where the content of a page comes from that is all zero.
 ZEROS = -1
@@ -51,6 +52,7 @@ class PagePool:
         # On the CPU whatever the device is: transports read this table remotely, next to the pages.
         self.epochs_P = torch.zeros(num_pages, dtype=torch.int64)
         self._holders = [0] * num_pages
+        self._takers = [""] * num_pages
         self._num_shared = 0
         self._quarantined: set[int] = set()
         self._findable: set[int] = set()
@@ -91,8 +93,11 @@ class PagePool:
         """View of the values of one layer in every page."""
         return self._values[layer]
 
-    def alloc(self, count: int) -> list[int] | None:
-        """`count` pages with one holder each, all zero, or None (and nothing taken) when there are not enough."""
+    def alloc(self, count: int, owner: str = "") -> list[int] | None:
+        """`count` pages with one holder each, all zero, or None (and nothing taken) when there are not enough.
+
+        `owner` is named where a page is never given back.
+        """
         if count > self.num_free:
             return None
         pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
@@ -105,15 +110,22 @@ class PagePool:
                 self._changes += [(page, ZEROS) for page in pages]
         for page in pages:
             self._holders[page] = 1
+        self.hand(pages, owner)
         return pages
 
-    def retain(self, pages: Sequence[int]) -> None:
+    def hand(self, pages: Sequence[int], owner: str) -> None:
+        """Somebody else owns held pages from now on, in the place of whoever did."""
+        for page in pages:
+            self._takers[page] = owner
+
+    def retain(self, pages: Sequence[int], owner: str = "") -> None:
         """One more holder for each page, which is held or idle."""
         for page in pages:
             assert self._holders[page] > 0 or page in self._idle, f"page {page} is not held"
             self._idle.pop(page, None)
             self._num_shared += self._holders[page] == 1
             self._holders[page] += 1
+        self.hand(pages, owner)
 
     def free(self, pages: Sequence[int]) -> None:
         """One holder less for each page; without holders, a findable page is idle and every other page free.
@@ -172,12 +184,13 @@ class PagePool:
             for target, source in run:
                 self.storage_PB[target] = self.storage_PB[source]
 
-    def take_over(self, page: int) -> None:
+    def take_over(self, page: int, owner: str = "") -> None:
         """Allocate an idle page with the content it has: nobody finds it any more."""
         del self._idle[page]
         self._findable.remove(page)
         self.epochs_P[page] += 1
         self._holders[page] = 1
+        self._takers[page] = owner
 
     def _evict(self) -> int:
         page, _ = self._idle.popitem(last=False)
@@ -230,6 +243,22 @@ class PagePool:
             )
         if wrong := (set(self._idle) - self._findable) | (self._findable & (states[0] | self._quarantined)):
             raise EngineError(f"KV page {min(wrong)} is idle without content, or found without a right to it")
+
+    def forgotten(self, owned: Iterable[Owned]) -> list[Forgotten]:
+        """Pages with more holders than owners; `owned`: by everybody, what is quarantined included.
+
+        Raises EngineError when somebody owns a page that is not held for him: it may be anybody's next.
+        """
+        owned = list(owned)
+        holders = [count + (page in self._quarantined) for page, count in enumerate(self._holders)]
+        over, under = unbalanced(holders, owned)
+        if under:
+            owners = " and ".join(one.owner for one in owned if under[0] in one.pages)
+            raise EngineError(
+                f"KV page {under[0]} (epoch {self.epoch(under[0])}) has {holders[under[0]]} holders, and is owned by "
+                f"{owners}"
+            )
+        return [Forgotten(page, self.epoch(page), self._takers[page]) for page in over]
 
 
 def _layer_views(storage_PB: Tensor, layout: KvLayout) -> tuple[dict[int, Tensor], dict[int, Tensor]]:

@@ -14,12 +14,13 @@ import hashlib
 import json
 from array import array
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
 from farspan.kv.host_index import Block
 from farspan.kv.layout import GONE
+from farspan.kv.ownership import Owned
 from farspan.kv.pages import PagePool
 
 # How many pages that follow the same page are compared with a prompt token by token, newest first.
@@ -237,13 +238,18 @@ class PrefixCache:
         alive = {p for entry in found if entry for p, here in zip(entry.pages, self._alive(entry), strict=True) if here}
         held |= alive.intersection(self._table(found[:-1]))
         pages = list(held)
-        self._pool.retain(pages)
+        self._pool.retain(pages, _owner(name))
         self._pins[name] = pages
         return done
 
     def unpin(self, name: str) -> None:
         """Give up what is held under a name; unknown names are no error."""
         self._pool.free(self._pins.pop(name, []))
+
+    def owned(self) -> Iterator[Owned]:
+        """What is pinned: nothing else is held here."""
+        for name, pages in self._pins.items():
+            yield Owned(_owner(name), pages)
 
     def _at(self, pages: Sequence[int], place: int) -> tuple[int, ...]:
         size = self._pool.layout.num_groups
@@ -300,6 +306,10 @@ def chain_of(layout: str, page_tokens: int, scope: PrefixScope) -> PrefixChain:
     """The beginning of a token list of this scope, in pages of the layout with this fingerprint."""
     parts = [layout, scope.adapter, scope.salt, scope.positions]
     return PrefixChain(page_tokens, hashlib.sha256(json.dumps(parts).encode()).digest())
+
+
+def _owner(name: str) -> str:
+    return f"the pin {name}"
 
 
 def _of_group(name: bytes, group: int) -> bytes:

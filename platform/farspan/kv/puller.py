@@ -6,10 +6,11 @@ further bytes are under way. Every part is guarded by itself; whatever happens t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from farspan.errors import TransferError
+from farspan.kv.ownership import Owned
 from farspan.kv.pages import PagePool
 from farspan.kv.pull import Part, Pull, refuse_offer, refuse_ticket
 from farspan.kv.ticket import KvOffer, KvTicket, PageRef
@@ -57,6 +58,13 @@ class Puller:
         """Parts that nobody waits for any more, and that may still write."""
         return len(self._quarantined)
 
+    def owned(self) -> Iterator[Owned]:
+        """What transfers hold, and what is quarantined for those that may still write."""
+        for pull in self._pulls:
+            yield Owned(_owner(pull.request_id), pull.pages)
+        for part in self._quarantined:
+            yield Owned("quarantine", part.pages)
+
     def check(self, ticket: KvTicket, unix_s: float) -> None:
         """Raises TransferError when a ticket is not acceptable, before there is a page for it."""
         refuse_ticket(ticket, self._pool.layout, self._transport.name, unix_s)
@@ -72,6 +80,7 @@ class Puller:
         self._begin(pull, ticket.pages, now_s)
         if not pull.parts:
             raise TransferError(ticket.request_id, pull.problem)
+        self._pool.hand(pages, _owner(ticket.request_id))
         self._pulls.append(pull)
 
     def follow(self, offer: KvOffer, spare_pages: int, now_s: float, unix_s: float) -> bool:
@@ -155,7 +164,8 @@ class Puller:
 
     def _open(self, offer: KvOffer, spare_pages: int) -> Pull | None:
         count = self._pool.layout.num_travelling(offer.num_tokens)
-        pages = self._pool.alloc(count) if count + spare_pages <= self._pool.num_free else None
+        owner = _owner(offer.request_id)
+        pages = self._pool.alloc(count, owner) if count + spare_pages <= self._pool.num_free else None
         if pages is None:
             return None
         pull = Pull(offer.request_id, offer.ticket_id, offer.source, offer.num_tokens, pages, 0.0)
@@ -241,3 +251,7 @@ class Puller:
             self._quarantined.remove(part)
             part.close()
             self._pool.release_quarantine(part.pages)
+
+
+def _owner(request_id: str) -> str:
+    return f"the transfer of request {request_id}"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import xxhash
 
+from farspan.kv.ownership import Owned
 from farspan.kv.pages import PagePool
 
 
@@ -174,6 +175,7 @@ class LeaseTable:
             adapter=adapter,
         )
         self._open[ticket.ticket_id] = ticket
+        self._pool.hand(pages, _owner(ticket))
         return ticket
 
     def release(self, ticket_id: str) -> bool:
@@ -191,6 +193,16 @@ class LeaseTable:
             self.release(ticket_id)
         return over
 
+    def owned(self, now_s: float) -> Iterator[Owned]:
+        """What open tickets hold; one whose time is over owns nothing any more."""
+        for ticket in self._open.values():
+            if ticket.lease_until_s > now_s:
+                yield Owned(_owner(ticket), [ref.page for ref in ticket.pages])
+
     def _refs(self, pages: Sequence[int]) -> list[PageRef]:
         digests = self._pool.digests(pages)
         return [PageRef(page, self._pool.epoch(page), digest) for page, digest in zip(pages, digests, strict=True)]
+
+
+def _owner(ticket: KvTicket) -> str:
+    return f"the lease of request {ticket.request_id}"

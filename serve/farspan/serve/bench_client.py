@@ -28,6 +28,8 @@ class Streamed:
     """When each event with text came."""
     completion_tokens: int = 0
     cached_tokens: int = 0
+    tokens: list[int] = field(default_factory=list)
+    """Of the answer, where the client keeps them."""
 
     @property
     def first_s(self) -> float:
@@ -48,6 +50,8 @@ class BenchClient:
     model: str
     key: str
     deadline_s: float
+    keep_tokens: bool = False
+    """Costs a look into every event."""
 
     async def stream(self, prompt: Sequence[int], new_tokens: int) -> Streamed:
         """Raises ClusterError when the answer is not whole, or not there before the deadline."""
@@ -85,6 +89,8 @@ class BenchClient:
     def _request(self, prompt: Sequence[int], new_tokens: int) -> bytes:
         body: dict[str, Any] = {"model": self.model, "prompt": list(prompt), "max_tokens": new_tokens}
         body |= {"temperature": 0, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+        if self.keep_tokens:
+            body["return_token_ids"] = True
         content = json.dumps(body).encode()
         head = (
             "POST /v1/completions HTTP/1.1",
@@ -98,7 +104,7 @@ class BenchClient:
 
 
 def _note(found: Streamed, line: bytes) -> None:
-    # The event that counts comes last and has no choices; the others are not even parsed.
+    # The event that counts comes last and has no choices; the others are not even parsed, but for tokens asked for.
     if b'"choices":[]' in line:
         usage = json.loads(line[6:])["usage"]
         found.completion_tokens = usage["completion_tokens"]
@@ -107,3 +113,5 @@ def _note(found: Streamed, line: bytes) -> None:
         raise ValueError(line[6:200].decode("utf-8", "replace"))
     else:
         found.at_s.append(time.perf_counter())
+        if b'"token_ids":' in line:
+            found.tokens += json.loads(line[6:])["choices"][0]["token_ids"]

@@ -160,6 +160,6 @@ def _first_token(prefilled: Prefilled) -> Tokens:
 
 
 def _note(trace: RequestTrace, pulled: Pulled) -> None:
-    trace.transport, trace.transfer_s = pulled.transport, pulled.seconds
+    trace.transport, trace.page_wait_s, trace.transfer_s = pulled.transport, pulled.room_s, pulled.seconds
     trace.kv_pages, trace.kv_bytes, trace.kv_pages_early = pulled.num_pages, pulled.num_bytes, pulled.num_early
     trace.kv_digest, trace.pulled_s = pulled.digest, trace.age_s

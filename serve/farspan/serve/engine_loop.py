@@ -5,6 +5,7 @@ Everything that touches pages happens in that one thread (host.py), which alone 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -16,6 +17,7 @@ from farspan.engine.engine import Engine
 from farspan.engine.request import FailedEvent, TokenEvent
 from farspan.engine.terms import Terms
 from farspan.errors import EngineError, FarspanError, TransferError
+from farspan.kv.ownership import Forgotten, told
 from farspan.kv.prefix import PrefixScope
 from farspan.kv.puller import Arrival, Puller
 from farspan.kv.ticket import KvOffer, KvTicket, LeaseTable
@@ -25,6 +27,8 @@ from farspan.serve.mailbox import Inbox, Mailbox, Outbox
 from farspan.serve.messages import Caller, Failed, GenerationRequest, Prefilled, Pulled, Tokens, WorkerInfo
 from farspan.serve.quotas import Quota
 from farspan.serve.standing import Role, load_of
+
+logger = logging.getLogger(__name__)
 
 # How often a thread with nothing to compute looks at running transfers, and at leases.
 _TRANSFER_POLL_S = 0.0005
@@ -51,6 +55,8 @@ class Client:
     """Pages are offered while the prompt is computed."""
     answered: tuple[int, ...] = ()
     ticket: KvTicket | None = None
+    no_room_since_s: float | None = None
+    """Since when there are too few free pages to fetch those of its ticket into; none: there were enough at once."""
     pull_started_s: float = 0.0
 
 
@@ -85,6 +91,8 @@ class EngineLoop:
         self._clients: dict[str, Client] = {}
         self._wanting_pages: list[Client] = []
         self._quota, self._watch = Role(engine), PageWatch(_CHECK_EVERY_S)
+        self._forgotten: list[Forgotten] = []
+        """Pages that were held for nobody when they were looked over last."""
         self._known: OrderedDict[str, None] = OrderedDict()
         """Requests that were here or were forgotten, the latest last: offers for them come too late."""
 
@@ -102,9 +110,7 @@ class EngineLoop:
             raise EngineError(self._engine.lost)
         for command in commands.take(self._patience()):
             command.act()
-        for ticket_id in self._leases.expire(time.time()):
-            self._offered.pop(ticket_id, None)
-            self._watch.changed()
+        self._expire(time.time())
         self._start_pulls()
         for arrival in self._puller.poll(time.monotonic()):
             self._after_pull(arrival)
@@ -119,8 +125,7 @@ class EngineLoop:
                 self._puller.yield_early()
         self._outbox.send()
         if self._idle and self._watch.is_due(time.monotonic()):
-            # What leases and quarantine hold is no loss; a page that nobody has, or two have, may be anybody's next.
-            self._engine.check_integrity()
+            self._look_over()
 
     @property
     def _idle(self) -> bool:
@@ -128,6 +133,32 @@ class EngineLoop:
         if self._engine.has_work:
             return False
         return not (self._puller.num_pulling or self._puller.num_early or self._wanting_pages)
+
+    def check_integrity(self) -> None:
+        """Raises EngineError when a page is lost or doubly owned, or held for nobody who is here."""
+        if forgotten := self._find_forgotten():
+            raise EngineError(told(forgotten))
+
+    def _look_over(self) -> None:
+        """Tell of pages that are held for nobody: they are room lost, and endanger nobody.
+
+        Raises EngineError where a page is nobody's or two owners': it may be anybody's next.
+        """
+        found = self._find_forgotten()
+        if set(found) - set(self._forgotten):
+            logger.error("%s", told(found))
+        self._forgotten = found
+
+    def _find_forgotten(self) -> list[Forgotten]:
+        now_s = time.time()
+        self._expire(now_s)
+        # Whatever is computed for others is taken and leased in the same turn.
+        return self._engine.forgotten((*self._leases.owned(now_s), *self._puller.owned()), untaken=False)
+
+    def _expire(self, unix_s: float) -> None:
+        for ticket_id in self._leases.expire(unix_s):
+            self._offered.pop(ticket_id, None)
+            self._watch.changed()
 
     def fail_all(self, error: FarspanError) -> None:
         """Tell everybody who waits that there will be no more."""
@@ -198,9 +229,10 @@ class EngineLoop:
             if self._is_followed(client, ticket):
                 self._wanting_pages.remove(client)
                 continue
-            pages = self._engine.pool.alloc(len(ticket.pages))
+            pages = self._engine.pool.alloc(len(ticket.pages), f"request {ticket.request_id}")
             waited_s = time.monotonic() - client.started_s
             if pages is None:
+                client.no_room_since_s = client.no_room_since_s or time.monotonic()
                 # A prompt that is complete goes before those that are not.
                 self._puller.yield_early()
                 if waited_s > self._config.deadline_s:
@@ -270,6 +302,7 @@ class EngineLoop:
             self._fail(client, problem)
             return
         seconds = time.monotonic() - client.pull_started_s
+        waited_from_s = client.pull_started_s if client.no_room_since_s is None else client.no_room_since_s
         self._outbox.put(
             client.inbox,
             Pulled(
@@ -279,6 +312,7 @@ class EngineLoop:
                 transport=self._transport.name,
                 num_early=arrival.num_early,
                 digest=ticket.digest,
+                room_s=client.pull_started_s - waited_from_s,
             ),
         )
 
@@ -321,6 +355,7 @@ class EngineLoop:
 
     def forget(self, request_id: str) -> None:
         """Let go of a request, whatever state it is in; unknown ones are no error."""
+        self._watch.changed()
         self._know(request_id)
         client = self._clients.pop(request_id, None)
         if client in self._wanting_pages:
@@ -366,6 +401,7 @@ class EngineLoop:
             num_pages=pool.num_pages,
             num_free=pool.num_free,
             num_quarantined=pool.num_quarantined,
+            num_forgotten=len(self._forgotten),
             num_requests=len(self._clients),
             open_leases=self._leases.num_open,
             host=self._engine.host.use if self._engine.host is not None else None,

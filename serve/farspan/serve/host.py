@@ -134,8 +134,8 @@ class EngineHost:
                 await asyncio.sleep(_DRAIN_POLL_S)
 
     async def check_integrity(self) -> None:
-        """Raises EngineError when a page is lost or doubly owned."""
-        await self._call(self._engine.check_integrity)
+        """Raises EngineError when a page is lost or doubly owned, or held for nobody who is here."""
+        await self._call(self._loop.check_integrity)
 
     async def _serve(
         self,

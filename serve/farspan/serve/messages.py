@@ -69,6 +69,8 @@ class Pulled:
     """Pages that were fetched, or under way, while the prompt was still computed."""
     digest: str = ""
     """Of what they hold, as it was verified."""
+    room_s: float = 0.0
+    """How long free pages were waited for before the first was asked for; not part of `seconds`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,8 @@ class WorkerInfo:
     num_quarantined: int
     num_requests: int
     open_leases: int
+    num_forgotten: int = 0
+    """Pages that were held for nobody when it had nothing to do last."""
     host: HostUse | None = None
     """None: nothing is kept in host memory."""
     transport: str = ""

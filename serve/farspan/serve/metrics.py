@@ -53,6 +53,12 @@ class Metrics:
             buckets=_TRANSFER_S,
             registry=registry,
         )
+        self._room = Histogram(
+            "farspan_transfer_room_seconds",
+            "What transfers waited for free KV pages, before the first was asked for.",
+            buckets=_TRANSFER_S,
+            registry=registry,
+        )
         self._pages = Gauge("farspan_kv_pages", "Of one worker of a role.", ["role", "state"], registry=registry)
         self._host = Gauge(
             "farspan_host_cache_pages",
@@ -88,6 +94,7 @@ class Metrics:
         """Every number, with those of the workers as they say them now."""
         for info in infos:
             states = {"all": info.num_pages, "free": info.num_free, "quarantined": info.num_quarantined}
+            states["forgotten"] = info.num_forgotten
             for state, count in states.items():
                 self._pages.labels(info.role, state).set(count)
             for what, count in ({} if info.host is None else asdict(info.host)).items():
@@ -104,6 +111,7 @@ class Metrics:
             self._gaps.add(one.arrivals)
             if one.kv_pages:
                 self._moved.labels(one.transport).inc(one.kv_bytes)
+                self._room.observe(one.page_wait_s)
                 self._awaited.labels(one.transport).observe(one.transfer_s)
         if trace.arrivals.first_s is not None:
             self._first.observe(trace.arrivals.first_s)

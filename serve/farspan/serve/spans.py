@@ -136,8 +136,9 @@ class _Clock:
 def phases(choice: RequestTrace) -> list[tuple[str, float, float]]:
     """(name, begin, end) of what happened to one answer, in seconds from its arrival.
 
-    queue: until a worker was asked. prefill: until the first token, with the wait inside the worker. transfer: while
-    pages were waited for. decode: until the last token.
+    queue: until a worker was asked. prefill: until the first token, with the wait inside the worker. room: while there
+    were no free pages to fetch into, if that was so. transfer: while pages were waited for. decode: until the last
+    token.
     """
     asked, arrivals = choice.asked_s, choice.arrivals
     found = [("queue", 0.0, choice.age_s if asked is None else asked)]
@@ -145,7 +146,10 @@ def phases(choice: RequestTrace) -> list[tuple[str, float, float]]:
         return found
     found.append(("prefill", asked, arrivals.first_s))
     if choice.pulled_s is not None:
-        found.append(("transfer", max(0.0, choice.pulled_s - choice.transfer_s), choice.pulled_s))
+        began_s = max(0.0, choice.pulled_s - choice.transfer_s)
+        if choice.page_wait_s:
+            found.append(("room", max(0.0, began_s - choice.page_wait_s), began_s))
+        found.append(("transfer", began_s, choice.pulled_s))
     return [*found, ("decode", arrivals.first_s, arrivals.last_s)]
 
 

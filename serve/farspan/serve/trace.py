@@ -87,6 +87,8 @@ class RequestTrace:
     """Pages that were fetched, or under way, while the prompt was still computed."""
     kv_digest: str = ""
     """Of what all those pages hold, as it was offered and found again where they arrived; empty: none travelled."""
+    page_wait_s: float = 0.0
+    """What was waited for free pages where it decodes, before the first page was asked for."""
     transfer_s: float = 0.0
     """What was waited for the pages after that."""
     pulled_s: float | None = None
@@ -130,6 +132,7 @@ class RequestTrace:
             "kv_bytes",
             "kv_pages_early",
             "kv_digest",
+            "page_wait_s",
             "transfer_s",
             "recovered",
             "recoveries",

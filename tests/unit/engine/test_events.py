@@ -11,6 +11,7 @@ from tests.unit.engine.tiny import VOCAB
 
 from farspan.engine.request import FailedEvent, SamplingParams
 from farspan.engine.terms import Terms
+from farspan.kv.ownership import Owned
 from farspan.kv.prefix import PrefixScope
 
 
@@ -59,7 +60,7 @@ class World:
             self.engine.set_quotas(self.chance.choice([None, 3, 9]), self.chance.choice([None, 1, 2]))
         else:
             self.step()
-        self.engine.check_integrity()
+        self.engine.check_integrity(Owned("outside", pages) for pages in self.outside)
 
     def step(self) -> None:
         for event in self.engine.step():

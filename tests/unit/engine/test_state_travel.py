@@ -234,7 +234,7 @@ def test_two_full_workers_answer_right_whoever_must_wait_give_way_or_is_cancelle
                 cancelled.add(ticket.request_id)
         for event in decode.step():
             answers[event.request_id].append(event.token)
-        prefill.check_integrity()
+        prefill.check_integrity(leases.owned(time.time()))
         decode.check_integrity()
     assert adopted == len(prompts)
     assert 0 < len(cancelled) < 12

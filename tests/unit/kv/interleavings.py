@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from farspan.errors import TransferError
 from farspan.kv.layout import KvLayout
+from farspan.kv.ownership import Owned
 from farspan.kv.pages import PagePool
 from farspan.kv.puller import Puller
 from farspan.kv.ticket import KvOffer, KvTicket, LeaseTable, SourceAddress
@@ -269,6 +270,10 @@ class World:
         self.source.pool.check_integrity()
         assert pool.num_free + pool.num_held + pool.num_quarantined == pool.num_pages
         given = [page for pages in self.done.values() if not isinstance(pages, str) for page in pages]
+        outside = [Owned("answers", given), Owned("somebody else", self.claimed)]
+        assert pool.forgotten((*outside, *self.puller.owned())) == []
+        computed = (Owned(str(request), pages) for request, pages in self.source.held.items())
+        assert self.source.pool.forgotten((*computed, *self.source.leases.owned(0.0))) == []
         owned = [*given, *self.claimed]
         assert len(owned) == len(set(owned)), "a page has two owners"
         assert all(pool.holders(page) == 1 for page in owned), "a page that was given is not held"

@@ -9,6 +9,7 @@ import torch
 
 from farspan.errors import EngineError
 from farspan.kv.layout import KvLayout, LayerShape
+from farspan.kv.ownership import Forgotten, Owned, told
 from farspan.kv.pages import PagePool
 from farspan.kv.ticket import LeaseTable, SourceAddress
 
@@ -156,3 +157,30 @@ def test_a_pool_that_mirrors_another_has_its_content_after_any_history():
             compute()
     compute()
     assert decider.storage_PB.any()
+
+
+def test_whoever_holds_a_page_and_is_not_known_is_told_with_the_page_its_epoch_and_who_took_it_last():
+    pool = PagePool(LAYOUT, 8 * LAYOUT.page_bytes)
+    mine, ours, lost = (pool.alloc(2, owner) or [] for owner in ("one", "two", "three"))
+    pool.retain(ours, "four")
+    known = [Owned("one", mine), Owned("two", ours), Owned("four", ours), Owned("three", lost)]
+    assert pool.forgotten(known) == []
+    pool.quarantine(lost)
+    assert pool.forgotten(known) == []
+    held = [(pool.epoch(page), page) for page in range(pool.num_pages)]
+    for gone, taker in ((0, "one"), (1, "four"), (2, "four"), (3, "three")):
+        pages = sorted(known[gone].pages)
+        found = pool.forgotten(known[:gone] + known[gone + 1 :])
+        assert [(f.epoch, f.page, f.taker) for f in found] == [(*held[page], taker) for page in pages]
+    assert "page 0 (epoch 0, last taken by an owner without a name)" in told([Forgotten(0, 0, "")])
+    assert told([Forgotten(page, 1, "r") for page in range(9)]).endswith("and 6 more")
+
+
+def test_a_page_that_somebody_owns_without_holding_it_is_an_error():
+    pool = PagePool(LAYOUT, 8 * LAYOUT.page_bytes)
+    pages = pool.alloc(3, "one") or []
+    with pytest.raises(EngineError, match=rf"KV page {pages[1]} \(epoch 1\) has 1 holders, and .* by one and two"):
+        pool.forgotten([Owned("one", pages), Owned("two", pages[1:2])])
+    pool.free(pages)
+    with pytest.raises(EngineError, match="has 0 holders, and is owned by one"):
+        pool.forgotten([Owned("one", pages)])

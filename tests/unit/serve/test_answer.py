@@ -52,7 +52,7 @@ class FakeWorkers:
         self.names.append(request.request_id)
         assert answered == ANSWER[: len(answered)]
         if ticket is not None and not (number < len(self.failures) and self.lengths[number] == 0):
-            yield Pulled(2, 128, 0.25, "memory", digest="0a1b")
+            yield Pulled(2, 128, 0.25, "memory", digest="0a1b", room_s=0.5)
         failing = number < len(self.failures)
         rest = ANSWER[len(answered) :][: self.lengths[number] if failing else None]
         for index, token in enumerate(rest):
@@ -99,6 +99,7 @@ def test_an_undisturbed_answer_is_prefilled_pulled_and_released_once():
     assert (trace.recovered, trace.kv_bytes, trace.transport, trace.prefill_s) == (False, 128, "memory", 0.5)
     report = trace.report()
     assert (report["output_tokens"], report["kv_digest"]) == (len(ANSWER), "0a1b")
+    assert (report["page_wait_s"], report["transfer_s"]) == (0.5, 0.25)
 
 
 @pytest.mark.parametrize(

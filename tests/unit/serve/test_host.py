@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from farspan.config.schema import TransferConfig
 from farspan.engine.engine import Engine
 from farspan.engine.request import SamplingParams
 from farspan.errors import EngineError, RequestError, TransferError
+from farspan.kv.ticket import LeaseTable
 from farspan.kv.transports.memory import MemoryNetwork, MemoryTransport
 from farspan.serve.engine_loop import PageWatch
 from farspan.serve.host import EngineHost
@@ -183,6 +185,42 @@ def test_a_decode_worker_without_room_says_so_within_the_deadline(hosts):
     asyncio.run(run())
 
 
+def test_what_was_waited_for_free_pages_is_told_beside_what_the_transfer_took(hosts):
+    first, second = prompts(40, 17)
+    pool = hosts.engines[1].pool
+
+    async def pulled(name: str, prompt: list[int]) -> Pulled:
+        prefilled = await hosts.prefill.prefill(request(name, prompt))
+        stream = hosts.decode.stream(request(name, prompt), (prefilled.token,), prefilled.ticket)
+        items = (await collect(stream))[1]
+        assert await hosts.prefill.release(prefilled.ticket.ticket_id)
+        assert isinstance(items[0], Pulled)
+        return items[0]
+
+    async def run() -> None:
+        assert (await pulled("at once", first)).room_s == 0
+        taken = await hosts.decode._call(lambda: pool.alloc(pool.num_free - 1))
+        began_s = time.monotonic()
+        waiting = asyncio.ensure_future(pulled("in vain at first", second))
+        while not any(client.no_room_since_s for client in hosts.decode._loop._wanting_pages):
+            assert time.monotonic() < began_s + 30, "it never waited"
+            await asyncio.sleep(0.001)
+        noticed_s = time.monotonic()
+        for _ in range(20):
+            assert not waiting.done()
+            await hosts.decode.info()
+        freed_s = time.monotonic()
+        await hosts.decode._call(lambda: pool.free(taken))
+        found = await waiting
+        over_s = time.monotonic()
+        assert freed_s - noticed_s <= found.room_s <= over_s - began_s
+        assert found.room_s + found.seconds <= over_s - began_s
+        assert found.seconds <= over_s - freed_s
+        await hosts.settled(idle)
+
+    asyncio.run(run())
+
+
 def test_when_the_engine_breaks_everybody_is_told_and_the_host_reports_ill(hosts):
     (prompt,) = prompts(10)
 
@@ -253,14 +291,14 @@ def test_pages_that_a_lease_holds_are_not_lost_and_are_looked_over_once(hosts):
     (prompt,) = prompts(40)
     engine = hosts.engines[0]
     held: list[int] = []
-    check = engine.check_integrity
+    look = engine.forgotten
 
-    def counted() -> None:
+    def counted(*claims, **more) -> list:
         held.append(engine.pool.num_held)
-        check()
+        return look(*claims, **more)
 
     async def run() -> None:
-        engine.check_integrity = counted
+        engine.forgotten = counted
         prefilled = await hosts.prefill.prefill(request("r", prompt))
         ends_s = time.monotonic() + 30
         while not held:
@@ -276,6 +314,80 @@ def test_pages_that_a_lease_holds_are_not_lost_and_are_looked_over_once(hosts):
         hosts.prefill.check()
 
     asyncio.run(run())
+
+
+def keeps_its_answers_pages(hosts: Hosts) -> None:
+    hosts.engines[1]._holdings.release = lambda sequence: None
+
+
+def keeps_untaken_prompts(hosts: Hosts) -> None:
+    loop = hosts.prefill._loop
+    loop._prefilled = lambda client, event: Prefilled(event.token, "length", None, 0.0)
+
+
+class ForgetfulLeases(LeaseTable):
+    """Knows nothing any more of a ticket that is given back or over, and keeps its pages."""
+
+    def release(self, ticket_id: str) -> bool:
+        return self._open.pop(ticket_id, None) is not None
+
+
+def keeps_leases(hosts: Hosts) -> None:
+    hosts.prefill._loop._leases.__class__ = ForgetfulLeases
+
+
+def keeps_arrivals(hosts: Hosts) -> None:
+    adopt = hosts.engines[1].adopt
+
+    def adopt_a_copy(request_id, prompt, params, answered, pages, **more) -> None:
+        copies = hosts.engines[1].pool.alloc(len(pages), "whoever adopts")
+        hosts.engines[1].pool.storage_PB[copies] = hosts.engines[1].pool.storage_PB[pages]
+        adopt(request_id, prompt, params, answered, copies, **more)
+
+    hosts.engines[1].adopt = adopt_a_copy
+
+
+@pytest.mark.parametrize(
+    ("forget", "where", "taker"),
+    [
+        (keeps_its_answers_pages, "decode", "request r"),
+        (keeps_untaken_prompts, "prefill", "request r"),
+        (keeps_leases, "prefill", "the lease of request r"),
+        (keeps_arrivals, "decode", "the transfer of request r"),
+    ],
+)
+@pytest.mark.parametrize("how", ["given back", "expired"])
+def test_an_owner_that_forgets_to_free_is_found_when_there_is_nothing_to_do(forget, where, taker, how, caplog):
+    hosts = Hosts(lease_s=60.0 if how == "given back" else 1.0)
+    (prompt,) = prompts(40)
+    forget(hosts)
+
+    async def run() -> None:
+        one = request("r", prompt)
+        prefilled = await hosts.prefill.prefill(one)
+        answer, _ = await collect(hosts.decode.stream(one, (prefilled.token,), prefilled.ticket))
+        if forget is not keeps_untaken_prompts:
+            assert [prefilled.token, *answer] == reference(tiny_model(), prompt, MAX_TOKENS)
+            if how == "given back":
+                assert await hosts.prefill.release(prefilled.ticket.ticket_id)
+        host, engine = (hosts.prefill, hosts.engines[0]) if where == "prefill" else (hosts.decode, hosts.engines[1])
+        ends_s = time.monotonic() + 30
+        while not (found := (await host.info()).num_forgotten):
+            assert time.monotonic() < ends_s, "nobody found them"
+            await asyncio.sleep(0.01)
+        page = next(page for page in range(engine.pool.num_pages) if engine.pool.holders(page))
+        said = f"page {page} (epoch {engine.pool.epoch(page)}, last taken by {taker})"
+        assert said in caplog.text
+        with pytest.raises(EngineError, match=re.escape(said)):
+            await host.check_integrity()
+        # Nobody is in danger: it goes on, with less room.
+        host.check()
+        assert found == engine.pool.num_held
+
+    try:
+        asyncio.run(run())
+    finally:
+        hosts.stop()
 
 
 def test_pages_are_looked_over_once_after_they_changed_hands_and_not_more_often_than_allowed():

@@ -34,6 +34,8 @@ def test_every_number_of_the_dashboard_is_exported_by_an_endpoint_that_answered(
     assert told[f'farspan_transfer_bytes_total{{transport="{trace["transport"]}"}}'] == trace["kv_bytes"]
     assert told['farspan_transfer_seconds_count{transport="memory"}'] == 1
     assert told['farspan_transfer_seconds_sum{transport="memory"}'] == pytest.approx(trace["transfer_s"])
+    assert told["farspan_transfer_room_seconds_count"] == 1
+    assert told["farspan_transfer_room_seconds_sum"] == trace["page_wait_s"] == 0
 
 
 def test_gaps_are_counted_where_they_belong_and_their_sum_is_the_time_from_first_to_last():

@@ -19,7 +19,8 @@ from tests.unit.serve.tiny_folder import TEXT
 from farspan.config.check import check_serve
 from farspan.config.schema import ServeConfig, TracesConfig, TransferConfig
 from farspan.errors import ConfigError
-from farspan.serve.spans import Spans
+from farspan.serve.spans import Spans, phases
+from farspan.serve.trace import RequestTrace
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SECRET = TEXT[300:700]
@@ -55,6 +56,12 @@ def test_a_request_and_its_phases_lie_below_the_clients_span_in_their_order(serv
     assert root.attributes["gen_ai.usage.input_tokens"] > 100
     assert root.attributes["gen_ai.request.model"] == "tiny"
     assert transfer.attributes["farspan.kv_bytes"] > 0
+
+
+def test_what_was_waited_for_free_pages_is_a_phase_before_the_transfer():
+    trace = RequestTrace("r", 9, asked_s=0.5, page_wait_s=0.25, transfer_s=0.125, pulled_s=2.0)
+    trace.arrivals.add(1, 1.0)
+    assert phases(trace)[2:4] == [("room", 1.625, 1.875), ("transfer", 1.875, 2.0)]
 
 
 def test_every_choice_has_phases_of_its_own(served):
