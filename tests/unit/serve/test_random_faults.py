@@ -22,9 +22,9 @@ from farspan.serve.router import Router
 from farspan.serve.trace import RequestTrace
 from farspan.serve.ways import GuidedWays
 
-SILENT_S, PULSE_S, LEASE_S = 0.4, 0.05, 2.0
+SILENT_S, PULSE_S, LEASE_S = 1.0, 0.05, 5.0
 MAX_TOKENS = 24
-TRANSFER = TransferConfig(deadline_s=1.0, lease_s=LEASE_S, split="always")
+TRANSFER = TransferConfig(deadline_s=3.0, lease_s=LEASE_S, split="always")
 NAMES = {"p": "prefill", "d": "decode", "e": "decode"}
 ASKED = prompts(40, 17, 90, 60, 33)
 
