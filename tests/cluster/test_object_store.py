@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import pytest
 import ray
 from tests.unit.serve.tiny_folder import TEXT, write_tiny_model
 
@@ -91,6 +92,7 @@ def counted(metrics: str, name: str) -> float:
     return float(line.rpartition(" ")[2])
 
 
+@pytest.mark.long
 def test_pages_by_the_object_store_give_the_colocated_answer_and_leave_the_store_empty(ray_cluster, tmp_path):
     write_tiny_model(tmp_path / "tiny")
     split = TransferConfig(deadline_s=30, lease_s=50, split="always", transport="object_store")

@@ -14,6 +14,7 @@ from farspan.parallel.strategy import STRATEGIES
 from farspan.parallel.wire import WireBytes
 
 
+@pytest.mark.long
 def test_every_strategy_and_the_peer_stand_beside_one_process_with_the_bytes_of_their_formula() -> None:
     rows = bench_parallel((BenchCase((0, 64), 4, 2, 16), BenchCase((0, 5, 64), 4, 2, 16)), rounds=1)
     assert [row["strategy"] for row in rows] == [ONE_PROCESS, *STRATEGIES, PEER] * 2
