@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import shutil
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.support.corpus import small_corpus
+from tests.support.hybrid import full_batch
 from tests.support.ranks import RankFailed, RankPool
 from tests.support.relative import relative_error
 from tests.support.runs import TINY, tiny_run
 from tests.support.whole import whole_of
 
-from farspan.batch import IGNORED_LABEL
 from farspan.config.load import load_config
 from farspan.config.schema import RunConfig
-from farspan.data.reader import Reader, open_corpus
 from farspan.errors import FarspanError
-from farspan.models.checkpoint import load_causal_lm, make_config, random_causal_lm
+from farspan.models.checkpoint import load_causal_lm, make_config
 from farspan.optim.shards import local_of
 from farspan.parallel.mesh import make_mesh
 from farspan.plan.facts import model_facts
 from farspan.plan.run_plan import plan_run
 from farspan.telemetry.events import EventBody, Note, RunFinished, StepReport
 from farspan.train import checkpoint as checkpoint_room
-from farspan.train.build import build, model_config
+from farspan.train.build import build
 from farspan.train.checkpoint import list_checkpoints
 from farspan.train.loop import train
 
@@ -45,24 +43,6 @@ def gradients(config: RunConfig, cache: str) -> tuple[float, dict[str, torch.Ten
     loss, _ = step.backward()
     grads = {n.removeprefix("model."): whole_of(p.grad) for n, p in step.loss.named_parameters()}
     return loss.item(), grads, step.exchange.bytes_sent
-
-
-def by_plain_transformers(config: RunConfig, cache: Path) -> tuple[float, dict[str, torch.Tensor]]:
-    """The same step as one process that never packs: every document alone, torch's own attention and loss."""
-    corpus = open_corpus(config.data.corpus, cache)
-    model = random_causal_lm(model_config(config, corpus.vocab_size, cache), config.seed).double().train()
-    reader = Reader(corpus, config.data.sequence_tokens, config.seed)
-    num_sequences = config.parallel.workers // config.parallel.sp * config.train.accumulation
-    batches = [reader.batch(i) for i in range(num_sequences)]
-    num_labels = sum(int((b.labels_T != IGNORED_LABEL).sum()) for b in batches)
-    total = torch.zeros((), dtype=torch.float64)
-    for batch in batches:
-        for start, stop in pairwise(batch.bounds):
-            tokens = batch.tokens_T[start:stop].unsqueeze(0)
-            logits = model(input_ids=tokens, use_cache=False).logits[0]
-            total = total + torch.nn.functional.cross_entropy(logits[:-1], tokens[0, 1:], reduction="sum")
-    (total / num_labels).backward()
-    return total.item() / num_labels, {n: p.grad for n, p in model.named_parameters()}
 
 
 LAYOUTS = {
@@ -100,7 +80,7 @@ def test_loss_and_every_gradient_equal_plain_transformers(
     ranks: RankPool, corpus: str, tmp_path: Path, name: str
 ) -> None:
     config = tiny_run(corpus, str(tmp_path / "run"), *LAYOUTS[name])
-    want_loss, want = by_plain_transformers(config, tmp_path)
+    ((want_loss, want),) = full_batch(config, tmp_path, 1)
     for loss, grads, _ in ranks.run(gradients, config.parallel.workers, config, str(tmp_path / "cache")):
         assert abs(loss - want_loss) < 1e-12 * want_loss
         assert grads.keys() == want.keys()
@@ -116,7 +96,7 @@ def test_ranks_that_put_sets_in_other_orders_compute_the_same_gradients(corpus: 
         found = pool.run(gradients, 2, config, str(tmp_path / "cache"))
     finally:
         pool.close()
-    want_loss, want = by_plain_transformers(config, tmp_path)
+    ((want_loss, want),) = full_batch(config, tmp_path, 1)
     for loss, grads, _ in found:
         assert abs(loss - want_loss) < 1e-12 * want_loss
         assert max(relative_error(grads[name], want[name]) for name in want) < 1e-10

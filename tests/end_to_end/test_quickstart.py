@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
-import sys
-import time
 import uuid
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,34 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load, load_file
 from tests.support.corpus import small_corpus
+from tests.support.marked import FARSPAN, MARK, assert_nothing_is_left, interrupted
 from tests.support.s3 import S3Bucket
 
 from farspan.data.manifest import TOKENIZER_FOLDER
 from farspan.models.checkpoint import load_tokenizer, make_config, random_causal_lm, save_causal_lm
-
-FARSPAN = [sys.executable, "-m", "farspan.cli.main"]
-MARK = "FARSPAN_TEST_MARK"
-
-
-def processes_marked(mark: str) -> list[str]:
-    """Command lines of living processes that inherited the mark."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
-                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue
-    return [command for command in found if command]
-
-
-def assert_nothing_is_left(mark: str) -> None:
-    deadline = time.monotonic() + 60
-    while left := processes_marked(mark):
-        assert time.monotonic() < deadline, f"left behind: {left}"
-        time.sleep(0.2)
 
 
 @pytest.mark.long
@@ -68,25 +42,7 @@ def test_quickstart_trains_serves_and_proves_the_answers(tmp_path: Path) -> None
 
 @pytest.mark.long
 def test_ctrl_c_during_training_leaves_no_process(tmp_path: Path) -> None:
-    mark = uuid.uuid4().hex
-    process = subprocess.Popen(
-        [*FARSPAN, "quickstart", "--folder", "qs", "train.steps=1000"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True, env={**os.environ, MARK: mark},
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None
-        assert any(line.startswith("step     1/1000") for line in process.stdout)
-        # As a terminal does: every process of the foreground group gets it.
-        os.killpg(process.pid, signal.SIGINT)
-        rest, _ = process.communicate(timeout=120)
-        assert process.returncode == 130, rest
-        assert "Traceback" not in rest
-        assert_nothing_is_left(mark)
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.communicate(timeout=30)
+    interrupted(["quickstart", "--folder", "qs", "train.steps=1000"], tmp_path, "step     1/1000")
 
 
 @pytest.fixture

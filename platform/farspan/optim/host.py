@@ -10,7 +10,6 @@ optimizer. What overlaps with backward is the traffic, which is what costs time.
 
 from __future__ import annotations
 
-import mmap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from farspan.memory.host import DramTier
 from farspan.memory.inplace import InPlaceTier
 from farspan.memory.tier import DEADLINE_S, Region
 from farspan.memory.transfer import Finished, ThreadLane, Transfer
@@ -248,7 +248,7 @@ def needed_bytes(weights: Iterable[Tensor], num_ranks: int, kind: str, *, adds: 
 
 
 def _pages(nbytes: int) -> int:
-    return -(-max(1, nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+    return -(-max(1, nbytes) // DramTier.granularity) * DramTier.granularity
 
 
 def _version(weight: nn.Parameter) -> tuple[int, int]:

@@ -252,6 +252,13 @@ def on_every_rank(act: Callable[[], None]) -> None:
             raise problem
 
 
+def of_all_ranks(mine: Result) -> list[Result]:
+    """What every rank says, by rank. Collective."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
+
+
 def on_rank_0(act: Callable[[], Result]) -> Result:
     """Run `act` on rank 0 and give its result, or its error, to every rank: nobody waits for a rank that failed."""
     outcome: list[Any] = [None, None]

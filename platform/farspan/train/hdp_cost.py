@@ -23,7 +23,7 @@ import torch.distributed as dist
 from farspan.batch import PackedBatch
 from farspan.config.schema import RunConfig
 from farspan.data.balance import Cost
-from farspan.errors import CorruptDataError, OutOfMemoryError
+from farspan.errors import CorruptDataError
 from farspan.parallel.shard import gathered
 from farspan.plan.facts import ModelFacts
 from farspan.plan.hdp_cost import Trial, fit_cost, trials_of
@@ -31,9 +31,9 @@ from farspan.plan.hybrid import HDP_COST
 from farspan.storage.door import open_store
 from farspan.storage.paths import join_uri
 from farspan.storage.patience import patiently
-from farspan.train.checkpoint import on_rank_0
+from farspan.train.checkpoint import of_all_ranks, on_rank_0
 from farspan.train.hdp import HybridStep, Work
-from farspan.train.rescue import first_line, is_out_of_memory
+from farspan.train.rescue import refused_without_memory
 from farspan.train.step import TrainStep
 
 _FORMAT, _ROUNDS = 1, 3
@@ -109,14 +109,8 @@ def measured_cost(
     if known is not None:
         return known.cost, f"{known.text()}, as {place} says"
     trials = trials_of(hybrid.capacity, config.data.sequence_tokens, hybrid.sets.num_ranks)
-    try:
+    with refused_without_memory("measuring for parallel.hdp_cost=measured"):
         seconds = time_trials(step, trials, clock)
-    except Exception as problem:
-        if not is_out_of_memory(problem):
-            raise
-        # No rescue watches yet, and none is needed: nothing has changed. A lower plan is needed all the same.
-        reason = f"measuring for parallel.hdp_cost=measured: {first_line(problem)}"
-        raise OutOfMemoryError(dist.get_rank(), 0, reason) from problem
 
     def keep() -> KeptCost:
         fitted = fit_cost(trials, seconds)
@@ -164,9 +158,8 @@ def time_trials(step: TrainStep, trials: Sequence[Trial], clock: Callable[[], fl
                     best[number] = min(best[number], clock() - started)
         hybrid.sum_over_ranks(weights, num_labels)
     weights.module.zero_grad()
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, best)
-    timed = [[seconds for seconds in found if seconds < math.inf] for found in zip(*everyone, strict=True)]
+    every = zip(*of_all_ranks(best), strict=True)
+    timed = [[seconds for seconds in found if seconds < math.inf] for found in every]
     return [sum(found) / len(found) for found in timed]
 
 

@@ -15,13 +15,15 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -40,6 +42,23 @@ def is_out_of_memory(problem: BaseException) -> bool:
     if isinstance(problem, torch.OutOfMemoryError | MemoryError | TierFullError):
         return True
     return isinstance(problem, RuntimeError) and "can't allocate memory" in str(problem)
+
+
+@contextmanager
+def refused_without_memory(what: str) -> Iterator[None]:
+    """Inside, before a run begins, memory that does not suffice is told as that of a step: a lower plan is needed.
+
+    No rescue watches yet, and none is needed: nothing has changed.
+
+    Raises:
+        OutOfMemoryError: of this rank, before the first step.
+    """
+    try:
+        yield
+    except Exception as problem:
+        if not is_out_of_memory(problem):
+            raise
+        raise OutOfMemoryError(dist.get_rank(), 0, f"{what}: {first_line(problem)}") from problem
 
 
 class NoticeBoard(Protocol):

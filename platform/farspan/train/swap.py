@@ -8,22 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from farspan.activations.memo import LayerCost, choose_alpha, in_hundredths, simulate_stall
 from farspan.activations.memo_cost import measure_layers
-from farspan.errors import OutOfMemoryError
 from farspan.memory.speeds import measure_speed
 from farspan.memory.striped import StripedTiers
 from farspan.models.parts import decoder_layers
 from farspan.parallel.whole import WholeSequence
 from farspan.plan.tiers import ACTIVATIONS
+from farspan.train.checkpoint import of_all_ranks
 from farspan.train.offload import RunTiers
-from farspan.train.rescue import first_line, is_out_of_memory
+from farspan.train.rescue import refused_without_memory
 from farspan.train.step import TrainStep
 
 # RunOffload keeps the last layer on the device.
@@ -50,17 +48,9 @@ def choose_share(step: TrainStep, tiers: RunTiers, limit_gib: float = 0.0) -> tu
         OutOfMemoryError: memory did not suffice to measure, on the device or in the tier.
         TierError: the tier gives back other bytes than were stored.
     """
-    try:
+    with refused_without_memory("measuring for memory.swap_share=auto"):
         mine = _measure(step, tiers, limit_gib)
-    except Exception as problem:
-        if not is_out_of_memory(problem):
-            raise
-        # No rescue watches yet, and none is needed: nothing has changed. A lower plan is needed all the same.
-        reason = f"measuring for memory.swap_share=auto: {first_line(problem)}"
-        raise OutOfMemoryError(dist.get_rank(), 0, reason) from problem
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return decide(worst_of(found), len(decoder_layers(step.loss.model)), tiers.of(ACTIVATIONS).label)
+    return decide(worst_of(of_all_ranks(mine)), len(decoder_layers(step.loss.model)), tiers.of(ACTIVATIONS).label)
 
 
 def worst_of(found: Sequence[SwapFacts]) -> SwapFacts:

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +31,7 @@ from farspan.plan.run_plan import RunPlan
 from farspan.plan.tiers import HOST, Kind, assign, key_of, kinds_of, needs_trace, places_of, refuse_unplaced, unmeasured
 from farspan.plan.trace import trace_layers
 from farspan.storage.door import open_store
-from farspan.train.checkpoint import on_rank_0
+from farspan.train.checkpoint import of_all_ranks, on_rank_0
 from farspan.train.limit import memory_limit
 from farspan.train.offload import RunTiers
 
@@ -63,7 +62,7 @@ def open_run_tiers(
         return None
     told, kept = on_rank_0(lambda: (given_speeds(config), kept_of_run(config)))
     free = _free_bytes()
-    host_bytes = kept.host_bytes or min(_of_all(free))
+    host_bytes = kept.host_bytes or min(of_all_ranks(free))
     with ExitStack() as undo:
         opened: dict[str, Tier] = {}
         for number, text in enumerate(config.memory.tiers):
@@ -171,7 +170,7 @@ def _measured(
             continue
         with memory_limit(device, config.memory.limit_gib):
             mine = measure_speed(opened[key], device, config.memory.limit_gib)
-        every = _of_all(mine)
+        every = of_all_ranks(mine)
         found[text] = Speed(min(one.bytes_per_s for one in every), max(one.latency_s for one in every))
     return found
 
@@ -183,11 +182,5 @@ def _free_bytes() -> int:
 
 def local_ranks() -> int:
     """Processes of this run on this host; collective."""
-    names = _of_all(platform.node())
+    names = of_all_ranks(platform.node())
     return names.count(platform.node())
-
-
-def _of_all(mine: Any) -> list[Any]:
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return found

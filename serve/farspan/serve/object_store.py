@@ -109,6 +109,10 @@ class RayExchange:
                 # Ray starts a desk that was lost again; who waited there computes the prompt instead.
                 logger.warning("the desk for KV pages does not answer: %s", type(problem).__name__)
                 await asyncio.sleep(_AGAIN_S)
+            except Exception:
+                # Who asked computes the prompt instead, by its deadline; others still want answers.
+                logger.exception("KV pages could not be put into the object store")
+                await asyncio.sleep(_AGAIN_S)
 
     async def _answer(self, ask: Ask) -> None:
         told: Any
