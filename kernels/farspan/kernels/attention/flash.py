@@ -144,7 +144,7 @@ class _ByFlash:
             return _nothing(q_THD)
         q, k, v = _plain(q_THD[core.queries], k_SGD[core.keys], v_SGC[core.keys])
         sight = Sight(scale, core.left, core.right, softcap)
-        part_THC, part_lse_HT = self.kernel.forward(q, k, v, _spans_of_pair(q, k), sight)
+        part_THC, part_lse_HT = self.kernel.forward(q, k, v, spans_of_pair(q, k), sight)
         if q.shape[0] == q_THD.shape[0]:
             return part_THC, part_lse_HT.transpose(0, 1)
         out_THC, lse_TH = _nothing(q_THD)
@@ -173,7 +173,7 @@ class _ByFlash:
         k, v = _plain(k_SGD[core.keys], v_SGC[core.keys])
         lse_HT = lse_TH[core.queries].transpose(0, 1).contiguous()
         sight = Sight(scale, core.left, core.right, softcap)
-        found = self.kernel.backward(dout, q, k, v, out, lse_HT, _spans_of_pair(q, k), sight)
+        found = self.kernel.backward(dout, q, k, v, out, lse_HT, spans_of_pair(q, k), sight)
         dq, dk, dv = (
             _placed(grad, like, rows)
             for grad, like, rows in zip(found, (q_THD, k_SGD, v_SGC), (core.queries, core.keys, core.keys), strict=True)
@@ -246,7 +246,7 @@ def _spans_of_documents(bounds: Sequence[int], device: torch.device) -> Spans:
     return Spans(bounds_N, bounds_N, longest, longest, tuple(offsets), tuple(offsets))
 
 
-def _spans_of_pair(q_THD: Tensor, k_SGD: Tensor) -> Spans:
+def spans_of_pair(q_THD: Tensor, k_SGD: Tensor) -> Spans:
     num_queries, num_keys = q_THD.shape[0], k_SGD.shape[0]
     # Made on the device: a copy from the host would wait for it.
     queries_N, keys_N = (

@@ -2,21 +2,22 @@
 
 On Hopper cuDNN computes a long document in about half the time, but one document a call and without windows. So a
 packed sequence is cut into runs: each long document by itself, and what lies between two of them in one call of the
-flash kernel. The forward of windows over long documents is Triton's (flash_windows.py). Letters: contract.py.
+flash kernel. Windows over long documents are Triton's forward (flash_windows.py) and, in blocks, cuDNN's backward
+(window_blocks.py). Letters: contract.py; N documents of one length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from farspan.kernels.attention import flash_torch
 from farspan.kernels.attention.flash import FlashKernel, Sight, Spans, require_arguments
+from farspan.kernels.attention.flash_runs import Run, backward_by_runs, forward_by_runs, lengths_of, split
+from farspan.kernels.attention.window_blocks import WindowBlocks
 
 _FORWARD = torch.ops.aten._scaled_dot_product_cudnn_attention
 _BACKWARD = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
@@ -30,7 +31,8 @@ def load_kernel(least_tokens: int = _LEAST_TOKENS) -> FlashKernel:
         raise ImportError("this torch has no cuDNN")
     require_arguments(_FORWARD, ("attn_bias", "compute_log_sumexp", "is_causal", "scale"), num_returns=9)
     require_arguments(_BACKWARD, ("logsumexp", "philox_seed", "cum_seq_q", "max_q", "is_causal"), num_returns=3)
-    return LongDocuments(CudnnDocument(), _with_windows(flash_torch.load_kernel(), least_tokens), least_tokens)
+    windows = WindowBlocks(backward_of_batch, _with_windows(flash_torch.load_kernel(), least_tokens), least_tokens)
+    return LongDocuments(CudnnDocument(), windows, least_tokens)
 
 
 class CudnnDocument:
@@ -53,23 +55,39 @@ class CudnnDocument:
         spans: Spans,
         sight: Sight,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # The state of a random generator that dropout 0 never reads.
-        state = torch.zeros((), dtype=torch.int64, device=q_THD.device)
-        dq, dk, dv = _BACKWARD(
-            *map(_with_heads_first, (dout_THD, q_THD, k_SGD, v_SGD, out_THD)),
-            lse_HT[None, :, :, None].contiguous(),
-            state,
-            state,
-            None,
-            None,
-            None,
-            q_THD.shape[0],
-            k_SGD.shape[0],
-            0.0,
-            sight.causal,
-            scale=sight.scale,
-        )
-        return _with_tokens_first(dq), _with_tokens_first(dk), _with_tokens_first(dv)
+        dout, q, k, v, out, lse = (x.unsqueeze(0) for x in (dout_THD, q_THD, k_SGD, v_SGD, out_THD, lse_HT))
+        dq, dk, dv = backward_of_batch(dout, q, k, v, out, lse, sight.scale, sight.causal)
+        return dq[0], dk[0], dv[0]
+
+
+def backward_of_batch(
+    dout_NTHD: Tensor,
+    q_NTHD: Tensor,
+    k_NSGD: Tensor,
+    v_NSGD: Tensor,
+    out_NTHD: Tensor,
+    lse_NHT: Tensor,
+    scale: float,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of N documents of one length."""
+    # The state of a random generator that dropout 0 never reads.
+    state = torch.zeros((), dtype=torch.int64, device=q_NTHD.device)
+    dq, dk, dv = _BACKWARD(
+        *(x.transpose(1, 2) for x in (dout_NTHD, q_NTHD, k_NSGD, v_NSGD, out_NTHD)),
+        lse_NHT.unsqueeze(3).contiguous(),
+        state,
+        state,
+        None,
+        None,
+        None,
+        q_NTHD.shape[1],
+        k_NSGD.shape[1],
+        0.0,
+        causal,
+        scale=scale,
+    )
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +99,7 @@ class LongDocuments:
     least_tokens: int
 
     def forward(self, q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, spans: Spans, sight: Sight) -> tuple[Tensor, Tensor]:
-        runs = list(self._runs(spans, sight))
-        if len(runs) == 1:
-            return runs[0].kernel.forward(q_THD, k_SGD, v_SGD, spans, sight)
-        out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
-        lse_HT = q_THD.new_empty((q_THD.shape[1], q_THD.shape[0]), dtype=torch.float32)
-        for run in runs:
-            here, there = run.queries, run.keys
-            part_THD, part_HT = run.kernel.forward(
-                q_THD[here], k_SGD[there], v_SGD[there], spans.part(run.first, run.stop), sight
-            )
-            out_THD[here], lse_HT[:, here] = part_THD, part_HT
-        return out_THD, lse_HT
+        return forward_by_runs(self._runs(spans, sight), q_THD, k_SGD, v_SGD, spans, sight)
 
     def backward(
         self,
@@ -105,55 +112,17 @@ class LongDocuments:
         spans: Spans,
         sight: Sight,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        runs = list(self._runs(spans, sight))
-        if len(runs) == 1:
-            return runs[0].kernel.backward(dout_THD, q_THD, k_SGD, v_SGD, out_THD, lse_HT, spans, sight)
-        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THD, k_SGD, v_SGD))
-        for run in runs:
-            here, there = run.queries, run.keys
-            dq[here], dk[there], dv[there] = run.kernel.backward(
-                *(dout_THD[here], q_THD[here], k_SGD[there], v_SGD[there], out_THD[here]),
-                lse_HT[:, here].contiguous(),
-                spans.part(run.first, run.stop),
-                sight,
-            )
-        return dq, dk, dv
+        runs = self._runs(spans, sight)
+        return backward_by_runs(runs, dout_THD, q_THD, k_SGD, v_SGD, out_THD, lse_HT, spans, sight)
 
-    def _runs(self, spans: Spans, sight: Sight) -> Iterator[Run]:
-        for first, stop, is_long in runs_of(spans.query_bounds, spans.key_bounds, sight, self.least_tokens):
-            yield Run(
-                kernel=self.long if is_long else self.rest,
-                first=first,
-                stop=stop,
-                queries=slice(spans.query_bounds[first], spans.query_bounds[stop]),
-                keys=slice(spans.key_bounds[first], spans.key_bounds[stop]),
-            )
+    def _runs(self, spans: Spans, sight: Sight) -> list[Run]:
+        are_long = [self._is_long(queries, keys, sight) for queries, keys in lengths_of(spans)]
+        return split(spans, are_long, self.long, self.rest)
 
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Documents first..stop, which one call of one kernel computes."""
-
-    kernel: FlashKernel
-    first: int
-    stop: int
-    queries: slice
-    keys: slice
-
-
-def runs_of(
-    query_bounds: Sequence[int], key_bounds: Sequence[int], sight: Sight, least_tokens: int
-) -> list[tuple[int, int, bool]]:
-    """(first document, end, whether it is one long document), in order and without gaps."""
-    whole = sight.softcap is None and sight.left < 0 and sight.right <= 0
-    runs: list[tuple[int, int, bool]] = []
-    for document, ((a, b), (c, d)) in enumerate(zip(pairwise(query_bounds), pairwise(key_bounds), strict=True)):
-        is_long = whole and b - a >= least_tokens and (not sight.causal or b - a == d - c)
-        if runs and not is_long and not runs[-1][2]:
-            runs[-1] = (runs[-1][0], document + 1, False)
-        else:
-            runs.append((document, document + 1, is_long))
-    return runs
+    def _is_long(self, queries: int, keys: int, sight: Sight) -> bool:
+        if sight.softcap is not None or sight.left >= 0 or sight.right > 0:
+            return False
+        return queries >= self.least_tokens and (not sight.causal or queries == keys)
 
 
 def _with_windows(flash: FlashKernel, least_tokens: int) -> FlashKernel:

@@ -1,0 +1,136 @@
+"""Backward of windows by a causal kernel: a document in blocks as long as the window.
+
+A query's window is two triangles. In its own block it sees the keys up to itself: causal. In the block before it sees
+the keys after the one as far in as itself; with queries and keys of that block both read backwards, and queries one
+place on, that is causal, too. So all blocks of a document are one batch of a causal kernel, twice, and nothing is
+computed that a window hides. Gradients of parts add up, because each is taken at the final out and log-sum-exp.
+
+Forward, and what is no whole block, are the kernel's that is given. Letters: contract.py; N blocks of W tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.attention.flash import FlashKernel, Sight, Spans, spans_of_pair
+from farspan.kernels.attention.flash_runs import backward_by_runs, lengths_of, split
+
+CausalBackward: TypeAlias = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]
+]
+"""(dout, q, k, v, out, lse, scale), each [N, W, heads, D] but lse [N, heads, W], to (dq, dk, dv)."""
+
+# Tokens read backwards at once: their copies are no more than this many rows of each tensor.
+_REVERSED_TOKENS = 32768
+# A query that sees nothing: exp(score - this) is 0.
+_NEVER = 1e30
+
+
+@dataclass(frozen=True, slots=True)
+class WindowBlocks:
+    """A `FlashKernel`: in blocks, the backward of windows of `least_tokens` and more over documents twice as long."""
+
+    causal: CausalBackward
+    rest: FlashKernel
+    least_tokens: int
+
+    def forward(self, q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, spans: Spans, sight: Sight) -> tuple[Tensor, Tensor]:
+        return self.rest.forward(q_THD, k_SGD, v_SGD, spans, sight)
+
+    def backward(
+        self,
+        dout_THD: Tensor,
+        q_THD: Tensor,
+        k_SGD: Tensor,
+        v_SGD: Tensor,
+        out_THD: Tensor,
+        lse_HT: Tensor,
+        spans: Spans,
+        sight: Sight,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        are_long = [self._is_long(queries, keys, sight) for queries, keys in lengths_of(spans)]
+        if not any(are_long):
+            return self.rest.backward(dout_THD, q_THD, k_SGD, v_SGD, out_THD, lse_HT, spans, sight)
+        runs = split(spans, are_long, _Blocks(self.causal, self.rest), self.rest)
+        return backward_by_runs(runs, dout_THD, q_THD, k_SGD, v_SGD, out_THD, lse_HT, spans, sight)
+
+    def _is_long(self, queries: int, keys: int, sight: Sight) -> bool:
+        if sight.softcap is not None or sight.right != 0:
+            return False
+        return sight.left + 1 >= self.least_tokens and queries == keys >= 2 * (sight.left + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """One document."""
+
+    causal: CausalBackward
+    rest: FlashKernel
+
+    def forward(self, q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, spans: Spans, sight: Sight) -> tuple[Tensor, Tensor]:
+        return self.rest.forward(q_THD, k_SGD, v_SGD, spans, sight)
+
+    def backward(
+        self,
+        dout_THD: Tensor,
+        q_THD: Tensor,
+        k_SGD: Tensor,
+        v_SGD: Tensor,
+        out_THD: Tensor,
+        lse_HT: Tensor,
+        spans: Spans,
+        sight: Sight,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        width = sight.left + 1
+        whole = q_THD.shape[0] // width * width
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THD, k_SGD, v_SGD)]
+        inputs = [x[:whole].unflatten(0, (-1, width)) for x in (dout_THD, q_THD, k_SGD, v_SGD, out_THD)]
+        lse_NHW = lse_HT[:, :whole].unflatten(1, (-1, width)).transpose(0, 1)
+        blocks = [grad[:whole].unflatten(0, (-1, width)) for grad in grads]
+        dout, q, k, v, out = inputs
+        for into, grad in zip(blocks, self.causal(dout, q, k, v, out, lse_NHW, sight.scale), strict=True):
+            into.copy_(grad)
+        self._add_blocks_before(blocks, inputs, lse_NHW, sight.scale)
+        if whole < q_THD.shape[0]:
+            self._add_end(grads, (dout_THD, q_THD, k_SGD, v_SGD, out_THD), lse_HT, whole, sight)
+        return grads[0], grads[1], grads[2]
+
+    def _add_blocks_before(self, grads: list[Tensor], inputs: list[Tensor], lse_NHW: Tensor, scale: float) -> None:
+        """What queries take from the block before theirs."""
+        dq, dk, dv = grads
+        dout, q, k, v, out = inputs
+        num_blocks, width = q.shape[:2]
+        # Backwards, one place on: the block's last query sees nothing here. It comes last, and so does the first key,
+        # which nobody sees.
+        order = torch.arange(width - 1, -1, -1, device=q.device).roll(-1)
+        at_once = max(1, _REVERSED_TOKENS // width)
+        for first in range(1, num_blocks, at_once):
+            here = slice(first, min(first + at_once, num_blocks))
+            there = slice(here.start - 1, here.stop - 1)
+            lse = lse_NHW[here].index_select(2, order)
+            lse[:, :, -1] = _NEVER
+            back_dout, back_q, back_out = (x[here].index_select(1, order) for x in (dout, q, out))
+            back_k, back_v = (x[there].flip(1) for x in (k, v))
+            dq_part, dk_part, dv_part = self.causal(back_dout, back_q, back_k, back_v, back_out, lse, scale)
+            dq[here, :-1] += dq_part[:, :-1].flip(1)
+            dk[there] += dk_part.flip(1)
+            dv[there] += dv_part.flip(1)
+
+    def _add_end(
+        self, grads: list[Tensor], inputs: tuple[Tensor, ...], lse_HT: Tensor, first: int, sight: Sight
+    ) -> None:
+        """The queries behind the last whole block, and all keys that they see."""
+        dq, dk, dv = grads
+        dout, q, k, v, out = inputs
+        keys = slice(first - sight.left, None)
+        parts = (dout[first:], q[first:], k[keys], v[keys], out[first:])
+        spans = spans_of_pair(parts[1], parts[2])
+        dq[first:], dk_part, dv_part = self.rest.backward(*parts, lse_HT[:, first:].contiguous(), spans, sight)
+        for grad, part in ((dk, dk_part), (dv, dv_part)):
+            grad[first:] = part[sight.left :]
+            grad[first - sight.left : first] += part[: sight.left]
