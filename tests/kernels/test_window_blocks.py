@@ -79,8 +79,8 @@ def causal_blocks(
 def test_gradients_of_windows_in_blocks_equal_the_reference_in_fp64(
     bounds: tuple[int, ...], window: int, by_rest: int, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Two blocks are read backwards at once, so that there are several groups and a last one that is smaller.
-    monkeypatch.setattr(window_blocks, "_REVERSED_TOKENS", 2 * window)
+    # Two blocks a call, so that there are several groups and a last one that is smaller.
+    monkeypatch.setattr(window_blocks, "_TOKENS_AT_ONCE", 2 * window)
     generator = torch.Generator().manual_seed(len(bounds) + window)
     sizes = [(bounds[-1], count, 8) for count in (*heads, heads[1], heads[0])]
     q, k, v, dout = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)

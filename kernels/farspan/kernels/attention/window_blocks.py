@@ -10,7 +10,7 @@ Forward, and what is no whole block, are the kernel's that is given. Letters: co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -25,8 +25,8 @@ CausalBackward: TypeAlias = Callable[
 ]
 """(dout, q, k, v, out, lse, scale), each [N, W, heads, D] but lse [N, heads, W], to (dq, dk, dv)."""
 
-# Tokens read backwards at once: their copies are no more than this many rows of each tensor.
-_REVERSED_TOKENS = 32768
+# Tokens of a call: enough to fill a GPU, few enough that what it works with, and copies read backwards, stay small.
+_TOKENS_AT_ONCE = 32768
 # A query that sees nothing: exp(score - this) is 0.
 _NEVER = 1e30
 
@@ -89,37 +89,35 @@ class _Blocks:
         width = sight.left + 1
         whole = q_THD.shape[0] // width * width
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THD, k_SGD, v_SGD)]
-        inputs = [x[:whole].unflatten(0, (-1, width)) for x in (dout_THD, q_THD, k_SGD, v_SGD, out_THD)]
-        lse_NHW = lse_HT[:, :whole].unflatten(1, (-1, width)).transpose(0, 1)
-        blocks = [grad[:whole].unflatten(0, (-1, width)) for grad in grads]
-        dout, q, k, v, out = inputs
-        for into, grad in zip(blocks, self.causal(dout, q, k, v, out, lse_NHW, sight.scale), strict=True):
-            into.copy_(grad)
-        self._add_blocks_before(blocks, inputs, lse_NHW, sight.scale)
+        dout, q, k, v, out = (x[:whole].unflatten(0, (-1, width)) for x in (dout_THD, q_THD, k_SGD, v_SGD, out_THD))
+        lse = lse_HT[:, :whole].unflatten(1, (-1, width)).transpose(0, 1)
+        dq, dk, dv = (grad[:whole].unflatten(0, (-1, width)) for grad in grads)
+        for here in _groups(0, q.shape[0], width):
+            parts = self.causal(dout[here], q[here], k[here], v[here], out[here], lse[here], sight.scale)
+            dq[here], dk[here], dv[here] = parts
+        for here in _groups(1, q.shape[0], width):
+            there = slice(here.start - 1, here.stop - 1)
+            queries = (dout[here], q[here], out[here], lse[here])
+            dq_part, dk_part, dv_part = self._from_before(*queries, k[there], v[there], sight.scale)
+            dq[here, :-1] += dq_part
+            dk[there] += dk_part
+            dv[there] += dv_part
         if whole < q_THD.shape[0]:
             self._add_end(grads, (dout_THD, q_THD, k_SGD, v_SGD, out_THD), lse_HT, whole, sight)
         return grads[0], grads[1], grads[2]
 
-    def _add_blocks_before(self, grads: list[Tensor], inputs: list[Tensor], lse_NHW: Tensor, scale: float) -> None:
-        """What queries take from the block before theirs."""
-        dq, dk, dv = grads
-        dout, q, k, v, out = inputs
-        num_blocks, width = q.shape[:2]
+    def _from_before(
+        self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What queries, but the last of each block, take from the block before theirs: (dq, dk, dv)."""
         # Backwards, one place on: the block's last query sees nothing here. It comes last, and so does the first key,
         # which nobody sees.
-        order = torch.arange(width - 1, -1, -1, device=q.device).roll(-1)
-        at_once = max(1, _REVERSED_TOKENS // width)
-        for first in range(1, num_blocks, at_once):
-            here = slice(first, min(first + at_once, num_blocks))
-            there = slice(here.start - 1, here.stop - 1)
-            lse = lse_NHW[here].index_select(2, order)
-            lse[:, :, -1] = _NEVER
-            back_dout, back_q, back_out = (x[here].index_select(1, order) for x in (dout, q, out))
-            back_k, back_v = (x[there].flip(1) for x in (k, v))
-            dq_part, dk_part, dv_part = self.causal(back_dout, back_q, back_k, back_v, back_out, lse, scale)
-            dq[here, :-1] += dq_part[:, :-1].flip(1)
-            dk[there] += dk_part.flip(1)
-            dv[there] += dv_part.flip(1)
+        order = torch.arange(q.shape[1] - 1, -1, -1, device=q.device).roll(-1)
+        lse = lse.index_select(2, order)
+        lse[:, :, -1] = _NEVER
+        dout, q, out = (x.index_select(1, order) for x in (dout, q, out))
+        dq, dk, dv = self.causal(dout, q, k.flip(1), v.flip(1), out, lse, scale)
+        return dq[:, :-1].flip(1), dk.flip(1), dv.flip(1)
 
     def _add_end(
         self, grads: list[Tensor], inputs: tuple[Tensor, ...], lse_HT: Tensor, first: int, sight: Sight
@@ -134,3 +132,10 @@ class _Blocks:
         for grad, part in ((dk, dk_part), (dv, dv_part)):
             grad[first:] = part[sight.left :]
             grad[first - sight.left : first] += part[: sight.left]
+
+
+def _groups(first: int, stop: int, width: int) -> Iterator[slice]:
+    """Blocks first..stop, as many at a time as one call takes."""
+    at_once = max(1, _TOKENS_AT_ONCE // width)
+    for start in range(first, stop, at_once):
+        yield slice(start, min(start + at_once, stop))
