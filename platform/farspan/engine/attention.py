@@ -26,6 +26,7 @@ from farspan.kernels.merge.sink import merge_sinks
 from farspan.kernels.paged_decode.contract import AttendPages
 from farspan.kernels.paged_decode.shared import attend_shared_prefix
 from farspan.kernels.paged_decode.tokens import Rows, TokensOfLayer, bind_tokens
+from farspan.kernels.paged_decode.write import write_pages
 from farspan.kv.pages import PagePool
 from farspan.models.rules import LayerRule
 
@@ -212,9 +213,7 @@ class PagedBatch:
                 return kernel(q_THD, k_TGD, v_TGC, rows)
         keys_PSGD, values_PSGC = self._pool.keys_PSGD(call.store), self._pool.values_PSGC(call.store)
         if call.writes:
-            page_T = self._page_TG[:, call.group]
-            keys_PSGD[page_T, self._slot_T] = k_TGD
-            values_PSGC[page_T, self._slot_T] = v_TGC
+            write_pages(keys_PSGD, values_PSGC, k_TGD, v_TGC, self._page_TG[:, call.group], self._slot_T)
         outs: list[Tensor] = []
         for part in self._parts[call.rule, call.group]:
             if isinstance(part, DecodeRows):
