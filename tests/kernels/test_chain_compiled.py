@@ -88,15 +88,26 @@ def test_a_kernel_launched_early_asks_for_weights_then_waits_and_only_then_touch
     assert "bra" not in compiled.asm["ptx"].split("griddepcontrol.wait")[0].split("{", 1)[1]
 
 
+@pytest.mark.parametrize("columns", [16, 64])
+def test_the_contender_for_some_rows_multiplies_by_matrix_units_while_weights_are_on_their_way(columns) -> None:
+    constants = {"N": 4096, "SHARE": 1024, "BLOCK_N": 128, "BLOCK_K": 64, "BLOCK_T": columns}
+    compiled = compile_kernel("_shares_kernel", constants, 90)
+    assert "wgmma.mma_async" in compiled.asm["ptx"]
+    assert "cp.async" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= 227 * 1024
+
+
 def compile_kernel(name: str, constants: dict[str, Any], capability: int, early: bool = False) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from farspan.kernels.chain import triton_linear, triton_rows
+    from farspan.kernels.chain import bench_contender, triton_linear, triton_rows
 
-    kernel = getattr(triton_linear, name, None) or getattr(triton_rows, name)
-    constants = {**constants, "TYPE": triton_rows.TYPES[torch.bfloat16], "PDL": early}
+    (room,) = [room for room in (triton_linear, triton_rows, bench_contender) if name in vars(room)]
+    kernel = getattr(room, name)
+    given = {**constants, "TYPE": triton_rows.TYPES[torch.bfloat16], "PDL": early}
+    constants = {key: value for key, value in given.items() if key in kernel.arg_names}
     if "AHEAD" in kernel.arg_names:
         # Rows of 70 numbers begin at odd places.
         size = constants.get("K") or constants.get("SIZE") or constants["D"]
@@ -106,7 +117,7 @@ def compile_kernel(name: str, constants: dict[str, Any], capability: int, early:
         if argument in constants:
             signature[argument] = "constexpr"
         elif argument.endswith("_ptr"):
-            signature[argument] = "*bf16"
+            signature[argument] = "*fp32" if argument == "part_ptr" else "*bf16"
         else:
             signature[argument] = "fp32" if argument.startswith("eps") else "i32"
         # Tensors and rows that begin at multiples of 16, as torch's allocator gives them.
@@ -114,9 +125,11 @@ def compile_kernel(name: str, constants: dict[str, Any], capability: int, early:
             hints[(index,)] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
     source = ASTSource(kernel, signature, values, hints)
-    options: dict[str, Any] = (
-        {"num_warps": 4} if hasattr(triton_linear, name) else {"num_warps": 4, **triton_rows.OPTIONS}
-    )
+    options: dict[str, Any] = {"num_warps": 4}
+    if room is triton_rows:
+        options |= triton_rows.OPTIONS
+    if room is bench_contender:
+        options["num_stages"] = 8
     if name == "_sum_kernel":
         options["num_warps"] = min(16, max(1, constants["BLOCK"] // 256))
     if early:
