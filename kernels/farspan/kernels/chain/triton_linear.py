@@ -33,7 +33,7 @@ class Tiles:
     inputs: int = 1024
     num_warps: int = 4
     ahead_bytes: int = 4096
-    """Asked for ahead of an output's weights: for all programs a GPU holds 17 MB, a third of the L2 cache of Hopper."""
+    """Asked for ahead of an output's weights: for all programs that Hopper holds less than half of its L2 cache."""
 
 
 CHOSEN = Tiles()
