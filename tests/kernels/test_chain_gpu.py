@@ -1,5 +1,7 @@
 """A chain of steps on a real GPU, in the sizes of a Llama of 8 billion weights: few rows, many, and captured graphs."""
 
+from functools import partial
+
 import pytest
 import torch
 from tests.support.chains import laid_together
@@ -7,6 +9,9 @@ from tests.support.chains import laid_together
 from farspan.kernels.chain.contract import Activation, Add, Gate, Multiply, Normalize, Rotate
 from farspan.kernels.chain.dispatch import choose_chain
 from farspan.kernels.chain.reference import bind_chain_reference
+from farspan.kernels.chain.triton import bind_chain_triton
+from farspan.kernels.early import early_on
+from farspan.kernels.paged_decode.triton import attend_pages_triton
 from farspan.kernels.rms_norm.contract import Kind
 
 pytestmark = pytest.mark.gpu
@@ -143,3 +148,97 @@ def test_rotation_gives_the_bits_that_torch_gives(count) -> None:
         *(make(steps, given, ["qt", "kt"])(*inputs) for make in (bind, bind_chain_reference)), strict=True
     ):
         assert torch.equal(got, want)
+
+
+LAYERS, REPEATS, PAST, SLOTS = 4, 200, 500, 16
+
+
+@pytest.fixture
+def _early():
+    if not early_on(torch.device("cuda"))["PDL"]:
+        pytest.skip("kernels are launched early from compute capability 9.0 on")
+
+
+def captured(run):
+    """The graph, and what it writes to."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run()
+    return graph, got
+
+
+class Layer:
+    """A decoder layer over pages of its own; the new token of each row goes where its page begins."""
+
+    def __init__(self, steps, count, early):
+        self.count, self.early = count, early
+        before, after = steps
+        self.before = bind_chain_triton(before, BEFORE, HEADS_OF, early=early)
+        self.after = bind_chain_triton(after, AFTER, ["y"], early=early)
+        pages = PAST // SLOTS + 1
+        self.keys, self.values = draw(2, count * pages, SLOTS, GROUPS, DIM)
+        self.tables = torch.arange(count * pages, device="cuda", dtype=torch.int32).view(count, pages)
+        self.lengths = torch.full((count,), PAST, device="cuda", dtype=torch.int32)
+
+    def __call__(self, x, cos, sin):
+        q, k, v = self.before(x, cos, sin)
+        page, slot = self.tables[:, (PAST - 1) // SLOTS].long(), (PAST - 1) % SLOTS
+        self.keys[page, slot], self.values[page, slot] = (rows.view(self.count, GROUPS, DIM) for rows in (k, v))
+        pages = self.keys, self.values, self.tables, self.lengths
+        out, _ = attend_pages_triton(q.view(self.count, 1, HEADS, DIM), *pages, scale=DIM**-0.5, early=self.early)
+        return self.after(out.view(self.count, WIDTH), x)[0]
+
+
+def through(layers, x, cos, sin):
+    for layer in layers:
+        x = layer(x, cos, sin)
+    return x
+
+
+@pytest.mark.usefixtures("_early")
+@pytest.mark.parametrize("count", [1, 2, 8, 64])
+def test_layers_launched_early_give_the_bits_of_layers_launched_one_after_another_in_200_graphs(count) -> None:
+    steps = [(before(), after()) for _ in range(LAYERS)]
+    inputs = rows_before(count)
+    # Kept: their pages are not the graphs'.
+    stacks = [[Layer(each, count, early) for each in steps] for early in (True, False)]
+    early, apart = (captured(partial(through, layers, *inputs)) for layers in stacks)
+    differ = torch.zeros((), dtype=torch.int64, device="cuda")
+    seen = []
+    for x in draw(REPEATS, count, WIDTH):
+        inputs[0].copy_(x)
+        for graph, got in (early, apart):
+            got.fill_(torch.nan)
+            graph.replay()
+        # Not equal: a NaN is a difference.
+        differ += ~(early[1] == apart[1]).all()
+        seen.append(early[1][0, 0].clone())
+    assert int(differ) == 0
+    assert len(set(torch.stack(seen).tolist())) > REPEATS // 4
+
+
+@pytest.mark.usefixtures("_early")
+@pytest.mark.parametrize("between", [False, True], ids=["right before", "one kernel before"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_weights_that_are_written_just_before_are_read_as_they_were_written(count, between) -> None:
+    w, fresh, x = weights(HEADS * DIM, WIDTH), weights(HEADS * DIM, WIDTH), draw(count, WIDTH)
+    norm = Normalize("x", "n", draw(WIDTH), 1e-5, Kind.SCALED)
+    steps = [norm, Multiply("n", "y", w)] if between else [Multiply("x", "y", w)]
+
+    def run(chain):
+        w.copy_(fresh)
+        return chain(x)[0]
+
+    chains = [bind_chain_triton(steps, {"x": WIDTH}, ["y"], early=early) for early in (True, False)]
+    early, apart = (captured(partial(run, chain)) for chain in chains)
+    differ = torch.zeros((), dtype=torch.int64, device="cuda")
+    for number in range(REPEATS):
+        # Old weights are of another sign, which no rounding hides.
+        fresh.neg_().add_(0.01 * (number % 7 - 3))
+        for graph, _ in (early, apart):
+            w.fill_(torch.nan)
+            graph.replay()
+        differ += ~(early[1] == apart[1]).all()
+    assert int(differ) == 0

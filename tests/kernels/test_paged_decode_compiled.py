@@ -1,6 +1,7 @@
 """The Triton kernels over pages through Triton's compiler, which needs no GPU."""
 
 import os
+import re
 from typing import Any
 
 import pytest
@@ -36,11 +37,29 @@ def test_the_merge_of_pieces_compiles(tmp_path, monkeypatch) -> None:
 
     line = _line(4, 128)
     del line["launch"]
-    compiled = _compile(_merge_pieces_kernel, {**line, "BLOCK_P": 16}, 90, 4, 1)
+    compiled = _compile(_merge_pieces_kernel, {**line, "BLOCK_P": 16, "PDL": True}, 90, 4, 1)
     assert "ex2.approx" in compiled.asm["ptx"]
+    assert waits_first(compiled.asm["ptx"])
 
 
-def compile_pieces(query_rows: int, head_dim: int, capability: int) -> Any:
+def test_attention_launched_early_waits_before_it_reads_lengths_pages_or_queries(tmp_path, monkeypatch) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("the interpreter compiles nothing")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiled = compile_pieces(4, 128, 90, early=True)
+    assert compiled.metadata.shared <= SHARED_BYTES[90]
+    assert waits_first(compiled.asm["ptx"])
+
+
+def waits_first(ptx: str) -> bool:
+    """Whether every program waits for the kernel before, then lets the next one start, then reads and writes."""
+    before, _, behind = ptx.partition("griddepcontrol.wait")
+    touches = re.compile(r"\b(ld|st)\.global|cp\.async|\bret;|\bbra\b")
+    body = before.split("{", 1)[1]
+    return not touches.search(body) and "griddepcontrol.launch_dependents" in behind and bool(touches.search(behind))
+
+
+def compile_pieces(query_rows: int, head_dim: int, capability: int, early: bool = False) -> Any:
     import triton.language as tl
 
     from farspan.kernels.paged_decode.triton import _pieces_kernel
@@ -48,7 +67,7 @@ def compile_pieces(query_rows: int, head_dim: int, capability: int) -> Any:
     constants = _line(query_rows, head_dim)
     launch = constants.pop("launch")
     constants |= {"SLOTS": 16, "D": head_dim, "BLOCK_D": head_dim, "BLOCK_R": launch.padded(launch.rows)}
-    constants |= {"CAUSAL": True, "WEIGHTED": False, "SCALE": 0.1, "CAP": 0.0, "WIDE": tl.float32}
+    constants |= {"CAUSAL": True, "WEIGHTED": False, "SCALE": 0.1, "CAP": 0.0, "WIDE": tl.float32, "PDL": early}
     return _compile(_pieces_kernel, constants, capability, launch.num_warps, launch.num_stages)
 
 
@@ -85,5 +104,5 @@ def _compile(kernel: Any, constants: dict[str, Any], capability: int, num_warps:
     return triton.compile(
         ASTSource(kernel, signature, values, hints),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages},
+        options={"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": constants["PDL"]},
     )

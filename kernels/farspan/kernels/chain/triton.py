@@ -22,15 +22,22 @@ _Rows = dict[str, Tensor]
 
 
 def bind_chain_triton(
-    steps: Sequence[Step], given: Mapping[str, int], wanted: Sequence[str], dtype: torch.dtype = torch.bfloat16
+    steps: Sequence[Step],
+    given: Mapping[str, int],
+    wanted: Sequence[str],
+    dtype: torch.dtype = torch.bfloat16,
+    early: bool = True,
 ) -> Chain:
-    """`dtype`: fp16 instead, which the kernels compute as they do bf16, and which Triton's interpreter rounds right."""
+    """`dtype`: fp16 instead, which the kernels compute as they do bf16, and which Triton's interpreter rounds right.
+
+    `early`: kernels come up before the one before has ended, where the GPU can do that (early.py).
+    """
     for step in steps:
         check_weights(step, dtype)
         assert not isinstance(step, Normalize) or len(step.w_D) <= WIDEST_ROW, f"more than {WIDEST_ROW} in a row"
     widths = widths_of(steps, given)
     fused = fuse(steps, widths, wanted)
-    calls = [(_call(each), done) for each, done in zip(fused, _last_reads(fused, wanted), strict=True)]
+    calls = [(_call(each, early), done) for each, done in zip(fused, _last_reads(fused, wanted), strict=True)]
     sizes = [widths[name] for name in given]
 
     def chain_triton(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -62,98 +69,101 @@ def _last_reads(fused: Sequence[Fused], wanted: Sequence[str]) -> list[list[str]
     return lasts[::-1]
 
 
-def _call(fused: Fused) -> Callable[[_Rows], None]:
+def _call(fused: Fused, early: bool) -> Callable[[_Rows], None]:
     match fused:
         case Products():
-            return _products(fused)
+            return _products(fused, early)
         case Sum():
-            return partial(_sum, fused)
+            return partial(_sum, fused, early)
         case Turn():
-            return partial(_turn, fused)
+            return partial(_turn, fused, early)
         case Gated():
-            return partial(_gate, fused)
+            return partial(_gate, fused, early)
 
 
-def _products(fused: Products) -> Callable[[_Rows], None]:
+def _products(fused: Products, early: bool) -> Callable[[_Rows], None]:
     multiplies = fused.multiplies
     weights, biases = [m.w_NK for m in multiplies], [m.b_N for m in multiplies if m.b_N is not None]
     w_NK, b_N = one_behind_the_other(weights), one_behind_the_other(biases)
     if w_NK is None or len(biases) not in (0, len(weights)) or (biases and b_N is None):
-        return partial(_each, fused)
-    return partial(_together, fused, w_NK, b_N, [len(w) for w in weights])
+        return partial(_each, fused, early)
+    return partial(_together, fused, early, w_NK, b_N, [len(w) for w in weights])
 
 
-def _each(fused: Products, rows: _Rows) -> None:
+def _each(fused: Products, early: bool, rows: _Rows) -> None:
     """Layers whose weights lie apart, one by one."""
-    if _gated_few(fused, rows):
+    if _gated_few(fused, early, rows):
         return
     for m in fused.multiplies:
-        rows[m.y] = multiply(rows[m.x], m.w_NK, m.b_N)
-    _gate_made(fused, rows)
+        rows[m.y] = multiply(rows[m.x], m.w_NK, m.b_N, None, early)
+    _gate_made(fused, early, rows)
 
 
-def _together(fused: Products, w_NK: Tensor, b_N: Tensor | None, sizes: Sequence[int], rows: _Rows) -> None:
+def _together(
+    fused: Products, early: bool, w_NK: Tensor, b_N: Tensor | None, sizes: Sequence[int], rows: _Rows
+) -> None:
     """Layers, or a single one, with weights in one piece."""
-    if _gated_few(fused, rows):
+    if _gated_few(fused, early, rows):
         return
     x_TK, add = rows[fused.multiplies[0].x], fused.add
     if add is not None:
         own = fused.multiplies[0].y
-        rows[add.y] = multiply(x_TK, w_NK, b_N, rows[add.b if add.a == own else add.a])
+        rows[add.y] = multiply(x_TK, w_NK, b_N, rows[add.b if add.a == own else add.a], early)
         return
-    parts = multiply(x_TK, w_NK, b_N).split(sizes, dim=1)
+    parts = multiply(x_TK, w_NK, b_N, None, early).split(sizes, dim=1)
     rows.update(zip((m.y for m in fused.multiplies), parts, strict=True))
-    _gate_made(fused, rows)
+    _gate_made(fused, early, rows)
 
 
-def _gated_few(fused: Products, rows: _Rows) -> bool:
+def _gated_few(fused: Products, early: bool, rows: _Rows) -> bool:
     """Two layers and their gate in one kernel, on few rows."""
     x_TK, gate = rows[fused.multiplies[0].x], fused.gate
     if gate is None or x_TK.shape[0] > MOST_ROWS:
         return False
     weights = {m.y: m.w_NK for m in fused.multiplies}
-    rows[gate.y] = multiply_gated_few(x_TK, weights[gate.gate], weights[gate.up], gate.activation)
+    rows[gate.y] = multiply_gated_few(x_TK, weights[gate.gate], weights[gate.up], gate.activation, early)
     return True
 
 
-def _gate_made(fused: Products, rows: _Rows) -> None:
+def _gate_made(fused: Products, early: bool, rows: _Rows) -> None:
     if fused.gate is not None:
-        rows[fused.gate.y] = gate_rows(rows.pop(fused.gate.gate), rows.pop(fused.gate.up), fused.gate.activation)
+        gate, up = rows.pop(fused.gate.gate), rows.pop(fused.gate.up)
+        rows[fused.gate.y] = gate_rows(gate, up, fused.gate.activation, early)
 
 
-def multiply(x_TK: Tensor, w_NK: Tensor, b_N: Tensor | None, a_TN: Tensor | None = None) -> Tensor:
+def multiply(x_TK: Tensor, w_NK: Tensor, b_N: Tensor | None, a_TN: Tensor | None, early: bool = True) -> Tensor:
     """x w^T + b, rounded; plus `a`, where it is given."""
     if x_TK.shape[0] <= MOST_ROWS:
-        return multiply_few(x_TK, w_NK, b_N, a_TN)
+        return multiply_few(x_TK, w_NK, b_N, a_TN, early)
     y_TN = torch.nn.functional.linear(x_TK, w_NK, b_N)
     return y_TN if a_TN is None else a_TN + y_TN
 
 
-def _sum(fused: Sum, rows: _Rows) -> None:
+def _sum(fused: Sum, early: bool, rows: _Rows) -> None:
     before, add, after = fused.before, fused.add, fused.after
     if add is None:
         assert after is not None, "nothing to do"
-        rows[after.y] = normalize_rows(rows[after.x], after)
+        rows[after.y] = normalize_rows(rows[after.x], after, early)
     elif before is None and after is None:
         rows[add.y] = rows[add.a] + rows[add.b]
     else:
         # What is normalized before goes first.
         x, other = (add.a, add.b) if before is None or add.a == before.y else (add.b, add.a)
-        made = add_rows(rows[x if before is None else before.x], rows[other], before, after)
+        made = add_rows(rows[x if before is None else before.x], rows[other], before, after, early)
         rows[add.y] = made[0]
         if after is not None:
             rows[after.y] = made[1]
 
 
-def _turn(fused: Turn, rows: _Rows) -> None:
+def _turn(fused: Turn, early: bool, rows: _Rows) -> None:
     norms, rotates = [norm for norm, _ in fused.turns], [rotate for _, rotate in fused.turns]
     xs_TK = [rows[rotate.x if norm is None else norm.x] for norm, rotate in fused.turns]
-    made = turn_rows(xs_TK, norms, rows[rotates[0].cos], rows[rotates[0].sin], rotates[0].dim)
+    made = turn_rows(xs_TK, norms, rows[rotates[0].cos], rows[rotates[0].sin], rotates[0].dim, early)
     rows.update(zip((rotate.y for rotate in rotates), made, strict=True))
 
 
-def _gate(fused: Gated, rows: _Rows) -> None:
-    rows[fused.gate.y] = gate_rows(rows[fused.gate.gate], rows[fused.gate.up], fused.gate.activation)
+def _gate(fused: Gated, early: bool, rows: _Rows) -> None:
+    rows[fused.gate.y] = gate_rows(rows[fused.gate.gate], rows[fused.gate.up], fused.gate.activation, early)
 
 
 def one_behind_the_other(parts: Sequence[Tensor]) -> Tensor | None:

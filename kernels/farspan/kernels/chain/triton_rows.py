@@ -2,12 +2,13 @@
 
 T rows of K numbers, or of H heads of D numbers, R of them rotated. Every value is rounded to the rows' type where the
 step that makes it ends, and is fp32 in between. Grids depend on shapes alone. A row is read wherever it lies, its
-numbers side by side; rows that are made lie one after another.
+numbers side by side; rows that are made lie one after another. `early`: as in early.py, where the GPU can.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from farspan.kernels.chain.contract import Activation, Normalize
+from farspan.kernels.early import ask_ahead, bytes_ahead, early_on, wait_for_rows
 from farspan.kernels.rms_norm.contract import Kind
 
 # A row is normalized by one program, which holds it in registers.
@@ -31,23 +33,30 @@ OPTIONS = {"enable_fp_fusion": False}
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def normalize_rows(x_TK: Tensor, norm: Normalize) -> Tensor:
+def normalize_rows(x_TK: Tensor, norm: Normalize, early: bool = True) -> Tensor:
     """Every head of x, as wide as the weight."""
     y_TK = _rows_like(x_TK)
-    _launch_sum(x_TK, None, None, norm, None, y_TK)
+    _launch_sum(x_TK, None, None, norm, None, y_TK, early)
     return y_TK
 
 
-def add_rows(x_TK: Tensor, a_TK: Tensor, before: Normalize | None, after: Normalize | None) -> Sequence[Tensor]:
+def add_rows(
+    x_TK: Tensor, a_TK: Tensor, before: Normalize | None, after: Normalize | None, early: bool = True
+) -> Sequence[Tensor]:
     """The sum of x, normalized if there is a `before`, and a; and that sum normalized, if there is an `after`."""
     sum_TK = _rows_like(x_TK)
     y_TK = None if after is None else _rows_like(x_TK)
-    _launch_sum(x_TK, a_TK, before, after, sum_TK, y_TK)
+    _launch_sum(x_TK, a_TK, before, after, sum_TK, y_TK, early)
     return (sum_TK,) if y_TK is None else (sum_TK, y_TK)
 
 
 def turn_rows(
-    xs_TK: Sequence[Tensor], norms: Sequence[Normalize | None], cos_TR: Tensor, sin_TR: Tensor, dim: int
+    xs_TK: Sequence[Tensor],
+    norms: Sequence[Normalize | None],
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    dim: int,
+    early: bool = True,
 ) -> list[Tensor]:
     """One or two rows of heads rotated, all normalized before or none."""
     made = [_rows_like(x) for x in xs_TK]
@@ -65,16 +74,18 @@ def turn_rows(
         HEADS=num_heads[0], OTHERS=num_others, D=dim, HALF=num_turned // 2, NORM=_form(first),
         BLOCK_H=_TURNED_HEADS, BLOCK_R=triton.next_power_of_2(num_turned // 2),
         BLOCK_P=triton.next_power_of_2(max(1, dim - num_turned)), TYPE=TYPES[x.dtype], num_warps=4, **OPTIONS,
+        **_early(x, norms, early),
     )  # fmt: skip
     return made
 
 
-def gate_rows(gate_TK: Tensor, up_TK: Tensor, activation: Activation) -> Tensor:
+def gate_rows(gate_TK: Tensor, up_TK: Tensor, activation: Activation, early: bool = True) -> Tensor:
     y_TK = _rows_like(gate_TK)
     num_rows, size = gate_TK.shape
     _gate_kernel[(num_rows, triton.cdiv(size, _GATE_TILE))](
         gate_TK, up_TK, y_TK, gate_TK.stride(0), up_TK.stride(0),
         SIZE=size, TILE=_GATE_TILE, ACTIVATION=int(activation), TYPE=TYPES[up_TK.dtype], num_warps=4, **OPTIONS,
+        **early_on(up_TK.device, early),
     )  # fmt: skip
     return y_TK
 
@@ -94,6 +105,7 @@ def _launch_sum(
     after: Normalize | None,
     sum_TK: Tensor | None,
     y_TK: Tensor | None,
+    early: bool,
 ) -> None:
     """Arguments that are not needed are x, which is neither read nor written for them."""
     size = x_TK.shape[1] if after is None else len(after.w_D)
@@ -106,13 +118,28 @@ def _launch_sum(
         0.0 if before is None else before.eps, 0.0 if after is None else after.eps,
         SIZE=size, BLOCK=block, ADDED=a_TK is not None, BEFORE=_form(before), AFTER=_form(after),
         TYPE=TYPES[x_TK.dtype], num_warps=min(16, max(1, block // 256)), **OPTIONS,
+        **_early(x_TK, (before, after), early),
     )  # fmt: skip
+
+
+def _early(x_TK: Tensor, norms: Sequence[Normalize | None], early: bool) -> dict[str, Any]:
+    options = early_on(x_TK.device, early)
+    weights = [norm.w_D for norm in norms if norm is not None] if options["PDL"] else []
+    # Of several as much as there is of each.
+    return {"AHEAD": min((bytes_ahead(w_D, 2 * WIDEST_ROW) for w_D in weights), default=0), **options}
 
 
 @triton.jit
 def rounded(x, TYPE: tl.constexpr):
     """As a number of a type, in fp32."""
     return x.to(TYPE).to(tl.float32)
+
+
+@triton.jit
+def _ask_for_norm(w_ptr, AHEAD: tl.constexpr):
+    """By the first program, for all."""
+    first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
+    ask_ahead(w_ptr, tl.full([], 0, tl.int32), first.to(tl.int32), AHEAD)
 
 
 @triton.jit
@@ -134,9 +161,15 @@ def _normalized(x, w_ptr, offs, mask, eps, SIZE: tl.constexpr, FORM: tl.constexp
 def _sum_kernel(
     x_ptr, a_ptr, w_before_ptr, w_after_ptr, sum_ptr, y_ptr, stride_x, stride_a, stride_y, eps_before, eps_after,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, ADDED: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
-    TYPE: tl.constexpr,
+    TYPE: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # One program per head of a row: SIZE numbers side by side.
+    if PDL:
+        if BEFORE != _PLAIN:
+            _ask_for_norm(w_before_ptr, AHEAD)
+        if AFTER != _PLAIN:
+            _ask_for_norm(w_after_ptr, AHEAD)
+        wait_for_rows()
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * SIZE
     offs = tl.arange(0, BLOCK)
@@ -198,9 +231,15 @@ def _turn_kernel(
     x_ptr, other_ptr, w_ptr, other_w_ptr, cos_ptr, sin_ptr, y_ptr, other_y_ptr,
     stride_x, stride_other, stride_cos, stride_sin, eps,
     HEADS: tl.constexpr, OTHERS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, TYPE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, TYPE: tl.constexpr, AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     # One program per BLOCK_H heads of a row: first those of x, then the others.
+    if PDL:
+        if NORM != _PLAIN:
+            _ask_for_norm(w_ptr, AHEAD)
+            _ask_for_norm(other_w_ptr, AHEAD)
+        wait_for_rows()
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     cos_row_ptr = cos_ptr + row * stride_cos
@@ -231,9 +270,11 @@ def gated(gate, up, ACTIVATION: tl.constexpr, TYPE: tl.constexpr):
 @triton.jit
 def _gate_kernel(
     gate_ptr, up_ptr, y_ptr, stride_gate, stride_up,
-    SIZE: tl.constexpr, TILE: tl.constexpr, ACTIVATION: tl.constexpr, TYPE: tl.constexpr,
+    SIZE: tl.constexpr, TILE: tl.constexpr, ACTIVATION: tl.constexpr, TYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # One program per TILE numbers of a row.
+    if PDL:
+        wait_for_rows()
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * TILE + tl.arange(0, TILE)
     mask = offs < SIZE

@@ -3,6 +3,7 @@
 Contract and letters: contract.py. A tile is TOKENS tokens of a row; M query heads share a key/value head, and the Q * M
 query rows that read it are cut into blocks of at most ROWS, each of them a segment, (row * G + group) * blocks + block.
 Lengths and tables are read on the device; the grid depends on shapes alone. Scores are held in base 2.
+Both kernels are launched early where the GPU can (kernels/early.py): the keys of the last token were written just now.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from farspan.kernels.attention.triton import LN2, LOG2E, bend
+from farspan.kernels.early import early_on, wait_for_rows
 from farspan.kernels.paged_decode.contract import check_pages
 from farspan.kernels.paged_decode.launch import Launch, choose_launch, plain_last
 
@@ -30,6 +32,7 @@ def attend_pages_triton(
     softcap: float | None = None,
     log_weights_PSG: Tensor | None = None,
     launch: Launch | None = None,
+    early: bool = True,
 ) -> tuple[Tensor, Tensor]:
     check_pages(q_BQHD, keys_PSGD, values_PSGC, tables_BN, lengths_B, causal, window, log_weights_PSG)
     num_rows, num_queries, num_heads, qk_dim = q_BQHD.shape
@@ -62,6 +65,7 @@ def attend_pages_triton(
         "BLOCKS": num_blocks,
         "C": v_dim,
         "BLOCK_C": launch.padded(v_dim),
+        **early_on(device, early),
     }
     weights = log_weights_PSG
     _pieces_kernel[(num_programs,)](
@@ -107,8 +111,11 @@ def _pieces_kernel(
     ROWS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCKS: tl.constexpr, C: tl.constexpr,
     BLOCK_C: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     CAUSAL: tl.constexpr, WEIGHTED: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, WIDE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     # One program per share of the line of tiles: the pieces in it, one after another.
+    if PDL:
+        wait_for_rows()
     program = tl.program_id(0)
     firsts, tiles = _tiles_of_rows(lengths_ptr, num_rows, window, TOKENS, QUERIES, WINDOWED, BLOCK_B)
     ends = tl.cumsum(tiles, 0) * SEGMENTS
@@ -196,9 +203,11 @@ def _merge_pieces_kernel(
     part_out_ptr, part_lse_ptr, lengths_ptr, out_ptr, lse_ptr, num_rows, window, num_programs,
     TOKENS: tl.constexpr, QUERIES: tl.constexpr, WINDOWED: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_B: tl.constexpr,
     ROWS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCKS: tl.constexpr, C: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # One program per query row of a segment: its pieces lie one after another in the workspace.
+    if PDL:
+        wait_for_rows()
     segment = tl.program_id(0)
     r = tl.program_id(1)
     row = segment // SEGMENTS
