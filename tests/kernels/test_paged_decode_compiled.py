@@ -51,6 +51,16 @@ def test_attention_launched_early_waits_before_it_reads_lengths_pages_or_queries
     assert waits_first(compiled.asm["ptx"])
 
 
+def test_new_tokens_are_written_after_the_wait(tmp_path, monkeypatch) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("the interpreter compiles nothing")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from farspan.kernels.paged_decode.triton_write import _write_kernel
+
+    constants = {"GROUPS": 8, "D": 128, "C": 128, "BLOCK_K": 1024, "BLOCK_V": 1024, "PDL": True}
+    assert waits_first(_compile(_write_kernel, constants, 90, 4, 1).asm["ptx"])
+
+
 def waits_first(ptx: str) -> bool:
     """Whether every program waits for the kernel before, then lets the next one start, then reads and writes."""
     before, _, behind = ptx.partition("griddepcontrol.wait")

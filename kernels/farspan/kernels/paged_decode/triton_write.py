@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from farspan.kernels.early import early_on, wait_for_rows
 from farspan.kernels.paged_decode.launch import plain_last
 
 
@@ -28,6 +29,7 @@ def write_pages_triton(
         *keys_PSGD.stride()[:3], *values_PSGC.stride()[:3],
         GROUPS=num_groups, D=qk_dim, C=v_dim,
         BLOCK_K=triton.next_power_of_2(num_groups * qk_dim), BLOCK_V=triton.next_power_of_2(num_groups * v_dim),
+        **early_on(k_TGD.device),
     )  # fmt: skip
 
 
@@ -37,8 +39,11 @@ def _write_kernel(
     stride_kt, stride_kg, stride_vt, stride_vg, stride_p, stride_s,
     stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh,
     GROUPS: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     # One program per token: all heads of its key and of its value.
+    if PDL:
+        wait_for_rows()
     token = tl.program_id(0).to(tl.int64)
     page = tl.load(page_ptr + token * stride_p).to(tl.int64)
     slot = tl.load(slot_ptr + token * stride_s).to(tl.int64)
