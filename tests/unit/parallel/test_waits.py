@@ -78,6 +78,8 @@ def test_on_a_gpu_counts_what_the_stream_waited_and_not_what_it_computed() -> No
     cuda, cycles = torch.device("cuda"), 100_000_000
     other = torch.cuda.Stream()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    # What a first sleep loads takes as long as a sleep, and the stream that waits does not wait for it.
+    torch.cuda._sleep(1)
     for computed, share in ((0, 1.0), (2 * cycles, 0.0)):
         waits = Waits()
         torch.cuda.synchronize()
