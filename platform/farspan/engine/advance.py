@@ -28,6 +28,20 @@ class Ends:
     eos_token_ids: frozenset[int]
     max_context_tokens: int
 
+    def of(self, sequence: SequenceState) -> End:
+        params = sequence.params
+        stops = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | self.eos_token_ids
+        return End(stops, min(self.max_context_tokens, sequence.num_prompt + params.max_tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Where one answer ends."""
+
+    stops: frozenset[int]
+    full: int
+    """Tokens of the prompt and the longest answer."""
+
 
 @dataclass(slots=True)
 class Advanced:
@@ -99,7 +113,7 @@ def _take(result: Advanced, choice: Choice, depth: int, ends: Ends) -> bool:
         return False
     prompt_logprobs = tuple(sequence.prompt_logprobs) if wants_prompt_logprobs(sequence) else None
     try:
-        finish = _accept(sequence, choice.token, ends)
+        finish = accept(sequence, choice.token, ends.of(sequence))
     except RequestError as problem:
         result.problem = problem.reason
         return False
@@ -108,14 +122,13 @@ def _take(result: Advanced, choice: Choice, depth: int, ends: Ends) -> bool:
     return finish is None and depth < len(sequence.draft) and sequence.draft[depth] == choice.token
 
 
-def _accept(sequence: SequenceState, token: int, ends: Ends) -> str | None:
+def accept(sequence: SequenceState, token: int, end: End) -> str | None:
     """Append a token; how the answer ends with it, if it does."""
-    params = sequence.params
     sequence.tokens.append(token)
-    may_end = sequence.num_answered >= params.min_tokens
-    if sequence.history is not None and sequence.history.accept(token, may_end):
+    if sequence.history is not None:
+        may_end = sequence.num_answered >= sequence.params.min_tokens
+        if sequence.history.accept(token, may_end):
+            return "stop"
+    if token in end.stops:
         return "stop"
-    if token in params.stop_token_ids or (token in ends.eos_token_ids and not params.ignore_eos):
-        return "stop"
-    full = len(sequence.tokens) >= ends.max_context_tokens
-    return "length" if full or sequence.num_answered >= params.max_tokens else None
+    return "length" if len(sequence.tokens) >= end.full else None

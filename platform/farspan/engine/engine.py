@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -45,9 +46,10 @@ from farspan.engine.request import (
     choices,
     whole_answer,
 )
-from farspan.engine.runner import Piece
+from farspan.engine.runner import Piece, Runner
 from farspan.engine.sampler import UNSOUND
 from farspan.engine.scheduler import Chunk, Limits, Row, schedule
+from farspan.engine.steady import Steady
 from farspan.engine.steer import eos_token_ids_of
 from farspan.engine.tables import fill_table, held_pages, lasting_pages
 from farspan.engine.terms import PLAIN_TERMS, Terms
@@ -74,6 +76,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         host_cache: Callable[[KvLayout], BlockCache] | None = None,
         share: Share | None = None,
+        ahead: bool | None = None,
     ) -> None:
         """Takes the model over (its attention is switched). Deadlines are times of `clock`.
 
@@ -81,7 +84,8 @@ class Engine:
 
         `tokenizer`, a fast one of transformers, is needed for stop strings and grammars only. `drafter` guesses
         tokens; none: from the sequence's own text when engine.draft_tokens is not 0. `host_cache` opens what keeps
-        pages beyond the pool where engine.host_cache_bytes is not 0; none: memory of this process.
+        pages beyond the pool where engine.host_cache_bytes is not 0; none: memory of this process. `ahead`: whether a
+        decode step in one launch is launched before the one before it was looked at; none: on CUDA.
 
         Raises ModelError when the model cannot be run exactly, EngineError when no page fits into kv_bytes,
         ConfigError when pages that are moved out would not be all that a sequence of this model needs, TierError when
@@ -137,6 +141,18 @@ class Engine:
             self.max_context_tokens,
             self.pages_are_all,
         )
+        self._steady: Steady | None = None
+        if share is None and isinstance(path.runner, Runner):
+            on_cuda = self.pool.device.type == "cuda"
+            self._steady = Steady(
+                path.runner,
+                self.pool,
+                self._holdings,
+                self._service,
+                self._ends,
+                partial(self._settle, sound=True),
+                ahead=on_cuda if ahead is None else ahead,
+            )
 
     @property
     def has_work(self) -> bool:
@@ -252,6 +268,9 @@ class Engine:
                     group.remove(sequence)
                     self._holdings.release(sequence)
                     self._drafter.forget(request_id)
+                    if self._steady is not None and not self._running:
+                        # Nobody would ask for what it was one step ahead of.
+                        self._steady.land(self._running, self._step)
                     return True
         if sequence_taken := self._taken.pop(request_id, None):
             self._holdings.release(sequence_taken)
@@ -291,6 +310,8 @@ class Engine:
         events = self._expire()
         self._step += 1
         self._holdings.forget_matches()
+        if (found := self._go_on(events)) is not None:
+            return found
         held_back = self._holdings.held_back(self._running, self._in_line())
         rows = {s.request_id: s for s in (*self._running, *self._waiting)}
         decision = schedule(
@@ -315,6 +336,38 @@ class Engine:
         events += self._after(sequences, pieces, self.adapters.run(self._runner, pieces))
         self._holdings.learn_pace(self._clock() - started, sum(len(piece.tokens) for piece in pieces))
         return events
+
+    def _go_on(self, events: list[Event]) -> list[Event] | None:
+        """The iteration in which nobody comes or goes, with `events` before it; none where it is another one.
+
+        What the last one was ahead of is among `events` then.
+        """
+        if self._steady is None:
+            return None
+        if not (self._is_steady and self._steady.goes_on(self._running)):
+            events += self._steady.land(self._running, self._step)
+        if not self._is_steady:
+            return None
+        started, num_running = self._clock(), len(self._running)
+        found = self._steady.step(self._running, self._step)
+        if found is None:
+            return None
+        self._holdings.learn_pace(self._clock() - started, num_running)
+        self._stalled = False
+        return [*events, *found]
+
+    @property
+    def _is_steady(self) -> bool:
+        """Whether the scheduler could only give every running sequence its next token, if all of them decode."""
+        limits, most = self._limits, len(self._running)
+        if not most or self._guesses.most or self._holdings.num_fetching:
+            return False
+        if most > limits.max_batch_tokens or (limits.decode_tokens is not None and most > limits.decode_tokens):
+            return False
+        # Who waits stays out while everybody stays in.
+        full = most >= limits.max_sequences and self.host is None
+        lowest = self._running[-1].terms.priority
+        return not self._waiting or (full and all(s.terms.priority <= lowest for s in self._waiting))
 
     def _expire(self) -> list[Event]:
         """Fail every request whose deadline has passed."""
@@ -418,7 +471,8 @@ class Engine:
         if self.states is not None:
             self.states.check_integrity([s.request_id for s in self._running])
         alive = (*self._running, *self._waiting, *(self._taken.values() if untaken else ()))
-        return self.pool.forgotten((*self._holdings.owned(alive), *elsewhere))
+        ahead = () if self._steady is None else self._steady.owned()
+        return self.pool.forgotten((*self._holdings.owned(alive), *ahead, *elsewhere))
 
     def _enqueue(
         self,

@@ -77,8 +77,8 @@ class DecodeGraphs:
     def __init__(self, model: PreTrainedModel, pool: PagePool, calls: Sequence[Call], room: Room) -> None:
         self._model, self._pool, self._calls = model, pool, calls
         self._tokens = BoundTokens()
-        self._staged = StagedRows(room, list(dict.fromkeys((call.rule, call.group) for call in calls)), pool.device)
-        self._logits_RV = torch.empty(0)
+        self.staged = StagedRows(room, list(dict.fromkeys((call.rule, call.group) for call in calls)), pool.device)
+        self.logits_RV = torch.empty(0)
         self._steps: dict[int, Step] = {}
         self._weights = _Weights.of(model)
 
@@ -106,38 +106,46 @@ class DecodeGraphs:
 
     def run(self, pieces: Sequence[NextToken]) -> Tensor | None:
         """Logits [B, V] after the next token of each sequence; none where no graph has so many rows."""
-        size = next((size for size in self.sizes if size >= len(pieces)), None)
+        size = self.size_of(len(pieces))
         if size is None:
             return None
-        self._staged.stage(pieces, size)
+        self.staged.stage(pieces, size)
+        # The next step overwrites them.
+        return self.logits_RV[: len(pieces)].clone() if self.launch(size) else None
+
+    def size_of(self, num_rows: int) -> int | None:
+        """Rows of the graph that computes so many; none where no graph has so many."""
+        return next((size for size in self.sizes if size >= num_rows), None)
+
+    def launch(self, size: int) -> bool:
+        """Compute `logits_RV` of the staged rows. False: they mean nothing, and there are no graphs any more."""
         self._steps[size]()
         # Looked at while the device computes.
         if not self._weights.hold():
             logger.warning("decode is launched kernel by kernel from now on: a weight of the model was exchanged")
             self._steps.clear()
-            return None
-        # The next step overwrites them.
-        return self._logits_RV[: len(pieces)].clone()
+            return False
+        return True
 
     def _prepare(self, size: int, capture: Capture, pages: Sequence[int]) -> None:
-        self._staged.stage([_First(pages)], size)
+        self.staged.stage([_First(pages)], size)
         want_BV = self._forward(size)
-        if len(self._logits_RV) < size:
-            self._logits_RV = torch.empty_like(want_BV)
+        if len(self.logits_RV) < size:
+            self.logits_RV = torch.empty_like(want_BV)
         again = capture(partial(self._step, size))
-        self._logits_RV.fill_(torch.nan)
+        self.logits_RV.fill_(torch.nan)
         again()
-        error = float((self._logits_RV[:size].double() - want_BV.double()).norm() / want_BV.double().norm())
+        error = float((self.logits_RV[:size].double() - want_BV.double()).norm() / want_BV.double().norm())
         # Written so that NaN is refused too.
         if not error <= _TOLERANCE.get(want_BV.dtype, 1e-2):
             raise ModelError(f"captured logits of {size} rows differ by {error:.2g} of their norm")
         self._steps[size] = again
 
     def _step(self, size: int) -> None:
-        self._logits_RV[:size].copy_(self._forward(size))
+        self.logits_RV[:size].copy_(self._forward(size))
 
     def _forward(self, size: int) -> Tensor:
-        staged = self._staged
+        staged = self.staged
         parts: dict[Key, Sequence[DecodeRows | Segment]] = {**staged.parts(size)}
         batch = PagedBatch(self._pool, self._calls, staged.pages_BG(size), staged.slots_B(size), parts, self._tokens)
         return forward(self._model, staged.tokens_B(size), staged.positions_B(size), batch, None)

@@ -172,6 +172,23 @@ class Holdings:
             sequence.state_pages = list(sequence.pages[end:])
             del sequence.pages[end:]
 
+    def extend_running(self, sequences: Sequence[SequenceState], num_pages: Sequence[int]) -> bool:
+        """Give sequences that go on as many pages; false, and nobody gets any, where there are too few."""
+        counts = [most - len(sequence.pages) for sequence, most in zip(sequences, num_pages, strict=True)]
+        wanting = [(sequence, count) for sequence, count in zip(sequences, counts, strict=True) if count > 0]
+        if not wanting:
+            return True
+        pages = self._pool.alloc(sum(count for _, count in wanting))
+        if pages is None:
+            return False
+        start = 0
+        for sequence, count in wanting:
+            given = pages[start : start + count]
+            start += count
+            self._pool.hand(given, owner_of(sequence))
+            sequence.pages.extend(given)
+        return True
+
     def _begin(self, sequence: SequenceState, match: Match, num_pages: int) -> None:
         places = len(match.pages) // self._pool.layout.num_groups
         sequence.num_computed = places * self._pool.layout.page_tokens

@@ -21,13 +21,22 @@ _ROUNDS = 10
 
 def uniforms(keys: Sequence[tuple[int, int, int, int]]) -> npt.NDArray[np.float64]:
     """A number in [0, 1) for each (seed, request, choice, position); each is taken modulo 2**64."""
+    return uniforms_of(words_of(keys))
+
+
+def words_of(keys: Sequence[tuple[int, int, int, int]]) -> Words:
+    """[N, 4] words of keys, each part modulo 2**64; the last is the position."""
     # Typed from Python integers: a list that holds a number of 2**63 or more would go through float64.
-    words = np.array([[part % 2**64 for part in key] for key in keys], dtype=np.uint64).reshape(-1, 4)
-    counter = np.zeros_like(words)
+    return np.array([[part % 2**64 for part in key] for key in keys], dtype=np.uint64).reshape(-1, 4)
+
+
+def uniforms_of(words_N4: Words) -> npt.NDArray[np.float64]:
+    """`uniforms` of keys that are words already."""
+    counter = np.zeros_like(words_N4)
     # numpy's generator counts up before it draws; equal to it in every bit.
     counter[:, 0] = 1
-    counter[:, 2:] = words[:, 2:]
-    first = philox_4x64(words[:, :2], counter)[:, 0]
+    counter[:, 2:] = words_N4[:, 2:]
+    first = philox_4x64(words_N4[:, :2], counter)[:, 0]
     return (first >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

@@ -83,7 +83,7 @@ class TokenLogprobs:
     """(token, log-probability), most likely first."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class SequenceState:
     """A request while the engine works on it: `tokens` is the prompt and every token chosen so far."""
 

@@ -107,11 +107,14 @@ class Runner:
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """Logits [R, V]: the `num_logits` last tokens of each piece, in the given order."""
-        if self._graphs is not None and self._in_one_launch(pieces):
-            logits_BV = self._graphs.run(pieces)
-            if logits_BV is not None:
-                return logits_BV
-        return self._run_packed(pieces)
+        graphs = self.in_one_launch(pieces)
+        logits_BV = None if graphs is None else graphs.run(pieces)
+        return self._run_packed(pieces) if logits_BV is None else logits_BV
+
+    def in_one_launch(self, pieces: Sequence[Piece]) -> DecodeGraphs | None:
+        """The graphs that compute these pieces, if any do. With the next tokens of the same sequences it stays so."""
+        fits = self._graphs is not None and self._graphs.size_of(len(pieces)) is not None
+        return self._graphs if fits and self._in_one_launch(pieces) else None
 
     def _in_one_launch(self, pieces: Sequence[Piece]) -> bool:
         """Whether pieces are single tokens of the model itself, and gain little by reading a beginning once."""

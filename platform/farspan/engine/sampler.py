@@ -16,10 +16,13 @@ from torch import Tensor
 
 from farspan.engine.history import History
 from farspan.engine.logprobs import token_logprobs
-from farspan.engine.philox import uniforms
+from farspan.engine.philox import uniforms, uniforms_of, words_of
 from farspan.engine.request import SamplingParams, TokenLogprobs
 from farspan.engine.steer import steer
-from farspan.engine.warp import warp
+from farspan.engine.warp import Warp, send
+
+# Random numbers of rows that stay the same are made for so many steps at once.
+_STEPS_DRAWN = 32
 
 UNSOUND = "the model computed NaN or infinite logits for this prompt"
 
@@ -50,8 +53,12 @@ def choose_tokens(logits_NV: Tensor, rows: Sequence[SampleRow], eos_token_ids: f
     best_N, tokens_N = _best(scores_NV)
     sampled = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if sampled:
-        index = torch.tensor(sampled, device=scores_NV.device)
-        tokens_N[index] = _draw(scores_NV[index], [rows[i] for i in sampled])
+        drawn = [rows[i] for i in sampled]
+        keys = [_key(row.params, row.position) for row in drawn]
+        index = send(sampled, torch.long, scores_NV.device)
+        points_S = send(np.asarray(uniforms(keys)), torch.float64, scores_NV.device)
+        scores_SV = scores_NV[index].double()
+        tokens_N[index] = _draw(scores_SV, Warp.of([row.params for row in drawn], scores_SV), points_S)
     highest_N = best_N if scores_NV is logits_NV else logits_NV.amax(-1)
     # One transfer from the device: the token, whether the model computed numbers, whether anything is allowed.
     found = torch.stack([x_N.double() for x_N in (tokens_N, highest_N, best_N)]).tolist()
@@ -76,20 +83,57 @@ def uniform(seed: int, position: int) -> float:
     return float(uniforms([(seed, 0, 0, position)])[0])
 
 
-def _draw(scores_NV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Tokens [N] by the inverse of the cumulative distribution, in the order of the vocabulary."""
-    params = [row.params for row in rows]
-    # fp64: the running sum over a large vocabulary must not lose the tail.
-    probs_NV = warp(scores_NV.double(), params).softmax(-1)
-    cumulative_NV = probs_NV.cumsum(-1)
-    keys = [(p.seed, p.request, p.choice, row.position) for p, row in zip(params, rows, strict=True)]
-    points_N1 = torch.from_numpy(np.asarray(uniforms(keys))).to(scores_NV.device)[:, None]
+def _key(params: SamplingParams, position: int) -> tuple[int, int, int, int]:
+    """All that the random number of a token depends on."""
+    return params.seed, params.request, params.choice, position
+
+
+def _draw(scores_NV: Tensor, warp: Warp, points_N: Tensor) -> Tensor:
+    """Tokens [N] by the inverse of the cumulative distribution, in the order of the vocabulary.
+
+    Scores are fp64: the running sum over a large vocabulary must not lose the tail.
+    """
+    cumulative_NV = warp.apply(scores_NV).softmax(-1).cumsum(-1)
     total_N1 = cumulative_NV[:, -1:]
     # Below the total also after rounding, so that the token found always has a probability.
-    points_N1 = torch.minimum(points_N1 * total_N1, torch.nextafter(total_N1, torch.zeros_like(total_N1)))
+    points_N1 = torch.minimum(points_N[:, None] * total_N1, torch.nextafter(total_N1, torch.zeros_like(total_N1)))
     tokens_N = torch.searchsorted(cumulative_NV, points_N1, right=True)[:, 0]
     # A row of NaN finds the end; its token is not used.
     return tokens_N.clamp(max=scores_NV.shape[-1] - 1)
+
+
+class SteadyChoice:
+    """The choice of the same rows in one step after another, where logits and random numbers are all it takes.
+
+    Gives the tokens that `choose_tokens` gives. Nothing waits for the device, but where a row has top_p.
+    """
+
+    def __init__(self, params: Sequence[SamplingParams], positions: Sequence[int], logits_NV: Tensor) -> None:
+        """`positions`: those of the tokens that are chosen first. The logits are only looked at for their shape."""
+        self._device = logits_NV.device
+        sampled = [i for i, each in enumerate(params) if each.temperature > 0]
+        self._rows_S = send(sampled, torch.long, self._device) if sampled else None
+        self._words_S4 = words_of([_key(params[i], positions[i]) for i in sampled])
+        self._warp = Warp.of([params[i] for i in sampled], logits_NV.new_empty(0, logits_NV.shape[-1]).double())
+        self._points: list[Tensor] = []
+
+    def choose(self, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """(token, highest logit) of each row, on its device."""
+        best_N, tokens_N = _best(logits_NV)
+        if self._rows_S is not None:
+            scores_SV = logits_NV[self._rows_S].double()
+            tokens_N[self._rows_S] = _draw(scores_SV, self._warp, self._next_points())
+        return tokens_N, best_N
+
+    def _next_points(self) -> Tensor:
+        if not self._points:
+            # For many steps at once: what numpy takes hardly depends on how many numbers there are.
+            words_K4 = np.tile(self._words_S4, (_STEPS_DRAWN, 1, 1))
+            words_K4[:, :, 3] += np.arange(_STEPS_DRAWN, dtype=np.uint64)[:, None]
+            self._words_S4[:, 3] += np.uint64(_STEPS_DRAWN)
+            points = uniforms_of(words_K4.reshape(-1, 4)).reshape(_STEPS_DRAWN, -1)
+            self._points = list(send(points, torch.float64, self._device).unbind())[::-1]
+        return self._points.pop()
 
 
 def _problem(finite: bool, allowed: bool) -> str | None:

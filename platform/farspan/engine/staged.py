@@ -1,7 +1,8 @@
 """What a decode step is about, always at the same places of the device's memory: the input of captured graphs.
 
 A step is written into one buffer of host memory and copied in one go; only tables, whose rows are as long as the
-longest of this step, are then laid out on the device, at rows that are always equally far apart.
+longest of this step, are then laid out on the device, at rows that are always equally far apart. Where the same
+sequences go on, their tokens never leave the device, and a table that only grows gets its new pages there.
 
 Shapes: B rows of a step, R rows there is room for, G groups of layers, N pages of a row.
 """
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farspan.engine.attention import DecodeRows, first_visible
+from farspan.engine.attention import DecodeRows
+from farspan.engine.warp import send
 from farspan.models.rules import LayerRule
 
 Key: TypeAlias = tuple[LayerRule, int]
@@ -80,6 +82,14 @@ class StagedRows:
         self._lengths = {key: x.numpy() for key, x in here.lengths_R.items()}
         self._host_tables = self._host[self._head_bytes :].view(torch.int32).numpy()
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._past_R = np.zeros(rows, np.int64)
+        self._all_R, self._places_N = np.arange(rows), np.arange(room.pages)
+        # What is known of the rows' own tables: a page of each group for each place.
+        self._known_RNG = np.zeros((rows, room.pages, room.num_groups), np.int64)
+        self._num_rows = self._least = 0
+        self._source_B = torch.empty(0)
+        self.num_staged = 0
+        """How often other rows were staged."""
 
     def tokens_B(self, rows: int) -> Tensor:
         return self._there.tokens_R[:rows]
@@ -102,52 +112,111 @@ class StagedRows:
 
         A copy computes what its original does, and writes the same to the same place.
         """
+        self._wait()
+        count, groups = len(pieces), self._room.num_groups
+        self._past_R[:count] = [piece.past for piece in pieces]
+        self._least = int(self._past_R[:count].argmin())
+        self._past_R[count:rows] = self._past_R[self._least]
+        self._tokens[:count] = [piece.tokens[0] for piece in pieces]
+        self._tokens[count:rows] = self._tokens[self._least]
+        for row, piece in enumerate(pieces):
+            table = np.array(piece.pages, np.int64)
+            places = len(table) // groups
+            assert places <= self._room.pages, "a sequence longer than any that was expected"
+            self._known_RNG[row, :places] = table.reshape(places, groups)
+        self._known_RNG[count:rows] = self._known_RNG[self._least]
+        self._num_rows, self._source_B = count, torch.empty(0)
+        self.num_staged += 1
+        self._write_heads(rows)
+        self._send(self._keys, rows)
+
+    def stage_next(self, grown: Sequence[tuple[int, Sequence[int]]], tokens_N: Tensor, rows: int) -> None:
+        """Put the tokens there that follow those of the step before, chosen by now on the device.
+
+        `grown`: (row, its page of each group) of every row whose token is the first of a place.
+        """
+        self._wait()
+        count, size = self._num_rows, self._room.page_tokens
+        self._past_R[:rows] += 1
+        for row, pages in grown:
+            copies = [row, *range(count, rows)] if row == self._least else row
+            self._known_RNG[copies, self._past_R[row] // size] = pages
+        self._write_heads(rows)
+        self._send([key for key in self._keys if _slides(key[0])], rows)
+        if rows > count and not len(self._source_B):
+            source = [*range(count), *[self._least] * (rows - count)]
+            self._source_B = send(source, torch.long, self._device)
+        self._there.tokens_R[:rows].copy_(tokens_N[self._source_B] if rows > count else tokens_N)
+        if grown:
+            self._add_pages([key for key in self._keys if not _slides(key[0])], rows)
+
+    def _wait(self) -> None:
         if self._copied is not None:
             # The copy of the step before may not have read its buffer yet.
             self._copied.synchronize()
-        least = min(pieces, key=lambda piece: piece.past)
-        filled = [*pieces, *[least] * (rows - len(pieces))]
-        past_B = np.array([piece.past for piece in filled], np.int64)
-        tables = [np.array(piece.pages, np.int64).reshape(-1, self._room.num_groups) for piece in filled]
-        self._tokens[:rows] = [piece.tokens[0] for piece in filled]
-        self._positions[:rows] = past_B
-        self._slots[:rows] = past_B % self._room.page_tokens
-        places = (past_B // self._room.page_tokens).tolist()
-        for row, (table_NG, place) in enumerate(zip(tables, places, strict=True)):
-            self._pages[row] = table_NG[place]
-        start, laid = 0, []
-        for key in self._keys:
-            width = self._write_table(key, filled, tables, start)
-            laid.append((self._tables[key][:rows, :width], start))
-            start += rows * width
-        self._send(laid, start)
 
-    def _write_table(self, key: Key, filled: Sequence[NextToken], tables: Sequence[np.ndarray], start: int) -> int:
-        """Lengths and pages of one key; gives how many pages the longest row has."""
+    def _write_heads(self, rows: int) -> None:
+        past_B, size = self._past_R[:rows], self._room.page_tokens
+        self._positions[:rows] = past_B
+        self._slots[:rows] = past_B % size
+        self._pages[:rows] = self._known_RNG[self._all_R[:rows], past_B // size]
+        assert self._pages[:rows].max() < self._room.num_pages, "a row writes to a page that was given back"
+        for key in self._keys:
+            self._lengths[key][:rows] = past_B + 1 - _first_places(past_B, key[0], size) * size
+
+    def _write_table(self, key: Key, rows: int, start: int) -> int:
+        """Pages of one key; gives how many pages the longest row has."""
         (rule, group), size = key, self._room.page_tokens
-        firsts = [first_visible(piece.past, rule) // size for piece in filled]
-        lengths = [piece.past + 1 - first * size for piece, first in zip(filled, firsts, strict=True)]
-        self._lengths[key][: len(filled)] = lengths
-        width = -(-max(lengths) // size)
+        first_B = _first_places(self._past_R[:rows], rule, size)
+        count_B = self._past_R[:rows] // size + 1 - first_B
+        width = int(count_B.max())
         assert width <= self._tables[key].shape[1], "a sequence longer than any that was expected"
-        wide = np.zeros((len(filled), width), np.int64)
-        for row, (first, length, table_NG) in enumerate(zip(firsts, lengths, tables, strict=True)):
-            count = -(-length // size)
-            wide[row, :count] = table_NG[first : first + count, group]
+        known_BN = self._known_RNG[:rows, :width, group]
+        if _slides(rule):
+            places_BN = np.minimum(first_B[:, None] + self._places_N[:width], self._room.pages - 1)
+            known_BN = self._known_RNG[self._all_R[:rows, None], places_BN, group]
+        wide_BN = np.where(self._places_N[:width] < count_B[:, None], known_BN, 0)
         # A page that is gone must not become another's by losing its upper bits.
-        assert wide.max() < self._room.num_pages, "a row sees a page that was given back"
-        self._host_tables[start : start + wide.size] = wide.ravel()
+        assert wide_BN.max() < self._room.num_pages, "a row sees a page that was given back"
+        self._host_tables[start : start + wide_BN.size] = wide_BN.ravel()
         return width
 
-    def _send(self, laid: Sequence[tuple[Tensor, int]], num_entries: int) -> None:
-        """`laid`: where each table goes, and at which entry of what is sent it begins."""
-        num_bytes = self._head_bytes + num_entries * _INT
+    def _send(self, keys: Sequence[Key], rows: int) -> None:
+        """What all rows have, and whole tables of these keys."""
+        start, laid = 0, []
+        for key in keys:
+            width = self._write_table(key, rows, start)
+            laid.append((self._tables[key][:rows, :width], start))
+            start += rows * width
+        num_bytes = self._head_bytes + start * _INT
         self._sent[:num_bytes].copy_(self._host[:num_bytes], non_blocking=True)
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(self._device))
         sent = self._sent[self._head_bytes :].view(torch.int32)
         for table_BN, start in laid:
             table_BN.copy_(sent[start : start + table_BN.numel()].view(table_BN.shape))
+
+    def _add_pages(self, keys: Sequence[Key], rows: int) -> None:
+        """Each row's own page, once more where it is there already."""
+        place_B1 = (self._there.positions_R[:rows] // self._room.page_tokens)[:, None]
+        for key in keys:
+            page_B1 = self._there.pages_RG[:rows, key[1] : key[1] + 1].int()
+            self._tables[key][:rows].scatter_(1, place_B1, page_B1)
+
+
+def _slides(rule: LayerRule) -> bool:
+    """Whether tables of a rule lose their first pages."""
+    return rule.window is not None or rule.chunk is not None
+
+
+def _first_places(past_B: np.ndarray, rule: LayerRule, page_tokens: int) -> np.ndarray:
+    """Places of the first page that tokens after `past_B` tokens see."""
+    first_B = np.zeros_like(past_B)
+    if rule.window is not None:
+        first_B = np.maximum(first_B, past_B + 1 - rule.window)
+    if rule.chunk is not None:
+        first_B = np.maximum(first_B, past_B - past_B % rule.chunk)
+    return first_B // page_tokens
 
 
 @dataclass(frozen=True, slots=True)

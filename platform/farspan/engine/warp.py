@@ -11,6 +11,8 @@ https://arxiv.org/abs/2407.01082).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,39 +22,72 @@ from farspan.engine.request import SamplingParams
 
 def warp(scores_NV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Scores over temperature, -inf where a token may not be drawn. Temperatures must be above 0."""
-    temperature_N1 = _column(scores_NV, [p.temperature for p in params])
-    # The largest score becomes 0 first: a small temperature must not make it infinite.
-    scores_NV = (scores_NV - scores_NV.amax(-1, keepdim=True)) / temperature_N1
-    vocab_size = scores_NV.shape[-1]
-    few = [i for i, p in enumerate(params) if 0 < p.top_k < vocab_size]
-    nucleus = [i for i, p in enumerate(params) if p.top_p < 1]
-    likely = [i for i, p in enumerate(params) if p.min_p > 0]
-    if few:
-        _cut(scores_NV, few, _kth_score(scores_NV[few], [params[i].top_k for i in few]))
-    if nucleus:
-        _cut(scores_NV, nucleus, _nucleus_score(scores_NV[nucleus], [params[i].top_p for i in nucleus]))
-    if likely:
-        # The most likely token has score 0.
-        _cut(scores_NV, likely, _column(scores_NV, [params[i].min_p for i in likely]).log())
-    return scores_NV
+    return Warp.of(params, scores_NV).apply(scores_NV)
 
 
-def _cut(scores_NV: Tensor, index: Sequence[int], least_S1: Tensor) -> None:
-    part_SV = scores_NV[index]
-    scores_NV[index] = part_SV.masked_fill(part_SV < least_S1, -torch.inf)
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What some rows ask for."""
+
+    rows_S: Tensor
+    values_S1: Tensor
+    most: float
 
 
-def _kth_score(scores_SV: Tensor, top_k: Sequence[int]) -> Tensor:
-    best_SK = scores_SV.topk(max(top_k)).values
-    return best_SK.gather(-1, torch.tensor(top_k, device=scores_SV.device)[:, None] - 1)
+@dataclass(frozen=True, slots=True)
+class Warp:
+    """What is asked for N rows, laid on the device of their scores once for as many steps as they stay the same."""
+
+    temperature_N1: Tensor
+    few: _Part | None
+    nucleus: _Part | None
+    likely: _Part | None
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], like: Tensor) -> Warp:
+        """For scores of the type, device and vocabulary of `like`."""
+        vocab_size = like.shape[-1]
+        return cls(
+            send([[p.temperature] for p in params], like.dtype, like.device),
+            _part([p.top_k if 0 < p.top_k < vocab_size else None for p in params], torch.long, like.device),
+            _part([p.top_p if p.top_p < 1 else None for p in params], like.dtype, like.device),
+            _part([p.min_p if p.min_p > 0 else None for p in params], like.dtype, like.device),
+        )
+
+    def apply(self, scores_NV: Tensor) -> Tensor:
+        # The largest score becomes 0 first: a small temperature must not make it infinite.
+        scores_NV = (scores_NV - scores_NV.amax(-1, keepdim=True)) / self.temperature_N1
+        if self.few is not None:
+            best_SK = scores_NV[self.few.rows_S].topk(int(self.few.most)).values
+            _cut(scores_NV, self.few.rows_S, best_SK.gather(-1, self.few.values_S1 - 1))
+        if self.nucleus is not None:
+            rows_S = self.nucleus.rows_S
+            _cut(scores_NV, rows_S, _nucleus_score(scores_NV[rows_S], self.nucleus.values_S1))
+        if self.likely is not None:
+            # The most likely token has score 0.
+            _cut(scores_NV, self.likely.rows_S, self.likely.values_S1.log())
+        return scores_NV
 
 
-def _nucleus_score(scores_SV: Tensor, top_p: Sequence[float]) -> Tensor:
+def _part(asked: Sequence[float | None], dtype: torch.dtype, device: torch.device) -> _Part | None:
+    there = [(row, value) for row, value in enumerate(asked) if value is not None]
+    if not there:
+        return None
+    rows_S = send([row for row, _ in there], torch.long, device)
+    return _Part(rows_S, send([[value] for _, value in there], dtype, device), max(value for _, value in there))
+
+
+def _cut(scores_NV: Tensor, rows_S: Tensor, least_S1: Tensor) -> None:
+    part_SV = scores_NV[rows_S]
+    scores_NV[rows_S] = part_SV.masked_fill(part_SV < least_S1, -torch.inf)
+
+
+def _nucleus_score(scores_SV: Tensor, top_p_S1: Tensor) -> Tensor:
     """Score of the least likely token of each nucleus: the one that crosses top_p still belongs to it."""
-    top_p_S1 = _column(scores_SV, top_p)
     probs_SV = scores_SV.softmax(-1)
     # All tokens less likely than this make up less than 1 - top_p together: they need not be sorted.
     floor_S1 = (1 - top_p_S1) / scores_SV.shape[-1]
+    # The one place where drawing waits for the device: sorting everything would take longer.
     width = max(1, int((probs_SV > floor_S1).sum(-1).amax()))
     best_SK, order_SK = probs_SV.topk(width)
     before_SK = best_SK.cumsum(-1) - best_SK
@@ -60,5 +95,7 @@ def _nucleus_score(scores_SV: Tensor, top_p: Sequence[float]) -> Tensor:
     return scores_SV.gather(-1, order_SK.gather(-1, last_S1))
 
 
-def _column(like: Tensor, values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+def send(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on a device, without waiting for what it computes."""
+    here = torch.as_tensor(values, dtype=dtype)
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here

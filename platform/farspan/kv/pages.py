@@ -51,6 +51,7 @@ class PagePool:
         self.storage_PB = torch.zeros(num_pages, layout.page_bytes, dtype=torch.uint8, device=self.device)
         # On the CPU whatever the device is: transports read this table remotely, next to the pages.
         self.epochs_P = torch.zeros(num_pages, dtype=torch.int64)
+        self._epochs = self.epochs_P.numpy()
         self._holders = [0] * num_pages
         self._takers = [""] * num_pages
         self._num_shared = 0
@@ -103,9 +104,9 @@ class PagePool:
         pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
         if pages:
             # First the epoch, then the content: a reader that sees new bytes must also see the new epoch.
-            self.epochs_P[pages] += 1
+            self._epochs[pages] += 1
             # A former owner's NaN would spread through the masked slots of a padded read: 0 * NaN is NaN.
-            self.storage_PB[pages] = 0
+            self._clear(pages)
             if self._changes is not None:
                 self._changes += [(page, ZEROS) for page in pages]
         for page in pages:
@@ -113,19 +114,27 @@ class PagePool:
         self.hand(pages, owner)
         return pages
 
+    def _clear(self, pages: Sequence[int]) -> None:
+        index = torch.tensor(pages)
+        if self.device.type == "cuda":
+            # Whoever allocates must not wait for what the device computes.
+            index = index.pin_memory().to(self.device, non_blocking=True)
+        self.storage_PB.index_fill_(0, index, 0)
+
     def hand(self, pages: Sequence[int], owner: str) -> None:
         """Somebody else owns held pages from now on, in the place of whoever did."""
         for page in pages:
             self._takers[page] = owner
 
-    def retain(self, pages: Sequence[int], owner: str = "") -> None:
-        """One more holder for each page, which is held or idle."""
+    def retain(self, pages: Sequence[int], owner: str | None = "") -> None:
+        """One more holder for each page, which is held or idle. None: beside the owner who is named already."""
         for page in pages:
             assert self._holders[page] > 0 or page in self._idle, f"page {page} is not held"
             self._idle.pop(page, None)
             self._num_shared += self._holders[page] == 1
             self._holders[page] += 1
-        self.hand(pages, owner)
+        if owner is not None:
+            self.hand(pages, owner)
 
     def free(self, pages: Sequence[int]) -> None:
         """One holder less for each page; without holders, a findable page is idle and every other page free.

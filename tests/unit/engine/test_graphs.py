@@ -17,6 +17,7 @@ from tests.unit.engine.tiny import engine_config, prompts, reference, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from farspan.engine.ahead import Course, Launched
 from farspan.engine.capture import Step, rerun
 from farspan.engine.engine import Engine
 from farspan.engine.graphs import DecodeGraphs, ladder
@@ -86,7 +87,14 @@ def graph_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             seen.append(len(pieces))
         return found
 
+    steady = Course.launch
+
+    def watched_course(self: Course, grown: list[tuple[int, list[int]]]) -> Launched | None:
+        seen.append(len(self._logits_NV))
+        return steady(self, grown)
+
     monkeypatch.setattr(DecodeGraphs, "run", watched)
+    monkeypatch.setattr(Course, "launch", watched_course)
     return seen
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from farspan.engine.engine import Engine
-from farspan.engine.request import SamplingParams
+from farspan.engine.request import SamplingParams, TokenEvent
 from farspan.engine.runner import Piece, Runner
 
 pytestmark = pytest.mark.gpu
@@ -26,10 +27,10 @@ def model_of(architecture: str, dtype: torch.dtype) -> PreTrainedModel:
     return model.to(dtype).cuda()
 
 
-def engine_of(model: PreTrainedModel, graph_rows: int) -> Engine:
+def engine_of(model: PreTrainedModel, graph_rows: int, *, ahead: bool | None = None) -> Engine:
     dtype = str(model.dtype).removeprefix("torch.")
     settings = {"max_sequences": 8, "max_context_tokens": 200, "page_tokens": 16, "prefix_cache": False}
-    return Engine(model, engine_config(dtype=dtype, graph_rows=graph_rows, **settings))
+    return Engine(model, engine_config(dtype=dtype, graph_rows=graph_rows, **settings), ahead=ahead)
 
 
 def runner_of(engine: Engine) -> Runner:
@@ -61,6 +62,60 @@ def test_tokens_by_graphs_equal_tokens_kernel_by_kernel(architecture: str) -> No
     assert greedy(by_graphs, asked) == want
     assert max(len(set(tokens)) for tokens in want) >= 6
     by_graphs.check_integrity()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_answers_one_step_ahead_equal_those_of_one_step_after_the_other(architecture, dtype) -> None:
+    model = model_of(architecture, dtype)
+    asked = questions(model)
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 0.8, "top_k": 7},
+        {"temperature": 0.9, "top_p": 0.8},
+        {"temperature": 1.1, "min_p": 0.05},
+    ]
+    answers = []
+    for ahead in (False, True):
+        engine = engine_of(model, 8, ahead=ahead)
+        for number, prompt in enumerate(asked):
+            stops = frozenset(range(3 * number, 3 * number + 3))
+            length, kind = 20 + 6 * number, kinds[number % 5]
+            params = SamplingParams(
+                max_tokens=length, seed=5, request=number, stop_token_ids=stops, **kinds[number % 5]
+            )
+            engine.add(f"r{number}", prompt, params)
+        told: dict[str, list[tuple[int, str | None]]] = {}
+        num_ahead = 0
+        while engine.has_work:
+            for event in engine.step():
+                assert isinstance(event, TokenEvent)
+                told.setdefault(event.request_id, []).append((event.token, event.finish))
+            engine.check_integrity()
+            assert engine._steady is not None
+            num_ahead += len(list(engine._steady.owned()))
+        assert engine.pool.num_free == engine.pool.num_pages
+        assert (num_ahead > 10) == ahead
+        answers.append(told)
+    assert answers[0] == answers[1]
+
+
+def test_a_step_ahead_is_launched_without_waiting_for_the_device() -> None:
+    engine = engine_of(model_of("llama", torch.float32), 8, ahead=True)
+    for number, prompt in enumerate(prompts(5, 17, 33)):
+        params = SamplingParams(max_tokens=100, temperature=0.7 * (number % 2), top_k=number, ignore_eos=True)
+        engine.add(f"r{number}", prompt, params)
+    for _ in range(40):
+        engine.step()
+    before = torch.cuda.get_sync_debug_mode()
+    # An event of what was launched before is no waiting in this sense; whatever stops the whole stream is.
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(40):
+            assert len(engine.step()) == 3
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
