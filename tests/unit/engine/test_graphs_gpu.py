@@ -82,9 +82,7 @@ def test_answers_one_step_ahead_equal_those_of_one_step_after_the_other(architec
         for number, prompt in enumerate(asked):
             stops = frozenset(range(3 * number, 3 * number + 3))
             length, kind = 20 + 6 * number, kinds[number % 5]
-            params = SamplingParams(
-                max_tokens=length, seed=5, request=number, stop_token_ids=stops, **kinds[number % 5]
-            )
+            params = SamplingParams(max_tokens=length, seed=5, request=number, stop_token_ids=stops, **kind)
             engine.add(f"r{number}", prompt, params)
         told: dict[str, list[tuple[int, str | None]]] = {}
         num_ahead = 0
