@@ -9,8 +9,8 @@ from torch import Tensor
 
 # Query rows of one program: more would spill the accumulator out of the registers.
 _MOST_ROWS = 64
-# Programs a processor of the GPU works on at once: some read while another computes. Three took 0.78 to 0.85 of the time
-# of two on an H200 (64 rows of 4096 and 560 tokens); where shared memory has room for two, the third comes later.
+# Programs a processor of the GPU works on at once: some read while another computes. Three took 0.78 to 0.85 of the
+# time of two on an H200 (64 rows of 4096 and 560 tokens); where shared memory has room for two, the third comes later.
 _PROGRAMS_PER_PROCESSOR = 3
 
 
