@@ -49,8 +49,8 @@ test: setup
 
 test-long: setup
 	@echo "==> tests that take minutes each"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m $(LONG) tests/unit tests/kernels
-	@$(BIN)/python -m pytest -m $(LONG) tests/distributed tests/cluster tests/end_to_end
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m $(LONG) tests/unit tests/kernels tests/distributed \
+		tests/cluster tests/end_to_end
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
