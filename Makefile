@@ -44,13 +44,13 @@ check: setup
 test: setup
 	@echo "==> tests of one process"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/layout tests/unit tests/kernels tests/infra
-	@echo "==> tests of several processes"
-	@$(BIN)/python -m pytest tests/distributed tests/cluster tests/end_to_end
+	@echo "==> tests of several processes; those with Ray one after another, beside the others"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/distributed tests/cluster tests/end_to_end
 
 test-long: setup
 	@echo "==> tests that take minutes each"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m $(LONG) tests/unit tests/kernels
-	@$(BIN)/python -m pytest -m $(LONG) tests/distributed tests/cluster tests/end_to_end
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m $(LONG) tests/unit tests/kernels tests/distributed \
+		tests/cluster tests/end_to_end
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

@@ -110,7 +110,9 @@ def test_a_driver_with_a_wrong_token_or_none_is_refused_and_told_why(token: str 
     if token is not None:
         stranger.write_text(token, encoding="ascii")
         stranger.chmod(0o600)
-    code, text = start_driver(cluster, log="stranger.log", RAY_AUTH_TOKEN_PATH=str(stranger)).end()
+    # Who is refused asks again every second, 20 times if nobody says otherwise.
+    changed = {"RAY_AUTH_TOKEN_PATH": str(stranger), "RAY_NUM_REDIS_GET_RETRIES": "2"}
+    code, text = start_driver(cluster, log="stranger.log", **changed).end()
     assert code != 0
     assert "AuthenticationError" in text
     assert "ran on" not in text

@@ -42,6 +42,7 @@ from farspan.telemetry.events import (
 DASHBOARDS = Path(__file__).resolve().parents[2] / "infra" / "monitoring" / "dashboards"
 STEPS = 12
 EVERY = 3
+LOSS = "ray_farspan_train_loss_nats"
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +58,78 @@ def run_config(corpus: str, output: Path, *more: str) -> RunConfig:
 @pytest.fixture(scope="module")
 def undisturbed(ray_cluster: LocalRay, corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Curve:
     events: list[EventBody] = []
-    run_training(run_config(corpus, tmp_path_factory.mktemp("whole") / "run"), [], events.append)
+    config = run_config(corpus, tmp_path_factory.mktemp("whole") / "run")
+    run_training(config, [], events.append, predicted=PlanPredicted(step_s=0.5, device_bytes=1 << 20))
     whole = curve(events)
     assert list(whole) == list(range(1, STEPS + 1))
     assert whole[STEPS][0] < whole[1][0]
     assert len({samples for _, samples in whole.values()}) == STEPS
     return whole
+
+
+# What no undisturbed run tells.
+TROUBLES: tuple[EventBody, ...] = (
+    RunRestarted(step=3, redone=2, reason="a worker was lost"),
+    RunPreempted(step=4, reason="asked"),
+    RunResized(step=5, workers=1, accumulation=2, reason="no room for 2"),
+    PlanSteppedDown(step=6, reason="out of memory", change="offload"),
+)
+
+
+def wanted_by_dashboards() -> set[str]:
+    files = [json.loads(file.read_text(encoding="utf-8")) for file in DASHBOARDS.glob("*.json")]
+    asked = [target["expr"] for file in files for panel in file["panels"] for target in panel["targets"]]
+    return set(re.findall(r"\bray_farspan_\w+", " ".join(asked)))
+
+
+def exported() -> dict[str, list[str]]:
+    """The samples of farspan that Prometheus would read of the node now, by name."""
+    node = ray.nodes()[0]
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    with urllib.request.urlopen(address, timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        # Samples alone: what is declared and was never told has no line of its own.
+        if sample := re.match(r"(ray_farspan_\w+)\{", line):
+            found.setdefault(sample[1], []).append(line)
+    return found
+
+
+def value_of(line: str) -> float:
+    return float(line.split()[-1])
+
+
+@pytest.fixture(scope="module")
+def samples(undisturbed: Curve) -> dict[str, list[str]]:
+    """The newest that Ray exported of every number, since the undisturbed run.
+
+    Ray exports every few seconds, and forgets what is no longer told after a while: this comes right after that run.
+    """
+    with RunMetrics("troubled") as troubled:
+        for body in TROUBLES:
+            troubled.record(body)
+    last, wanted, found = pytest.approx(undisturbed[STEPS][0], rel=1e-6), wanted_by_dashboards(), exported()
+    ends = time.monotonic() + 90
+    # What is there first may be of a step before the last.
+    while time.monotonic() < ends and not (wanted <= found.keys() and value_of(found[LOSS][0]) == last):
+        time.sleep(0.5)
+        found |= exported()
+    return found
+
+
+def test_the_numbers_of_a_run_are_in_rays_prometheus_endpoint(
+    undisturbed: Curve, samples: dict[str, list[str]]
+) -> None:
+    (line,) = samples[LOSS]
+    assert 'run="run"' in line
+    assert value_of(line) == pytest.approx(undisturbed[STEPS][0], rel=1e-6)
+
+
+def test_every_number_of_the_dashboards_is_in_rays_prometheus_endpoint(samples: dict[str, list[str]]) -> None:
+    wanted = wanted_by_dashboards()
+    assert len(wanted) >= 15
+    assert wanted - samples.keys() == set()
 
 
 def kill_actor(cluster: LocalRay, class_name: str, choose: random.Random) -> None:
@@ -213,53 +280,3 @@ def test_a_run_starts_with_the_workers_there_is_room_for_and_grows_when_there_is
     grown = curve(events)
     assert {s: r[1] for s, r in grown.items()} == {s: r[1] for s, r in undisturbed.items()}
     assert {s: r[0] for s, r in grown.items()} == pytest.approx({s: r[0] for s, r in undisturbed.items()}, rel=1e-6)
-
-
-def exported() -> str:
-    """What Prometheus would read of the node now."""
-    node = ray.nodes()[0]
-    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    with urllib.request.urlopen(address, timeout=30) as answer:
-        page: str = answer.read().decode()
-    return page
-
-
-def test_the_numbers_of_a_run_are_in_rays_prometheus_endpoint(ray_cluster: LocalRay, undisturbed: Curve) -> None:
-    # Ray exports every few seconds: what is there first may be of a step before the last.
-    last, ends, shown = pytest.approx(undisturbed[STEPS][0], rel=1e-6), time.monotonic() + 90, list[str]()
-    while time.monotonic() < ends and not (shown and float(shown[0].split()[-1]) == last):
-        shown = [line for line in exported().splitlines() if line.startswith("ray_farspan_train_loss_nats{")]
-        time.sleep(0.5)
-    (line,) = shown
-    assert 'run="run"' in line
-    assert float(line.split()[-1]) == last
-
-
-# What no undisturbed run tells.
-TROUBLES: tuple[EventBody, ...] = (
-    RunRestarted(step=3, redone=2, reason="a worker was lost"),
-    RunPreempted(step=4, reason="asked"),
-    RunResized(step=5, workers=1, accumulation=2, reason="no room for 2"),
-    PlanSteppedDown(step=6, reason="out of memory", change="offload"),
-)
-
-
-def test_every_number_of_the_dashboards_is_in_rays_prometheus_endpoint(
-    ray_cluster: LocalRay, corpus: str, tmp_path: Path
-) -> None:
-    files = [json.loads(file.read_text(encoding="utf-8")) for file in DASHBOARDS.glob("*.json")]
-    asked = [target["expr"] for file in files for panel in file["panels"] for target in panel["targets"]]
-    wanted = set(re.findall(r"\bray_farspan_\w+", " ".join(asked)))
-    assert len(wanted) >= 15
-    # Told before the first step, as a checkpoint is before the last: they last as long as the run.
-    predicted = PlanPredicted(step_s=0.5, device_bytes=1 << 20)
-    run_training(run_config(corpus, tmp_path / "run"), [], lambda _: None, predicted=predicted)
-    with RunMetrics("troubled") as troubled:
-        for body in TROUBLES:
-            troubled.record(body)
-    ends, found = time.monotonic() + 90, set[str]()
-    while time.monotonic() < ends and not wanted <= found:
-        # Samples alone: what is declared and was never told has no line of its own. Ray forgets them after a while.
-        found |= set(re.findall(r"^(ray_farspan_\w+)\{", exported(), flags=re.MULTILINE))
-        time.sleep(0.5)
-    assert wanted - found == set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,9 +114,8 @@ def task_of(config: RunConfig, model: PretrainedConfig, machine: Machine) -> tup
 def _agrees(choice: Choice, config: RunConfig, written: frozenset[str]) -> bool:
     if choice.num_ranks != config.parallel.workers:
         return False
-    whole = OmegaConf.structured(config)
     settings = choice.settings()
-    said = {key: OmegaConf.select(whole, key) for key in settings if key in written}
+    said = {key: attrgetter(key)(config) for key in settings if key in written}
     left_open = {"parallel.strategy", "memory.offload_activations"}
     return all(
         value == settings[key] or (value == "auto" and key in left_open and settings[key] != "none")
@@ -176,8 +176,7 @@ def _prediction(plan: Plan, config: RunConfig) -> PlanPredicted:
 
 
 def _lines(plan: Plan, settings: dict[str, Any], config: RunConfig) -> tuple[tuple[str, str], ...]:
-    before = OmegaConf.structured(config)
-    changed = [f"{key}={str(v).lower()}" for key, v in settings.items() if OmegaConf.select(before, key) != v]
+    changed = [f"{key}={str(v).lower()}" for key, v in settings.items() if attrgetter(key)(config) != v]
     return (
         ("planner", f"chose {'  '.join(changed)}" if changed else "would choose what the config says"),
         ("predicted", f"{plan.step_s * config.train.accumulation:,.2f} s a step, to be compared with what is measured"),

@@ -9,6 +9,7 @@ import difflib
 import types
 import typing
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,8 +40,8 @@ def load_config(schema: type[Schema], path: str | None, overrides: list[str]) ->
 
 def config_of(schema: type[Schema], *layers: dict[str, Any]) -> Schema:
     """Defaults of `schema`, then each layer; raises ConfigError as `load_config` does."""
-    merged = OmegaConf.structured(schema)
-    for layer in layers:
+    merged = _defaults(typing.cast(Any, schema))
+    for layer in filter(None, layers):
         _refuse_unknown_keys(layer, schema, prefix="")
         merged = _merge(merged, layer)
     _refuse_missing(merged, prefix="")
@@ -48,6 +49,12 @@ def config_of(schema: type[Schema], *layers: dict[str, Any]) -> Schema:
         return typing.cast(Schema, OmegaConf.to_object(merged))
     except (InterpolationKeyError, MissingMandatoryValue) as problem:
         raise ConfigError(problem.full_key or "config", "must resolve", str(problem), "fix the ${...}") from None
+
+
+@cache
+def _defaults(schema: type) -> DictConfig:
+    """Of every key. Made once: it takes as long as all the rest of loading, and merging copies it."""
+    return typing.cast(DictConfig, OmegaConf.structured(schema))
 
 
 def written_keys(path: str | None, overrides: list[str]) -> frozenset[str]:
@@ -66,9 +73,8 @@ def _leaves(value: Any, prefix: str) -> set[str]:
 
 def parse_config(schema: type[Schema], text: str) -> Schema:
     """The config that `dump_config` wrote: how a config travels to workers and clusters."""
-    return typing.cast(
-        Schema, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(text)))
-    )
+    merged = OmegaConf.merge(_defaults(typing.cast(Any, schema)), OmegaConf.create(text))
+    return typing.cast(Schema, OmegaConf.to_object(merged))
 
 
 def dump_config(config: object) -> str:

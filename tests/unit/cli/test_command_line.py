@@ -60,6 +60,15 @@ def test_the_doctor_examines_the_layout_that_the_run_takes(monkeypatch: pytest.M
     assert (examined[0].parallel.strategy, examined[0].parallel.ulysses) == (taken.strategy, taken.ulysses)
 
 
+def test_what_is_changed_in_one_loaded_config_is_not_in_the_next() -> None:
+    first = load_config(RunConfig, None, ["data.corpus=c"])
+    first.model.settings["hidden_size"] = 8
+    first.train.steps += 1
+    second = load_config(RunConfig, None, ["data.corpus=c"])
+    assert second.model.settings == {}
+    assert second.train.steps == first.train.steps - 1
+
+
 def test_a_missing_config_file_names_the_nearest_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_text("seed: 1\n")
     message = refused(capsys, "train", str(tmp_path / "trian.yaml"))

@@ -20,6 +20,7 @@ from farspan.plan.facts import ModelFacts, model_facts
 from farspan.plan.run_plan import plan_run
 
 FACTS = ModelFacts("llama", 2, 64, num_q_heads=8, num_kv_heads=2, head_dim=8, vocab_size=100, num_parameters=1000)
+DEFAULTS = load_config(RunConfig, None, ["data.corpus=c"])
 
 
 def auto(sp: int, layout: str = "auto") -> ParallelConfig:
@@ -67,9 +68,7 @@ def test_whatever_is_chosen_passes_the_checks_pads_no_head_and_can_be_laid_out(
     except ConfigError:
         pytest.fail("a free layout can always be cut")
     assert parallel.strategy in STRATEGIES
-    config = load_config(RunConfig, None, ["data.corpus=c", f"data.sequence_tokens={tokens}"])
-    config.parallel = parallel
-    check_run(config)
+    check_run(replace(DEFAULTS, data=replace(DEFAULTS.data, sequence_tokens=tokens), parallel=parallel))
     layout = lay_out(parallel.strategy, parallel.layout, tokens, sp, parallel.ulysses, (0, 1, tokens))
     assert sorted(layout.order().tolist()) == list(range(tokens))
     inner = {"ulysses": sp, "hybrid": parallel.ulysses}.get(parallel.strategy, 1)
