@@ -14,9 +14,9 @@ import ray.train
 from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.execution.callback import RayTrainCallback
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from farspan.config.load import dump_config
 from farspan.config.schema import RunConfig
@@ -62,7 +62,7 @@ def run_attempt(config: RunConfig, plan: str, tell: Callable[[EventBody], None],
                 train_worker,
                 train_loop_config={"config": dump_config(config), "plan": plan, "mailbox": watcher.mailbox},
                 scaling_config=_scaling(config),
-                torch_config=LinkedTorchConfig(backend=_backend(config), timeout_s=int(config.resources.timeout_s)),
+                backend_config=LinkedTorchConfig(backend=_backend(config), timeout_s=int(config.resources.timeout_s)),
                 run_config=_ray_run(config),
             )
             with _interrupts_kept():
@@ -124,7 +124,7 @@ def _interrupts_kept() -> Iterator[None]:
         signal.signal(signal.SIGINT, meant)
 
 
-class _Trainer(TorchTrainer):
+class _Trainer(DataParallelTrainer):
     """Ray Train without its manager of Ray Data sets (one process less to start, and we read our own), interrupted as
     every other command is.
     """

@@ -26,7 +26,9 @@ def train_worker(payload: dict[str, Any]) -> None:
     config = parse_config(RunConfig, payload["config"])
     gpu = config.resources.gpus_per_worker > 0
     device = ray.train.torch.get_device() if gpu else torch.device("cpu")
-    if not gpu:
+    if gpu:
+        torch.cuda.set_device(device)
+    else:
         torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
     is_first = ray.train.get_context().get_world_rank() == 0
     outside = EventSender(payload["mailbox"]) if is_first else SilentRank()
