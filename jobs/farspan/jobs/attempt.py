@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from types import FrameType
+from typing import Any
 
 import ray
 import ray.train
@@ -25,6 +26,7 @@ from farspan.jobs.interface import LinkedTorchConfig
 from farspan.jobs.progress import EventWatcher, StopWish
 from farspan.jobs.restart import Failure
 from farspan.jobs.room import EveryNodeAnswers, worker_resources
+from farspan.jobs.spare import spare_environment
 from farspan.jobs.worker import train_worker
 from farspan.storage.door import open_store
 from farspan.storage.paths import join_uri
@@ -56,14 +58,21 @@ def run_attempt(config: RunConfig, plan: str, tell: Callable[[EventBody], None],
         newest = body.step if isinstance(body, StepReport) else newest
         tell(body)
 
+    environment = spare_environment(config, ray.get_runtime_context().runtime_env)
     try:
         with EventWatcher(count, wish) as watcher:
+            payload = {
+                "config": dump_config(config),
+                "plan": plan,
+                "mailbox": watcher.mailbox,
+                "spare": bool(environment),
+            }
             trainer = _Trainer(
                 train_worker,
-                train_loop_config={"config": dump_config(config), "plan": plan, "mailbox": watcher.mailbox},
+                train_loop_config=payload,
                 scaling_config=_scaling(config),
                 backend_config=LinkedTorchConfig(backend=_backend(config), timeout_s=int(config.resources.timeout_s)),
-                run_config=_ray_run(config),
+                run_config=_ray_run(config, environment),
             )
             with _interrupts_kept():
                 trainer.fit()
@@ -157,7 +166,7 @@ def _backend(config: RunConfig) -> str:
     return "nccl" if config.resources.gpus_per_worker > 0 else "gloo"
 
 
-def _ray_run(config: RunConfig) -> RayRunConfig:
+def _ray_run(config: RunConfig, environment: dict[str, Any]) -> RayRunConfig:
     # Ray Train keeps its own state beside the run; every node must reach it.
     files, path = open_store(join_uri(config.output, "ray")).arrow
     # To the microsecond: a second attempt must not find the first one's state.
@@ -169,5 +178,6 @@ def _ray_run(config: RunConfig) -> RayRunConfig:
         storage_path=path,
         storage_filesystem=files,
         failure_config=failures,
+        worker_runtime_env=environment,
         callbacks=[EveryNodeAnswers(config.resources.timeout_s)],
     )
