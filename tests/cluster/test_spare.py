@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from typing import Any
 
 import psutil
 import pytest
@@ -25,21 +26,42 @@ class _Worker:
         return os.getpid(), "farspan.train.build" in sys.modules
 
 
+class _Controller:
+    """Starts workers, which have its environment beside their own, as Ray Train's do."""
+
+    def __init__(self) -> None:
+        self._worker: Any = None
+
+    def start(self, environment: dict[str, Any]) -> None:
+        self._worker = ray.remote(num_cpus=1, runtime_env=environment)(_Worker).remote()
+
+    def found(self) -> tuple[int, bool]:
+        found: tuple[int, bool] = ray.get(self._worker.found.remote(), timeout=_PATIENCE_S)
+        return found
+
+    def ask(self) -> None:
+        ray.get(self._worker.ask.remote(), timeout=_PATIENCE_S)
+
+    def kill(self) -> None:
+        ray.kill(self._worker)
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_next_worker_takes_the_process_that_was_asked_for() -> None:
     config = tiny_run("corpus", "output", "parallel.workers=2", "parallel.min_workers=1")
     environment = spare_environment(config, {})
-    worker = ray.remote(num_cpus=1, runtime_env=environment)(_Worker)
-    first = worker.remote()
-    pid, imported = ray.get(first.found.remote(), timeout=_PATIENCE_S)
+    made = ray.remote(num_cpus=0, runtime_env={"env_vars": {"OF_ITS_CONTROLLER": "1"}})(_Controller).remote()
+    ray.get(made.start.remote(environment), timeout=_PATIENCE_S)
+    pid, imported = ray.get(made.found.remote(), timeout=_PATIENCE_S)
     assert imported
     asked_s = time.time()
-    ray.get(first.ask.remote(), timeout=_PATIENCE_S)
+    ray.get(made.ask.remote(), timeout=_PATIENCE_S)
     spare = _idle_since(asked_s)
-    ray.kill(first)
-    second = worker.remote()
-    assert ray.get(second.found.remote(), timeout=_PATIENCE_S) == (spare, True) != (pid, True)
-    ray.kill(second)
+    ray.get(made.kill.remote(), timeout=_PATIENCE_S)
+    ray.get(made.start.remote(environment), timeout=_PATIENCE_S)
+    assert ray.get(made.found.remote(), timeout=_PATIENCE_S) == (spare, True) != (pid, True)
+    ray.get(made.kill.remote(), timeout=_PATIENCE_S)
+    ray.kill(made)
 
 
 def _idle_since(moment_s: float) -> int:

@@ -56,10 +56,13 @@ def ask_for_spare() -> None:
     """Ask this node for an idle process of this process's environment. Without it a restart takes longer, no more."""
     here = ray.get_runtime_context()
     node = next(found for found in ray.nodes() if found["NodeID"] == here.get_node_id())
+    environment = get_runtime_env_info(here.runtime_env)
+    # Letter for letter: Ray compares environments by what they are written as.
+    environment.serialized_runtime_env = here.get_runtime_env_string()
     request = PrestartWorkersRequest(
         language=PYTHON,
         job_id=bytes.fromhex(here.get_job_id()),
-        runtime_env_info=get_runtime_env_info(here.runtime_env),
+        runtime_env_info=environment,
         keep_alive_duration_secs=_KEPT_S,
         num_workers=1,
     )
