@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from types import FrameType
+from typing import Any
 
 import ray
 import ray.train
 from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.execution.callback import RayTrainCallback
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from farspan.config.load import dump_config
 from farspan.config.schema import RunConfig
@@ -25,6 +26,7 @@ from farspan.jobs.interface import LinkedTorchConfig
 from farspan.jobs.progress import EventWatcher, StopWish
 from farspan.jobs.restart import Failure
 from farspan.jobs.room import EveryNodeAnswers, worker_resources
+from farspan.jobs.spare import spare_environment
 from farspan.jobs.worker import train_worker
 from farspan.storage.door import open_store
 from farspan.storage.paths import join_uri
@@ -56,14 +58,21 @@ def run_attempt(config: RunConfig, plan: str, tell: Callable[[EventBody], None],
         newest = body.step if isinstance(body, StepReport) else newest
         tell(body)
 
+    environment = spare_environment(config, ray.get_runtime_context().runtime_env)
     try:
         with EventWatcher(count, wish) as watcher:
+            payload = {
+                "config": dump_config(config),
+                "plan": plan,
+                "mailbox": watcher.mailbox,
+                "spare": bool(environment),
+            }
             trainer = _Trainer(
                 train_worker,
-                train_loop_config={"config": dump_config(config), "plan": plan, "mailbox": watcher.mailbox},
+                train_loop_config=payload,
                 scaling_config=_scaling(config),
-                torch_config=LinkedTorchConfig(backend=_backend(config), timeout_s=int(config.resources.timeout_s)),
-                run_config=_ray_run(config),
+                backend_config=LinkedTorchConfig(backend=_backend(config), timeout_s=int(config.resources.timeout_s)),
+                run_config=_ray_run(config, environment),
             )
             with _interrupts_kept():
                 trainer.fit()
@@ -124,7 +133,7 @@ def _interrupts_kept() -> Iterator[None]:
         signal.signal(signal.SIGINT, meant)
 
 
-class _Trainer(TorchTrainer):
+class _Trainer(DataParallelTrainer):
     """Ray Train without its manager of Ray Data sets (one process less to start, and we read our own), interrupted as
     every other command is.
     """
@@ -157,7 +166,7 @@ def _backend(config: RunConfig) -> str:
     return "nccl" if config.resources.gpus_per_worker > 0 else "gloo"
 
 
-def _ray_run(config: RunConfig) -> RayRunConfig:
+def _ray_run(config: RunConfig, environment: dict[str, Any]) -> RayRunConfig:
     # Ray Train keeps its own state beside the run; every node must reach it.
     files, path = open_store(join_uri(config.output, "ray")).arrow
     # To the microsecond: a second attempt must not find the first one's state.
@@ -169,5 +178,6 @@ def _ray_run(config: RunConfig) -> RayRunConfig:
         storage_path=path,
         storage_filesystem=files,
         failure_config=failures,
+        worker_runtime_env=environment,
         callbacks=[EveryNodeAnswers(config.resources.timeout_s)],
     )

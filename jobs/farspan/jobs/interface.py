@@ -11,41 +11,75 @@ import ipaddress
 import os
 import socket
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.train.torch import TorchConfig
+from ray.exceptions import GetTimeoutError
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend, BackendConfig
 
 # Of ioctl(2) on Linux: the address and the netmask of an interface.
 _SIOCGIFADDR, _SIOCGIFNETMASK = 0x8915, 0x891B
 _IFREQ_BYTES, _ADDRESS_AT = 256, 20
+_LEAVE_S = 30.0
 
 
 @dataclass
-class LinkedTorchConfig(TorchConfig):
-    """Ray Train's process group, over the right interface."""
+class LinkedTorchConfig(BackendConfig):
+    """The process group of Ray Train's workers, over the right interface.
+
+    Not Ray Train's own: whoever reads that one imports torch, and its controller reads it before it asks for the first
+    worker.
+    """
+
+    backend: str
+    timeout_s: int = 1800
 
     @property
     def backend_cls(self) -> Any:
         return _LinkedBackend
 
 
-_RayBackend: Any = TorchConfig().backend_cls
+class _LinkedBackend(Backend):
+    share_cuda_visible_devices = True
 
-
-class _LinkedBackend(_RayBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        # In the workers, before they form a group: both libraries read it then, and again for every subgroup.
-        worker_group.execute(choose_interface)
-        super().on_start(worker_group, backend_config)
+        host, port = worker_group.execute_single(0, get_address_and_port)
+        count = len(worker_group)
+        joined = [
+            worker_group.execute_single_async(rank, join_group, backend_config, host, port, rank, count)
+            for rank in range(count)
+        ]
+        ray.get(joined)
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         # Where one was lost the others wait for it in a collective. To leave the group in good order would wait with
         # them, and Ray would then wait for each of them to answer, before it ends them anyway.
         seen = worker_group.get_latest_poll_status()
         if seen is None or not seen.errors:
-            super().on_shutdown(worker_group, backend_config)
+            left = worker_group.execute_async(leave_group, len(worker_group))
+            with suppress(GetTimeoutError):
+                ray.get(left, timeout=_LEAVE_S)
+
+
+def join_group(config: LinkedTorchConfig, host: str, port: int, rank: int, count: int) -> None:
+    """In a worker: form the group of all `count` of them, whose first listens there, as Ray Train forms it."""
+    from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
+
+    # Both libraries read it when a group is formed, and again for every subgroup.
+    choose_interface()
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)
+    _set_torch_distributed_env_vars()
+    _setup_torch_process_group(config.backend, rank, count, "env://", config.timeout_s)
+
+
+def leave_group(count: int) -> None:
+    """In a worker: leave the group of `count` in good order, and give back what the device holds for later."""
+    from ray.train.torch.config import _shutdown_torch
+
+    _shutdown_torch(destroy_process_group=count > 1)
 
 
 def choose_interface() -> None:

@@ -105,9 +105,20 @@ def silent(doors: Sequence[tuple[str, int]], timeout_s: float) -> list[tuple[str
     Whatever they answer will do, a refusal too: only what lives answers.
     """
     with ExitStack() as stack:
-        channels = [stack.enter_context(_channel(host, port, _wants_tls())) for host, port in doors]
+        channels = [stack.enter_context(open_channel(host, port)) for host, port in doors]
         calls = [channel.unary_unary(_HEALTH).future(b"", timeout=timeout_s) for channel in channels]
         return [door for door, call in zip(doors, calls, strict=True) if call.code() in _NOBODY]
+
+
+def open_channel(host: str, port: int) -> grpc.Channel:
+    """To a node of the cluster of this process, as that wants to be spoken to."""
+    return _channel(host, port, _wants_tls())
+
+
+def authorized() -> list[tuple[str, str]]:
+    """What a call says to be let in."""
+    token = _token()
+    return [("authorization", f"Bearer {token}")] if token else []
 
 
 def _wants_tls() -> bool:
@@ -122,14 +133,15 @@ def _channel(host: str, port: int, secure: bool) -> grpc.Channel:
 
 
 def _refusal(host: str, port: int, secure: bool) -> Closed | None:
-    token = _token()
-    metadata = [("authorization", f"Bearer {token}")] if token else []
+    metadata = authorized()
     with _channel(host, port, secure) as channel:
         try:
             channel.unary_unary(_CALL)(b"", timeout=_ANSWER_S, metadata=metadata)
         except grpc.RpcError as problem:
             if problem.code() == grpc.StatusCode.UNAUTHENTICATED:
-                what = "does not know the token of this process" if token else "wants a token and this process has none"
+                what = (
+                    "does not know the token of this process" if metadata else "wants a token and this process has none"
+                )
                 return Closed(f"the cluster {what}", _TOKEN)
             what = f"what answers is no head of Ray's ({problem.code().name.lower()})"
             return Closed(what, "give the address of its GCS, HOST:6379")
