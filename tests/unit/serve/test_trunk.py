@@ -27,7 +27,7 @@ from farspan.serve.policy import Place
 from farspan.serve.router import Router
 from farspan.serve.trunk import Trunk, Trunks
 
-MAX_TOKENS, PULSE_S = 24, 0.05
+MAX_TOKENS, PULSE_S = 24, 0.5
 ASKED = prompts(40, 17, 33, 9, 21, 28)
 HERE = Place("decode", "d")
 
