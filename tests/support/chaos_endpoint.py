@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray import serve
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.util.state import list_actors
@@ -20,7 +19,7 @@ from tests.support.local_ray import LocalRay
 from tests.unit.serve.tiny_folder import TEXT
 
 from farspan.config.schema import EngineConfig, ServeConfig, TransferConfig
-from farspan.serve.app import APP_NAME, Running, run_app
+from farspan.serve.app import APP_NAME, Running, handle_for_threads, run_app
 from farspan.serve.messages import WorkerInfo
 from farspan.serve.port import free_port
 
@@ -141,5 +140,5 @@ def chaos_endpoint(cluster: LocalRay, folder: Path, keys: Path) -> Iterator[Endp
     )
     with run_app(config) as running:
         roles = (Component.PREFILL, Component.DECODE)
-        handles = {role: serve.get_deployment_handle(role.value, app_name=APP_NAME) for role in roles}
+        handles = {role: handle_for_threads(role.value) for role in roles}
         yield Endpoint(running, cluster.dashboard, handles)

@@ -16,12 +16,15 @@ WATCHES = {
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "3",
 }
-# No upload of the working folder under `uv run`, no usage report to the network, and answers from an ingress to Serve's
-# proxy as messages of one connection, each of which costs half of what an object of Ray does.
+# No upload of the working folder under `uv run`, no usage report to the network. Answers go from an ingress to Serve's
+# proxy as messages of one connection, each of which costs half of what an object of Ray does; and a process of Serve's
+# has one event loop, not three that wake one another for each of them.
 HABITS = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_PROXY_USE_GRPC": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
 
 

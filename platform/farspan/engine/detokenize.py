@@ -63,6 +63,8 @@ class StopStrings:
         """The part of the text that cannot belong to a stop string; sets `stopped` once one is complete."""
         if self.stopped:
             return ""
+        if not self._searches:
+            return delta
         text, before = self._held + delta, len(self._held)
         for end, letter in enumerate(delta, before + 1):
             found = [search.length for search in self._searches if search.feed(letter)]

@@ -151,7 +151,7 @@ async def _read(
     """One answer, to its end or to where nothing more of it is told: then the workers stop too."""
     async with aclosing(deltas):
         async for delta in deltas:
-            step = reading.step(replace(delta, index=number))
+            step = reading.step(replace(delta, index=number) if number else delta)
             if step.finish is not None:
                 trace.finish = trace.finish or "stop"
             yield step

@@ -272,11 +272,18 @@ def _last_line(problem: Exception) -> str:
     return lines[-1].strip() if lines else type(problem).__name__
 
 
+def handle_for_threads(deployment: str) -> Any:
+    """A handle that may be used where no event loop runs, whatever Ray's switches say of those inside replicas."""
+    handle = serve.get_deployment_handle(deployment, app_name=APP_NAME)
+    handle._init(_run_router_in_separate_loop=True)
+    return handle
+
+
 def _told_transport(place: Place) -> str:
     """By what the KV pages of one model travel, as a worker of it says."""
     whose = f"{place.name}: " if place.label else ""
     try:
-        handle = serve.get_deployment_handle(f"{DecodeWorker.role}{place.label}", app_name=APP_NAME)
+        handle = handle_for_threads(f"{DecodeWorker.role}{place.label}")
         info = handle.info.remote().result(timeout_s=_TOLD_S)
     except (RayError, RayServeException, TimeoutError):
         return f"{whose}transfer.transport={place.config.transfer.transport}, no worker runs that says more"

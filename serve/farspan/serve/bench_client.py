@@ -16,8 +16,6 @@ from urllib.parse import urlsplit
 
 from farspan.errors import ClusterError
 
-_LONGEST_LINE = 1 << 24
-
 
 @dataclass(slots=True)
 class Streamed:
@@ -71,20 +69,12 @@ class BenchClient:
 
     async def _stream(self, request: bytes, found: Streamed) -> None:
         parts = urlsplit(self.url)
-        reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=_LONGEST_LINE)
+        loop = asyncio.get_running_loop()
+        transport, events = await loop.create_connection(lambda: _Events(request, found), parts.hostname, parts.port)
         try:
-            writer.write(request)
-            await writer.drain()
-            status = await reader.readline()
-            if b" 200 " not in status:
-                raise ValueError(status.decode("latin-1").strip())
-            while (line := await reader.readline()) != b"data: [DONE]\n":
-                if not line:
-                    raise EOFError("no end")
-                if line.startswith(b"data: "):
-                    _note(found, line)
+            await events.over
         finally:
-            writer.close()
+            transport.close()
 
     def _request(self, prompt: Sequence[int], new_tokens: int) -> bytes:
         body: dict[str, Any] = {"model": self.model, "prompt": list(prompt), "max_tokens": new_tokens}
@@ -101,6 +91,46 @@ class BenchClient:
             "Connection: close",
         )
         return "\r\n".join(head).encode() + b"\r\n\r\n" + content
+
+
+class _Events(asyncio.Protocol):
+    """One connection: a request, and the events that answer it, looked at where they arrive: no task is woken for
+    them.
+    """
+
+    def __init__(self, request: bytes, found: Streamed) -> None:
+        self._request, self._found = request, found
+        self._begun, self._rest = False, b""
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when the whole answer is there. Raises ValueError for another one, EOFError where it is cut off."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        try:
+            for line in lines:
+                if self.over.done():
+                    return
+                self._take(line)
+        except ValueError as problem:
+            self.over.set_exception(problem)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.over.done():
+            self.over.set_exception(exc or EOFError("no end"))
+
+    def _take(self, line: bytes) -> None:
+        if not self._begun:
+            if b" 200 " not in line:
+                raise ValueError(line.decode("latin-1").strip())
+            self._begun = True
+        elif line == b"data: [DONE]":
+            self.over.set_result(None)
+        elif line.startswith(b"data: "):
+            _note(self._found, line)
 
 
 def _note(found: Streamed, line: bytes) -> None:

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ray import serve
 
 from farspan.config.schema import EngineConfig, ObjectivesConfig, RoleConfig, ServeConfig, TransferConfig
 from farspan.models.checkpoint import make_config, random_causal_lm
-from farspan.serve.app import APP_NAME, run_app
+from farspan.serve.app import handle_for_threads, run_app
 from farspan.serve.bench import write_tokenizer
 from farspan.serve.bench_client import BenchClient
 from farspan.serve.bench_flip import Driven, Flip, Pace, Standing, Watched, drive, flipping, measure, role_rows
@@ -136,7 +135,7 @@ async def _watching() -> AsyncIterator[Watched]:
 
 def _standing() -> Standing:
     """Both workers, asked how they stand; no order comes with it."""
-    handles = [serve.get_deployment_handle(role, APP_NAME) for role in ("prefill", "decode")]
+    handles = [handle_for_threads(role) for role in ("prefill", "decode")]
 
     async def ask() -> list[WorkerLoad]:
         calls = [handle.report.remote({}) for handle in handles]

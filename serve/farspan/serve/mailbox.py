@@ -113,7 +113,9 @@ class Inbox:
 
         Tokens that piled up while the reader was slow come together.
         """
-        if not self._filled.is_set():
+        if patience_s is None:
+            await self._filled.wait()
+        elif not self._filled.is_set():
             try:
                 async with asyncio.timeout(patience_s):
                     await self._filled.wait()

@@ -20,6 +20,9 @@ from farspan.serve.wire import GenerationFields
 
 logger = logging.getLogger(__name__)
 
+# Made once: json.dumps would make it anew for every event.
+_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
 
 class EventStream(StreamingResponse):
     """Server-sent events; closed at once when the client leaves, also between two events."""
@@ -76,4 +79,4 @@ def _tells(step: Step, asked: GenerationFields) -> bool:
 
 
 def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {_ENCODE(content)}\n\n"
