@@ -26,6 +26,7 @@ from farspan.config.schema import RunConfig
 from farspan.errors import ClusterError
 from farspan.jobs.metrics import RunMetrics
 from farspan.jobs.progress import StopWish
+from farspan.jobs.room import fits
 from farspan.jobs.train import run_training
 from farspan.telemetry.events import (
     EventBody,
@@ -163,14 +164,15 @@ def test_a_run_survives_a_killed_process_bit_for_bit(
     at = choose.randrange(1, STEPS - 1)
     # One of them behind the steps, in pieces: a checkpoint may be under way when the process dies.
     behind = f"train.checkpoint_async={'true' if victim == 'RayTrainWorker' else 'false'}"
-    events = disturbed(
-        run_config(corpus, tmp_path / "run", behind), [at], lambda: kill_actor(ray_cluster, victim, choose)
-    )
+    config = run_config(corpus, tmp_path / "run", behind)
+    events = disturbed(config, [at], lambda: kill_actor(ray_cluster, victim, choose))
     (restarted,) = [event for event in events if isinstance(event, RunRestarted)]
     # The one before, where the newest was still under way.
     assert restarted.redone <= (2 * EVERY if victim == "RayTrainWorker" else EVERY)
     assert restarted.step % EVERY == 0
     assert curve(events) == undisturbed
+    # All four processors: nobody holds the room of the workers that were lost.
+    assert fits(config, 4, 60.0)
 
 
 @pytest.mark.soak

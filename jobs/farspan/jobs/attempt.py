@@ -16,6 +16,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import RayTrainCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -25,7 +26,7 @@ from farspan.errors import ClusterError, FarspanError
 from farspan.jobs.interface import LinkedTorchConfig
 from farspan.jobs.progress import EventWatcher, StopWish
 from farspan.jobs.restart import Failure
-from farspan.jobs.room import EveryNodeAnswers, worker_resources
+from farspan.jobs.room import EveryNodeAnswers, RoomTold, UnreservedWorkers, room_given_back, worker_resources
 from farspan.jobs.spare import spare_environment
 from farspan.jobs.worker import train_worker
 from farspan.storage.door import open_store
@@ -43,8 +44,10 @@ class AttemptLost(Exception):
         super().__init__(failure.reason)
 
 
-def run_attempt(config: RunConfig, plan: str, tell: Callable[[EventBody], None], wish: StopWish) -> None:
-    """Run until the last step, or until `wish` is granted.
+def run_attempt(
+    config: RunConfig, plan: str, tell: Callable[[EventBody], None], wish: StopWish, *, own_ray: bool = False
+) -> None:
+    """Run until the last step, or until `wish` is granted. `own_ray`: nobody else uses this Ray, and it cannot grow.
 
     Raises:
         FarspanError: what a worker raised on purpose.
@@ -72,9 +75,10 @@ def run_attempt(config: RunConfig, plan: str, tell: Callable[[EventBody], None],
                 train_loop_config=payload,
                 scaling_config=_scaling(config),
                 backend_config=LinkedTorchConfig(backend=_backend(config), timeout_s=int(config.resources.timeout_s)),
-                run_config=_ray_run(config, environment),
+                run_config=_ray_run(config, environment, RoomTold(watcher.mailbox)),
+                own_ray=own_ray,
             )
-            with _interrupts_kept():
+            with _interrupts_kept(), room_given_back(watcher.mailbox):
                 trainer.fit()
     except (ray.train.TrainingFailedError, RayActorError) as problem:
         raise verdict(problem, newest) from None
@@ -133,13 +137,24 @@ def _interrupts_kept() -> Iterator[None]:
         signal.signal(signal.SIGINT, meant)
 
 
+# Each is a process that wakes a hundred times a second. We read our own data; room is given back by the driver.
+_LEFT_OUT = (DatasetsCallback, PlacementGroupCleanerCallback)
+
+
 class _Trainer(DataParallelTrainer):
-    """Ray Train without its manager of Ray Data sets (one process less to start, and we read our own), interrupted as
-    every other command is.
-    """
+    """Ray Train without processes that a run does not need, interrupted as every other command is."""
+
+    def __init__(self, *what: Any, own_ray: bool, **settings: Any) -> None:
+        super().__init__(*what, **settings)
+        self._own_ray = own_ray
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        return [found for found in super()._create_default_callbacks() if not isinstance(found, DatasetsCallback)]
+        return [found for found in super()._create_default_callbacks() if not isinstance(found, _LEFT_OUT)]
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        if self._own_ray:
+            settings["scaling_policy"] = UnreservedWorkers(self.scaling_config)
+        return super()._initialize_and_run_controller(**settings)
 
     def _register_sigint_handler(self, controller: ray.actor.ActorHandle) -> None:
         """Ray Train's own handler ends the process with code 0, as if the run were done."""
@@ -166,7 +181,7 @@ def _backend(config: RunConfig) -> str:
     return "nccl" if config.resources.gpus_per_worker > 0 else "gloo"
 
 
-def _ray_run(config: RunConfig, environment: dict[str, Any]) -> RayRunConfig:
+def _ray_run(config: RunConfig, environment: dict[str, Any], told: RoomTold) -> RayRunConfig:
     # Ray Train keeps its own state beside the run; every node must reach it.
     files, path = open_store(join_uri(config.output, "ray")).arrow
     # To the microsecond: a second attempt must not find the first one's state.
@@ -179,5 +194,5 @@ def _ray_run(config: RunConfig, environment: dict[str, Any]) -> RayRunConfig:
         storage_filesystem=files,
         failure_config=failures,
         worker_runtime_env=environment,
-        callbacks=[EveryNodeAnswers(config.resources.timeout_s)],
+        callbacks=[EveryNodeAnswers(config.resources.timeout_s), told],
     )

@@ -180,7 +180,7 @@ class _Comparison:
                     wish.ask("the plain loop failed")
                     raise
 
-            run_training(config, [], tell, wish)
+            run_training(config, [], tell, wish, own_ray=True)
         return plain, job
 
     def _plain_alone(self, num_steps: int, noise: float = 0.0) -> Course:

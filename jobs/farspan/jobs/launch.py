@@ -11,9 +11,10 @@ import os
 import secrets
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ray
@@ -26,6 +27,19 @@ from farspan.jobs.knock import knock
 
 _AUTH_MODE = "RAY_AUTH_MODE"
 _TOKEN_FILE = Path("~/.ray/auth_token")
+# Of Ray, for a Ray of one command on one machine, whose processors are the command's.
+_ALONE = {
+    # Nobody takes this node away while it works.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # A process that waits for a next task wakes a hundred times a second; by itself Ray keeps one for each processor.
+    "RAY_num_workers_soft_limit": "0",
+    "RAY_idle_worker_killing_time_threshold_ms": "20000",
+    # New log files are looked for ten times a second otherwise, for drivers that show their workers' output.
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+    "LOG_NAME_UPDATE_INTERVAL_S": "5",
+    # How often the use of processors and memory is measured for Ray's metrics; 5000 by itself.
+    "REPORTER_UPDATE_INTERVAL_MS": "10000",
+}
 # Of a node's session: where Ray unpacks what a job brought along.
 _UNPACKED = "working_dir_files"
 
@@ -34,7 +48,7 @@ _UNPACKED = "working_dir_files"
 def local_ray(num_cpus: float, num_gpus: float = 0.0) -> Iterator[None]:
     """A Ray of our own on this machine with at least `num_cpus` logical CPUs."""
     make_token()
-    with ray_environment():
+    with ray_environment(_ALONE):
         cpus = max(os.cpu_count() or 1, -(-num_cpus // 1))
         try:
             _init(
@@ -90,12 +104,12 @@ def _refuse_closed(address: str) -> None:
 
 
 @contextmanager
-def ray_environment() -> Iterator[None]:
-    """Ray's own environment switches for the length of a block; what the user set wins.
+def ray_environment(more: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
+    """Ray's own environment switches, and `more` of them, for the length of a block; what the user set wins.
 
     Where there is a token it is used: without RAY_AUTH_MODE Ray's clients of a running cluster would not send it.
     """
-    added = {name: value for name, value in HABITS.items() if name not in os.environ}
+    added = {name: value for name, value in {**HABITS, **more}.items() if name not in os.environ}
     if _AUTH_MODE not in os.environ and AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
         added[_AUTH_MODE] = "token"
     os.environ.update(added)

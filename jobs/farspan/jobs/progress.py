@@ -15,7 +15,9 @@ from farspan.errors import ClusterError
 from farspan.jobs.mailbox import EventMailbox
 from farspan.telemetry.events import Event, EventBody, from_json, to_json
 
-_POLL_S, _DEADLINE_S = 0.5, 60.0
+# How long a question for events may wait for its answer, and how often a wish that came meanwhile is looked for.
+_WAIT_S, _LOOK_S = 20.0, 0.5
+_DEADLINE_S = 60.0
 
 
 class StopWish:
@@ -91,7 +93,9 @@ class EventWatcher:
     def __init__(self, tell: Callable[[EventBody], None], wish: StopWish | None = None) -> None:
         # On the watcher's own node: it lives exactly as long as somebody reads it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.mailbox = ray.remote(num_cpus=0, scheduling_strategy=here, max_concurrency=16)(EventMailbox).remote()
+        # Its calls are nobody's tasks: Ray need not keep a record of each.
+        made = ray.remote(num_cpus=0, scheduling_strategy=here, max_concurrency=16, enable_task_events=False)
+        self.mailbox = made(EventMailbox).remote()
         self._tell, self._wish = tell, wish or StopWish()
         self._written = 0
         self._problem: Exception | None = None
@@ -106,6 +110,7 @@ class EventWatcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
+        self.mailbox.hurry.remote(self._wish.reason)
         self._thread.join(timeout=_DEADLINE_S)
         if kind is None or issubclass(kind, Exception):
             self._drain(0.0)
@@ -114,7 +119,7 @@ class EventWatcher:
             raise self._problem
 
     def _watch(self) -> None:
-        while not self._stop.is_set() and self._drain(_POLL_S):
+        while not self._stop.is_set() and self._drain(_WAIT_S):
             pass
 
     def _drain(self, wait_s: float) -> bool:
@@ -122,9 +127,7 @@ class EventWatcher:
         if self._problem is not None:
             return False
         try:
-            count, lines = ray.get(
-                self.mailbox.take.remote(self._written, self._wish.reason, wait_s), timeout=_DEADLINE_S
-            )
+            count, lines = self._take(wait_s)
         except ray.exceptions.RayError as problem:
             self._problem = ClusterError(f"the events of the run can no longer be read: {problem}")
             return False
@@ -137,3 +140,15 @@ class EventWatcher:
             return False
         self._written = count
         return True
+
+    def _take(self, wait_s: float) -> tuple[int, list[str]]:
+        """What is in the mailbox as soon as there is something; earlier where a wish has to be told."""
+        told = self._wish.reason
+        asked = self.mailbox.take.remote(self._written, told, wait_s)
+        ends = time.monotonic() + wait_s
+        # Looked for here: a question to another process each time would cost both of them more than the events do.
+        while time.monotonic() < ends and not ray.wait([asked], timeout=_LOOK_S)[0]:
+            if self._wish.reason != told:
+                self.mailbox.hurry.remote(self._wish.reason)
+                break
+        return ray.get(asked, timeout=_DEADLINE_S)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
+from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from farspan.cluster.placement import training_bundle
@@ -19,7 +23,7 @@ from farspan.jobs.progress import StopWish
 from farspan.train.elastic import Size
 
 _START_S, _AGAIN_S, _LOOK_S = 10.0, 4.0, 1.0
-_ANSWER_S, _SLICE_S = 5.0, 5.0
+_ANSWER_S, _SLICE_S, _TOLD_S = 5.0, 5.0, 30.0
 
 
 def find_room(config: RunConfig, sizes: Sequence[Size], *, again: bool) -> Size:
@@ -71,6 +75,45 @@ class EveryNodeAnswers(WorkerGroupCallback):
             if time.monotonic() > ends:
                 raise ClusterError(f"the workers are not placed{_told(quiet)}; look at that node")
             time.sleep(_LOOK_S)
+
+
+class UnreservedWorkers(FixedScalingPolicy):
+    """So many workers, which nobody has to be told of: Ray Train's own tells an actor that shares a cluster among runs
+    and Ray Data, and asks its autoscaler for nodes.
+    """
+
+    def after_controller_start(self, train_run_context: object) -> None:
+        return
+
+    def _maybe_send_resource_request(self) -> None:
+        return
+
+
+class RoomTold(WorkerGroupCallback):
+    """In Ray Train's controller: tells the mailbox which placement group the workers live in."""
+
+    def __init__(self, mailbox: ray.actor.ActorHandle) -> None:
+        self._mailbox = mailbox
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        group = worker_group.get_worker_group_state().placement_group_handle.placement_group
+        ray.get(self._mailbox.hold.remote(group), timeout=_TOLD_S)
+
+
+@contextmanager
+def room_given_back(mailbox: ray.actor.ActorHandle) -> Iterator[None]:
+    """Where the controller dies inside, the room that it took for its workers is given back.
+
+    Ray does it when the driver ends, too. Ray Train has a process that asks each second whether the controller lives;
+    who waits for the controller is told.
+    """
+    try:
+        yield
+    except RayActorError:
+        with suppress(RayError):
+            for group in ray.get(mailbox.held.remote(), timeout=_TOLD_S):
+                remove_placement_group(group)
+        raise
 
 
 def silent_nodes() -> list[str]:

@@ -39,8 +39,12 @@ def run_training(
     tell: Callable[[EventBody], None],
     wish: StopWish | None = None,
     predicted: PlanPredicted | None = None,
+    *,
+    own_ray: bool = False,
 ) -> str | None:
     """Run the job on the Ray this process is connected to; gives the URI of the published model.
+
+    `own_ray`: this process started it for itself (`local_ray`), so what Ray does for clusters is left out.
 
     None: `wish` was granted, a checkpoint was published and the next start goes on from it.
 
@@ -55,7 +59,7 @@ def run_training(
             tell(predicted)
         if not config.train.resume:
             _start_over(config, tell)
-        return _Attempts(config, plan, tell, wish or StopWish(), metrics).run()
+        return _Attempts(config, plan, tell, wish or StopWish(), metrics, own_ray).run()
 
 
 def _start_over(config: RunConfig, tell: Callable[[EventBody], None]) -> None:
@@ -74,6 +78,7 @@ class _Attempts:
     tell: Callable[[EventBody], None]
     wish: StopWish
     metrics: RunMetrics
+    own_ray: bool
     _finished: bool = False
 
     def __post_init__(self) -> None:
@@ -118,7 +123,7 @@ class _Attempts:
                 watch.heard()
                 self._hear(body)
 
-            run_attempt(at_size(config, size), self.plan, hear, wish)
+            run_attempt(at_size(config, size), self.plan, hear, wish, own_ray=self.own_ray)
 
     def _tell_size(self, size: Size, sizes: list[Size]) -> None:
         why = "all that were asked for have room" if size == sizes[0] else f"no room for {sizes[0].workers}"

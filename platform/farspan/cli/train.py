@@ -94,7 +94,7 @@ def _run(chosen: Chosen, config: RunConfig, lines: list[tuple[str, str]], *, joi
             progress.show(log.append(body))
             board.record(body)
 
-        uri = run_training(config, lines, tell, wish, chosen.predicted)
+        uri = run_training(config, lines, tell, wish, chosen.predicted, own_ray=not join)
     console = Console(highlight=False, soft_wrap=True)
     if uri is None:
         console.print(f"stopped ({wish.reason}); start it again to go on from its newest checkpoint", markup=False)

@@ -6,11 +6,12 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import RayActorError
 
 from farspan.errors import ClusterError
 from farspan.jobs import room
 from farspan.jobs.progress import StopWish
-from farspan.jobs.room import EveryNodeAnswers, RoomWatch, find_room, fits
+from farspan.jobs.room import EveryNodeAnswers, RoomWatch, find_room, fits, room_given_back
 from farspan.train.elastic import Size
 
 _DEADLINE_S = 30.0
@@ -121,3 +122,18 @@ def test_the_controllers_own_placement_waits_for_every_node(monkeypatch: pytest.
     monkeypatch.setattr(room, "silent_nodes", lambda: ["10.0.0.2:1234"])
     with pytest.raises(ClusterError, match=r"not placed; 10.0.0.2:1234 did not answer"):
         EveryNodeAnswers(0.0).before_worker_group_start(None)
+
+
+def test_room_is_given_back_by_the_driver_only_where_the_controller_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    mailbox = SimpleNamespace(held=SimpleNamespace(remote=lambda: ["the workers' room"]))
+    monkeypatch.setattr(room.ray, "get", lambda asked, timeout: asked)
+    monkeypatch.setattr(room, "remove_placement_group", told.append)
+    with room_given_back(mailbox):
+        pass
+    with pytest.raises(ValueError, match="of a worker"), room_given_back(mailbox):
+        raise ValueError("of a worker")
+    assert told == []
+    with pytest.raises(RayActorError), room_given_back(mailbox):
+        raise RayActorError
+    assert told == ["the workers' room"]
