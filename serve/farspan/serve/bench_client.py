@@ -69,6 +69,8 @@ class BenchClient:
 
     async def _stream(self, request: bytes, found: Streamed) -> None:
         parts = urlsplit(self.url)
+        assert parts.hostname is not None, "the address of a running endpoint"
+        assert parts.port is not None, "the address of a running endpoint"
         loop = asyncio.get_running_loop()
         transport, events = await loop.create_connection(lambda: _Events(request, found), parts.hostname, parts.port)
         try:
