@@ -55,7 +55,10 @@ def test_a_finished_run_leaves_its_report_and_says_where(tmp_path: Path, capsys:
 def test_the_verb_that_trains_leaves_the_report_of_a_run_that_failed_or_was_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def without_ray(config: RunConfig, lines: object, tell: Callable[[EventBody], None], *_: object) -> str | None:
+    def without_ray(
+        config: RunConfig, lines: object, tell: Callable[[EventBody], None], *_: object, own_ray: bool
+    ) -> str | None:
+        assert own_ray
         tell(STARTED)
         tell(STEP)
         if config.seed == 0:
