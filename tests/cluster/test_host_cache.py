@@ -14,14 +14,13 @@ import openai
 import pytest
 import ray
 import torch
-from ray import serve
 from tests.unit.serve.tiny_folder import TEXT, write_tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from farspan.config.schema import EngineConfig, ServeConfig, TransferConfig
 from farspan.models.checkpoint import load_tokenizer
 from farspan.serve.agent import NAMESPACE
-from farspan.serve.app import run_app
+from farspan.serve.app import handle_for_threads, run_app
 from farspan.serve.port import free_port
 
 MIB = 1 << 20
@@ -75,7 +74,7 @@ def ask(client: openai.OpenAI, model: str, prompt: str) -> Answered:
 
 
 def worker_info(deployment: str):
-    handle = serve.get_deployment_handle(deployment, app_name="farspan")
+    handle = handle_for_threads(deployment)
     return handle.info.remote().result(timeout_s=120)
 
 

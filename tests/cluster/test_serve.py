@@ -14,14 +14,13 @@ import httpx
 import openai
 import pytest
 import torch
-from ray import serve
 from tests.unit.serve.tiny_folder import TEXT, write_tiny_model
 
 from farspan.config.schema import EngineConfig, ServeConfig, TransferConfig
 from farspan.engine.detokenize import Detokenizer
 from farspan.engine.request import SamplingParams
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
-from farspan.serve.app import Running, run_app
+from farspan.serve.app import Running, handle_for_threads, run_app
 from farspan.serve.chat import answer
 from farspan.serve.messages import GenerationRequest, Tokens
 from farspan.serve.policy import Route
@@ -56,7 +55,7 @@ class Server:
         return found.json()
 
     def infos(self) -> dict:
-        handles = [serve.get_deployment_handle(name, app_name="farspan") for name in ("prefill", "decode")]
+        handles = [handle_for_threads(name) for name in ("prefill", "decode")]
         return {info.role: info for info in (handle.info.remote().result(timeout_s=60) for handle in handles)}
 
 
@@ -412,7 +411,7 @@ def drive(server: Server, prompt_ids: list[int], router: type[Router]) -> tuple[
     """One answer by the real workers, with a router that does mischief between prefill and decode."""
 
     async def run() -> tuple[str, RequestTrace]:
-        handles = [serve.get_deployment_handle(name, app_name="farspan") for name in ("prefill", "decode")]
+        handles = [handle_for_threads(name) for name in ("prefill", "decode")]
         trace = RequestTrace("mischief", len(prompt_ids))
         request = GenerationRequest("mischief", tuple(prompt_ids), SamplingParams(max_tokens=MAX_TOKENS))
         text = AnswerText(Detokenizer(load_tokenizer(server.folder)))

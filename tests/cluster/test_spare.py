@@ -56,7 +56,7 @@ def test_the_next_worker_takes_the_process_that_was_asked_for() -> None:
     assert imported
     asked_s = time.time()
     ray.get(made.ask.remote(), timeout=_PATIENCE_S)
-    spare = _idle_since(asked_s)
+    spare = _idle_since(asked_s, psutil.Process(pid).ppid())
     ray.get(made.kill.remote(), timeout=_PATIENCE_S)
     ray.get(made.start.remote(environment), timeout=_PATIENCE_S)
     assert ray.get(made.found.remote(), timeout=_PATIENCE_S) == (spare, True) != (pid, True)
@@ -64,13 +64,14 @@ def test_the_next_worker_takes_the_process_that_was_asked_for() -> None:
     ray.kill(made)
 
 
-def _idle_since(moment_s: float) -> int:
-    """The process of Ray's that waits for work and began after `moment_s`."""
+def _idle_since(moment_s: float, node: int) -> int:
+    """The process of this node of Ray's that waits for work and began after `moment_s`."""
     ends = time.monotonic() + _PATIENCE_S
     while time.monotonic() < ends:
-        for process in psutil.process_iter(["pid", "cmdline", "create_time"]):
+        for process in psutil.process_iter(["pid", "ppid", "cmdline", "create_time"]):
             words = process.info["cmdline"] or [""]
-            if words[0].startswith("ray::IDLE") and process.info["create_time"] > moment_s - 1:
+            ours = process.info["ppid"] == node and process.info["create_time"] > moment_s - 1
+            if ours and words[0].startswith("ray::IDLE"):
                 return int(process.info["pid"])
         time.sleep(0.1)
     raise AssertionError(f"no idle process in {_PATIENCE_S:g} s")

@@ -15,13 +15,12 @@ import httpx
 import openai
 import pytest
 import torch
-from ray import serve
 from ray.util.state import list_actors
 from tests.unit.serve.tiny_folder import TEXT, write_tiny_model
 
 from farspan.config.schema import EngineConfig, RoleConfig, ServeConfig, TransferConfig
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
-from farspan.serve.app import run_app
+from farspan.serve.app import handle_for_threads, run_app
 from farspan.serve.port import free_port
 
 MAX_TOKENS = 24
@@ -99,7 +98,7 @@ def wait_until(condition, timeout_s: float = 120.0) -> None:
 @pytest.mark.soak
 def test_workers_of_two_ranks_answer_as_transformers_does(server):
     assert len(rank_pids()) == 2
-    handles = [serve.get_deployment_handle(name, app_name="farspan") for name in ("prefill", "decode")]
+    handles = [handle_for_threads(name) for name in ("prefill", "decode")]
     infos = [handle.info.remote().result(timeout_s=60) for handle in handles]
     assert infos[0].layout == infos[1].layout
     asked = [TEXT[start : start + length] for start, length in ((100, 9), (2000, 3000), (500, 400), (7000, 60))]

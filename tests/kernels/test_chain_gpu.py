@@ -12,6 +12,7 @@ from farspan.kernels.chain.reference import bind_chain_reference
 from farspan.kernels.chain.triton import bind_chain_triton
 from farspan.kernels.early import early_on
 from farspan.kernels.paged_decode.triton import attend_pages_triton
+from farspan.kernels.paged_decode.triton_write import write_pages_triton
 from farspan.kernels.rms_norm.contract import Kind
 
 pytestmark = pytest.mark.gpu
@@ -181,11 +182,13 @@ class Layer:
         self.keys, self.values = draw(2, count * pages, SLOTS, GROUPS, DIM)
         self.tables = torch.arange(count * pages, device="cuda", dtype=torch.int32).view(count, pages)
         self.lengths = torch.full((count,), PAST, device="cuda", dtype=torch.int32)
+        self.pages = self.tables[:, (PAST - 1) // SLOTS].long()
+        self.slots = torch.full_like(self.pages, (PAST - 1) % SLOTS)
 
     def __call__(self, x, cos, sin):
         q, k, v = self.before(x, cos, sin)
-        page, slot = self.tables[:, (PAST - 1) // SLOTS].long(), (PAST - 1) % SLOTS
-        self.keys[page, slot], self.values[page, slot] = (rows.view(self.count, GROUPS, DIM) for rows in (k, v))
+        new = (rows.view(self.count, GROUPS, DIM) for rows in (k, v))
+        write_pages_triton(self.keys, self.values, *new, self.pages, self.slots, self.early)
         pages = self.keys, self.values, self.tables, self.lengths
         out, _ = attend_pages_triton(q.view(self.count, 1, HEADS, DIM), *pages, scale=DIM**-0.5, early=self.early)
         return self.after(out.view(self.count, WIDTH), x)[0]

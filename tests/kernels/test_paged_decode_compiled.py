@@ -29,16 +29,20 @@ def test_the_kernel_over_pages_compiles_to_matrix_instructions_and_fits_shared_m
     assert "cp.async" in compiled.asm["ptx"]
 
 
-def test_the_merge_of_pieces_compiles(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+def test_the_merge_of_pieces_compiles_and_keeps_a_piece_in_registers(head_dim, tmp_path, monkeypatch) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("the interpreter compiles nothing")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from farspan.kernels.paged_decode.triton import _merge_pieces_kernel
 
-    line = _line(4, 128)
-    del line["launch"]
-    compiled = _compile(_merge_pieces_kernel, {**line, "BLOCK_P": 16, "PDL": True}, 90, 4, 1)
+    line = _line(4, head_dim)
+    launch = line.pop("launch")
+    constants = {**line, "BLOCK_P": launch.merged_pieces, "PDL": True}
+    compiled = _compile(_merge_pieces_kernel, constants, 90, launch.merge_warps, 1)
     assert "ex2.approx" in compiled.asm["ptx"]
+    assert not re.search(r"\b(ld|st)\.local", compiled.asm["ptx"])
+    assert compiled.n_spills == 0
     assert waits_first(compiled.asm["ptx"])
 
 

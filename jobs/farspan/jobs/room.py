@@ -97,7 +97,9 @@ class RoomTold(WorkerGroupCallback):
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         group = worker_group.get_worker_group_state().placement_group_handle.placement_group
-        ray.get(self._mailbox.hold.remote(group), timeout=_TOLD_S)
+        # Untold, room is given back when the driver ends.
+        with suppress(RayError):
+            ray.get(self._mailbox.hold.remote(group), timeout=_TOLD_S)
 
 
 @contextmanager

@@ -6,20 +6,18 @@ node is asked to (as Ray's own core asks), and runs a hook in each new process o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
 
-import grpc
 import ray
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
-from ray._private.utils import get_runtime_env_info
-from ray.core.generated.common_pb2 import PYTHON
-from ray.core.generated.node_manager_pb2 import PrestartWorkersReply, PrestartWorkersRequest
 
 from farspan.config.schema import RunConfig
 from farspan.jobs.knock import authorized, open_channel
 from farspan.telemetry.events import EventBody, StepReport
+
+logger = logging.getLogger(__name__)
 
 _HOOK = "farspan.jobs.worker.import_training"
 _CALL = "/ray.rpc.NodeManagerService/PrestartWorkers"
@@ -54,6 +52,18 @@ def with_spare(tell: Callable[[EventBody], None], ask: Callable[[], None]) -> Ca
 
 def ask_for_spare() -> None:
     """Ask this node for an idle process of this process's environment. Without it a restart takes longer, no more."""
+    try:
+        _ask()
+    # Whatever a Ray that has moved these parts, or a head that just starts again, raises.
+    except Exception as problem:
+        logger.info("no spare process is kept: %s", problem)
+
+
+def _ask() -> None:
+    from ray._private.utils import get_runtime_env_info
+    from ray.core.generated.common_pb2 import PYTHON
+    from ray.core.generated.node_manager_pb2 import PrestartWorkersReply, PrestartWorkersRequest
+
     here = ray.get_runtime_context()
     node = next(found for found in ray.nodes() if found["NodeID"] == here.get_node_id())
     environment = get_runtime_env_info(here.runtime_env)
@@ -66,7 +76,7 @@ def ask_for_spare() -> None:
         keep_alive_duration_secs=_KEPT_S,
         num_workers=1,
     )
-    with suppress(grpc.RpcError), open_channel(node["NodeManagerAddress"], node["NodeManagerPort"]) as channel:
+    with open_channel(node["NodeManagerAddress"], node["NodeManagerPort"]) as channel:
         call = channel.unary_unary(
             _CALL,
             request_serializer=PrestartWorkersRequest.SerializeToString,

@@ -66,6 +66,9 @@ class Course:
         if self._tokens_N is not None:
             self._graphs.staged.stage_next(grown, self._tokens_N, self._size)
         if not self._graphs.launch(self._size):
+            # It writes to pages that may be given back now.
+            if self._on_cuda:
+                torch.cuda.current_stream(self._logits_NV.device).synchronize()
             return None
         self._tokens_N, highest_N = self._choice.choose(self._logits_NV)
         told_2N = self._told[self.num_launched % 2]

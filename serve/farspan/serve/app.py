@@ -275,7 +275,9 @@ def _last_line(problem: Exception) -> str:
 def handle_for_threads(deployment: str) -> Any:
     """A handle that may be used where no event loop runs, whatever Ray's switches say of those inside replicas."""
     handle = serve.get_deployment_handle(deployment, app_name=APP_NAME)
-    handle._init(_run_router_in_separate_loop=True)
+    # A process has one handle of a deployment, however often it asks.
+    if not handle.is_initialized:
+        handle._init(_run_router_in_separate_loop=True)
     return handle
 
 

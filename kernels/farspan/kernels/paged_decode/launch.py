@@ -24,7 +24,6 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 2
     merged_pieces: int = 16
-    # A merge is of a few pieces: fewer threads come and go sooner.
     merge_warps: int = 1
 
     def num_blocks(self, query_rows: int) -> int:
@@ -47,7 +46,15 @@ def choose_launch(head_dim: int, element_bytes: int, query_rows: int, device: to
     tokens = 128 if row_bytes <= 128 else 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     num_stages = 2 if row_bytes <= 1024 else 1
-    return Launch(tokens, min(query_rows, _MOST_ROWS), processors * _PROGRAMS_PER_PROCESSOR, num_stages=num_stages)
+    # A merge is of a few pieces: fewer threads come and go sooner, as long as a piece fits into their registers.
+    merge_warps = -(-head_dim // 128)
+    return Launch(
+        tokens,
+        min(query_rows, _MOST_ROWS),
+        processors * _PROGRAMS_PER_PROCESSOR,
+        num_stages=num_stages,
+        merge_warps=1 << (merge_warps - 1).bit_length(),
+    )
 
 
 def plain_last(x: Tensor) -> Tensor:

@@ -11,7 +11,13 @@ from farspan.kernels.paged_decode.launch import plain_last
 
 
 def write_pages_triton(
-    keys_PSGD: Tensor, values_PSGC: Tensor, k_TGD: Tensor, v_TGC: Tensor, page_T: Tensor, slot_T: Tensor
+    keys_PSGD: Tensor,
+    values_PSGC: Tensor,
+    k_TGD: Tensor,
+    v_TGC: Tensor,
+    page_T: Tensor,
+    slot_T: Tensor,
+    early: bool = True,
 ) -> None:
     """`write.write_pages`, on one device."""
     num_tokens, num_groups, qk_dim = k_TGD.shape
@@ -29,7 +35,7 @@ def write_pages_triton(
         *keys_PSGD.stride()[:3], *values_PSGC.stride()[:3],
         GROUPS=num_groups, D=qk_dim, C=v_dim,
         BLOCK_K=triton.next_power_of_2(num_groups * qk_dim), BLOCK_V=triton.next_power_of_2(num_groups * v_dim),
-        **early_on(k_TGD.device),
+        **early_on(k_TGD.device, early),
     )  # fmt: skip
 
 
