@@ -281,15 +281,14 @@ def test_a_pair_asked_of_a_flash_library_equals_the_reference(name: str, band) -
 @pytest.mark.usefixtures("installed")
 def test_packed_documents_asked_of_a_flash_library_equal_each_document_alone(name: str, window: int | None) -> None:
     backend = flash_backend(name, ROOMS[name].load_kernel(**SETTINGS.get(name, {})))
-    q, k, v, dout = make(110, 110)
+    q, k, v, dout = make(60, 60)
     # Heads before tokens, as models hand them over; a gradient that is one number expanded.
     q, k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v))
     dout = torch.ones((), dtype=dout.dtype).expand(dout.shape)
-    rule = {"bounds": (0, 1, 18, 18, 58, 68, 110), "scale": 0.3, "window": window}
+    rule = {"bounds": (0, 1, 18, 18, 58, 60), "scale": 0.3, "window": window}
     got = both_ways(backend.packed_forward, backend.packed_backward, q, k, v, dout, **rule)
     alone = forward_each(attend_reference), backward_each(attend_reference_backward)
-    # A window of one token has gradients of zero: what is left is rounding, of all tokens.
-    assert_equal(got, both_ways(*alone, q, k, v, dout, **rule), 2e-5)
+    assert_equal(got, both_ways(*alone, q, k, v, dout, **rule), 1e-5)
 
 
 @pytest.mark.parametrize("name", ROOMS)

@@ -23,6 +23,8 @@ from ray.train.backend import Backend, BackendConfig
 # Of ioctl(2) on Linux: the address and the netmask of an interface.
 _SIOCGIFADDR, _SIOCGIFNETMASK = 0x8915, 0x891B
 _IFREQ_BYTES, _ADDRESS_AT = 256, 20
+# Beside what the group itself may take to form: torch is imported first.
+_IMPORT_S = 300.0
 _LEAVE_S = 30.0
 
 
@@ -52,7 +54,7 @@ class _LinkedBackend(Backend):
             worker_group.execute_single_async(rank, join_group, backend_config, host, port, rank, count)
             for rank in range(count)
         ]
-        ray.get(joined)
+        ray.get(joined, timeout=backend_config.timeout_s + _IMPORT_S)
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         # Where one was lost the others wait for it in a collective. To leave the group in good order would wait with

@@ -54,28 +54,19 @@ class WindowBlocks:
         sight: Sight,
     ) -> tuple[Tensor, Tensor, Tensor]:
         are_long = [self._is_long(queries, keys, sight) for queries, keys in lengths_of(spans)]
+        given = (dout_THD, q_THD, k_SGD, v_SGD, out_THD, lse_HT)
+        if are_long == [True]:
+            return self._document(*given, sight)
         if not any(are_long):
-            return self.rest.backward(dout_THD, q_THD, k_SGD, v_SGD, out_THD, lse_HT, spans, sight)
-        runs = split(spans, are_long, _Blocks(self.causal, self.rest), self.rest)
-        return backward_by_runs(runs, dout_THD, q_THD, k_SGD, v_SGD, out_THD, lse_HT, spans, sight)
+            return self.rest.backward(*given, spans, sight)
+        return backward_by_runs(split(spans, are_long, self, self.rest), *given, spans, sight)
 
     def _is_long(self, queries: int, keys: int, sight: Sight) -> bool:
         if sight.softcap is not None or sight.right != 0:
             return False
         return sight.left + 1 >= self.least_tokens and queries == keys >= 2 * (sight.left + 1)
 
-
-@dataclass(frozen=True, slots=True)
-class _Blocks:
-    """One document."""
-
-    causal: CausalBackward
-    rest: FlashKernel
-
-    def forward(self, q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, spans: Spans, sight: Sight) -> tuple[Tensor, Tensor]:
-        return self.rest.forward(q_THD, k_SGD, v_SGD, spans, sight)
-
-    def backward(
+    def _document(
         self,
         dout_THD: Tensor,
         q_THD: Tensor,
@@ -83,9 +74,9 @@ class _Blocks:
         v_SGD: Tensor,
         out_THD: Tensor,
         lse_HT: Tensor,
-        spans: Spans,
         sight: Sight,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq, dk, dv) of one long document."""
         width = sight.left + 1
         whole = q_THD.shape[0] // width * width
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THD, k_SGD, v_SGD)]
