@@ -80,7 +80,13 @@ class Endpoint:
         return [info for info in found if info is not None]
 
     def wait_replaced(self, component: Component, pid: int) -> None:
-        wait_until(lambda: (now := self.pids(component)) != [pid] and len(now) == 1, f"one {component}", _REPLACED_S)
+        def is_there() -> bool:
+            if component is Component.AGENT:
+                # Looked for by who needs it.
+                self._splits()
+            return (now := self.pids(component)) != [pid] and len(now) == 1
+
+        wait_until(is_there, f"one {component}", _REPLACED_S)
         if component.is_worker:
             wait_until(lambda: (told := self.info(component)) is not None and told.pid != pid, "it answers")
 
