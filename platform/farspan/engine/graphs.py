@@ -1,9 +1,11 @@
 """Decode in one launch: the forward of single tokens, captured for a few numbers of rows, over inputs that stay.
 
-A decode step of a GPU is a thousand small kernels, and launching them takes longer than reading the weights. Only the
-number of rows is part of a graph: lengths and tables are read on the device (kernels/paged_decode/contract.py), and
-tables are as wide as they will ever be. Graphs are captured when an engine is built, so that no request waits for one,
-and each is compared with the same step launch by launch before it answers anybody.
+A decode step is a thousand small calls, and making them from Python takes longer than a GPU needs to read the weights,
+and a third of what a CPU needs. Only the number of rows is part of a graph: lengths and tables are read where they are
+(kernels/paged_decode/contract.py), and tables are as wide as they will ever be. Graphs of a GPU are captured when an
+engine is built, so that no request waits for one. On a CPU, where a row more is a row more to compute, each number of
+rows has its own, made when it has been asked for some times. Each is compared with the same step call by call, on
+other inputs than it was captured with, before it answers anybody.
 
 Shapes: B rows of a graph, R rows of the largest, V vocabulary.
 """
@@ -13,8 +15,9 @@ from __future__ import annotations
 import logging
 import time
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -32,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 # Rows of graphs: a step takes the next larger one, and computes at most half as many rows again from 16 rows on.
 _LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+# How often a number of rows is asked for before it is captured, where that is done while requests run.
+_OFTEN = 8
+# Tokens of a sequence that a step is tried out on.
+_TRIAL_TOKENS = 2
 # Largest difference between a graph and its launches one by one, as a part of the logits' norm: the same kernels.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
@@ -42,12 +49,25 @@ def ladder(most_rows: int) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class _First:
-    """A token without a past, for trying a step out."""
+class _Trial:
+    """A token for trying a step out."""
 
     pages: Sequence[int]
-    tokens: Sequence[int] = (1,)
-    past: int = 0
+    token: int
+    past: int
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        return (self.token,)
+
+
+@dataclass(slots=True)
+class _Later:
+    """What is captured once it was asked for often."""
+
+    capture: Capture
+    most_rows: int
+    asked: Counter[int] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +100,7 @@ class DecodeGraphs:
         self.staged = StagedRows(room, list(dict.fromkeys((call.rule, call.group) for call in calls)), pool.device)
         self.logits_RV = torch.empty(0)
         self._steps: dict[int, Step] = {}
+        self._later: _Later | None = None
         self._weights = _Weights.of(model)
 
     @property
@@ -90,7 +111,7 @@ class DecodeGraphs:
     def prepare(self, sizes: Sequence[int], capture: Capture) -> None:
         """Capture steps of so many rows. Raises whatever a step that cannot be captured raises; then there are none."""
         began = time.perf_counter()
-        held = self._pool.alloc(self._pool.layout.num_pages(1))
+        held = self._pool.alloc(self._pool.layout.num_pages(_TRIAL_TOKENS))
         if held is None:
             raise ModelError(f"a pool of {self._pool.num_pages} pages has none to try a step with")
         try:
@@ -102,7 +123,26 @@ class DecodeGraphs:
             raise
         finally:
             self._pool.free(held)
-        logger.info("decode of up to %d rows in one launch (%.1f s)", max(sizes), time.perf_counter() - began)
+        logger.info("decode of %s rows in one launch (%.1f s)", list(sizes), time.perf_counter() - began)
+
+    def prepare_later(self, most_rows: int, capture: Capture) -> None:
+        """Capture a number of rows, up to `most_rows`, when it has been asked for often enough."""
+        self._later = _Later(capture, most_rows)
+
+    def ask(self, num_rows: int) -> None:
+        """Somebody has so many rows; a capture now and then costs him three steps."""
+        later = self._later
+        if later is None or num_rows in self._steps or num_rows > later.most_rows:
+            return
+        later.asked[num_rows] += 1
+        if later.asked[num_rows] < _OFTEN or self._pool.num_free < self._pool.layout.num_pages(_TRIAL_TOKENS):
+            return
+        try:
+            self.prepare([num_rows], later.capture)
+        # Whatever a forward raises that cannot be captured: call by call, it was right in the trial at load.
+        except Exception as problem:
+            logger.info("decode stays call by call: %s: %s", type(problem).__name__, " ".join(str(problem).split())[:300])
+            self._later = None
 
     def run(self, pieces: Sequence[NextToken]) -> Tensor | None:
         """Logits [B, V] after the next token of each sequence; none where no graph has so many rows."""
@@ -115,6 +155,8 @@ class DecodeGraphs:
 
     def size_of(self, num_rows: int) -> int | None:
         """Rows of the graph that computes so many; none where no graph has so many."""
+        if self._later is not None:
+            return num_rows if num_rows in self._steps else None
         return next((size for size in self.sizes if size >= num_rows), None)
 
     def launch(self, size: int) -> bool:
@@ -124,20 +166,24 @@ class DecodeGraphs:
         if not self._weights.hold():
             logger.warning("decode is launched kernel by kernel from now on: a weight of the model was exchanged")
             self._steps.clear()
+            self._later = None
             return False
         return True
 
     def _prepare(self, size: int, capture: Capture, pages: Sequence[int]) -> None:
-        self.staged.stage([_First(pages)], size)
-        want_BV = self._forward(size)
-        if len(self.logits_RV) < size:
-            self.logits_RV = torch.empty_like(want_BV)
+        self.staged.stage([_Trial(pages, token=1, past=0)], size)
+        shaped_BV = self._forward(size)
+        if not len(self.logits_RV):
+            self.logits_RV = shaped_BV.new_empty(self.staged.num_rows, shaped_BV.shape[1])
         again = capture(partial(self._step, size))
-        self.logits_RV.fill_(torch.nan)
+        # Another token at another place: what the capture took for fixed shows.
+        self.staged.stage([_Trial(pages, token=2, past=1)], size)
+        want_BV = self._forward(size).double()
+        self.logits_RV[:size].fill_(torch.nan)
         again()
-        error = float((self.logits_RV[:size].double() - want_BV.double()).norm() / want_BV.double().norm())
+        error = float((self.logits_RV[:size].double() - want_BV).norm() / want_BV.norm())
         # Written so that NaN is refused too.
-        if not error <= _TOLERANCE.get(want_BV.dtype, 1e-2):
+        if not error <= _TOLERANCE.get(shaped_BV.dtype, 1e-2):
             raise ModelError(f"captured logits of {size} rows differ by {error:.2g} of their norm")
         self._steps[size] = again
 

@@ -19,6 +19,12 @@ extern "C" {
 
 // Share `index` of a level, by thread `thread` of the call.
 typedef void (*farspan_work)(const void* context, int64_t level, int64_t index, int64_t thread);
+
+// Field for field the _Call of calls.py.
+struct Made {
+  void (*function)(const void* argument);
+  const void* argument;
+};
 }
 
 namespace {
@@ -161,5 +167,10 @@ void farspan_team(farspan_work work, const void* context, int64_t levels, const 
   if (useful > 1 && shares < kMostShares && team->run({work, context, levels, counts}, shares, useful)) return;
   for (int64_t level = 0; level < levels; level++)
     for (int64_t index = 0; index < counts[level]; index++) work(context, level, index, 0);
+}
+
+// Calls as they were made before, one after the other.
+void farspan_calls(const Made* calls, int64_t count) {
+  for (int64_t i = 0; i < count; i++) calls[i].function(calls[i].argument);
 }
 }
