@@ -12,15 +12,18 @@ from farspan.kernels.team.native import load_team
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
 WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
-TEAM = ctypes.CFUNCTYPE(None, WORK, ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64)
+AHEAD = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+TEAM = ctypes.CFUNCTYPE(
+    None, WORK, AHEAD, ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64
+)
 DEADLINE_S = 60.0
 
 
-def run(work, counts, threads):
-    """`work(level, index, thread)` for every share."""
-    TEAM(load_team())(
-        WORK(lambda _, *share: work(*share)), None, len(counts), (ctypes.c_int64 * len(counts))(*counts), threads
-    )
+def run(work, counts, threads, ahead=None):
+    """`work(level, index, thread)` for every share, `ahead(level, index)` for those that have to wait."""
+    asked = AHEAD() if ahead is None else AHEAD(lambda _, *share: ahead(*share))
+    numbers = (ctypes.c_int64 * len(counts))(*counts)
+    TEAM(load_team())(WORK(lambda _, *share: work(*share)), asked, None, len(counts), numbers, threads)
 
 
 @needs_compiler
@@ -65,6 +68,26 @@ def test_a_thread_that_is_held_up_in_one_share_leaves_all_the_others_to_the_rest
     run(work, [31], 2)
     assert released == [True]
     assert len(set(others)) == 1
+
+
+@needs_compiler
+def test_who_has_to_wait_for_a_level_can_ask_ahead_for_his_share_of_the_next() -> None:
+    asked, done = [], []
+    was_asked = threading.Event()
+
+    def ahead(level, index):
+        asked.append((level, index, list(done)))
+        was_asked.set()
+
+    def work(level, index, _):
+        # Held up until the other thread has come to the next level.
+        assert level or index or was_asked.wait(DEADLINE_S)
+        done.append((level, index))
+
+    run(work, [2, 2], 2, ahead)
+    assert asked == [(1, 0, [(0, 1)])]
+    assert sorted(done) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert done.index((0, 0)) < done.index((1, 0))
 
 
 @needs_compiler

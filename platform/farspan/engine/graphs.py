@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import getitem, is_
 
 import torch
 from torch import Tensor
@@ -74,21 +75,29 @@ class _Later:
 class _Weights:
     """Where the weights of a model are: a graph reads them there, whatever the model has by then."""
 
-    places: tuple[tuple[Mapping[str, Tensor | None], str, Tensor, int], ...]
+    owners: tuple[Mapping[str, Tensor | None], ...]
+    names: tuple[str, ...]
+    weights: tuple[Tensor, ...]
+    places: list[int]
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> _Weights:
-        return cls(
-            tuple(
-                (module._parameters, name, weight, weight.data_ptr())
-                for module in model.modules()
-                for name, weight in module._parameters.items()
-                if weight is not None
-            )
-        )
+        found = [
+            (module._parameters, name, weight)
+            for module in model.modules()
+            for name, weight in module._parameters.items()
+            if weight is not None
+        ]
+        owners, names, weights = zip(*found, strict=True)
+        return cls(owners, names, weights, [weight.data_ptr() for weight in weights])
 
     def hold(self) -> bool:
-        return all(there.get(name) is weight and weight.data_ptr() == at for there, name, weight, at in self.places)
+        # Looked at in every step: without Python from one to the next.
+        there = map(getitem, self.owners, self.names)
+        try:
+            return all(map(is_, there, self.weights)) and [*map(Tensor.data_ptr, self.weights)] == self.places
+        except KeyError:
+            return False
 
 
 class DecodeGraphs:
@@ -141,7 +150,9 @@ class DecodeGraphs:
             self.prepare([num_rows], later.capture)
         # Whatever a forward raises that cannot be captured: call by call, it was right in the trial at load.
         except Exception as problem:
-            logger.info("decode stays call by call: %s: %s", type(problem).__name__, " ".join(str(problem).split())[:300])
+            logger.info(
+                "decode stays call by call: %s: %s", type(problem).__name__, " ".join(str(problem).split())[:300]
+            )
             self._later = None
 
     def run(self, pieces: Sequence[NextToken]) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""A step that is made again on a CPU without the Python that made it: compiled calls and torch's operations, one by one.
+"""A step of a CPU that is made again without the Python that made it: compiled calls and what torch computes, in order.
 
 What a graph is on a GPU. A step is run once while everything that reads or writes numbers is heard: torch's operations
 below its modules and autograd, and compiled kernels. Made again, each reads and writes where it did. Views are places,
@@ -7,8 +7,7 @@ no work: they stay as they are. Whatever looks at numbers to decide what comes n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,9 +34,7 @@ def record(step: Step) -> Step:
     done: list[Compiled | Step] = []
     with _Kernels(done), _Operations(done):
         step()
-    steps: list[Step] = []
-    for is_compiled, some in groupby(done, key=lambda each: isinstance(each, Compiled)):
-        steps += [bind_calls([each for each in some if isinstance(each, Compiled)])] if is_compiled else some  # type: ignore[operator]
+    steps = _joined(done)
 
     def again() -> None:
         with torch.inference_mode():
@@ -45,6 +42,21 @@ def record(step: Step) -> Step:
                 each()
 
     return again
+
+
+def _joined(done: Sequence[Compiled | Step]) -> list[Step]:
+    """Compiled calls in a row as one."""
+    steps: list[Step] = []
+    row: list[Compiled] = []
+    for each in done:
+        if isinstance(each, Compiled):
+            row.append(each)
+            continue
+        if row:
+            steps.append(bind_calls(row))
+            row = []
+        steps.append(each)
+    return [*steps, bind_calls(row)] if row else steps
 
 
 class _Kernels(TorchFunctionMode):
@@ -109,7 +121,12 @@ def _again(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], made: 
 
 
 def _only_makes_room(func: OpOverload) -> bool:
-    return func.overloadpacket._qualified_op_name.split("::")[1] in ("empty", "empty_like", "empty_strided", "new_empty")
+    return func.overloadpacket._qualified_op_name.split("::")[1] in (
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+    )
 
 
 def _takes_the_same(into: OpOverload, func: OpOverload) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tests.unit.engine.tiny import engine_config, prompts, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from farspan.engine import recorded
 from farspan.engine.engine import Engine
 from farspan.engine.faster import speed_up
 from farspan.engine.graphs import DecodeGraphs
@@ -21,6 +23,7 @@ from farspan.engine.recorded import record
 from farspan.engine.request import SamplingParams
 from farspan.engine.runner import Runner
 from farspan.kernels.chain.dispatch import choose_chain
+from farspan.kernels.team.calls import Compiled
 from farspan.kv.pages import PagePool
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
@@ -42,16 +45,16 @@ def two_runners(model: PreTrainedModel, most_rows: int) -> tuple[Runner, Runner,
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.values())
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "gemma3_text", "phi3", "gpt_neox"])
 def test_recorded_logits_equal_the_others_while_rows_join_leave_and_grow(architecture, dtype) -> None:
-    recorded, plain, pool = two_runners(zoo_model(architecture).to(dtype), 5)
+    steps, plain, pool = two_runners(zoo_model(architecture).to(dtype), 5)
     rows, chance = Rows(pool, 5, 100), random.Random(0)
     for row, length in enumerate((1, 2, 15, 16, 40)):
         rows.prefill(plain, row, length)
     for turn in range(40):
         size = (1, 3, 5)[turn % 3]
         pieces = rows.next(chance.sample(range(5), size))
-        want, got = plain.run(pieces).float(), recorded.run(pieces).float()
+        want, got = plain.run(pieces).float(), steps.run(pieces).float()
         assert float((got - want).norm()) <= NEAR[dtype] * float(want.norm())
-    assert recorded.graphs == [1, 3, 5]
+    assert steps.graphs == [1, 3, 5]
 
 
 def test_an_engine_gives_the_same_tokens_recorded_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,31 +81,31 @@ def test_an_engine_gives_the_same_tokens_recorded_or_not(monkeypatch: pytest.Mon
 
 
 def test_more_rows_than_are_worth_it_and_rows_that_are_rare_are_not_recorded() -> None:
-    recorded, plain, pool = two_runners(tiny_model().float(), 2)
+    steps, plain, pool = two_runners(tiny_model().float(), 2)
     rows = Rows(pool, 3, 60)
     for row in range(3):
         rows.prefill(plain, row, 8)
     for _ in range(12):
-        recorded.run(rows.next([0, 1, 2]))
+        steps.run(rows.next([0, 1, 2]))
     for _ in range(4):
-        recorded.run(rows.next([0]))
-    assert recorded.graphs == []
+        steps.run(rows.next([0]))
+    assert steps.graphs == []
     for _ in range(12):
-        recorded.run(rows.next([0, 1]))
-    assert recorded.graphs == [2]
+        steps.run(rows.next([0, 1]))
+    assert steps.graphs == [2]
 
 
 def test_nothing_is_recorded_while_no_page_is_free() -> None:
-    recorded, plain, pool = two_runners(tiny_model().float(), 2)
+    steps, plain, pool = two_runners(tiny_model().float(), 2)
     rows = Rows(pool, 1, 60)
     rows.prefill(plain, 0, 8)
     held = pool.alloc(pool.num_free)
     for _ in range(12):
-        recorded.run(rows.next([0]))
-    assert recorded.graphs == []
+        steps.run(rows.next([0]))
+    assert steps.graphs == []
     pool.free(held or [])
-    recorded.run(rows.next([0]))
-    assert recorded.graphs == [1]
+    steps.run(rows.next([0]))
+    assert steps.graphs == [1]
 
 
 @pytest.mark.parametrize(
@@ -164,10 +167,21 @@ def test_views_stay_and_every_other_operation_is_made_again() -> None:
 
 
 @pytest.mark.skipif(choose_chain("cpu", torch.bfloat16) is None, reason="no compiled chains on this machine")
-def test_compiled_calls_in_a_row_are_one() -> None:
-    recorded, plain, pool = two_runners(tiny_model().bfloat16(), 1)
+def test_compiled_calls_in_a_row_are_made_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    together: list[int] = []
+    own = recorded.bind_calls
+
+    def watched(calls: Sequence[Compiled]) -> Callable[[], None]:
+        together.append(len(calls))
+        return own(calls)
+
+    monkeypatch.setattr(recorded, "bind_calls", watched)
+    model = tiny_model().bfloat16()
+    steps, plain, pool = two_runners(model, 1)
     rows = Rows(pool, 1, 60)
     rows.prefill(plain, 0, 8)
     for _ in range(9):
-        recorded.run(rows.next([0]))
-    assert recorded.graphs == [1]
+        steps.run(rows.next([0]))
+    assert steps.graphs == [1]
+    # Of each layer what is before attention, attention, and what is after it; the last normalization and the head.
+    assert together == [3 * model.config.num_hidden_layers + 2]

@@ -12,6 +12,8 @@ namespace {
 // Outputs that a thread computes one after the other for one row, weights of a cache line, and how far ahead of the one
 // that is used they are asked for.
 constexpr int64_t kOuts = 8, kLine = 32, kAhead = 8192;
+// Quarters of a layer that are cut into one large share for each thread, and small shares of a thread of what is left.
+constexpr int64_t kLargePart = 3, kSmall = 8;
 // Many rows: a tile of outputs by rows, whose sums stay in registers; inputs at once, so that the widened weights of a
 // tile stay in the first cache; rows at once, so that their inputs stay in the second.
 constexpr int64_t kTileOuts = 4, kTileRows = 3, kBlock = 2048, kRows = 60;
@@ -142,24 +144,45 @@ void many_rows(const Linear& c, int64_t first, int64_t begin, int64_t end, float
 
 // Which outputs of which rows are one share of a layer.
 struct Cut {
-  // Groups of outputs, groups in a share, shares of a block of rows.
-  int64_t groups, size, shares;
+  // Groups of outputs, groups in a share, shares of a block of rows. The first `large` shares have `large_size` groups.
+  int64_t groups, size, shares, large, large_size;
   int64_t count;
 };
 
 INLINE Cut cut_linear(int64_t rows, int64_t outs, int64_t threads) {
   int64_t each = rows == 1 ? kOuts : kTileOuts, groups = (outs + each - 1) / each;
-  // A share that is held up by another process leaves the later ones to the other threads.
-  int64_t size = groups / (threads * 8) + 1, shares = (groups + size - 1) / size;
-  return {groups, size, shares, (rows + kRows - 1) / kRows * shares};
+  // Memory is read fastest in long stretches; a thread that is held up by another process leaves the last shares, which
+  // are small, to the others.
+  int64_t large_size = rows == 1 ? groups * kLargePart / (4 * threads) : 0, large = large_size > 1 ? threads : 0;
+  int64_t left = groups - large * large_size;
+  int64_t size = left / (threads * kSmall) + 1, shares = large + (left + size - 1) / size;
+  return {groups, size, shares, large, large_size, (rows + kRows - 1) / kRows * shares};
+}
+
+struct Groups {
+  int64_t begin, end;
+};
+
+INLINE Groups groups_of(const Cut& cut, int64_t share) {
+  if (share < cut.large) return {share * cut.large_size, (share + 1) * cut.large_size};
+  int64_t begin = cut.large * cut.large_size + (share - cut.large) * cut.size;
+  return {begin, begin + cut.size < cut.groups ? begin + cut.size : cut.groups};
+}
+
+// One row: the weights that a share begins with.
+void ask_ahead(const Linear& c, const Cut& cut, int64_t index) {
+  if (c.rows != 1) return;
+  Groups part = groups_of(cut, index);
+  const uint16_t *w = c.weights + part.begin * kOuts * c.weight_row, *end = c.weights + part.end * kOuts * c.weight_row;
+  for (int64_t i = 0; i < kAhead && w + i < end; i += kLine) __builtin_prefetch(w + i);
 }
 
 void linear_share(const Linear& c, const Cut& cut, int64_t index) {
   int64_t begin = index / cut.shares * kRows, end = begin + kRows < c.rows ? begin + kRows : c.rows;
-  int64_t group = index % cut.shares * cut.size, stop = group + cut.size < cut.groups ? group + cut.size : cut.groups;
+  Groups part = groups_of(cut, index % cut.shares);
   alignas(64) float mine[kOwn];
-  const uint16_t* behind = c.weights + (stop * kOuts < c.outs ? stop * kOuts : c.outs) * c.weight_row;
-  for (; group < stop; group++) {
+  const uint16_t* behind = c.weights + (part.end * kOuts < c.outs ? part.end * kOuts : c.outs) * c.weight_row;
+  for (int64_t group = part.begin; group < part.end; group++) {
     if (c.rows == 1)
       one_row(c, group * kOuts, behind);
     else
