@@ -69,6 +69,7 @@ class _Later:
     capture: Capture
     most_rows: int
     asked: Counter[int] = field(default_factory=Counter)
+    refused: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,41 @@ class DecodeGraphs:
 
     def prepare(self, sizes: Sequence[int], capture: Capture) -> None:
         """Capture steps of so many rows. Raises whatever a step that cannot be captured raises; then there are none."""
+        try:
+            self._capture(sizes, capture)
+        except BaseException:
+            self._steps.clear()
+            raise
+
+    def prepare_later(self, most_rows: int, capture: Capture) -> None:
+        """Capture a number of rows, up to `most_rows`, when it has been asked for often enough."""
+        self._later = _Later(capture, most_rows)
+
+    def may_capture(self, num_rows: int) -> bool:
+        """Whether so many rows have no graph yet, and `ask` may make one."""
+        later = self._later
+        return later is not None and num_rows <= later.most_rows and num_rows not in {*self._steps, *later.refused}
+
+    def ask(self, num_rows: int) -> None:
+        """Somebody had so many rows, for which there may be a graph: at times that takes three steps."""
+        later = self._later
+        if later is None:
+            return
+        later.asked[num_rows] += 1
+        if later.asked[num_rows] < _OFTEN or self._pool.num_free < self._pool.layout.num_pages(_TRIAL_TOKENS):
+            return
+        try:
+            self._capture([num_rows], later.capture)
+        # Whatever a forward raises that cannot be captured: call by call, it was right in the trial at load.
+        except Exception as problem:
+            reason = f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
+            logger.info("decode of %d rows stays call by call: %s", num_rows, reason)
+            later.refused.add(num_rows)
+            if not self._steps:
+                # It is the model, not the number of rows.
+                self._later = None
+
+    def _capture(self, sizes: Sequence[int], capture: Capture) -> None:
         began = time.perf_counter()
         held = self._pool.alloc(self._pool.layout.num_pages(_TRIAL_TOKENS))
         if held is None:
@@ -127,33 +163,9 @@ class DecodeGraphs:
             # The largest first: the others fit into its memory.
             for size in sorted(sizes, reverse=True):
                 self._prepare(size, capture, held)
-        except BaseException:
-            self._steps.clear()
-            raise
         finally:
             self._pool.free(held)
         logger.info("decode of %s rows in one launch (%.1f s)", list(sizes), time.perf_counter() - began)
-
-    def prepare_later(self, most_rows: int, capture: Capture) -> None:
-        """Capture a number of rows, up to `most_rows`, when it has been asked for often enough."""
-        self._later = _Later(capture, most_rows)
-
-    def ask(self, num_rows: int) -> None:
-        """Somebody has so many rows; a capture now and then costs him three steps."""
-        later = self._later
-        if later is None or num_rows in self._steps or num_rows > later.most_rows:
-            return
-        later.asked[num_rows] += 1
-        if later.asked[num_rows] < _OFTEN or self._pool.num_free < self._pool.layout.num_pages(_TRIAL_TOKENS):
-            return
-        try:
-            self.prepare([num_rows], later.capture)
-        # Whatever a forward raises that cannot be captured: call by call, it was right in the trial at load.
-        except Exception as problem:
-            logger.info(
-                "decode stays call by call: %s: %s", type(problem).__name__, " ".join(str(problem).split())[:300]
-            )
-            self._later = None
 
     def run(self, pieces: Sequence[NextToken]) -> Tensor | None:
         """Logits [B, V] after the next token of each sequence; none where no graph has so many rows."""
@@ -182,24 +194,28 @@ class DecodeGraphs:
         return True
 
     def _prepare(self, size: int, capture: Capture, pages: Sequence[int]) -> None:
-        self.staged.stage([_Trial(pages, token=1, past=0)], size)
-        shaped_BV = self._forward(size)
-        if not len(self.logits_RV):
-            self.logits_RV = shaped_BV.new_empty(self.staged.num_rows, shaped_BV.shape[1])
+        tokens = self._model.get_input_embeddings().num_embeddings
+        self.staged.stage([_Trial(pages, token=size % tokens, past=0)], size)
         again = capture(partial(self._step, size))
-        # Another token at another place: what the capture took for fixed shows.
-        self.staged.stage([_Trial(pages, token=2, past=1)], size)
-        want_BV = self._forward(size).double()
+        # Another token at another place, unlike that of any other size: what the capture took for fixed shows. Its key
+        # and value are written by nobody else before: if it did not write them, that would show, too.
+        self.staged.stage([_Trial(pages, token=(size + 1) % tokens, past=1)], size)
+        if not len(self.logits_RV):
+            raise ModelError(f"captured logits of {size} rows were never computed")
         self.logits_RV[:size].fill_(torch.nan)
         again()
-        error = float((self.logits_RV[:size].double() - want_BV).norm() / want_BV.norm())
+        got_BV, want_BV = self.logits_RV[:size].double(), self._forward(size).double()
+        error = float((got_BV - want_BV).norm() / want_BV.norm())
         # Written so that NaN is refused too.
-        if not error <= _TOLERANCE.get(shaped_BV.dtype, 1e-2):
+        if not error <= _TOLERANCE.get(self.logits_RV.dtype, 1e-2):
             raise ModelError(f"captured logits of {size} rows differ by {error:.2g} of their norm")
         self._steps[size] = again
 
     def _step(self, size: int) -> None:
-        self.logits_RV[:size].copy_(self._forward(size))
+        logits_BV = self._forward(size)
+        if not len(self.logits_RV):
+            self.logits_RV = logits_BV.new_empty(self.staged.num_rows, logits_BV.shape[1])
+        self.logits_RV[:size].copy_(logits_BV)
 
     def _forward(self, size: int) -> Tensor:
         staged = self.staged

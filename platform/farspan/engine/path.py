@@ -141,9 +141,10 @@ def _refuse_ranks(config: EngineConfig, share: Share | None) -> None:
 
 
 def capture_decode(path: Path, most_rows: int, most_tokens: int, capture: Capture | None = None) -> bool:
-    """Whether decode steps of up to `most_rows` sequences are launched as wholes from now on; the log says why not.
+    """Whether decode steps of up to `most_rows` sequences are launched as wholes; the log says why not.
 
-    `capture`: how; none: by CUDA graphs, or on a CPU as a list of compiled calls, made when it is worth it.
+    `capture`: how; none: by CUDA graphs from now on, or on a CPU as a list of compiled calls, which is tried when it is
+    worth it.
     """
     device = path.pool.device
     later = capture is None and device.type == "cpu"

@@ -17,13 +17,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from farspan.engine.capture import Step
-from farspan.kernels.team.calls import Compiled, bind_calls, run_compiled
+from farspan.kernels.team.calls import Compiled, bind_calls, run_compiled, share_scratch
 
 _REFUSED = (
     (torch.Tag.data_dependent_output, "looks at numbers"),
     (torch.Tag.dynamic_output_shape, "makes as much as its numbers say"),
     (torch.Tag.nondeterministic_seeded, "draws random numbers"),
 )
+# What reads numbers behind torch's operations.
+_READ = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)
 
 
 def record(step: Step) -> Step:
@@ -46,11 +48,13 @@ def record(step: Step) -> Step:
 
 def _joined(done: Sequence[Compiled | Step]) -> list[Step]:
     """Compiled calls in a row as one."""
+    compiled = [each for each in done if isinstance(each, Compiled)]
+    shared = iter(share_scratch(compiled) if compiled else ())
     steps: list[Step] = []
     row: list[Compiled] = []
     for each in done:
         if isinstance(each, Compiled):
-            row.append(each)
+            row.append(next(shared))
             continue
         if row:
             steps.append(bind_calls(row))
@@ -70,8 +74,10 @@ class _Kernels(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is run_compiled:
-            function, argument, *keeps = args
-            self._done.append(Compiled(function, argument, tuple(keeps)))
+            function, argument, scratch, *keeps = args
+            self._done.append(Compiled(function, argument, scratch, tuple(keeps)))
+        elif func in _READ:
+            raise RuntimeError(f"{func.__name__} looks at numbers")
         return func(*args, **(kwargs or {}))
 
 
@@ -93,7 +99,7 @@ class _Operations(TorchDispatchMode):
             if found is not NotImplemented:
                 return found
         for tag, what in _REFUSED:
-            if tag in func.tags:
+            if tag in func.tags and not _picks_places(func, args):
                 raise RuntimeError(f"{func} {what}")
         made = func(*args, **given)
         if (again := _again(func, args, given, made)) is not None:
@@ -105,7 +111,7 @@ def _again(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], made: 
     """What computes the same once more into `made`; none where nothing is computed."""
     if func.is_view or torch.Tag.inplace_view in func.tags or _only_makes_room(func):
         return None
-    if func._schema.is_mutable:
+    if func._schema.is_mutable or made is None:
         return lambda: func(*args, **kwargs)
     into = getattr(func.overloadpacket, "out", None)
     if isinstance(made, Tensor) and isinstance(into, OpOverload) and _takes_the_same(into, func):
@@ -118,6 +124,12 @@ def _again(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], made: 
             place.copy_(new)
 
     return copy_again
+
+
+def _picks_places(func: OpOverload, args: Sequence[Any]) -> bool:
+    """Whether it takes elements by their places, which makes always as many, and not those that a mask says."""
+    masks = (torch.bool, torch.uint8)
+    return func is torch.ops.aten.index.Tensor and not any(x is not None and x.dtype in masks for x in args[1])
 
 
 def _only_makes_room(func: OpOverload) -> bool:

@@ -116,14 +116,17 @@ class Runner:
         """Logits [R, V]: the `num_logits` last tokens of each piece, in the given order."""
         graphs = self.in_one_launch(pieces)
         logits_BV = None if graphs is None else graphs.run(pieces)
-        return self._run_packed(pieces) if logits_BV is None else logits_BV
+        if logits_BV is not None:
+            return logits_BV
+        logits_RV = self._run_packed(pieces)
+        if self._graphs is not None and self._graphs.may_capture(len(pieces)) and self._in_one_launch(pieces):
+            self._graphs.ask(len(pieces))
+        return logits_RV
 
     def in_one_launch(self, pieces: Sequence[Piece]) -> DecodeGraphs | None:
         """The graphs that compute these pieces, if any do. With the next tokens of the same sequences it stays so."""
-        if self._graphs is None or not self._in_one_launch(pieces):
-            return None
-        self._graphs.ask(len(pieces))
-        return None if self._graphs.size_of(len(pieces)) is None else self._graphs
+        fits = self._graphs is not None and self._graphs.size_of(len(pieces)) is not None
+        return self._graphs if fits and self._in_one_launch(pieces) else None
 
     def _in_one_launch(self, pieces: Sequence[Piece]) -> bool:
         """Whether pieces are single tokens of the model itself, and gain little by reading a beginning once."""

@@ -228,7 +228,14 @@ def test_a_step_that_cannot_be_captured_is_launched_kernel_by_kernel_and_said_on
 
 
 def test_a_capture_that_computes_nothing_or_something_else_is_refused(caplog) -> None:
-    assert "captured logits of 4 rows differ" in refused(tiny_model(), lambda step: lambda: None, caplog)
+    assert "captured logits of 4 rows were never computed" in refused(tiny_model(), lambda step: lambda: None, caplog)
+    caplog.clear()
+
+    def once(step: Step) -> Step:
+        step()
+        return lambda: None
+
+    assert "captured logits of 4 rows differ" in refused(tiny_model(), once, caplog)
 
 
 def test_models_that_are_never_captured_say_why(caplog) -> None:

@@ -1,7 +1,7 @@
 // Linear layers of bf16 weights on a CPU that has no bf16 arithmetic.
 //
-// Weights are read as they lie, 16 bits each, and widened on the way; sums are fp32. One row is bound by the memory that
-// holds the weights, many rows by multiplications: four outputs by three rows share what is loaded. An output
+// Weights are read as they lie, 16 bits each, and widened on the way; sums are fp32. Few rows are bound by the memory
+// that holds the weights, many rows by multiplications: four outputs by three rows share what is loaded. An output
 // is summed in one order however many rows there are: it does not depend on the rows beside it.
 #pragma once
 
@@ -9,9 +9,11 @@
 
 namespace {
 
-// Outputs that a thread computes one after the other for one row, weights of a cache line, and how far ahead of the one
-// that is used they are asked for.
-constexpr int64_t kOuts = 8, kLine = 32, kAhead = 8192;
+// Weights of a cache line, and how far ahead of the one that is used they are asked for, in each of the outputs that are
+// computed side by side.
+constexpr int64_t kLine = 32, kAhead = 2048;
+// Rows whose weights are widened into registers; for more of them, into memory.
+constexpr int64_t kFewRows = 8;
 // Quarters of a layer that are cut into one large share for each thread, and small shares of a thread of what is left.
 constexpr int64_t kLargePart = 3, kSmall = 8;
 // Many rows: a tile of outputs by rows, whose sums stay in registers; inputs at once, so that the widened weights of a
@@ -61,34 +63,59 @@ INLINE void put(const Linear& c, int64_t row, int64_t out, float sum) {
   c.y[row * c.y_row + out] = narrow(sum);
 }
 
-// One row: every weight is used once, so it is widened on its way to the multiplication. Weights are read in the order in
-// which they lie, the memory asked for ahead of it up to `end`: what lies behind belongs to another share.
-void one_row(const Linear& c, int64_t first, const uint16_t* end) {
-  const float* x = c.x;
-  lanes sums[kOuts] = {};
-  int64_t whole = c.ins / kPair * kPair;
-  for (int64_t j = 0; j < kOuts && first + j < c.outs; j++) {
-    const uint16_t* w = c.weights + (first + j) * c.weight_row;
-    lanes sum = {};
-    for (int64_t i = 0; i < whole; i += kPair) {
-      if (i % kLine == 0 && w + i + kAhead < end) __builtin_prefetch(w + i + kAhead);
-      lanes even, odd;
-      widen(w + i, &even, &odd);
-      sum += load(x + i) * even;
-      sum += load(x + i + kLanes) * odd;
+// Few rows: weights are widened on their way to the multiplication, `Rows` rows at a time. `Outs` outputs side by side:
+// one sum alone would wait for itself. `end`: what lies behind belongs to another share, and is not asked for.
+template <int64_t Outs, int64_t Rows>
+INLINE void few_rows(const Linear& c, int64_t first, int64_t row, const uint16_t* end) {
+  const int64_t width = padded(c.ins), whole = c.ins / kPair * kPair;
+  const uint16_t* w[Outs];
+  for (int64_t j = 0; j < Outs; j++) w[j] = c.weights + (first + j < c.outs ? first + j : c.outs - 1) * c.weight_row;
+  // Memory is asked for in the order of its use: in these outputs, and from their end on in those after them.
+  const int64_t next = Outs * c.weight_row, turn = c.ins - kAhead % c.ins;
+  const uint16_t* here = w[0] + kAhead / c.ins * next + kAhead % c.ins;
+  const float* x = c.x + row * width;
+  lanes sums[Rows * Outs] = {};
+  auto add = [&](const uint16_t* from, int64_t j, int64_t i) __attribute__((always_inline)) {
+    lanes even, odd;
+    widen(from, &even, &odd);
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < Rows; r++) {
+      sums[r * Outs + j] += load(x + r * width + i) * even;
+      sums[r * Outs + j] += load(x + r * width + i + kLanes) * odd;
     }
-    if (whole < c.ins) {
-      float rest[kPair];
-      widen_row(w + whole, c.ins - whole, rest);
-      sum += load(x + whole) * load(rest);
-      sum += load(x + whole + kLanes) * load(rest + kLanes);
+  };
+  for (int64_t i = 0; i < whole; i += kPair) {
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < Outs; j++) {
+      const uint16_t* ahead = here + i + j * c.weight_row + (i < turn ? 0 : next - c.ins);
+      if (i % kLine == 0 && ahead < end) __builtin_prefetch(ahead);
+      add(w[j] + i, j, i);
     }
-    sums[j] = sum;
   }
-  float found[kOuts];
-  totals(sums, found);
-  totals(sums + 4, found + 4);
-  for (int64_t j = 0; j < kOuts && first + j < c.outs; j++) put(c, 0, first + j, found[j]);
+  if (whole < c.ins) {
+    for (int64_t j = 0; j < Outs; j++) {
+      uint16_t rest[kPair] = {};
+      std::memcpy(rest, w[j] + whole, (c.ins - whole) * 2);
+      add(rest, j, whole);
+    }
+  }
+  static_assert(Rows * Outs % 4 == 0, "sums are added up by fours");
+  float found[Rows * Outs];
+  for (int64_t i = 0; i < Rows * Outs; i += 4) totals(sums + i, found + i);
+  for (int64_t r = 0; r < Rows; r++)
+    for (int64_t j = 0; j < Outs && first + j < c.outs; j++) put(c, row + r, first + j, found[r * Outs + j]);
+}
+
+// A group of outputs of few rows, two by two: what that takes fits into the registers.
+void few_rows(const Linear& c, int64_t first, const uint16_t* end) {
+  for (int64_t row = 0; row < c.rows; row += 2) {
+    // Weights are in the first cache from the second time on.
+    const uint16_t* ahead = row ? c.weights : end;
+    if (row + 1 < c.rows)
+      few_rows<kTileOuts, 2>(c, first, row, ahead);
+    else
+      few_rows<kTileOuts, 1>(c, first, row, ahead);
+  }
 }
 
 // Seven loads for twelve multiplications of a whole vector.
@@ -149,11 +176,13 @@ struct Cut {
   int64_t count;
 };
 
+INLINE bool is_few(int64_t rows) { return rows <= kFewRows; }
+
 INLINE Cut cut_linear(int64_t rows, int64_t outs, int64_t threads) {
-  int64_t each = rows == 1 ? kOuts : kTileOuts, groups = (outs + each - 1) / each;
+  int64_t groups = (outs + kTileOuts - 1) / kTileOuts;
   // Memory is read fastest in long stretches; a thread that is held up by another process leaves the last shares, which
   // are small, to the others.
-  int64_t large_size = rows == 1 ? groups * kLargePart / (4 * threads) : 0, large = large_size > 1 ? threads : 0;
+  int64_t large_size = is_few(rows) ? groups * kLargePart / (4 * threads) : 0, large = large_size > 1 ? threads : 0;
   int64_t left = groups - large * large_size;
   int64_t size = left / (threads * kSmall) + 1, shares = large + (left + size - 1) / size;
   return {groups, size, shares, large, large_size, (rows + kRows - 1) / kRows * shares};
@@ -169,25 +198,31 @@ INLINE Groups groups_of(const Cut& cut, int64_t share) {
   return {begin, begin + cut.size < cut.groups ? begin + cut.size : cut.groups};
 }
 
-// One row: the weights that a share begins with.
+INLINE const uint16_t* behind(const Linear& c, const Groups& part) {
+  return c.weights + (part.end * kTileOuts < c.outs ? part.end * kTileOuts : c.outs) * c.weight_row;
+}
+
+// The weights that a share of few rows begins with.
 void ask_ahead(const Linear& c, const Cut& cut, int64_t index) {
-  if (c.rows != 1) return;
+  if (!is_few(c.rows)) return;
   Groups part = groups_of(cut, index);
-  const uint16_t *w = c.weights + part.begin * kOuts * c.weight_row, *end = c.weights + part.end * kOuts * c.weight_row;
-  for (int64_t i = 0; i < kAhead && w + i < end; i += kLine) __builtin_prefetch(w + i);
+  const uint16_t *w = c.weights + part.begin * kTileOuts * c.weight_row, *end = behind(c, part);
+  for (int64_t i = 0; i < kAhead; i += kLine) {
+    const uint16_t* from = w + i / c.ins * kTileOuts * c.weight_row + i % c.ins;
+    for (int64_t j = 0; j < kTileOuts && from + j * c.weight_row < end; j++) __builtin_prefetch(from + j * c.weight_row);
+  }
 }
 
 void linear_share(const Linear& c, const Cut& cut, int64_t index) {
   int64_t begin = index / cut.shares * kRows, end = begin + kRows < c.rows ? begin + kRows : c.rows;
   Groups part = groups_of(cut, index % cut.shares);
-  alignas(64) float mine[kOwn];
-  const uint16_t* behind = c.weights + (part.end * kOuts < c.outs ? part.end * kOuts : c.outs) * c.weight_row;
-  for (int64_t group = part.begin; group < part.end; group++) {
-    if (c.rows == 1)
-      one_row(c, group * kOuts, behind);
-    else
-      many_rows(c, group * kTileOuts, begin, end, mine);
+  const uint16_t* last = behind(c, part);
+  if (is_few(c.rows)) {
+    for (int64_t group = part.begin; group < part.end; group++) few_rows(c, group * kTileOuts, last);
+    return;
   }
+  alignas(64) float mine[kOwn];
+  for (int64_t group = part.begin; group < part.end; group++) many_rows(c, group * kTileOuts, begin, end, mine);
 }
 
 }  // namespace

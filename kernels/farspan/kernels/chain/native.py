@@ -173,7 +173,7 @@ def _bound(bind: _Bind, steps: Sequence[Step], given: Mapping[str, int], wanted:
         if num_rows:
             scratch = torch.empty(num_rows * row_bytes + slack, dtype=torch.uint8)
             call.scratch, call.rows, call.threads = scratch.data_ptr(), num_rows, torch.get_num_threads()
-            run_compiled(bind.run, call, *rows, *made_rows, scratch, keeps)
+            run_compiled(bind.run, call, scratch, *rows, *made_rows, keeps)
         return made_rows
 
     return chain_native

@@ -138,5 +138,5 @@ def _attend(
     scratch = torch.empty(threads * library.farspan_scratch_floats(pointer), dtype=torch.float32)
     case.parts, case.scratch = parts.data_ptr(), scratch.data_ptr()
     given = (q_BQHD, keys_PSGD, values_PSGC, tables_BN, lengths_B, *(() if weights_PSG is None else (weights_PSG,)))
-    run_compiled(library.farspan_attend_pages, case, *given, out_BQHC, lse_BQH, parts, scratch)
+    run_compiled(library.farspan_attend_pages, case, scratch, *given, out_BQHC, lse_BQH, parts)
     return out_BQHC, lse_BQH

@@ -70,7 +70,7 @@ class TokensOfLayer:
         case.tables, case.table_row = rows.tables_BN.data_ptr(), rows.tables_BN.stride(0)
         case.lengths, case.rows, case.programs, case.threads = rows.lengths_B.data_ptr(), num_rows, programs, threads
         given, pages = (q_BHD, k_BGD, v_BGC), (self.keys_PSGD, self.values_PSGC)
-        run_compiled(self.library.farspan_attend_pages, case, *given, *pages, rows, out_BHC, work)
+        run_compiled(self.library.farspan_attend_pages, case, work, *given, *pages, rows, out_BHC)
         return out_BHC
 
 

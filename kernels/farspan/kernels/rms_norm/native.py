@@ -55,7 +55,7 @@ def _bind(library: ctypes.CDLL, team: int, w_K: Tensor, eps: float, kind: Kind) 
         case = _Case.from_buffer_copy(bound)
         case.x, case.y = x_TK.data_ptr(), y_TK.data_ptr()
         case.rows, case.x_row, case.threads = x_TK.shape[0], x_TK.stride(0), torch.get_num_threads()
-        run_compiled(run, case, x_TK, w_K, y_TK)
+        run_compiled(run, case, x_TK.new_empty(0), x_TK, w_K, y_TK)
         return y_TK
 
     return rms_norm_native

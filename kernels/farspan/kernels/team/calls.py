@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from farspan.kernels.team.native import load_library
 
 _SOURCE = Path(__file__).with_name("native.cpp")
+# Bytes of a cache line, at whose beginning scratch may have to begin.
+_LINE = 64
 
 
 class _Call(ctypes.Structure):
@@ -27,20 +31,36 @@ class _Call(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A call that was made. Its structure is never changed again."""
+    """A call that was made. Its structure belongs to whoever heard it."""
 
     function: Any
     argument: ctypes.Structure
+    scratch: Tensor
+    """What it writes and reads, and nobody after it."""
     keeps: tuple[object, ...]
-    """What its addresses point to."""
+    """Whatever else its addresses point to."""
 
 
-def run_compiled(function: Any, argument: ctypes.Structure, *keeps: object) -> None:
-    """Call `function`, of one address and without a result. `keeps`: the tensors, or what else, that it points to."""
-    if has_torch_function(keeps):
-        handle_torch_function(run_compiled, keeps, function, argument, *keeps)
+def run_compiled(function: Any, argument: ctypes.Structure, scratch: Tensor, *keeps: object) -> None:
+    """Call `function`, of one address and without a result. `scratch`, `keeps`: the tensors, and more, it points to."""
+    heard = (scratch, *keeps)
+    if has_torch_function(heard):
+        handle_torch_function(run_compiled, heard, function, argument, scratch, *keeps)
         return
     function(ctypes.byref(argument))
+
+
+def share_scratch(calls: Sequence[Compiled]) -> list[Compiled]:
+    """The same calls with one scratch for all of them: they are made one after the other."""
+    shared = torch.empty(max(call.scratch.nbytes for call in calls) + _LINE, dtype=torch.uint8)
+    begin = -(-shared.data_ptr() // _LINE) * _LINE
+    for call in calls:
+        at, size = call.scratch.data_ptr(), call.scratch.nbytes
+        for name, kind in call.argument._fields_:
+            place = getattr(call.argument, name)
+            if kind is ctypes.c_void_p and place is not None and at <= place < at + size:
+                setattr(call.argument, name, begin + place - at)
+    return [replace(call, scratch=shared) for call in calls]
 
 
 def bind_calls(calls: Sequence[Compiled]) -> Callable[[], None]:
