@@ -7,8 +7,10 @@ import sys
 import threading
 
 import pytest
+import torch
 
 from farspan.kernels.team.native import load_team
+from farspan.kernels.team.quiet import on_one_thread
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
 WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
@@ -109,3 +111,15 @@ print("both")
 """
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=DEADLINE_S)
     assert found.stdout.strip() == "both", found.stderr[-800:]
+
+
+def test_operations_of_torch_are_on_one_thread_only_within_and_also_after_an_error() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(ValueError, match="whatever"), on_one_thread():
+            assert torch.get_num_threads() == 1
+            raise ValueError("whatever")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from farspan.engine.capture import Step
 from farspan.kernels.team.calls import Compiled, bind_calls, run_compiled, share_scratch
+from farspan.kernels.team.quiet import on_one_thread
 
 _REFUSED = (
     (torch.Tag.data_dependent_output, "looks at numbers"),
@@ -39,7 +40,7 @@ def record(step: Step) -> Step:
     steps = _joined(done)
 
     def again() -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), on_one_thread():
             for each in steps:
                 each()
 

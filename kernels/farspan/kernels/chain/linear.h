@@ -9,11 +9,9 @@
 
 namespace {
 
-// Weights of a cache line, and how far ahead of the one that is used they are asked for, in each of the outputs that are
-// computed side by side.
-constexpr int64_t kLine = 32, kAhead = 2048;
-// Rows whose weights are widened into registers; for more of them, into memory.
-constexpr int64_t kFewRows = 8;
+// Few rows, whose sums fit into registers: outputs that a thread computes one after the other, weights of a cache line,
+// and how far ahead of the one that is used they are asked for.
+constexpr int64_t kFewRows = 8, kOuts = 8, kLine = 32, kAhead = 8192;
 // Quarters of a layer that are cut into one large share for each thread, and small shares of a thread of what is left.
 constexpr int64_t kLargePart = 3, kSmall = 8;
 // Many rows: a tile of outputs by rows, whose sums stay in registers; inputs at once, so that the widened weights of a
@@ -63,60 +61,46 @@ INLINE void put(const Linear& c, int64_t row, int64_t out, float sum) {
   c.y[row * c.y_row + out] = narrow(sum);
 }
 
-// Few rows: weights are widened on their way to the multiplication, `Rows` rows at a time. `Outs` outputs side by side:
-// one sum alone would wait for itself. `end`: what lies behind belongs to another share, and is not asked for.
-template <int64_t Outs, int64_t Rows>
-INLINE void few_rows(const Linear& c, int64_t first, int64_t row, const uint16_t* end) {
+// Few rows: weights are widened on their way to the multiplication and read in the order in which they lie, the memory
+// asked for ahead of it up to `end`: what lies behind belongs to another share.
+template <int64_t Rows>
+void few_rows(const Linear& c, int64_t first, const uint16_t* end) {
   const int64_t width = padded(c.ins), whole = c.ins / kPair * kPair;
-  const uint16_t* w[Outs];
-  for (int64_t j = 0; j < Outs; j++) w[j] = c.weights + (first + j < c.outs ? first + j : c.outs - 1) * c.weight_row;
-  // Memory is asked for in the order of its use: in these outputs, and from their end on in those after them.
-  const int64_t next = Outs * c.weight_row, turn = c.ins - kAhead % c.ins;
-  const uint16_t* here = w[0] + kAhead / c.ins * next + kAhead % c.ins;
-  const float* x = c.x + row * width;
-  lanes sums[Rows * Outs] = {};
-  auto add = [&](const uint16_t* from, int64_t j, int64_t i) __attribute__((always_inline)) {
-    lanes even, odd;
-    widen(from, &even, &odd);
-#pragma GCC unroll 4
-    for (int64_t r = 0; r < Rows; r++) {
-      sums[r * Outs + j] += load(x + r * width + i) * even;
-      sums[r * Outs + j] += load(x + r * width + i + kLanes) * odd;
+  lanes sums[Rows * kOuts] = {};
+  for (int64_t j = 0; j < kOuts && first + j < c.outs; j++) {
+    const uint16_t* w = c.weights + (first + j) * c.weight_row;
+    lanes sum[Rows] = {};
+    auto add = [&](const uint16_t* from, int64_t i) __attribute__((always_inline)) {
+      lanes even, odd;
+      widen(from, &even, &odd);
+#pragma GCC unroll 8
+      for (int64_t row = 0; row < Rows; row++) {
+        sum[row] += load(c.x + row * width + i) * even;
+        sum[row] += load(c.x + row * width + i + kLanes) * odd;
+      }
+    };
+    for (int64_t i = 0; i < whole; i += kPair) {
+      if (i % kLine == 0 && w + i + kAhead < end) __builtin_prefetch(w + i + kAhead);
+      add(w + i, i);
     }
-  };
-  for (int64_t i = 0; i < whole; i += kPair) {
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < Outs; j++) {
-      const uint16_t* ahead = here + i + j * c.weight_row + (i < turn ? 0 : next - c.ins);
-      if (i % kLine == 0 && ahead < end) __builtin_prefetch(ahead);
-      add(w[j] + i, j, i);
-    }
-  }
-  if (whole < c.ins) {
-    for (int64_t j = 0; j < Outs; j++) {
+    if (whole < c.ins) {
       uint16_t rest[kPair] = {};
-      std::memcpy(rest, w[j] + whole, (c.ins - whole) * 2);
-      add(rest, j, whole);
+      std::memcpy(rest, w + whole, (c.ins - whole) * 2);
+      add(rest, whole);
     }
+    for (int64_t row = 0; row < Rows; row++) sums[row * kOuts + j] = sum[row];
   }
-  static_assert(Rows * Outs % 4 == 0, "sums are added up by fours");
-  float found[Rows * Outs];
-  for (int64_t i = 0; i < Rows * Outs; i += 4) totals(sums + i, found + i);
-  for (int64_t r = 0; r < Rows; r++)
-    for (int64_t j = 0; j < Outs && first + j < c.outs; j++) put(c, row + r, first + j, found[r * Outs + j]);
+  for (int64_t row = 0; row < Rows; row++) {
+    float found[kOuts];
+    totals(sums + row * kOuts, found);
+    totals(sums + row * kOuts + 4, found + 4);
+    for (int64_t j = 0; j < kOuts && first + j < c.outs; j++) put(c, row, first + j, found[j]);
+  }
 }
 
-// A group of outputs of few rows, two by two: what that takes fits into the registers.
-void few_rows(const Linear& c, int64_t first, const uint16_t* end) {
-  for (int64_t row = 0; row < c.rows; row += 2) {
-    // Weights are in the first cache from the second time on.
-    const uint16_t* ahead = row ? c.weights : end;
-    if (row + 1 < c.rows)
-      few_rows<kTileOuts, 2>(c, first, row, ahead);
-    else
-      few_rows<kTileOuts, 1>(c, first, row, ahead);
-  }
-}
+typedef void (*few)(const Linear&, int64_t, const uint16_t*);
+constexpr few kFew[] = {nullptr,     few_rows<1>, few_rows<2>, few_rows<3>, few_rows<4>,
+                        few_rows<5>, few_rows<6>, few_rows<7>, few_rows<8>};
 
 // Seven loads for twelve multiplications of a whole vector.
 INLINE void add_tile(const float* w, const float* const* x, int64_t size, lanes* sums) {
@@ -179,7 +163,7 @@ struct Cut {
 INLINE bool is_few(int64_t rows) { return rows <= kFewRows; }
 
 INLINE Cut cut_linear(int64_t rows, int64_t outs, int64_t threads) {
-  int64_t groups = (outs + kTileOuts - 1) / kTileOuts;
+  int64_t each = is_few(rows) ? kOuts : kTileOuts, groups = (outs + each - 1) / each;
   // Memory is read fastest in long stretches; a thread that is held up by another process leaves the last shares, which
   // are small, to the others.
   int64_t large_size = is_few(rows) ? groups * kLargePart / (4 * threads) : 0, large = large_size > 1 ? threads : 0;
@@ -198,27 +182,24 @@ INLINE Groups groups_of(const Cut& cut, int64_t share) {
   return {begin, begin + cut.size < cut.groups ? begin + cut.size : cut.groups};
 }
 
-INLINE const uint16_t* behind(const Linear& c, const Groups& part) {
-  return c.weights + (part.end * kTileOuts < c.outs ? part.end * kTileOuts : c.outs) * c.weight_row;
+// Few rows: where the weights of a share end.
+INLINE const uint16_t* end_of(const Linear& c, const Groups& part) {
+  return c.weights + (part.end * kOuts < c.outs ? part.end * kOuts : c.outs) * c.weight_row;
 }
 
 // The weights that a share of few rows begins with.
 void ask_ahead(const Linear& c, const Cut& cut, int64_t index) {
   if (!is_few(c.rows)) return;
   Groups part = groups_of(cut, index);
-  const uint16_t *w = c.weights + part.begin * kTileOuts * c.weight_row, *end = behind(c, part);
-  for (int64_t i = 0; i < kAhead; i += kLine) {
-    const uint16_t* from = w + i / c.ins * kTileOuts * c.weight_row + i % c.ins;
-    for (int64_t j = 0; j < kTileOuts && from + j * c.weight_row < end; j++) __builtin_prefetch(from + j * c.weight_row);
-  }
+  const uint16_t *w = c.weights + part.begin * kOuts * c.weight_row, *end = end_of(c, part);
+  for (int64_t i = 0; i < kAhead && w + i < end; i += kLine) __builtin_prefetch(w + i);
 }
 
 void linear_share(const Linear& c, const Cut& cut, int64_t index) {
   int64_t begin = index / cut.shares * kRows, end = begin + kRows < c.rows ? begin + kRows : c.rows;
   Groups part = groups_of(cut, index % cut.shares);
-  const uint16_t* last = behind(c, part);
   if (is_few(c.rows)) {
-    for (int64_t group = part.begin; group < part.end; group++) few_rows(c, group * kTileOuts, last);
+    for (int64_t group = part.begin; group < part.end; group++) kFew[c.rows](c, group * kOuts, end_of(c, part));
     return;
   }
   alignas(64) float mine[kOwn];

@@ -39,7 +39,7 @@ namespace {
 enum Kind { kWiden, kMultiply, kNormalize, kGate, kAdd, kRotate };
 
 // Rows of a share, where a row is little work.
-constexpr int64_t kFew = 8;
+constexpr int64_t kSome = 8;
 
 struct Shared {
   const Run& run;
@@ -49,7 +49,7 @@ struct Shared {
 };
 
 INLINE int64_t count_shares(const Shared& s, int64_t step) {
-  return s.run.steps[step].kind == kMultiply ? s.cuts[step].count : (s.run.rows + kFew - 1) / kFew;
+  return s.run.steps[step].kind == kMultiply ? s.cuts[step].count : (s.run.rows + kSome - 1) / kSome;
 }
 
 void one_step(const Shared& s, const Step& step, int64_t row) {
@@ -88,8 +88,8 @@ void work(const void* context, int64_t level, int64_t index, int64_t) {
   int64_t number = find_step(s, level, &index);
   const Step& step = s.run.steps[number];
   if (step.kind == kMultiply) return linear_share(linear_of(s, step), s.cuts[number], index);
-  const int64_t end = (index + 1) * kFew;
-  for (int64_t row = index * kFew; row < end && row < s.run.rows; row++) one_step(s, step, row);
+  const int64_t end = (index + 1) * kSome;
+  for (int64_t row = index * kSome; row < end && row < s.run.rows; row++) one_step(s, step, row);
 }
 
 void ahead(const void* context, int64_t level, int64_t index) {

@@ -56,7 +56,7 @@ def share_scratch(calls: Sequence[Compiled]) -> list[Compiled]:
     begin = -(-shared.data_ptr() // _LINE) * _LINE
     for call in calls:
         at, size = call.scratch.data_ptr(), call.scratch.nbytes
-        for name, kind in call.argument._fields_:
+        for name, kind, *_ in call.argument._fields_:
             place = getattr(call.argument, name)
             if kind is ctypes.c_void_p and place is not None and at <= place < at + size:
                 setattr(call.argument, name, begin + place - at)
