@@ -41,6 +41,29 @@ def test_nodes_are_ended_and_one_that_ended_by_itself_is_noticed(tmp_path: Path)
     assert started[1].wait(30) == -15
 
 
+def test_what_a_node_began_ends_with_it_also_where_it_would_not_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(here, "_END_S", 2.0)
+    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    script = f"""
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", {child!r}], start_new_session=True)
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+    node = subprocess.Popen([sys.executable, "-c", script], start_new_session=True, stdout=subprocess.PIPE, text=True)
+    assert node.stdout is not None
+    left = int(node.stdout.readline())
+    began = here._began(left)
+    assert began is not None
+    record(tmp_path, Process("worker", node.pid, here._began(node.pid) or 0))
+    assert down(tmp_path) == 1
+    assert here._began(left) != began
+    assert node.wait(30) == -15
+    node.stdout.close()
+
+
 def test_a_zombie_is_not_running() -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)

@@ -10,8 +10,9 @@ from farspan.kernels.linear.native import load_native
 from farspan.kernels.linear.reference import bind_linear_reference
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
-# Rows, outputs, inputs: whole vectors and not, more rows than a cache holds, fewer outputs than a thread takes.
-SHAPES = [(1, 64, 32), (1, 9, 51), (2, 3, 8), (3, 100, 767), (17, 8, 64), (130, 65, 1000), (5, 1, 1), (0, 4, 8)]
+# Rows, outputs, inputs: whole vectors and not, few and many rows, more than a cache holds, fewer outputs than a group.
+SHAPES = [(1, 64, 32), (1, 9, 51), (2, 3, 8), (3, 100, 767), (4, 7, 33), (7, 50, 64), (8, 30, 100)]
+SHAPES += [(1, 1001, 96), (2, 1003, 4000), (9, 30, 100), (17, 8, 64), (130, 65, 1000), (5, 1, 1), (0, 4, 8)]
 
 
 @pytest.fixture
@@ -46,9 +47,9 @@ def test_a_row_gives_the_same_bits_alone_and_among_others(threads) -> None:
     whole = load_native()(w, b)(x)
     threads(1)
     alone = torch.cat([load_native()(w, b)(x[i : i + 1]) for i in range(len(x))])
-    pairs = torch.cat([load_native()(w, b)(x[i : i + 7]) for i in range(0, len(x), 7)])
+    some = [torch.cat([load_native()(w, b)(part) for part in x.split(n)]) for n in range(2, 10)]
     assert torch.equal(alone, whole)
-    assert torch.equal(pairs, whole)
+    assert all(torch.equal(each, whole) for each in some)
 
 
 @needs_compiler

@@ -14,11 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil  # type: ignore[import-untyped]
 
 from farspan.cli.launch import Node
 from farspan.cluster.diagnose import diagnose
@@ -35,7 +37,7 @@ _END_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A node: `ray start`, which holds everything of it. A number alone may belong to somebody else later."""
+    """A node: `ray start`, which holds all of it; or what it began. A number alone may be somebody else's later."""
 
     kind: str
     pid: int
@@ -112,21 +114,43 @@ def down(folder: Path) -> int:
     """End every node that still runs, workers first; gives how many. Raises ClusterError where one does not end."""
     here = Here(folder).read()
     running = [node for node in reversed(here.nodes) if node.runs()]
+    # Workers end by themselves when they miss their node; whoever asks for the end of a cluster waits for theirs, too.
+    begun = _begun_by(running)
     for way in (signal.SIGTERM, signal.SIGKILL):
         for node in running:
             if node.runs():
                 with suppress(ProcessLookupError):
                     # What `ray start --block` began ends with it; killed, it could not see to that itself.
                     (os.kill if way == signal.SIGTERM else os.killpg)(node.pid, way)
-        ends = time.monotonic() + _END_S
-        while any(node.runs() for node in running) and time.monotonic() < ends:
-            time.sleep(_POLL_S)
-    if left := [node.pid for node in running if node.runs()]:
-        raise ClusterError(f"process {left[0]} of Ray does not end; end it yourself: kill -9 {left[0]}")
+        _wait_for_end(running)
+    for process in _wait_for_end(begun):
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+    if left := _wait_for_end([*running, *begun]):
+        raise ClusterError(f"process {left[0].pid} of Ray does not end; end it yourself: kill -9 {left[0].pid}")
     if here.temp:
         shutil.rmtree(here.temp, ignore_errors=True)
     here.file.unlink(missing_ok=True)
     return len(running)
+
+
+def _begun_by(nodes: Sequence[Process]) -> list[Process]:
+    """Every process that these began, and those that they began."""
+    begun: list[Process] = []
+    for node in nodes:
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(node.pid).children(recursive=True):
+                if (began := _began(child.pid)) is not None:
+                    begun.append(Process(node.kind, child.pid, began))
+    return begun
+
+
+def _wait_for_end(processes: Sequence[Process]) -> list[Process]:
+    """Who still runs after a while."""
+    ends = time.monotonic() + _END_S
+    while (left := [process for process in processes if process.runs()]) and time.monotonic() < ends:
+        time.sleep(_POLL_S)
+    return left
 
 
 def nodes_here(folder: Path) -> list[Node]:

@@ -345,7 +345,8 @@ class EngineConfig:
     max_sequences: int = 64
     """Sequences decoded side by side."""
     graph_rows: int = 128
-    """On a GPU, decode of up to so many sequences is captured at start as CUDA graphs: one launch a step. 0: none."""
+    """Decode of up to so many sequences is one launch a step: on a GPU CUDA graphs, captured at start; on a CPU, for up
+    to 16, a list of compiled calls, made while requests run. 0: none."""
     prefill_tokens: int | None = None
     """Most tokens of prompts in one iteration; none: all of max_batch_tokens."""
     decode_tokens: int | None = None

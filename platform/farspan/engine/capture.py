@@ -20,12 +20,6 @@ class Capture(Protocol):
         ...
 
 
-def rerun(step: Step) -> Step:
-    """The capture of devices without graphs."""
-    step()
-    return step
-
-
 class CudaCapture:
     """Graphs of one device. They share their memory: only one of them runs at a time."""
 

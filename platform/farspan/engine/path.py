@@ -39,6 +39,7 @@ from farspan.engine.probe import (
     rope_types,
     set_attention,
 )
+from farspan.engine.recorded import record
 from farspan.engine.recurrent import PackedCache, restore_forward, swap_forward
 from farspan.engine.runner import Piece, Runner
 from farspan.engine.survey import Survey, WatchedAttention, survey
@@ -58,6 +59,8 @@ _CHECK_BOUNDS = (0, 9, 10, 11, 23)
 _ONE_PAGE = 2**40
 # Enough to try any model out; real memory only where it is written.
 _TRIAL_BYTES = 256 * 1024 * 1024
+# Rows of a step of a CPU from which on its calls cost little beside what they compute.
+_MOST_RECORDED = 16
 _ROPES_BY_LENGTH = "longrope"
 _MANNERS = (Manner(), Manner(masked=True), Manner(stepwise=True), Manner(stepwise=True, masked=True))
 
@@ -138,21 +141,25 @@ def _refuse_ranks(config: EngineConfig, share: Share | None) -> None:
 
 
 def capture_decode(path: Path, most_rows: int, most_tokens: int, capture: Capture | None = None) -> bool:
-    """Whether decode steps of up to `most_rows` sequences are launched as wholes from now on; the log says why not.
+    """Whether decode steps of up to `most_rows` sequences are launched as wholes; the log says why not.
 
-    `capture`: how; none: by CUDA graphs, where the model is on such a device.
+    `capture`: how; none: by CUDA graphs from now on, or on a CPU as a list of compiled calls, which is tried when it is
+    worth it.
     """
     device = path.pool.device
-    if most_rows < 1 or (capture is None and device.type != "cuda"):
+    later = capture is None and device.type == "cpu"
+    if most_rows < 1 or (capture is None and device.type not in ("cuda", "cpu")):
         return False
+    if later:
+        capture, most_rows = record, min(most_rows, _MOST_RECORDED)
     try:
         if not isinstance(path.runner, Runner):
             raise ModelError(f"it runs {path.name}")
-        path.runner.capture(most_rows, most_tokens, capture or CudaCapture(device))
+        path.runner.capture(most_rows, most_tokens, capture or CudaCapture(device), later=later)
     # Whatever a forward or the device raises that cannot be captured: launched one by one, it was right in the trial.
     except Exception as problem:
         reason = f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
-        logger.warning("decode is launched kernel by kernel: %s", reason)
+        logger.log(logging.INFO if later else logging.WARNING, "decode is launched kernel by kernel: %s", reason)
         return False
     return True
 

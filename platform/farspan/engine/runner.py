@@ -27,8 +27,8 @@ from farspan.models.rules import LayerRule
 
 # From how many shared pages and rows on reading them once is faster than two calls are slower.
 _LEAST_SHARED_PAGES, _LEAST_SHARING_ROWS = 8, 4
-# What a GPU reads while it is given the kernels of a layer one by one: sharing less than that is no gain.
-_LAUNCH_BYTES = 1 << 30
+# What a device reads while it is given the kernels of a layer one by one: sharing less than that is no gain.
+_LAUNCH_BYTES = {"cuda": 1 << 30, "cpu": 8 << 20}
 # Rows times shared pages of one call: its scores are in memory at once.
 _MOST_SHARED_ENTRIES = 1 << 18
 # Where decode gathers the pages of a group of rows side by side, one layer at a time: at most this much, or one row.
@@ -62,7 +62,7 @@ class Runner:
         stepwise: bool = False,
         gather_bytes: int = _GATHER_BYTES,
         lowrank: LowRank | None = None,
-        launch_bytes: int = _LAUNCH_BYTES,
+        launch_bytes: int | None = None,
     ) -> None:
         self._model, self._pool, self._states, self.survey = model, pool, states, survey
         self._stepwise, self._lowrank = stepwise, lowrank or LowRank()
@@ -76,13 +76,17 @@ class Runner:
         whole = {(r, group) for r, group in self._tables - self._gathers if r.window is None and r.chunk is None}
         self._shares = set() if survey.capped and pool.device.type == "cpu" else whole
         self._sharing = next((group for _, group in self._shares), None)
+        if launch_bytes is None:
+            launch_bytes = _LAUNCH_BYTES.get(pool.device.type, 0)
         self._least_saved_pages = launch_bytes * layout.layers_of_page // max(1, layout.page_bytes)
         self._graphs: DecodeGraphs | None = None
         self._tokens = BoundTokens()
         self._shell = None if states is None else PackedCache(model.config, None)
 
-    def capture(self, most_rows: int, most_tokens: int, capture: Capture) -> None:
+    def capture(self, most_rows: int, most_tokens: int, capture: Capture, *, later: bool = False) -> None:
         """From now on decode is one launch, for up to `most_rows` sequences of at most `most_tokens`.
+
+        `later`: not until a number of rows has been asked for often; then what a forward raises is only logged.
 
         Raises ModelError for what is never captured, and whatever else a forward raises that cannot be.
         """
@@ -92,12 +96,15 @@ class Runner:
             raise ModelError("its recurrent layers go on from states whose places are known on the host")
         if any(rule.chunk is not None and rule.chunk % size for rule, _ in self._tables):
             raise ModelError(f"its chunks begin within pages; use an engine.page_tokens that divides them, not {size}")
-        if self._gathers and self._pool.device.type == "cuda":
+        if self._gathers and (later or self._pool.device.type == "cuda"):
             raise ModelError("its pages are copied side by side, which costs the longest sequence in every step")
         pages = min(layout.num_places(most_tokens), num_pages)
-        room = Room(ladder(most_rows)[-1], pages, size, layout.num_groups, num_pages)
+        room = Room(most_rows if later else ladder(most_rows)[-1], pages, size, layout.num_groups, num_pages)
         graphs = DecodeGraphs(self._model, self._pool, self._calls, room)
-        graphs.prepare(ladder(most_rows), capture)
+        if later:
+            graphs.prepare_later(most_rows, capture)
+        else:
+            graphs.prepare(ladder(most_rows), capture)
         self._graphs = graphs
 
     @property
@@ -109,7 +116,12 @@ class Runner:
         """Logits [R, V]: the `num_logits` last tokens of each piece, in the given order."""
         graphs = self.in_one_launch(pieces)
         logits_BV = None if graphs is None else graphs.run(pieces)
-        return self._run_packed(pieces) if logits_BV is None else logits_BV
+        if logits_BV is not None:
+            return logits_BV
+        logits_RV = self._run_packed(pieces)
+        if self._graphs is not None and self._graphs.may_capture(len(pieces)) and self._in_one_launch(pieces):
+            self._graphs.ask(len(pieces))
+        return logits_RV
 
     def in_one_launch(self, pieces: Sequence[Piece]) -> DecodeGraphs | None:
         """The graphs that compute these pieces, if any do. With the next tokens of the same sequences it stays so."""

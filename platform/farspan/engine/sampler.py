@@ -20,6 +20,7 @@ from farspan.engine.philox import uniforms, uniforms_of, words_of
 from farspan.engine.request import SamplingParams, TokenLogprobs
 from farspan.engine.steer import steer
 from farspan.engine.warp import Warp, send
+from farspan.kernels.team.quiet import on_one_thread
 
 # Random numbers of rows that stay the same are made for so many steps at once.
 _STEPS_DRAWN = 32
@@ -74,8 +75,12 @@ def _best(scores_NV: Tensor) -> tuple[Tensor, Tensor]:
         # One look instead of two.
         best_N, tokens_N = scores_NV.max(-1)
         return best_N, tokens_N
-    # The same token: widening changes no order, and on a CPU torch looks through fp32 several times faster.
-    return scores_NV.amax(-1), (scores_NV if scores_NV.element_size() >= 4 else scores_NV.float()).argmax(-1)
+    # The same token: widening changes no order, and numpy looks through a row several times faster than torch.
+    with on_one_thread():
+        scores_nv = (scores_NV if scores_NV.element_size() >= 4 else scores_NV.float()).numpy()
+    tokens_n = scores_nv.argmax(-1)
+    best_n = np.take_along_axis(scores_nv, tokens_n[:, None], -1)[:, 0]
+    return torch.from_numpy(best_n), torch.from_numpy(tokens_n)
 
 
 def uniform(seed: int, position: int) -> float:

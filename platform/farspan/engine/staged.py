@@ -91,6 +91,11 @@ class StagedRows:
         self.num_staged = 0
         """How often other rows were staged."""
 
+    @property
+    def num_rows(self) -> int:
+        """Rows there is room for."""
+        return self._room.rows
+
     def tokens_B(self, rows: int) -> Tensor:
         return self._there.tokens_R[:rows]
 

@@ -54,7 +54,8 @@ def test_a_sound_machine_has_only_good_findings() -> None:
     [
         ({"versions": SOUND.versions | {"ray": "2.59.0"}}, "version of ray", FAIL, "pip install 'ray=="),
         ({"versions": SOUND.versions | {"torch": "2.12.0"}}, "version of torch", WARN, "pip install 'torch=="),
-        ({"versions": SOUND.versions | {"nixl": None}}, "version of nixl", FAIL, "pip install 'nixl=="),
+        ({"versions": SOUND.versions | {"torch": None}}, "version of torch", FAIL, "pip install 'torch=="),
+        ({"versions": SOUND.versions | {"nixl": None}}, "version of nixl", WARN, "pip install 'nixl=="),
         ({"taken_ports": {6379: "its head"}}, "port 6379", WARN, "stop what listens"),
         ({"shared_bytes": 64 << 20}, "shared memory", FAIL, "--shm-size"),
         ({"shared_bytes": 2 * GIB}, "shared memory", WARN, "19.2 GiB"),

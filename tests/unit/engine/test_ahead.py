@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.unit.engine.again import rerun
 from tests.unit.engine.tiny import VOCAB, engine_config, prompts, reference, tiny_model
 from tests.unit.engine.worded import worded_model
 from transformers import PreTrainedModel
 
-from farspan.engine.capture import rerun
 from farspan.engine.engine import Engine
 from farspan.engine.request import Completion, Event, FailedEvent, SamplingParams
 from farspan.engine.runner import Runner

@@ -12,13 +12,14 @@ import pytest
 import torch
 from tests.support.double import DoublePrecision
 from tests.support.zoo import VOCAB, zoo_model
+from tests.unit.engine.again import rerun
 from tests.unit.engine.oracle import whole_logits
 from tests.unit.engine.tiny import engine_config, prompts, reference, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from farspan.engine.ahead import Course, Launched
-from farspan.engine.capture import Step, rerun
+from farspan.engine.capture import Step
 from farspan.engine.engine import Engine
 from farspan.engine.graphs import DecodeGraphs, ladder
 from farspan.engine.path import capture_decode, open_path
@@ -227,7 +228,14 @@ def test_a_step_that_cannot_be_captured_is_launched_kernel_by_kernel_and_said_on
 
 
 def test_a_capture_that_computes_nothing_or_something_else_is_refused(caplog) -> None:
-    assert "captured logits of 4 rows differ" in refused(tiny_model(), lambda step: lambda: None, caplog)
+    assert "captured logits of 4 rows were never computed" in refused(tiny_model(), lambda step: lambda: None, caplog)
+    caplog.clear()
+
+    def once(step: Step) -> Step:
+        step()
+        return lambda: None
+
+    assert "captured logits of 4 rows differ" in refused(tiny_model(), once, caplog)
 
 
 def test_models_that_are_never_captured_say_why(caplog) -> None:
@@ -249,11 +257,6 @@ def test_an_exchanged_weight_is_not_read_where_the_old_one_was(graph_steps, capl
     assert torch.equal(captured.run(pieces), plain.run(pieces))
     assert graph_steps == [1]
     assert [record.getMessage() for record in caplog.records if "exchanged" in record.getMessage()]
-
-
-def test_no_engine_captures_on_a_device_without_graphs() -> None:
-    path = open_path(tiny_model(), engine_config())
-    assert not capture_decode(path, 8, MOST_TOKENS)
 
 
 def test_there_is_a_graph_for_every_number_of_rows_and_few_of_its_rows_are_filled_up() -> None:

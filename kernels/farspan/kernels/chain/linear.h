@@ -1,7 +1,7 @@
 // Linear layers of bf16 weights on a CPU that has no bf16 arithmetic.
 //
-// Weights are read as they lie, 16 bits each, and widened on the way; sums are fp32. One row is bound by the memory that
-// holds the weights, many rows by multiplications: four outputs by three rows share what is loaded. An output
+// Weights are read as they lie, 16 bits each, and widened on the way; sums are fp32. Few rows are bound by the memory
+// that holds the weights, many rows by multiplications: four outputs by three rows share what is loaded. An output
 // is summed in one order however many rows there are: it does not depend on the rows beside it.
 #pragma once
 
@@ -9,9 +9,11 @@
 
 namespace {
 
-// Outputs that a thread computes one after the other for one row, weights of a cache line, and how far ahead of the one
-// that is used they are asked for.
-constexpr int64_t kOuts = 8, kLine = 32, kAhead = 8192;
+// Few rows, whose sums fit into registers: outputs that a thread computes one after the other, weights of a cache line,
+// and how far ahead of the one that is used they are asked for.
+constexpr int64_t kFewRows = 8, kOuts = 8, kLine = 32, kAhead = 8192;
+// Quarters of a layer that are cut into one large share for each thread, and small shares of a thread of what is left.
+constexpr int64_t kLargePart = 3, kSmall = 8;
 // Many rows: a tile of outputs by rows, whose sums stay in registers; inputs at once, so that the widened weights of a
 // tile stay in the first cache; rows at once, so that their inputs stay in the second.
 constexpr int64_t kTileOuts = 4, kTileRows = 3, kBlock = 2048, kRows = 60;
@@ -59,35 +61,46 @@ INLINE void put(const Linear& c, int64_t row, int64_t out, float sum) {
   c.y[row * c.y_row + out] = narrow(sum);
 }
 
-// One row: every weight is used once, so it is widened on its way to the multiplication. Weights are read in the order in
-// which they lie, the memory asked for ahead of it up to `end`: what lies behind belongs to another share.
-void one_row(const Linear& c, int64_t first, const uint16_t* end) {
-  const float* x = c.x;
-  lanes sums[kOuts] = {};
-  int64_t whole = c.ins / kPair * kPair;
+// Few rows: weights are widened on their way to the multiplication and read in the order in which they lie, the memory
+// asked for ahead of it up to `end`: what lies behind belongs to another share.
+template <int64_t Rows>
+void few_rows(const Linear& c, int64_t first, const uint16_t* end) {
+  const int64_t width = padded(c.ins), whole = c.ins / kPair * kPair;
+  lanes sums[Rows * kOuts] = {};
   for (int64_t j = 0; j < kOuts && first + j < c.outs; j++) {
     const uint16_t* w = c.weights + (first + j) * c.weight_row;
-    lanes sum = {};
+    lanes sum[Rows] = {};
+    auto add = [&](const uint16_t* from, int64_t i) __attribute__((always_inline)) {
+      lanes even, odd;
+      widen(from, &even, &odd);
+#pragma GCC unroll 8
+      for (int64_t row = 0; row < Rows; row++) {
+        sum[row] += load(c.x + row * width + i) * even;
+        sum[row] += load(c.x + row * width + i + kLanes) * odd;
+      }
+    };
     for (int64_t i = 0; i < whole; i += kPair) {
       if (i % kLine == 0 && w + i + kAhead < end) __builtin_prefetch(w + i + kAhead);
-      lanes even, odd;
-      widen(w + i, &even, &odd);
-      sum += load(x + i) * even;
-      sum += load(x + i + kLanes) * odd;
+      add(w + i, i);
     }
     if (whole < c.ins) {
-      float rest[kPair];
-      widen_row(w + whole, c.ins - whole, rest);
-      sum += load(x + whole) * load(rest);
-      sum += load(x + whole + kLanes) * load(rest + kLanes);
+      uint16_t rest[kPair] = {};
+      std::memcpy(rest, w + whole, (c.ins - whole) * 2);
+      add(rest, whole);
     }
-    sums[j] = sum;
+    for (int64_t row = 0; row < Rows; row++) sums[row * kOuts + j] = sum[row];
   }
-  float found[kOuts];
-  totals(sums, found);
-  totals(sums + 4, found + 4);
-  for (int64_t j = 0; j < kOuts && first + j < c.outs; j++) put(c, 0, first + j, found[j]);
+  for (int64_t row = 0; row < Rows; row++) {
+    float found[kOuts];
+    totals(sums + row * kOuts, found);
+    totals(sums + row * kOuts + 4, found + 4);
+    for (int64_t j = 0; j < kOuts && first + j < c.outs; j++) put(c, row, first + j, found[j]);
+  }
 }
+
+typedef void (*few)(const Linear&, int64_t, const uint16_t*);
+constexpr few kFew[] = {nullptr,     few_rows<1>, few_rows<2>, few_rows<3>, few_rows<4>,
+                        few_rows<5>, few_rows<6>, few_rows<7>, few_rows<8>};
 
 // Seven loads for twelve multiplications of a whole vector.
 INLINE void add_tile(const float* w, const float* const* x, int64_t size, lanes* sums) {
@@ -142,29 +155,55 @@ void many_rows(const Linear& c, int64_t first, int64_t begin, int64_t end, float
 
 // Which outputs of which rows are one share of a layer.
 struct Cut {
-  // Groups of outputs, groups in a share, shares of a block of rows.
-  int64_t groups, size, shares;
+  // Groups of outputs, groups in a share, shares of a block of rows. The first `large` shares have `large_size` groups.
+  int64_t groups, size, shares, large, large_size;
   int64_t count;
 };
 
+INLINE bool is_few(int64_t rows) { return rows <= kFewRows; }
+
 INLINE Cut cut_linear(int64_t rows, int64_t outs, int64_t threads) {
-  int64_t each = rows == 1 ? kOuts : kTileOuts, groups = (outs + each - 1) / each;
-  // A share that is held up by another process leaves the later ones to the other threads.
-  int64_t size = groups / (threads * 8) + 1, shares = (groups + size - 1) / size;
-  return {groups, size, shares, (rows + kRows - 1) / kRows * shares};
+  int64_t each = is_few(rows) ? kOuts : kTileOuts, groups = (outs + each - 1) / each;
+  // Memory is read fastest in long stretches; a thread that is held up by another process leaves the last shares, which
+  // are small, to the others.
+  int64_t large_size = is_few(rows) ? groups * kLargePart / (4 * threads) : 0, large = large_size > 1 ? threads : 0;
+  int64_t left = groups - large * large_size;
+  int64_t size = left / (threads * kSmall) + 1, shares = large + (left + size - 1) / size;
+  return {groups, size, shares, large, large_size, (rows + kRows - 1) / kRows * shares};
+}
+
+struct Groups {
+  int64_t begin, end;
+};
+
+INLINE Groups groups_of(const Cut& cut, int64_t share) {
+  if (share < cut.large) return {share * cut.large_size, (share + 1) * cut.large_size};
+  int64_t begin = cut.large * cut.large_size + (share - cut.large) * cut.size;
+  return {begin, begin + cut.size < cut.groups ? begin + cut.size : cut.groups};
+}
+
+// Few rows: where the weights of a share end.
+INLINE const uint16_t* end_of(const Linear& c, const Groups& part) {
+  return c.weights + (part.end * kOuts < c.outs ? part.end * kOuts : c.outs) * c.weight_row;
+}
+
+// The weights that a share of few rows begins with.
+void ask_ahead(const Linear& c, const Cut& cut, int64_t index) {
+  if (!is_few(c.rows)) return;
+  Groups part = groups_of(cut, index);
+  const uint16_t *w = c.weights + part.begin * kOuts * c.weight_row, *end = end_of(c, part);
+  for (int64_t i = 0; i < kAhead && w + i < end; i += kLine) __builtin_prefetch(w + i);
 }
 
 void linear_share(const Linear& c, const Cut& cut, int64_t index) {
   int64_t begin = index / cut.shares * kRows, end = begin + kRows < c.rows ? begin + kRows : c.rows;
-  int64_t group = index % cut.shares * cut.size, stop = group + cut.size < cut.groups ? group + cut.size : cut.groups;
-  alignas(64) float mine[kOwn];
-  const uint16_t* behind = c.weights + (stop * kOuts < c.outs ? stop * kOuts : c.outs) * c.weight_row;
-  for (; group < stop; group++) {
-    if (c.rows == 1)
-      one_row(c, group * kOuts, behind);
-    else
-      many_rows(c, group * kTileOuts, begin, end, mine);
+  Groups part = groups_of(cut, index % cut.shares);
+  if (is_few(c.rows)) {
+    for (int64_t group = part.begin; group < part.end; group++) kFew[c.rows](c, group * kOuts, end_of(c, part));
+    return;
   }
+  alignas(64) float mine[kOwn];
+  for (int64_t group = part.begin; group < part.end; group++) many_rows(c, group * kTileOuts, begin, end, mine);
 }
 
 }  // namespace

@@ -9,7 +9,9 @@
 extern "C" {
 
 typedef void (*farspan_work)(const void* context, int64_t level, int64_t index, int64_t thread);
-typedef void (*farspan_team)(farspan_work, const void* context, int64_t levels, const int64_t* counts, int64_t threads);
+typedef void (*farspan_ahead)(const void* context, int64_t level, int64_t index);
+typedef void (*farspan_team)(farspan_work, farspan_ahead, const void* context, int64_t levels, const int64_t* counts,
+                             int64_t threads);
 
 // Field for field the Structures in native.py. a, b, c, y and wide are numbers of buffers; `wide` gets what y gets in
 // fp32, -1: nothing does.
@@ -37,7 +39,7 @@ namespace {
 enum Kind { kWiden, kMultiply, kNormalize, kGate, kAdd, kRotate };
 
 // Rows of a share, where a row is little work.
-constexpr int64_t kFew = 8;
+constexpr int64_t kSome = 8;
 
 struct Shared {
   const Run& run;
@@ -47,7 +49,7 @@ struct Shared {
 };
 
 INLINE int64_t count_shares(const Shared& s, int64_t step) {
-  return s.run.steps[step].kind == kMultiply ? s.cuts[step].count : (s.run.rows + kFew - 1) / kFew;
+  return s.run.steps[step].kind == kMultiply ? s.cuts[step].count : (s.run.rows + kSome - 1) / kSome;
 }
 
 void one_step(const Shared& s, const Step& step, int64_t row) {
@@ -69,19 +71,32 @@ void one_step(const Shared& s, const Step& step, int64_t row) {
   if (step.wide >= 0) widen_row(at(step.kind == kWiden ? step.a : step.y), step.width, reinterpret_cast<float*>(at(step.wide)));
 }
 
+// Which step of a level a share is of; `index` is then one of the step's own.
+INLINE int64_t find_step(const Shared& s, int64_t level, int64_t* index) {
+  int64_t number = s.first[level];
+  for (; *index >= count_shares(s, number); number++) *index -= count_shares(s, number);
+  return number;
+}
+
+INLINE Linear linear_of(const Shared& s, const Step& step) {
+  return {reinterpret_cast<const float*>(s.at[step.a]), step.weights, step.bias, reinterpret_cast<uint16_t*>(s.at[step.y]),
+          s.run.rows, step.size, step.width, step.weight_row, s.run.apart[step.y] / 2};
+}
+
 void work(const void* context, int64_t level, int64_t index, int64_t) {
   const Shared& s = *static_cast<const Shared*>(context);
-  int64_t number = s.first[level];
-  for (; index >= count_shares(s, number); number++) index -= count_shares(s, number);
+  int64_t number = find_step(s, level, &index);
   const Step& step = s.run.steps[number];
-  if (step.kind == kMultiply) {
-    const Linear linear{reinterpret_cast<const float*>(s.at[step.a]), step.weights, step.bias,
-                        reinterpret_cast<uint16_t*>(s.at[step.y]), s.run.rows, step.size, step.width, step.weight_row,
-                        s.run.apart[step.y] / 2};
-    return linear_share(linear, s.cuts[number], index);
-  }
-  const int64_t end = (index + 1) * kFew;
-  for (int64_t row = index * kFew; row < end && row < s.run.rows; row++) one_step(s, step, row);
+  if (step.kind == kMultiply) return linear_share(linear_of(s, step), s.cuts[number], index);
+  const int64_t end = (index + 1) * kSome;
+  for (int64_t row = index * kSome; row < end && row < s.run.rows; row++) one_step(s, step, row);
+}
+
+void ahead(const void* context, int64_t level, int64_t index) {
+  const Shared& s = *static_cast<const Shared*>(context);
+  int64_t number = find_step(s, level, &index);
+  const Step& step = s.run.steps[number];
+  if (step.kind == kMultiply) ask_ahead(linear_of(s, step), s.cuts[number], index);
 }
 
 }  // namespace
@@ -106,6 +121,6 @@ void farspan_chain(const Run* given) {
     if (step.level == levels) s.first[levels++] = i;
     counts[step.level] += count_shares(s, i);
   }
-  run.team(work, &s, levels, counts, run.threads);
+  run.team(work, ahead, &s, levels, counts, run.threads);
 }
 }

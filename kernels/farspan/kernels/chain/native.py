@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from farspan.kernels.chain.contract import (
     widths_of,
 )
 from farspan.kernels.rms_norm.contract import Kind
+from farspan.kernels.team.calls import run_compiled
 from farspan.kernels.team.native import load_library, load_team
 
 _SOURCE = Path(__file__).with_name("native.cpp")
@@ -70,7 +72,7 @@ def load_native() -> _Bind:
 class _Bind:
     """Makes chains. Contract: BindChain."""
 
-    run: Callable[[int], None]
+    run: Any
     wide_bytes: Callable[[int], int]
     team: int
 
@@ -171,7 +173,7 @@ def _bound(bind: _Bind, steps: Sequence[Step], given: Mapping[str, int], wanted:
         if num_rows:
             scratch = torch.empty(num_rows * row_bytes + slack, dtype=torch.uint8)
             call.scratch, call.rows, call.threads = scratch.data_ptr(), num_rows, torch.get_num_threads()
-            bind.run(ctypes.addressof(call))
+            run_compiled(bind.run, call, scratch, *rows, *made_rows, keeps)
         return made_rows
 
     return chain_native

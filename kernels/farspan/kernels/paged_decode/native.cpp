@@ -91,7 +91,9 @@ INLINE float bend(float x, float cap) { return cap * (1.0f - 2.0f / (exponential
 extern "C" {
 
 typedef void (*farspan_work)(const void* context, int64_t level, int64_t index, int64_t thread);
-typedef void (*farspan_team)(farspan_work, const void* context, int64_t levels, const int64_t* counts, int64_t threads);
+typedef void (*farspan_ahead)(const void* context, int64_t level, int64_t index);
+typedef void (*farspan_team)(farspan_work, farspan_ahead, const void* context, int64_t levels, const int64_t* counts,
+                             int64_t threads);
 
 // Field for field the Structure in native.py. Strides count elements.
 struct Case {
@@ -406,6 +408,6 @@ void farspan_attend_pages(const Case* given) {
   const int64_t working = total < c.programs ? total : c.programs;
   const Shared shared{c, total, working, farspan_scratch_floats(given)};
   const int64_t counts[] = {working, c.rows};
-  c.team(work, &shared, 2, counts, c.threads);
+  c.team(work, nullptr, &shared, 2, counts, c.threads);
 }
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from farspan.kernels.paged_decode.contract import AttendPages, check_pages
 from farspan.kernels.paged_decode.gathered import attend_pages_gathered
+from farspan.kernels.team.calls import run_compiled
 from farspan.kernels.team.native import load_library, load_team
 
 _SOURCE = Path(__file__).with_name("native.cpp")
@@ -136,5 +137,6 @@ def _attend(
     parts = torch.empty((programs + num_rows) * library.farspan_piece_floats(pointer), dtype=torch.float32)
     scratch = torch.empty(threads * library.farspan_scratch_floats(pointer), dtype=torch.float32)
     case.parts, case.scratch = parts.data_ptr(), scratch.data_ptr()
-    library.farspan_attend_pages(pointer)
+    given = (q_BQHD, keys_PSGD, values_PSGC, tables_BN, lengths_B, *(() if weights_PSG is None else (weights_PSG,)))
+    run_compiled(library.farspan_attend_pages, case, scratch, *given, out_BQHC, lse_BQH, parts)
     return out_BQHC, lse_BQH

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from farspan.kernels.paged_decode.contract import AttendPages
 from farspan.kernels.paged_decode.native import LONGEST_HEAD, SHARES_PER_THREAD, Case, load_native, open_library
+from farspan.kernels.team.calls import run_compiled
 from farspan.kernels.team.native import load_team
 
 
@@ -68,7 +69,8 @@ class TokensOfLayer:
         case.pages, case.page_step, case.places = rows.page_B.data_ptr(), rows.page_B.stride(0), rows.place_B.data_ptr()
         case.tables, case.table_row = rows.tables_BN.data_ptr(), rows.tables_BN.stride(0)
         case.lengths, case.rows, case.programs, case.threads = rows.lengths_B.data_ptr(), num_rows, programs, threads
-        self.library.farspan_attend_pages(ctypes.byref(case))
+        given, pages = (q_BHD, k_BGD, v_BGC), (self.keys_PSGD, self.values_PSGC)
+        run_compiled(self.library.farspan_attend_pages, case, work, *given, *pages, rows, out_BHC)
         return out_BHC
 
 

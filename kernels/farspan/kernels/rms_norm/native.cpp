@@ -63,7 +63,9 @@ INLINE void store(bf16* to, lanes x) {
 extern "C" {
 
 typedef void (*farspan_work)(const void* context, int64_t level, int64_t index, int64_t thread);
-typedef void (*farspan_team)(farspan_work, const void* context, int64_t levels, const int64_t* counts, int64_t threads);
+typedef void (*farspan_ahead)(const void* context, int64_t level, int64_t index);
+typedef void (*farspan_team)(farspan_work, farspan_ahead, const void* context, int64_t levels, const int64_t* counts,
+                             int64_t threads);
 
 // Field for field the Structure in native.py.
 struct Norm {
@@ -127,6 +129,6 @@ extern "C" {
 
 void farspan_rms_norm(const Norm* given) {
   const int64_t counts[] = {(given->rows + kRows - 1) / kRows};
-  given->team(work, given, 1, counts, given->threads);
+  given->team(work, nullptr, given, 1, counts, given->threads);
 }
 }

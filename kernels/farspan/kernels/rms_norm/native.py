@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.rms_norm.contract import BindRmsNorm, Kind, RmsNorm
+from farspan.kernels.team.calls import run_compiled
 from farspan.kernels.team.native import load_library, load_team
 
 _SOURCE = Path(__file__).with_name("native.cpp")
@@ -54,7 +55,7 @@ def _bind(library: ctypes.CDLL, team: int, w_K: Tensor, eps: float, kind: Kind) 
         case = _Case.from_buffer_copy(bound)
         case.x, case.y = x_TK.data_ptr(), y_TK.data_ptr()
         case.rows, case.x_row, case.threads = x_TK.shape[0], x_TK.stride(0), torch.get_num_threads()
-        run(ctypes.addressof(case))
+        run_compiled(run, case, x_TK.new_empty(0), x_TK, w_K, y_TK)
         return y_TK
 
     return rms_norm_native

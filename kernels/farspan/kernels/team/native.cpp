@@ -19,6 +19,14 @@ extern "C" {
 
 // Share `index` of a level, by thread `thread` of the call.
 typedef void (*farspan_work)(const void* context, int64_t level, int64_t index, int64_t thread);
+// What a share will read that no level before it makes can be asked for now: its thread has to wait. May be null.
+typedef void (*farspan_ahead)(const void* context, int64_t level, int64_t index);
+
+// Field for field the _Call of calls.py.
+struct Made {
+  void (*function)(const void* argument);
+  const void* argument;
+};
 }
 
 namespace {
@@ -69,6 +77,7 @@ void wait_for(Ready ready) {
 
 struct Call {
   farspan_work work;
+  farspan_ahead ahead;
   const void* context;
   int64_t levels;
   const int64_t* counts;
@@ -127,7 +136,11 @@ class Team {
       int64_t index = static_cast<int64_t>(next_of(word)), begin = 0, level = 0;
       while (index - begin >= call_.counts[level]) begin += call_.counts[level++];
       // Shares are claimed in order: what this one waits for never waits for it.
-      wait_for([&] { return done_.load(memory_order_acquire) >= begin; });
+      auto ready = [&] { return done_.load(memory_order_acquire) >= begin; };
+      if (!ready()) {
+        if (call_.ahead) call_.ahead(call_.context, level, index - begin);
+        wait_for(ready);
+      }
       call_.work(call_.context, level, index - begin, static_cast<int64_t>(thread));
       done_.fetch_add(1, memory_order_release);
       word = open_.load(memory_order_acquire);
@@ -148,7 +161,8 @@ class Team {
 extern "C" {
 
 // Every share of every level, on at most `threads` threads: counts[level] shares each, a level after the one before.
-void farspan_team(farspan_work work, const void* context, int64_t levels, const int64_t* counts, int64_t threads) {
+void farspan_team(farspan_work work, farspan_ahead ahead, const void* context, int64_t levels, const int64_t* counts,
+                  int64_t threads) {
   // Never taken down: its threads sleep in it until the process ends.
   static Team* team = new Team;
   uint64_t shares = 0, widest = 0;
@@ -158,8 +172,13 @@ void farspan_team(farspan_work work, const void* context, int64_t levels, const 
   }
   uint64_t useful = static_cast<uint64_t>(threads) < widest ? threads : widest;
   if (useful > kMostThreads) useful = kMostThreads;
-  if (useful > 1 && shares < kMostShares && team->run({work, context, levels, counts}, shares, useful)) return;
+  if (useful > 1 && shares < kMostShares && team->run({work, ahead, context, levels, counts}, shares, useful)) return;
   for (int64_t level = 0; level < levels; level++)
     for (int64_t index = 0; index < counts[level]; index++) work(context, level, index, 0);
+}
+
+// Calls as they were made before, one after the other.
+void farspan_calls(const Made* calls, int64_t count) {
+  for (int64_t i = 0; i < count; i++) calls[i].function(calls[i].argument);
 }
 }
