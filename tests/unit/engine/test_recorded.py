@@ -43,6 +43,16 @@ def two_runners(model: PreTrainedModel, most_rows: int) -> tuple[Runner, Runner,
     return path.runner, plain, path.pool
 
 
+def one_row_recorded(model: PreTrainedModel) -> tuple[Runner, Runner, Rows]:
+    """The same after enough steps of one row to record them."""
+    steps, plain, pool = two_runners(model, 1)
+    rows = Rows(pool, 1, 60)
+    rows.prefill(plain, 0, 8)
+    for _ in range(9):
+        steps.run(rows.next([0]))
+    return steps, plain, rows
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.values())
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "gemma3_text", "phi3", "gpt_neox"])
 def test_recorded_logits_equal_the_others_while_rows_join_leave_and_grow(architecture, dtype) -> None:
@@ -202,11 +212,7 @@ def test_the_eighth_step_of_so_many_rows_is_recorded() -> None:
 
 def test_an_exchanged_weight_is_not_read_where_the_old_one_was() -> None:
     model = tiny_model().float()
-    steps, plain, pool = two_runners(model, 1)
-    rows = Rows(pool, 1, 60)
-    rows.prefill(plain, 0, 8)
-    for _ in range(9):
-        steps.run(rows.next([0]))
+    steps, plain, rows = one_row_recorded(model)
     head = model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach() * 2)
     pieces = rows.next([0])
@@ -247,11 +253,7 @@ def test_compiled_calls_in_a_row_are_made_by_one(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(recorded, "bind_calls", watched)
     model = tiny_model().bfloat16()
-    steps, plain, pool = two_runners(model, 1)
-    rows = Rows(pool, 1, 60)
-    rows.prefill(plain, 0, 8)
-    for _ in range(9):
-        steps.run(rows.next([0]))
+    steps, _, _ = one_row_recorded(model)
     assert steps.graphs == [1]
     # Of each layer what is before attention, attention, and what is after it; the last normalization and the head.
     assert together == [3 * model.config.num_hidden_layers + 2]
