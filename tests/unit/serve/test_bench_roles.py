@@ -29,12 +29,23 @@ from farspan.serve.bench_flip import (
     role_rows,
 )
 from farspan.serve.load import WorkerLoad
+from farspan.serve.predict import Predictor
 from farspan.serve.quotas import Orders
 
 FLIP = Flip(half_s=4.0, load=0.5, long_prompt=(90, 140), short_prompt=8, long_answer=(60, 100), burst=2)
 # Told and not measured: as much is asked whatever the machine does besides.
 PACE = Pace(prompt_s=0.2, answer_s=0.3, first_s=60.0, token_s=60.0)
 VOCAB = 300
+
+
+class Told(Predictor):
+    """Times that nobody learns: when roles change depends on what arrives, and not on the machine."""
+
+    def learn_prefill(self, kind: str, new_tokens: float, context_tokens: float, seconds: float) -> None:
+        pass
+
+    def learn_decode(self, kind: str, running: float, kv_tokens: float, seconds: float) -> None:
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +82,7 @@ def test_while_the_load_turns_round_roles_follow_and_every_answer_stays_that_of_
     endpoint.renew(replace(endpoint.config, transfer=TransferConfig(split="always")))
     fixed = asyncio.run(driven())
     endpoint.renew(replace(endpoint.config, transfer=TransferConfig()))
+    endpoint.ways.guide.times = Told()
     following = asyncio.run(driven())
     asyncio.run(endpoint.settled())
     assert fixed.changes == []
