@@ -33,9 +33,9 @@ pytestmark = pytest.mark.soak
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[Endpoint]:
-    """Prefill on the first worker host, decode on the second."""
+    """Prefill on the first worker host, decode on the second. A prompt is one iteration: nothing leaves earlier."""
     with ray_on_hosts({"CPU": 1, PREFILL: 1}, {"CPU": 1, DECODE: 1}) as cluster:
-        yield start_endpoint(cluster, decoders=1)
+        yield start_endpoint(cluster, decoders=1, max_batch_tokens=16384)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Generate:
     return plain_generate(tmp_path_factory.mktemp("plain") / "tiny")
 
 
-# Slow enough that the link, and not the prompt that is computed meanwhile, is what a transfer waits for.
+# Fast enough that what Ray says over the same link besides is little.
 @pytest.mark.parametrize("megabits", [4, 8])
 def test_the_measured_rate_of_a_transfer_is_what_the_link_carries(endpoint: Endpoint, megabits: float) -> None:
     (decode,) = endpoint.places["decode"]
@@ -56,10 +56,11 @@ def test_the_measured_rate_of_a_transfer_is_what_the_link_carries(endpoint: Endp
     finally:
         receiver.uncap()
     assert [(trace["route"], trace["recovered"]) for trace in traces] == [("split", False)] * 3
+    assert [trace["kv_pages_early"] for trace in traces] == [0] * 3
     rates = [trace["kv_bytes"] * 8 / 1e6 / trace["transfer_s"] for trace in traces]
     print(f"cap {megabits} Mbit/s: {', '.join(f'{rate:.2f}' for rate in rates)}")
     for rate in rates:
-        assert rate == pytest.approx(megabits, rel=0.25)
+        assert rate == pytest.approx(megabits, rel=0.1)
 
 
 @pytest.mark.parametrize("how", ["cut", "killed"])

@@ -111,7 +111,7 @@ class Endpoint:
         return Client(f"http://{host.address}:8000/v1", KEY, "tiny")
 
 
-def start_endpoint(cluster: RayHosts, decoders: int) -> Endpoint:
+def start_endpoint(cluster: RayHosts, decoders: int, max_batch_tokens: int = 512) -> Endpoint:
     folder = cluster.folder / "tiny"
     write_tiny_model(folder)
     keys = cluster.folder / "keys"
@@ -123,7 +123,7 @@ def start_endpoint(cluster: RayHosts, decoders: int) -> Endpoint:
         api_key_file=str(keys),
         prefill=RoleConfig(custom={PREFILL: 1}),
         decode=RoleConfig(replicas=decoders, custom={DECODE: 1}),
-        engine=EngineConfig(dtype="float64", kv_bytes=64 * 1024 * 1024, max_batch_tokens=512, threads=1),
+        engine=EngineConfig(dtype="float64", kv_bytes=64 * 1024 * 1024, max_batch_tokens=max_batch_tokens, threads=1),
         transfer=TransferConfig(split="always", colocate_below_tokens=64),
         start_timeout_s=180,
     )
