@@ -6,10 +6,10 @@ to look at. So a step can be launched before anybody looked at the one before it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,8 +31,8 @@ class Launched:
         """The token of each row, and whether its logits are numbers."""
         if self.done is not None:
             self.done.synchronize()
-        tokens_N, highest_N = self.told_2N.numpy()
-        return tokens_N.astype(np.int64).tolist(), np.isfinite(highest_N).tolist()
+        tokens, highest = self.told_2N.tolist()
+        return [int(token) for token in tokens], [math.isfinite(high) for high in highest]
 
 
 class Course:
@@ -72,7 +72,8 @@ class Course:
             return None
         self._tokens_N, highest_N = self._choice.choose(self._logits_NV)
         told_2N = self._told[self.num_launched % 2]
-        told_2N.copy_(torch.stack([self._tokens_N.double(), highest_N.double()]), non_blocking=True)
+        told_2N[0].copy_(self._tokens_N, non_blocking=True)
+        told_2N[1].copy_(highest_N, non_blocking=True)
         self.num_launched += 1
         if not self._on_cuda:
             return Launched(told_2N, None)

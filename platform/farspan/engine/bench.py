@@ -55,6 +55,11 @@ class Work:
     new_tokens: int
     shared: int = 0
 
+    @property
+    def is_decode(self) -> bool:
+        """Of one request: what the memory that holds the weights bounds."""
+        return self.count == 1 and self.new_tokens > 1
+
     def prompts(self, vocab_size: int, seed: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(seed)
         common = torch.randint(vocab_size, (self.shared,), generator=generator).tolist()
@@ -272,6 +277,7 @@ class _Comparison:
         self._running = _Running()
         self._num_weights, self._weight_bytes = write_checkpoint(bench, self._folder)
         self._vocab_size = bench.settings["vocab_size"]
+        self._bandwidths: dict[Work, list[float]] = {}
 
     def rows(self) -> list[dict[str, Any]]:
         starts = {name: self._start(name) for name in self._names} if self._bench.starts else {}
@@ -333,6 +339,10 @@ class _Comparison:
                     continue
                 assert [len(a) for a in answers] == [work.new_tokens] * work.count, f"{name} answered something else"
                 seconds[name].append(found)
+                if name == FARSPAN and work.is_decode:
+                    # At once: the memory of a machine that others use too is faster and slower by the minute.
+                    num_bytes = work.new_tokens * self._weight_bytes
+                    self._bandwidths.setdefault(work, []).append(read_bandwidth(num_bytes))
                 logger.info("%s: %s in %.2f s", name, work.name, found)
         return {name: [] if name in late else times for name, times in seconds.items()}
 
@@ -359,18 +369,17 @@ class _Comparison:
         return rows
 
     def _bound_rows(self, seconds: dict[Work, dict[str, list[float]]]) -> list[dict[str, Any]]:
-        """How much of the time of a single request's decode reading the weights alone would take."""
-        bandwidth = read_bandwidth()
+        """How much of the time of a single request's decode reading the weights alone takes, turn by turn."""
         rows = []
-        for work in self._bench.works:
-            if work.count == 1 and work.new_tokens > 1 and seconds[work][FARSPAN]:
-                per_token = statistics.median(seconds[work][FARSPAN]) / work.new_tokens
-                reached = self._weight_bytes / bandwidth / per_token
+        for work, bandwidths in self._bandwidths.items():
+            turns = list(zip(bandwidths, seconds[work][FARSPAN], strict=False))
+            if turns:
+                reached = [self._weight_bytes / bandwidth / (took / work.new_tokens) for bandwidth, took in turns]
                 rows.append(
                     {
                         "work": work.name,
-                        "memory_bytes_per_s": bandwidth,
-                        "part of the bound": reached,
+                        "memory_bytes_per_s": statistics.median(bandwidths),
+                        "part of the bound": statistics.median(reached),
                         "goal": GOAL_BANDWIDTH,
                     }
                 )
@@ -399,13 +408,12 @@ def how_far_below(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> f
     return float(((logits_TV.amax(1) - chosen_T) / logits_TV.std(1)).max())
 
 
-def read_bandwidth() -> float:
-    """Bytes per second that a sum over far more than any cache holds reads: the bound of decode."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    big = torch.ones(1 << 28, dtype=torch.float32, device=device)
-    best = 0.0
-    for _ in range(5):
-        began = time.perf_counter()
+def read_bandwidth(num_bytes: int) -> float:
+    """Bytes per second at which sums over far more than any cache holds read at least `num_bytes`."""
+    big = torch.ones(1 << 28, dtype=torch.float32, device="cuda" if torch.cuda.is_available() else "cpu")
+    big.sum().item()
+    rounds = -(-num_bytes // big.nbytes)
+    began = time.perf_counter()
+    for _ in range(rounds):
         big.sum().item()
-        best = max(best, big.numel() * big.element_size() / (time.perf_counter() - began))
-    return best
+    return rounds * big.nbytes / (time.perf_counter() - began)

@@ -69,7 +69,8 @@ class StagedRows:
         num_int = rows * sum(1 + room.width(rule) for rule, _ in self._keys)
         num_bytes = num_long * _LONG + num_int * _INT
         self._host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        self._sent = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        # Where the device is the host, there is nothing to send.
+        self._sent = torch.zeros(num_bytes, dtype=torch.uint8, device=device) if device.type == "cuda" else self._host
         self._tables = {
             key: torch.zeros(rows, room.width(key[0]), dtype=torch.int32, device=device) for key in self._keys
         }
@@ -193,9 +194,9 @@ class StagedRows:
             width = self._write_table(key, rows, start)
             laid.append((self._tables[key][:rows, :width], start))
             start += rows * width
-        num_bytes = self._head_bytes + start * _INT
-        self._sent[:num_bytes].copy_(self._host[:num_bytes], non_blocking=True)
         if self._copied is not None:
+            num_bytes = self._head_bytes + start * _INT
+            self._sent[:num_bytes].copy_(self._host[:num_bytes], non_blocking=True)
             self._copied.record(torch.cuda.current_stream(self._device))
         sent = self._sent[self._head_bytes :].view(torch.int32)
         for table_BN, start in laid:
