@@ -96,10 +96,33 @@ def test_components_change_what_they_say(tmp_path: Path) -> None:
     assert [limit["vpc.amazonaws.com/efa"] for limit in limits] == ["1", "1"]
 
 
+def test_only_a_head_whose_state_is_kept_may_be_drained(tmp_path: Path) -> None:
+    def guarded(component: str) -> set[str]:
+        manifests = with_component(tmp_path / component, component)
+        return {m["metadata"]["name"] for m in manifests if m["kind"] == "PodDisruptionBudget"}
+
+    assert guarded("spot") == {"farspan-head", "farspan-train-head", "farspan-serve-head"}
+    assert [guarded(component) for component in ("gcs-ft-redis", "gcs-ft-rocksdb")] == [{"farspan-train-head"}] * 2
+
+
+def test_only_overlays_for_clusters_with_its_operator_bring_a_pod_monitor() -> None:
+    kinds = {overlay: {m["kind"] for m in kustomize(TREE / "overlays" / overlay)} for overlay in OVERLAYS}
+    assert {overlay for overlay, found in kinds.items() if "PodMonitor" in found} == {"gpu", "prod"}
+
+
 def test_prefill_and_decode_scale_apart() -> None:
     manifests = kustomize(TREE / "overlays" / "gpu")
     service = next(m for m in manifests if m["kind"] == "RayService")
     groups = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     assert [group["groupName"] for group in groups] == ["prefill", "decode"]
-    offered = [set(group["resources"]) for group in groups]
-    assert offered == [{"farspan-prefill"}, {"farspan-decode"}]
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    assert application["autoscaling_policy"]["policy_function"] == "farspan.serve.sizing:Sizing"
+    # An override of the deployments' number would hold it.
+    assert "deployments" not in application
+    for group in groups:
+        role, resource = application["args"][group["groupName"]], f"farspan-{group['groupName']}"
+        room = int(group["resources"][resource])
+        assert (set(group["resources"]), role["custom"]) == ({resource}, {resource: 1})
+        bounds = group["minReplicas"] * room, group["maxReplicas"] * room
+        assert (role["min_replicas"], role["max_replicas"]) == bounds
+        assert bounds[0] <= role["replicas"] < bounds[1]

@@ -12,11 +12,11 @@ from farspan.cluster.pods import Manifest
 from farspan.cluster.rayclusters import cluster, service, training, training_config
 from farspan.config.cluster import ClusterSpec
 
-COMPONENTS = ("gcs-ft-redis", "gcs-ft-rocksdb", "mtls", "kueue", "spot", "rdma")
+COMPONENTS = ("gcs-ft-redis", "gcs-ft-rocksdb", "mtls", "kueue", "monitor", "spot", "rdma")
 OVERLAYS = {
     "dev-cpu": (("common", "cluster"), ()),
-    "gpu": (("common", "train", "serve"), ()),
-    "prod": (("common", "train", "serve"), ("gcs-ft-redis", "mtls", "kueue")),
+    "gpu": (("common", "train", "serve"), ("monitor",)),
+    "prod": (("common", "train", "serve"), ("gcs-ft-redis", "mtls", "kueue", "monitor")),
 }
 # Where a cluster's spec lies in each kind, and which worker groups the rendered one has.
 _KINDS = {
@@ -26,7 +26,7 @@ _KINDS = {
 }
 _HEADER = "# Rendered from infra/cluster.yaml by `farspan infra render`: change it there.\n"
 _ABOUT = {
-    "base/common": "Around every cluster: closed network, disruption budgets, metrics.",
+    "base/common": "Around every cluster: a namespace with a closed network, and an account.",
     "base/cluster": "A cluster of CPU workers to work on.",
     "base/train": "A training job with a cluster of its own.",
     "base/serve": "The endpoint: prefill and decode workers in groups of their own.",
@@ -34,7 +34,8 @@ _ABOUT = {
     "components/gcs-ft-rocksdb": "The head's state on a volume, without Redis (alpha in KubeRay 1.7, behind a gate).",
     "components/mtls": "TLS both ways between Ray's processes (alpha in KubeRay 1.7; needs cert-manager).",
     "components/kueue": "Training waits in a queue until all its pods fit; its size is then fixed.",
-    "components/spot": "Training and prefill on nodes the cloud may take back: a run goes on from its checkpoint.",
+    "components/monitor": "Prometheus reads every Ray pod (needs the Prometheus operator).",
+    "components/spot": "Training and prefill on nodes the cloud may take back; Ray hears no notice (infra/README.md).",
     "components/rdma": "EFA adapters and huge pages for training and serving; nodes must let memory be locked.",
 }
 
@@ -50,18 +51,20 @@ def render_kubernetes(spec: ClusterSpec) -> dict[str, str]:
 
 
 def _base(spec: ClusterSpec) -> dict[str, dict[str, list[Manifest]]]:
+    development, job, endpoint = cluster(spec), training(spec), service(spec)
     common = {
         "namespace": [surroundings.namespace(spec)],
         "account": [surroundings.account()],
         "network": surroundings.network_policies(),
-        "disruption": surroundings.disruption_budgets(),
-        "monitor": [surroundings.pod_monitor()],
     }
     parts = {
         "common": common,
-        "cluster": {"raycluster": [cluster(spec)]},
-        "train": {"rayjob": [training(spec)], "config": [training_config(spec)]},
-        "serve": {"rayservice": [service(spec)]},
+        "cluster": {"raycluster": [development], "disruption": [surroundings.head_budget(development)]},
+        "train": {"rayjob": [job], "config": [training_config(spec)], "disruption": [surroundings.head_budget(job)]},
+        "serve": {
+            "rayservice": [endpoint],
+            "disruption": [surroundings.head_budget(endpoint), *surroundings.worker_budgets(spec)],
+        },
     }
     return {f"base/{name}": _with_kustomization(spec, files) for name, files in parts.items()}
 
@@ -97,22 +100,20 @@ def _components(spec: ClusterSpec) -> dict[str, dict[str, list[Manifest]]]:
             "deletionPolicy": "DeleteWithCluster",
         },
     }
-    # A job starts again from its checkpoint: only what lives on needs its head's state.
-    lasting = ("RayCluster", "RayService")
     return {
         "components/gcs-ft-redis": {
-            "kustomization": [
-                _component(_add("/gcsFaultToleranceOptions", redis, lasting), resources=["network.yaml"]),
-            ],
+            "kustomization": [_component(_kept(redis, spec), resources=["network.yaml"])],
             "network": [surroundings.redis_policy(spec)],
         },
-        "components/gcs-ft-rocksdb": {
-            "kustomization": [_component(_add("/gcsFaultToleranceOptions", rocksdb, lasting))]
-        },
+        "components/gcs-ft-rocksdb": {"kustomization": [_component(_kept(rocksdb, spec))]},
         "components/mtls": {"kustomization": [_component(_add("/tlsOptions", {"enabled": True}, tuple(_KINDS)))]},
         "components/kueue": {
             "kustomization": [_component(_queued(spec), resources=["queues.yaml"])],
             "queues": surroundings.queues(spec),
+        },
+        "components/monitor": {
+            "kustomization": [_component([], resources=["monitor.yaml"])],
+            "monitor": [surroundings.pod_monitor()],
         },
         "components/spot": {"kustomization": [_component(_spot())]},
         "components/rdma": {"kustomization": [_component(_rdma())]},
@@ -122,6 +123,13 @@ def _components(spec: ClusterSpec) -> dict[str, dict[str, list[Manifest]]]:
 def _add(path: str, value: Any, kinds: Iterable[str]) -> list[Manifest]:
     """One patch for each kind that adds `value` to its cluster's spec."""
     return [_patch(kind, [_operation(f"{_KINDS[kind][0]}{path}", value)]) for kind in kinds]
+
+
+def _kept(storage: Manifest, spec: ClusterSpec) -> list[Manifest]:
+    """What lives on keeps its head's state, and then its head may go. A job starts again from its checkpoint."""
+    lasting = ("RayCluster", "RayService")
+    budgets = [surroundings.head_budget(resource) for resource in (cluster(spec), service(spec))]
+    return [*_add("/gcsFaultToleranceOptions", storage, lasting), *map(_deletion, budgets)]
 
 
 def _queued(spec: ClusterSpec) -> list[Manifest]:
@@ -168,9 +176,15 @@ def _patch(kind: str, operations: list[Manifest]) -> Manifest:
     return {"target": {"kind": kind}, "patch": yaml.safe_dump(operations, sort_keys=False)}
 
 
+def _deletion(manifest: Manifest) -> Manifest:
+    kind, name = manifest["kind"], manifest["metadata"]["name"]
+    patch = {"$patch": "delete", "apiVersion": manifest["apiVersion"], "kind": kind, "metadata": {"name": name}}
+    return {"target": {"kind": kind, "name": name}, "patch": yaml.safe_dump(patch, sort_keys=False)}
+
+
 def _component(patches: list[Manifest], resources: list[str] | None = None) -> Manifest:
-    found = _kustomization("Component", resources=resources or [])
-    return {key: value for key, value in found.items() if value} | {"patches": patches}
+    found = _kustomization("Component", resources=resources or []) | {"patches": patches}
+    return {key: value for key, value in found.items() if value}
 
 
 def _kustomization(kind: str, resources: list[str]) -> Manifest:

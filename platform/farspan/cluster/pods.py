@@ -38,8 +38,19 @@ def resources(cpus: int, memory_gib: int, gpus: int = 0) -> Manifest:
     return {"requests": amounts, "limits": dict(amounts)}
 
 
-def head_group(spec: ClusterSpec, image: str, extra: list[Manifest]) -> Manifest:
-    """The head. It offers no CPU to tasks; its Ray opens the dashboard to the cluster because the token guards it."""
+def workers_per_pod(nodes: NodesConfig) -> int:
+    """How many workers of an endpoint a pod has room for: one for each GPU, or one."""
+    return nodes.gpus or 1
+
+
+def cpus_of_pod(nodes: NodesConfig) -> int:
+    return max(1, int(nodes.cpus * _SHARE_OF_CPUS))
+
+
+def head_group(spec: ClusterSpec, cluster: str, image: str, extra: list[Manifest]) -> Manifest:
+    """The head of the resource named `cluster`. It offers no CPU to tasks; its Ray opens the dashboard to the cluster
+    because the token guards it.
+    """
     container = _container(spec, "ray-head", image, resources(_HEAD_CPUS, spec.head.memory_gib), extra)
     container["ports"] = [{"name": name, "containerPort": port} for name, port in _PORTS.items()]
     # The autoscaler beside Ray asks the API server for pods: the only pod that gets an account's token.
@@ -48,15 +59,15 @@ def head_group(spec: ClusterSpec, image: str, extra: list[Manifest]) -> Manifest
         "rayStartParams": {"dashboard-host": "0.0.0.0"},
         "resources": {"CPU": "0"},
         "labels": {"farspan-role": "head"},
-        "template": {"metadata": {"labels": {"farspan-role": "head"}}, "spec": pod},
+        "template": {"metadata": {"labels": {"farspan-role": "head", "farspan-cluster": cluster}}, "spec": pod},
     }
 
 
 def worker_group(spec: ClusterSpec, role: str, image: str, extra: list[Manifest], *, pinned: bool = True) -> Manifest:
     """One kind of worker, which scales apart from the others. `pinned`: only on nodes that carry the role's label."""
     nodes: NodesConfig = getattr(spec, role)
-    cpus = max(1, int(nodes.cpus * _SHARE_OF_CPUS))
-    container = _container(spec, "ray-worker", image, resources(cpus, nodes.memory_gib, nodes.gpus), extra)
+    amounts = resources(cpus_of_pod(nodes), nodes.memory_gib, nodes.gpus)
+    container = _container(spec, "ray-worker", image, amounts, extra)
     container["ports"] = [{"name": "metrics", "containerPort": _PORTS["metrics"]}]
     container["lifecycle"] = {"preStop": {"exec": {"command": ["/bin/sh", "-c", "ray stop"]}}}
     pod = _pod(container, nodes, extra, account=False)
@@ -71,7 +82,7 @@ def worker_group(spec: ClusterSpec, role: str, image: str, extra: list[Manifest]
         "maxReplicas": nodes.max_nodes,
         "idleTimeoutSeconds": nodes.idle_minutes * 60,
         "rayStartParams": {},
-        "resources": {f"farspan-{role}": str(nodes.gpus or 1)},
+        "resources": {f"farspan-{role}": str(workers_per_pod(nodes))},
         "labels": {"farspan-role": role},
         "template": {"metadata": {"labels": {"farspan-role": role}}, "spec": pod},
     }

@@ -31,7 +31,7 @@ def manifest_problems(manifests: list[Manifest]) -> list[str]:
     for manifest in manifests:
         place = f"{manifest.get('kind')} {manifest.get('metadata', {}).get('name')}"
         found += [f"{place}: {problem}" for problem in _problems(manifest)]
-    return [*found, *_network_problems(manifests)]
+    return [*found, *_network_problems(manifests), *_budget_problems(manifests)]
 
 
 def _problems(manifest: Manifest) -> Iterator[str]:
@@ -52,14 +52,18 @@ def _resource_problems(manifest: Manifest) -> Iterator[str]:
         yield f"its version must be {API}"
     if len(manifest.get("metadata", {}).get("name", "")) > _MOST_NAME:
         yield f"its name is longer than {_MOST_NAME} letters, which KubeRay refuses"
-    cluster = spec
-    for step in _CLUSTERS[kind]:
-        cluster = cluster.get(step, {})
-    yield from _cluster_problems(cluster)
+    yield from _cluster_problems(_cluster_of(manifest))
     if kind == "RayJob":
         yield from _job_problems(manifest)
     if kind == "RayService":
         yield from _service_problems(spec)
+
+
+def _cluster_of(manifest: Manifest) -> Manifest:
+    cluster = manifest.get("spec", {})
+    for step in _CLUSTERS[manifest["kind"]]:
+        cluster = cluster.get(step, {})
+    return cluster
 
 
 def _cluster_problems(cluster: Manifest) -> Iterator[str]:
@@ -185,27 +189,55 @@ def _service_problems(spec: Manifest) -> Iterator[str]:
         return
     if serve.get("proxy_location", "EveryNode") != "EveryNode":
         yield "serveConfigV2: proxy_location must be EveryNode: KubeRay asks each worker pod for its proxy's health"
-    groups = {name for g in spec.get("rayClusterConfig", {}).get("workerGroupSpecs", []) for name in g["resources"]}
+    groups = spec.get("rayClusterConfig", {}).get("workerGroupSpecs", [])
     for application in serve["applications"]:
         yield from (f"serveConfigV2: {problem}" for problem in _application_problems(application, groups))
 
 
-def _application_problems(application: dict[str, Any], offered: set[str]) -> Iterator[str]:
-    known = {"name", "route_prefix", "import_path", "args", "deployments", "runtime_env"}
+def _application_problems(application: dict[str, Any], groups: list[Manifest]) -> Iterator[str]:
+    known = {"name", "route_prefix", "import_path", "args", "deployments", "runtime_env", "autoscaling_policy"}
     # Serve itself lets misspelt keys pass.
     yield from (f"{key} is not a key of an application" for key in sorted(set(application) - known))
     arguments = application.get("args", {})
     try:
-        check_serve(config_of(ServeConfig, arguments))
+        config = config_of(ServeConfig, arguments)
+        check_serve(config)
     except ConfigError as problem:
         yield f"args: {problem}"
+    else:
+        yield from _size_problems(application, config, groups)
     if not is_loopback(str(arguments.get("host", "127.0.0.1"))) and not arguments.get("api_key_file"):
         yield f"it listens on {arguments.get('host')} without api_key_file"
     deployment_keys = {"name", "num_replicas", "ray_actor_options", "max_ongoing_requests", "autoscaling_config"}
+    offered = {name for group in groups for name in group.get("resources", {})}
     for deployment in application.get("deployments", []):
         yield from (f"{key} is not a key of a deployment" for key in sorted(set(deployment) - deployment_keys))
         wanted = set(deployment.get("ray_actor_options", {}).get("resources", {}))
         yield from (f"no worker group offers {name}" for name in sorted(wanted - offered))
+
+
+def _size_problems(application: dict[str, Any], config: ServeConfig, groups: list[Manifest]) -> Iterator[str]:
+    """What keeps the number of workers from following the load up to the largest size of their group."""
+    fixed = {
+        deployment.get("name") for deployment in application.get("deployments", []) if "num_replicas" in deployment
+    }
+    for name, role in (("prefill", config.prefill), ("decode", config.decode)):
+        most = role.max_replicas or role.replicas
+        is_open = not {role.min_replicas, role.max_replicas} <= {None, role.replicas}
+        if is_open and not application.get("autoscaling_policy"):
+            yield f"args: {name} may change its size, and no autoscaling_policy says when"
+        if is_open and name in fixed:
+            yield f"num_replicas of {name} fixes what its min_replicas and max_replicas leave open"
+        for resource, amount in role.custom.items():
+            room = sum(_offer(group, resource) // amount * group.get("maxReplicas", 0) for group in groups)
+            if not any(_offer(group, resource) for group in groups):
+                yield f"no worker group offers {resource}"
+            elif most > room:
+                yield f"args: {name}.max_replicas={most} finds no room: the groups with {resource} take {room:g}"
+
+
+def _offer(group: Manifest, resource: str) -> float:
+    return float(group.get("resources", {}).get(resource, 0))
 
 
 def _network_problems(manifests: list[Manifest]) -> Iterator[str]:
@@ -224,3 +256,26 @@ def _network_problems(manifests: list[Manifest]) -> Iterator[str]:
         for rule in policy.get("ingress", []):
             if not rule.get("from") or any("ipBlock" in source for source in rule["from"]):
                 yield "network: a port is open to addresses outside the cluster"
+
+
+def _budget_problems(manifests: list[Manifest]) -> Iterator[str]:
+    """A budget that Kubernetes cannot count, or that never lets a worker go."""
+    fewest = {
+        group.get("template", {}).get("metadata", {}).get("labels", {}).get("farspan-role"): group.get("minReplicas", 0)
+        for manifest in manifests
+        if manifest.get("kind") in _CLUSTERS
+        for group in _cluster_of(manifest).get("workerGroupSpecs", [])
+    }
+    for budget in (m for m in manifests if m.get("kind") == "PodDisruptionBudget"):
+        place, spec = f"PodDisruptionBudget {budget.get('metadata', {}).get('name')}", budget.get("spec", {})
+        least, role = spec.get("minAvailable"), spec.get("selector", {}).get("matchLabels", {}).get("farspan-role")
+        if "maxUnavailable" in spec or not isinstance(least, int):
+            yield (
+                f"{place}: it must be minAvailable as a number of pods: for maxUnavailable, or a share, "
+                "Kubernetes asks a scale that RayClusters do not have, and evicts nothing"
+            )
+        elif role in fewest and least >= max(1, fewest[role]):
+            yield (
+                f"{place}: minAvailable must be less than minReplicas={fewest[role]} of {role}, got {least}: "
+                "its node could never be drained"
+            )

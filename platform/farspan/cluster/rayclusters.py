@@ -10,12 +10,14 @@ from farspan.cluster.pods import (
     CONTAINER_SECURITY,
     SERVE_PORT,
     Manifest,
+    cpus_of_pod,
     head_group,
     resources,
     submitter,
     worker_group,
+    workers_per_pod,
 )
-from farspan.config.cluster import ClusterSpec
+from farspan.config.cluster import ClusterSpec, NodesConfig
 from farspan.config.load import config_of
 from farspan.config.schema import ServeConfig
 
@@ -26,20 +28,23 @@ _CLEAN_UP_S = 600
 # As `farspan serve` sets it: longer than the idle time of a load balancer, which is 60 s on AWS.
 _KEEP_ALIVE_S = 75
 _JOB_START_S = 3600
+# What `farspan serve` declares too: one policy for all deployments, which sizes both roles by what clients see.
+_SIZING = "farspan.serve.sizing:Sizing"
+_WORKER_CPUS = 4
 
 
 def cluster(spec: ClusterSpec) -> Manifest:
     """CPU workers without a label to look for: it starts on any cluster, also a small one."""
     image = spec.kubernetes.cpu_image
     groups = [worker_group(spec, "cpu", image, [], pinned=False)]
-    return _resource("RayCluster", spec.name, _cluster_spec(spec, head_group(spec, image, []), groups))
+    return _resource("RayCluster", spec.name, _cluster_spec(spec, head_group(spec, spec.name, image, []), groups))
 
 
 def training(spec: ClusterSpec) -> Manifest:
     """One cluster per job: it ends with the job, and nobody else's code runs in it."""
-    image = spec.kubernetes.image
+    name, image = f"{spec.name}-train", spec.kubernetes.image
     volume = {"name": "train", "configMap": {"name": "farspan-train"}}
-    head, group = head_group(spec, image, [volume]), worker_group(spec, "train", image, [volume])
+    head, group = head_group(spec, name, image, [volume]), worker_group(spec, "train", image, [volume])
     # The whole job or nothing: the driver waits for the group, so that it starts at its full size.
     group |= {"replicas": spec.train.max_nodes, "minReplicas": spec.train.max_nodes}
     body = {
@@ -53,12 +58,12 @@ def training(spec: ClusterSpec) -> Manifest:
         "submitterPodTemplate": submitter(spec, image),
         "rayClusterSpec": _cluster_spec(spec, head, [group]),
     }
-    return _resource("RayJob", f"{spec.name}-train", body)
+    return _resource("RayJob", name, body)
 
 
 def service(spec: ClusterSpec) -> Manifest:
     """Prefill and decode workers in groups of their own, which scale apart."""
-    image = spec.kubernetes.image
+    name, image = f"{spec.name}-serve", spec.kubernetes.image
     volume = {"name": "api-keys", "secret": {"secretName": spec.kubernetes.api_key_secret, "defaultMode": 0o440}}
     groups = [worker_group(spec, role, image, [volume]) for role in ("prefill", "decode")]
     body = {
@@ -66,29 +71,28 @@ def service(spec: ClusterSpec) -> Manifest:
         "upgradeStrategy": {"type": "NewCluster"},
         "rayClusterDeletionDelaySeconds": 60,
         "excludeHeadPodFromServeSvc": False,
-        "rayClusterConfig": _cluster_spec(spec, head_group(spec, image, [volume]), groups),
+        "rayClusterConfig": _cluster_spec(spec, head_group(spec, name, image, [volume]), groups),
     }
-    return _resource("RayService", f"{spec.name}-serve", body)
+    return _resource("RayService", name, body)
 
 
 def serve_config(spec: ClusterSpec) -> Manifest:
-    """Serve's own config: the application, and which worker group each deployment runs on."""
-    deployments = [
-        {
-            "name": role,
-            "num_replicas": 1,
-            "ray_actor_options": {"num_cpus": 4, "num_gpus": 1, "resources": {f"farspan-{role}": 1}},
-        }
-        for role in ("prefill", "decode")
-    ]
+    """Serve's own config: the application, which may change the number of workers of each role within its group."""
     arguments: dict[str, Any] = {
         "model": spec.kubernetes.model,
         "host": "0.0.0.0",
         "port": SERVE_PORT,
         "api_key_file": KEYS_FILE,
-        "prefill": {"cpus": 4.0, "gpus": 1.0},
-        "decode": {"cpus": 4.0, "gpus": 1.0},
+        **{role: _role(role, getattr(spec, role)) for role in ("prefill", "decode")},
         "engine": {"dtype": "bfloat16", "kv_bytes": 40 * 2**30},
+    }
+    config = config_of(ServeConfig, arguments)
+    application = {
+        "name": "farspan",
+        "route_prefix": "/",
+        "import_path": "farspan.cli.service:build",
+        "args": arguments,
+        **_sizing(config),
     }
     return {
         # KubeRay asks every worker pod of a service for its proxy's health: without one no worker ever gets ready.
@@ -96,18 +100,10 @@ def serve_config(spec: ClusterSpec) -> Manifest:
         "http_options": {
             "host": "0.0.0.0",
             "port": SERVE_PORT,
-            "request_timeout_s": config_of(ServeConfig, arguments).request_timeout_s,
+            "request_timeout_s": config.request_timeout_s,
             "keep_alive_timeout_s": _KEEP_ALIVE_S,
         },
-        "applications": [
-            {
-                "name": "farspan",
-                "route_prefix": "/",
-                "import_path": "farspan.cli.service:build",
-                "args": arguments,
-                "deployments": deployments,
-            }
-        ],
+        "applications": [application],
     }
 
 
@@ -115,9 +111,9 @@ def training_config(spec: ClusterSpec) -> Manifest:
     """The run config the job reads; yours replaces it."""
     run = {
         "name": f"{spec.name}-train",
-        "output": "s3://your-bucket/runs/farspan-train",
+        "output": f"{spec.kubernetes.runs.rstrip('/')}/{spec.name}-train",
         "model": {"source": spec.kubernetes.model},
-        "data": {"corpus": "s3://your-bucket/corpus", "sequence_tokens": 131072},
+        "data": {"corpus": spec.kubernetes.corpus, "sequence_tokens": 131072},
         "parallel": {
             "workers": spec.train.gpus * spec.train.max_nodes,
             "sp": max(1, spec.train.gpus),
@@ -133,6 +129,28 @@ def training_config(spec: ClusterSpec) -> Manifest:
         "metadata": {"name": "farspan-train"},
         "data": {"run.yaml": text},
     }
+
+
+def _role(role: str, nodes: NodesConfig) -> dict[str, Any]:
+    """From the least pods of the group to its most; at first there is a worker to answer."""
+    room = workers_per_pod(nodes)
+    least = nodes.min_nodes * room
+    return {
+        "replicas": max(1, least),
+        "min_replicas": least,
+        "max_replicas": nodes.max_nodes * room,
+        "cpus": float(min(_WORKER_CPUS, cpus_of_pod(nodes) / room)),
+        "gpus": float(min(1, nodes.gpus)),
+        "custom": {f"farspan-{role}": 1.0},
+    }
+
+
+def _sizing(config: ServeConfig) -> dict[str, Any]:
+    """Serve's policy for the whole application, where the number of workers is open."""
+    if all(role.min_replicas == role.max_replicas for role in (config.prefill, config.decode)):
+        return {}
+    objectives = {"": [config.objectives.first_token_s, config.objectives.token_s]}
+    return {"autoscaling_policy": {"policy_function": _SIZING, "policy_kwargs": {"objectives": objectives}}}
 
 
 def _cluster_spec(spec: ClusterSpec, head: Manifest, groups: list[Manifest]) -> Manifest:

@@ -81,11 +81,21 @@ def network_policies() -> list[Manifest]:
     ]
 
 
-def disruption_budgets() -> list[Manifest]:
-    """A node is not drained under a head; of each kind of serving worker one may go at a time."""
+def head_budget(resource: Manifest) -> Manifest:
+    """A node is not drained under the head of this resource: all that runs in its cluster ends with it."""
+    cluster = resource["metadata"]["name"]
+    selector = {"matchLabels": {"farspan-cluster": cluster, "ray.io/node-type": "head"}}
+    return _budget(f"{cluster}-head", selector, 1)
+
+
+def worker_budgets(spec: ClusterSpec) -> list[Manifest]:
+    """Of serving workers that are always several, one may go at that number. Where one may be alone there is no budget:
+    its node could never be drained.
+    """
     return [
-        _budget("heads", _HEAD, 0),
-        *(_budget(role, {"matchLabels": {"farspan-role": role}}, 1) for role in ("prefill", "decode")),
+        _budget(role, {"matchLabels": {"farspan-role": role}}, nodes.min_nodes - 1)
+        for role, nodes in (("prefill", spec.prefill), ("decode", spec.decode))
+        if nodes.min_nodes > 1
     ]
 
 
@@ -153,9 +163,12 @@ def _policy(name: str, selector: Manifest, rules: Manifest) -> Manifest:
     return _manifest("networking.k8s.io/v1", "NetworkPolicy", name) | {"spec": {"podSelector": selector, **rules}}
 
 
-def _budget(name: str, selector: Manifest, most: int) -> Manifest:
+def _budget(name: str, selector: Manifest, least: int) -> Manifest:
+    # Not maxUnavailable, and no share: both ask the pods' controller how many there shall be, and a RayCluster has no
+    # scale to ask for, so nothing could ever be evicted.
     return _manifest("policy/v1", "PodDisruptionBudget", name) | {
-        "spec": {"maxUnavailable": most, "selector": selector}
+        # What does not work anyway holds no drain up.
+        "spec": {"minAvailable": least, "unhealthyPodEvictionPolicy": "AlwaysAllow", "selector": selector}
     }
 
 

@@ -161,7 +161,11 @@ class KubernetesConfig:
     train_config: str = "/etc/farspan/train/run.yaml"
     """Run config of the training job, in its ConfigMap farspan-train."""
     model: str = "s3://your-bucket/model"
-    """What the service serves."""
+    """What the service serves and the training job begins with."""
+    corpus: str = "s3://your-bucket/corpus"
+    """What the training job reads."""
+    runs: str = "s3://your-bucket/runs"
+    """Where the training job writes, into a folder of its name."""
 
 
 @dataclass(kw_only=True)

@@ -82,6 +82,10 @@ def closed(manifests: list[Manifest], name: str) -> Manifest:
     return next(m for m in manifests if m["kind"] == "NetworkPolicy" and m["metadata"]["name"] == name)["spec"]
 
 
+def budget(manifests: list[Manifest]) -> Manifest:
+    return of(manifests, "PodDisruptionBudget")["spec"]
+
+
 def serve_text(old: str, new: str) -> Change:
     def change(manifests: list[Manifest]) -> None:
         spec = of(manifests, "RayService")["spec"]
@@ -91,12 +95,23 @@ def serve_text(old: str, new: str) -> Change:
     return change
 
 
+def overriding(option: str) -> Change:
+    """The application with an option of its own for the deployment `prefill`."""
+    return serve_text("  autoscaling_policy:", f"  deployments: [{{name: prefill, {option}}}]\n  autoscaling_policy:")
+
+
 def another(manifest: Manifest) -> Change:
     return lambda manifests: manifests.append(manifest)
 
 
 SECRET = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s"}, "stringData": {"a": "b"}}
 SERVICE = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "s"}, "spec": {"type": "LoadBalancer"}}
+BUDGET = {
+    "apiVersion": "policy/v1",
+    "kind": "PodDisruptionBudget",
+    "metadata": {"name": "decode"},
+    "spec": {"minAvailable": 1, "selector": {"matchLabels": {"farspan-role": "decode"}}},
+}
 QUEUED = {"kueue.x-k8s.io/queue-name": "farspan"}
 
 
@@ -133,11 +148,18 @@ QUEUED = {"kueue.x-k8s.io/queue-name": "farspan"}
         (put(job, "clusterSelector", {"ray.io/cluster": "x"}), "one job, one cluster"),
         (put(lambda m: of(m, "RayJob")["metadata"], "labels", QUEUED), "must not scale by itself"),
         (put(lambda m: of(m, "RayJob")["metadata"], "name", "n" * 48), "longer than 47"),
-        (serve_text("num_replicas", "num_replcas"), "num_replcas is not a key of a deployment"),
+        (overriding("num_replcas: 1"), "num_replcas is not a key of a deployment"),
         (serve_text("EveryNode", "HeadOnly"), "proxy_location must be EveryNode"),
         (serve_text("kv_bytes", "kv_bites"), "did you mean 'kv_bytes'?"),
         (serve_text("    api_key_file: /etc/farspan/api-keys/api_keys\n", ""), "without api_key_file"),
         (serve_text("farspan-decode", "farspan-decoder"), "no worker group offers farspan-decoder"),
+        (serve_text("max_replicas: 4", "max_replicas: 9"), "prefill.max_replicas=9 finds no room"),
+        (serve_text("autoscaling_policy", "autoscaling_polici"), "no autoscaling_policy says when"),
+        (overriding("num_replicas: 1"), "num_replicas of prefill fixes what"),
+        (put(budget, "maxUnavailable", 1), "must be minAvailable as a number"),
+        (put(budget, "minAvailable", "50%"), "must be minAvailable as a number"),
+        (drop(budget, "minAvailable"), "must be minAvailable as a number"),
+        (another(BUDGET), "minAvailable must be less than minReplicas=0 of decode, got 1"),
         (drop(lambda m: closed(m, "names"), "egress"), "names cannot be resolved"),
         (put(lambda m: closed(m, "deny-all"), "policyTypes", ["Ingress"]), "nothing closes the namespace"),
         (put(lambda m: closed(m, "requests"), "ingress", [{"ports": []}]), "addresses outside the cluster"),
@@ -194,7 +216,7 @@ CRD = {
                             "spec": {
                                 "type": "object",
                                 "properties": {
-                                    "size": {"x-kubernetes-int-or-string": True},
+                                    "size": {"x-kubernetes-int-or-string": True, "pattern": "^[0-9]+(Gi)?$"},
                                     "items": {"type": "array", "items": {"type": "object", "properties": {"a": {}}}},
                                     "free": {"type": "object", "x-kubernetes-preserve-unknown-fields": True},
                                 },
@@ -219,6 +241,7 @@ def test_crds_of_a_cluster_become_strict_schemas(tmp_path: Path) -> None:
 
     assert schema_problems(thing(size="5Gi", items=[{"a": 1}], free={"any": 1}), schemas) == []
     assert schema_problems(thing(size=5), schemas) == []
+    assert "'lots' does not match" in schema_problems(thing(size="lots"), schemas)[0]
     assert "'sized' was unexpected" in schema_problems(thing(sized=5), schemas)[0]
     assert schema_problems(thing(items=[{"b": 1}]), schemas)[0].startswith("spec.items.0: ")
 

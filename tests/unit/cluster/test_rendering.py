@@ -9,6 +9,7 @@ from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
 from tests.support.disk import small_disk
 
 from farspan.cluster.environment import HABITS
+from farspan.cluster.examples import examples_in
 from farspan.cluster.rayclusters import serve_config, training_config
 from farspan.cluster.secrets import holds_secret
 from farspan.cluster.tree import render_tree, stale_files, write_tree
@@ -18,6 +19,9 @@ from farspan.config.cluster_rules import check_cluster
 from farspan.config.load import config_of, load_config, parse_config
 from farspan.config.schema import RunConfig, ServeConfig
 from farspan.errors import ConfigError, NotFoundError, StorageError
+from farspan.serve.app import APP_NAME
+from farspan.serve.lineup import line_up
+from farspan.serve.scaling import declared
 
 __all__ = ["small_disk"]
 
@@ -102,6 +106,63 @@ def test_the_service_answers_where_kuberay_probes_it_and_keeps_the_timeouts_of_i
     wanted = config_of(ServeConfig, config["applications"][0]["args"]).request_timeout_s
     assert (read.http_options.request_timeout_s, read.http_options.keep_alive_timeout_s) == (wanted, 75)
     assert set(config["http_options"]) <= set(HTTPOptionsSchema.model_fields)
+
+
+def test_the_service_scales_by_the_policy_that_farspan_serve_declares() -> None:
+    (application,) = serve_config(spec())["applications"]
+    config = config_of(ServeConfig, application["args"])
+    (wanted,) = declared(line_up([config]), APP_NAME, str(config.api_key_file)).applications
+    for key in ("name", "route_prefix", "import_path", "autoscaling_policy"):
+        assert application[key] == getattr(wanted, key)
+    assert config_of(ServeConfig, wanted.args) == config
+
+
+def test_roles_of_a_service_have_as_many_workers_as_their_groups_have_gpus() -> None:
+    sizes = ("prefill.gpus=8", "prefill.min_nodes=1", "prefill.max_nodes=2", "decode.min_nodes=3", "decode.max_nodes=3")
+    (application,) = serve_config(spec(*sizes))["applications"]
+    prefill, decode = application["args"]["prefill"], application["args"]["decode"]
+    assert (prefill["min_replicas"], prefill["replicas"], prefill["max_replicas"]) == (8, 8, 16)
+    assert (decode["min_replicas"], decode["replicas"], decode["max_replicas"]) == (3, 3, 3)
+    # 16 CPUs of a node, of which 14 are a pod's.
+    assert (prefill["cpus"], decode["cpus"]) == (1.75, 4.0)
+    (fixed,) = serve_config(spec("prefill.max_nodes=1", "prefill.min_nodes=1", *sizes[3:]))["applications"]
+    assert "autoscaling_policy" not in fixed
+
+
+def test_a_budget_lets_one_of_several_workers_go_and_holds_no_lonely_one() -> None:
+    def budgets(*overrides: str) -> dict[str, int]:
+        text = render_tree(spec(*overrides))["infra/k8s/base/serve/disruption.yaml"]
+        return {b["metadata"]["name"]: b["spec"]["minAvailable"] for b in yaml.safe_load_all(text)}
+
+    assert budgets("prefill.min_nodes=1") == {"farspan-serve-head": 1}
+    assert budgets("decode.min_nodes=2", "prefill.min_nodes=4") == {"farspan-serve-head": 1, "prefill": 3, "decode": 1}
+
+
+def test_a_budget_of_heads_is_of_one_cluster_alone() -> None:
+    for part, name, kind in (("cluster", "farspan", "raycluster"), ("train", "farspan-train", "rayjob")):
+        (wanted,) = yaml.safe_load_all(FILES[f"infra/k8s/base/{part}/disruption.yaml"])
+        labels = wanted["spec"]["selector"]["matchLabels"]
+        assert labels == {"farspan-cluster": name, "ray.io/node-type": "head"}
+        assert f"farspan-cluster: {name}\n" in FILES[f"infra/k8s/base/{part}/{kind}.yaml"]
+
+
+def test_what_only_shows_an_example_is_told_from_what_a_user_gave() -> None:
+    def told(*overrides: str) -> set[str]:
+        files = render_tree(spec(*overrides))
+        return set(examples_in([d for path in files if "k8s" in path for d in yaml.safe_load_all(files[path])]))
+
+    fields = {f"kubernetes.{name}" for name in ("image", "cpu_image", "model", "corpus", "runs")}
+    assert told() == fields
+    assert told("kubernetes.image=ghcr.io/a/farspan:1", "kubernetes.runs=s3://mine/") == fields - {
+        "kubernetes.image",
+        "kubernetes.runs",
+    }
+
+
+def test_the_job_reads_and_writes_where_the_spec_says() -> None:
+    given = spec("kubernetes.model=s3://b/m", "kubernetes.corpus=s3://b/c", "kubernetes.runs=s3://b/r/", "name=mine")
+    run = parse_config(RunConfig, training_config(given)["data"]["run.yaml"])
+    assert (run.model.source, run.data.corpus, run.output) == ("s3://b/m", "s3://b/c", "s3://b/r/mine-train")
 
 
 def test_the_head_and_the_job_that_clears_redis_reach_it_and_workers_do_not() -> None:
