@@ -55,12 +55,13 @@ def validate(
     from farspan.cluster.schemas import read_schemas, schema_problems
 
     schemas = read_schemas(Path(crds)) if crds is not None else {}
-    found = {}
-    for name, manifests in _composed(Path(folder)).items():
+    composed, found = _composed(Path(folder)), {}
+    for name, manifests in composed.items():
         strict = [problem for manifest in manifests for problem in schema_problems(manifest, schemas)]
         found[name] = [*manifest_problems(manifests), *strict]
     if crds is None:
         typer.echo("not checked against KubeRay's schemas: give --crds", err=True)
+    _tell_examples(composed)
     report(found, as_json=as_json)
 
 
@@ -91,6 +92,15 @@ def _composed(folder: Path) -> dict[str, list[dict[str, Any]]]:
         files = [file for file in folder.glob("base/*/*.yaml") if file.name != "kustomization.yaml"]
         return {"base": [document for file in sorted(files) for document in _documents(file.read_text(), str(file))]}
     return {str(overlay): _documents(_kustomize(overlay), str(overlay)) for overlay in overlays}
+
+
+def _tell_examples(composed: dict[str, list[dict[str, Any]]]) -> None:
+    """Name the values of the committed spec that are still in it: nodes could not pull or read them."""
+    from farspan.cluster.examples import examples_in
+
+    for field, value in examples_in(list(composed.values())).items():
+        way_out = f"before you apply, render yours with {field}=..."
+        typer.echo(f"warning: {field}: {value} is only an example; {way_out}", err=True)
 
 
 def _kustomize(overlay: Path) -> str:

@@ -209,11 +209,24 @@ def test_rendering_writes_what_differs_and_checking_writes_nothing(
 def test_a_manifest_that_breaks_a_rule_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     said(capsys, "infra", "render", SPEC, "--root", str(tmp_path))
     tree = tmp_path / "infra" / "k8s"
+    capsys.readouterr()
     assert run(["infra", "validate", str(tree)]) == 0
+    warned = capsys.readouterr().err
+    assert "warning: kubernetes.model: s3://your-bucket/model is only an example" in warned
     file = tree / "base" / "cluster" / "raycluster.yaml"
     file.write_text(file.read_text().replace("mode: token", "mode: disabled"), encoding="utf-8")
     capsys.readouterr()
     assert "RayCluster farspan: authOptions must be mode token" in said(capsys, "infra", "validate", str(tree), code=2)
+
+
+def test_a_tree_with_its_own_images_and_folders_is_not_warned_of(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    images = ("kubernetes.image=ghcr.io/a/farspan:1", "kubernetes.cpu_image=ghcr.io/a/farspan:1-cpu")
+    folders = [f"kubernetes.{field}=s3://mine/{field}" for field in ("model", "corpus", "runs")]
+    said(capsys, "infra", "render", *images, *folders, "--root", str(tmp_path))
+    assert run(["infra", "validate", str(tmp_path / "infra" / "k8s")]) == 0
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_certificates_are_written_and_their_variables_printed(
