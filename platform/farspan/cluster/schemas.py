@@ -76,7 +76,7 @@ def _strict(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     if schema.get("x-kubernetes-int-or-string"):
-        return dict(_QUANTITY)
+        return _QUANTITY | {key: schema[key] for key in ("pattern",) if key in schema}
     keywords = {key: value for key, value in schema.items() if not key.startswith("x-kubernetes-")}
     if "properties" in keywords:
         # A field may be called as a keyword is: names are not looked into, their schemas are.
