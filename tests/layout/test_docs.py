@@ -101,11 +101,14 @@ def _refusal(wanted: type, file: str, overrides: list[str]) -> str | None:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if "```yaml" in p.read_text(encoding="utf-8")], ids=lambda p: p.name)
 def test_a_yaml_example_has_only_known_keys(page: Path, tmp_path: Path) -> None:
-    wanted = {"data.md": schema.CorpusConfig, "serve.md": schema.ServeConfig}.get(page.name, schema.RunConfig)
+    configs = {"data.md": schema.CorpusConfig, "serve.md": schema.ServeConfig, "clusters.md": ClusterSpec}
+    wanted = configs.get(page.name, schema.RunConfig)
     required = {schema.RunConfig: ["data.corpus=x"], schema.ServeConfig: ["model=x"]}
+    # Examples of a cluster are added to a copy of the committed spec.
+    before = (REPOSITORY / "infra" / "cluster.yaml").read_text(encoding="utf-8") if wanted is ClusterSpec else ""
     for example in re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
         file = tmp_path / "example.yaml"
-        file.write_text(example, encoding="utf-8")
+        file.write_text(before + example, encoding="utf-8")
         load_config(wanted, str(file), required.get(wanted, []))
 
 
