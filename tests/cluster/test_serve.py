@@ -17,7 +17,7 @@ import torch
 from tests.unit.serve.tiny_folder import TEXT, write_tiny_model
 
 from farspan.config.schema import EngineConfig, ServeConfig, TransferConfig
-from farspan.engine.detokenize import Detokenizer
+from farspan.engine.detokenize import AnswerText, Detokenizer
 from farspan.engine.request import SamplingParams
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
 from farspan.serve.app import Running, handle_for_threads, run_app
@@ -27,7 +27,6 @@ from farspan.serve.policy import Route
 from farspan.serve.port import free_port
 from farspan.serve.relay import Relay
 from farspan.serve.router import Router
-from farspan.serve.text import AnswerText
 from farspan.serve.trace import RequestTrace
 
 MAX_TOKENS = 24

@@ -10,7 +10,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from farspan.engine.detokenize import Detokenizer
+from farspan.engine.detokenize import AnswerText, Detokenizer
 from farspan.engine.request import Grammar, SamplingParams, choices
 from farspan.errors import FarspanError, RequestError
 from farspan.serve.admission import wait_before_asking_again_s
@@ -24,7 +24,6 @@ from farspan.serve.metrics import Metrics
 from farspan.serve.params import sampling
 from farspan.serve.policy import Route
 from farspan.serve.reply import Counted, Prompted, Step, Style
-from farspan.serve.text import AnswerText
 from farspan.serve.trace import RequestTrace
 from farspan.serve.ways import Ways
 from farspan.serve.wire import GenerationFields

@@ -6,13 +6,13 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
+from farspan.engine.detokenize import AnswerText
 from farspan.engine.request import TokenLogprobs
 from farspan.errors import ClusterError, FarspanError, RequestError
 from farspan.kv.ticket import KvTicket
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, Pulled, Tokens
 from farspan.serve.policy import Route
 from farspan.serve.router import Workers
-from farspan.serve.text import AnswerText
 from farspan.serve.trace import RequestTrace
 
 # One transfer may fail, and one worker may die, without the client noticing.
@@ -54,7 +54,7 @@ async def answer(
     num_tokens = 0
     async with aclosing(answer_tokens(request, route, workers, trace)) as batches:
         async for batch in batches:
-            words = text.push(batch)
+            words = text.push(batch.tokens, batch.finish)
             count = len(words.offsets)
             num_tokens += count
             trace.token(count)

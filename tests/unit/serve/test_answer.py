@@ -7,13 +7,13 @@ import asyncio
 import pytest
 
 from farspan.config.schema import ServeConfig, TransferConfig
+from farspan.engine.detokenize import AnswerText
 from farspan.engine.request import SamplingParams
 from farspan.errors import ClusterError, RequestError, TransferError
 from farspan.kv.ticket import KvTicket, SourceAddress
 from farspan.serve.chat import answer
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, Pulled, Tokens
 from farspan.serve.policy import Route
-from farspan.serve.text import AnswerText
 from farspan.serve.trace import RequestTrace, TraceBook
 from farspan.serve.ways import LengthWays
 
