@@ -96,7 +96,7 @@ def serve_config(spec: ClusterSpec) -> Manifest:
         "http_options": {
             "host": "0.0.0.0",
             "port": SERVE_PORT,
-            "request_timeout_s": config_of(ServeConfig, arguments).request_timeout_s,
+            "request_timeout_s": config_of(ServeConfig, arguments).proxy_timeout_s,
             "keep_alive_timeout_s": _KEEP_ALIVE_S,
         },
         "applications": [

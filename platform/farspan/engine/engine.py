@@ -409,6 +409,7 @@ class Engine:
             if sequence in self._waiting:
                 self._waiting.remove(sequence)
                 self._running.append(sequence)
+                sequence.began_s = sequence.began_s or self._clock()
             decoding = len(sequence.tokens) - sequence.num_computed == 1
             self._service.charge(sequence.terms.tenant, chunk.num_tokens, decode=decoding)
             sequence.last_step = self._step

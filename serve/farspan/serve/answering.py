@@ -137,11 +137,10 @@ class Answering:
         return route
 
     async def _next(self, steps: AsyncGenerator[Step]) -> Step | None:
-        deadline_at_s = self._caller.deadline_at_s
-        if deadline_at_s is None:
-            return await anext(steps, None)
+        at_s = self._caller.deadline_at_s
         # Not one deadline around all: the steps of a generator may be asked for by different tasks.
-        return await asyncio.wait_for(_awaited(steps), max(0.0, deadline_at_s - time.time()))
+        async with asyncio.timeout(None if at_s is None else max(0.0, at_s - time.time())):
+            return await anext(steps, None)
 
 
 async def _read(
@@ -174,10 +173,6 @@ class _Reading:
         over = self._reader.over
         finish = "tool_calls" if over or (self._called and delta.finish == "stop") else delta.finish
         return Step(delta, said, self._prompted, first, finish)
-
-
-async def _awaited(steps: AsyncGenerator[Step]) -> Step | None:
-    return await anext(steps, None)
 
 
 @contextmanager
