@@ -60,10 +60,16 @@ class Readiness:
 
 
 def _unlike(infos: Sequence[WorkerInfo]) -> str | None:
-    """Why some of the workers cannot exchange pages; none: all can."""
-    if len({info.layout for info in infos}) > 1:
+    """Why workers cannot exchange pages that should; none: all can that hold the same kind of pages.
+
+    While a new checkpoint takes over there are workers of two kinds; one kind must do all there is to do.
+    """
+    roles = {info.role for info in infos}
+    alike = {info.layout: [other for other in infos if other.layout == info.layout] for info in infos}
+    whole = [some for some in alike.values() if {info.role for info in some} == roles]
+    if not whole:
         return "workers have different models or KV layouts"
-    if len({info.transport for info in infos}) > 1:
+    if any(len({info.transport for info in some}) > 1 for some in whole):
         spoken = ", ".join(dict.fromkeys(f"a {info.role} worker {info.transport}" for info in infos))
         return f"KV pages cannot travel: {spoken}; set transfer.transport"
     return None

@@ -73,6 +73,18 @@ def test_one_worker_of_many_that_is_unlike_the_others_is_enough_not_to_be_ready(
     assert asyncio.run(run()) == (503, "mismatched")
 
 
+@pytest.mark.parametrize(("new", "status"), [(["prefill", "decode"], 200), (["decode"], 200), (["prefill"], 200)])
+def test_while_a_new_checkpoint_takes_over_one_kind_that_has_all_roles_is_ready(new, status):
+    workers = [("prefill", "old"), ("decode", "old"), *((role, "new") for role in new)]
+
+    async def ask() -> list[Any]:
+        return [SimpleNamespace(role=role, layout=layout, transport="nixl") for role, layout in workers]
+
+    assert asyncio.run(Readiness(ask).told())[0] == status
+    del workers[1]
+    assert asyncio.run(Readiness(ask).told())[0] == (200 if set(new) == {"prefill", "decode"} else 503)
+
+
 def test_without_a_worker_it_is_asleep_where_none_is_needed_whoever_asks_first_and_waiting_where_one_is():
     async def told(needed: int, *, silent: bool) -> tuple[int, str]:
         async def ask() -> list[Any]:
