@@ -76,7 +76,7 @@ def test_two_engines_answer_what_one_answers_also_when_one_is_killed(
     assert len({token for tokens in expected.values() for token in tokens or []}) >= 6
     assert _tokens(tmp_path / "two.jsonl") == expected
     again = run_batch(str(model), CONFIG, prompts, tmp_path / "two.jsonl", PARAMS, 1, lambda _: None)
-    assert (again.skipped, again.answered) == (300, 0)
+    assert (again.skipped, again.answered, again.failed) == (299, 0, 1)
 
 
 def test_a_model_that_engines_cannot_run_is_told_of_once(ray_cluster: LocalRay, model: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ The client is on another host. That its answers are right while nothing happens 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 
@@ -26,6 +27,33 @@ MAX_TOKENS, LONG_CHARS = 24, 9000
 # Issue: recovery from the moment the link is cut.
 RECOVERED_S = 30.0
 HEADLESS_S = 15.0
+# Where the replicas of a host listen.
+_PORTS = """
+import psutil
+for process in psutil.process_iter(["cmdline"]):
+    if "ServeReplica" in " ".join(process.info["cmdline"] or ()):
+        found = process.net_connections("inet")
+        print(*(connection.laddr.port for connection in found if connection.status == psutil.CONN_LISTEN))
+"""
+# What each port of a host answers to a call of a replica without a token, with a wrong one, and with the right one.
+_KNOCK = """
+import json, sys
+from pathlib import Path
+import grpc
+
+def code(port, token):
+    with grpc.insecure_channel(f"{sys.argv[1]}:{port}") as channel:
+        call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+        said = [("authorization", f"Bearer {token}")] if token else []
+        try:
+            call(b"", metadata=said, timeout=20)
+        except grpc.RpcError as problem:
+            return problem.code().name
+        return "OK"
+
+tokens = ["", "b" * 64, Path(sys.argv[2]).read_text().strip()]
+print("codes", json.dumps([[code(port, token) for token in tokens] for port in sys.argv[3:]]))
+"""
 _ALIVE = "import ray; ray.init(logging_level='ERROR'); print(sum(node['Alive'] for node in ray.nodes()))"
 
 pytestmark = pytest.mark.soak
@@ -61,6 +89,22 @@ def test_the_measured_rate_of_a_transfer_is_what_the_link_carries(endpoint: Endp
     print(f"cap {megabits} Mbit/s: {', '.join(f'{rate:.2f}' for rate in rates)}")
     for rate in rates:
         assert rate == pytest.approx(megabits, rel=0.1)
+
+
+def test_a_replica_unpickles_nothing_from_whoever_has_not_the_token(endpoint: Endpoint) -> None:
+    cluster, (decode,) = endpoint.cluster, endpoint.places["decode"]
+    place = next(number for number, host in enumerate(cluster.made) if host.address == decode)
+    code, ports = cluster.python(place, "-c", _PORTS, log="ports.log").end()
+    assert code == 0, ports
+    token = str(cluster.folder / "token")
+    code, said = cluster.python(0, "-c", _KNOCK, decode, token, *ports.split(), log="knock.log").end()
+    assert code == 0, said
+    codes = json.loads(said.rpartition("codes ")[2])
+    # It finds no request in nothing: the replica's own answer.
+    own = [each for each in codes if each[2] in ("UNKNOWN", "INTERNAL")]
+    assert own, codes
+    assert all(each[:2] == ["UNAUTHENTICATED"] * 2 for each in own), codes
+    assert not any("OK" in each for each in codes), codes
 
 
 @pytest.mark.parametrize("how", ["cut", "killed"])

@@ -17,7 +17,7 @@ import torch
 from tests.unit.serve.tiny_folder import TEXT, write_tiny_model
 
 from farspan.config.schema import EngineConfig, ServeConfig, TransferConfig
-from farspan.engine.detokenize import Detokenizer
+from farspan.engine.detokenize import AnswerText, Detokenizer
 from farspan.engine.request import SamplingParams
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
 from farspan.serve.app import Running, handle_for_threads, run_app
@@ -27,11 +27,12 @@ from farspan.serve.policy import Route
 from farspan.serve.port import free_port
 from farspan.serve.relay import Relay
 from farspan.serve.router import Router
-from farspan.serve.text import AnswerText
 from farspan.serve.trace import RequestTrace
 
 MAX_TOKENS = 24
 BODY_LIMIT = 200_000
+# One second is what is promised; the rest is for asking two workers how they are, on a machine that does other things.
+FREED_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,7 @@ def test_streamed_greedy_text_equals_generate(server, plain, num_chars):
     if num_chars == 9000:
         # All but the last part of 512 tokens was fetched while the next one was computed.
         assert trace["kv_pages"] - trace["kv_pages_early"] <= 512 // 16 + 1
-    assert trace["time_to_first_token_s"] > 0
-    assert trace["prefill_s"] > 0
+    assert 0 < trace["queue_s"] < trace["queue_s"] + trace["prefill_s"] <= trace["time_to_first_token_s"]
 
 
 def test_chat_uses_the_models_template_and_whole_answers_equal_streamed_ones(server, plain):
@@ -214,16 +214,23 @@ def test_requests_that_cannot_be_served_are_refused_in_openais_shape(server):
     assert server.client.models.list().data[0].id == "tiny"
 
 
-def test_a_client_that_goes_away_frees_its_pages(server):
-    asked = {"model": "tiny", "prompt": TEXT[:600], "max_tokens": 6000, "stream": True, "ignore_eos": True}
+def test_a_client_that_goes_away_frees_its_pages_within_a_second(server):
+    asked = {"model": "tiny", "prompt": TEXT[:600], "max_tokens": 6000, "ignore_eos": True}
     url = f"{server.running.url}/completions"
-    with httpx.stream("POST", url, json=asked, headers=server.headers, timeout=60) as answer:
+    with httpx.stream("POST", url, json={**asked, "stream": True}, headers=server.headers, timeout=60) as answer:
         assert answer.status_code == 200
         lines = answer.iter_lines()
         assert next(lines).startswith("data: ")
         wait_until(lambda: server.infos()["decode"].num_requests == 1)
         assert server.infos()["decode"].num_free < server.infos()["decode"].num_pages
-    wait_until(lambda: all(idle(info) for info in server.infos().values()))
+    wait_until(lambda: all(idle(info) for info in server.infos().values()), FREED_S)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            url, json=asked, headers={**server.headers, "x-request-id": "left"}, timeout=httpx.Timeout(60, read=1.5)
+        )
+    wait_until(lambda: all(idle(info) for info in server.infos().values()), FREED_S)
+    left = server.trace("left")
+    assert (left["output_tokens"] > 0, left["finish"]) == (True, None)
 
 
 def test_a_prefill_worker_killed_before_the_pull_is_not_noticed_by_the_client(server, plain):

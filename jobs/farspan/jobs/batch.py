@@ -10,8 +10,10 @@ import torch
 
 from farspan.config.load import dump_config, parse_config
 from farspan.config.schema import EngineConfig
-from farspan.engine.offline import OfflineEngine, Progress, in_blocks, order_lines, unanswered
-from farspan.engine.prompts import Answered, AnswerFile, Prompt, read_prompts
+from farspan.engine.answer_file import AnswerFile
+from farspan.engine.offline import OfflineEngine, Progress, in_blocks, open_lines, order_lines
+from farspan.engine.origin import origin_of
+from farspan.engine.prompts import Answered, Prompt
 from farspan.engine.request import SamplingParams
 from farspan.errors import ClusterError, FarspanError
 from farspan.models.address import fetch_model
@@ -99,11 +101,13 @@ def run_batch(
 
     `model` must be readable from every node. Raises what that raises, and ClusterError.
     """
-    progress = Progress()
     answers = AnswerFile(output)
     crew = None
     try:
-        tokenizer = load_tokenizer(fetch_model(model))
+        folder = fetch_model(model)
+        tokenizer = load_tokenizer(folder)
+        progress, lines = open_lines(prompts, answers, params, origin_of(folder, config), tokenizer)
+        tell(progress)
 
         def note(done: list[Answered]) -> None:
             answers.append(done)
@@ -112,7 +116,7 @@ def run_batch(
             tell(progress)
 
         def askable() -> Iterator[Prompt]:
-            for line in order_lines(unanswered(read_prompts(prompts, tokenizer, params), answers, progress)):
+            for line in order_lines(lines):
                 if isinstance(line, Prompt):
                     yield line
                 else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +25,9 @@ from farspan.telemetry.events import (
 )
 from farspan.telemetry.tiers import held_beside
 from farspan.telemetry.units import byte_size, duration
+
+# Off a terminal, a batch says so often how far it is.
+_BATCH_EVERY_S = 5.0
 
 
 class _Live:
@@ -139,15 +144,32 @@ class BuildProgressBar(_Live):
 
 
 class BatchProgressBar(_Live):
-    """Prompts of a batch."""
+    """Prompts of a batch: a bar on a terminal, a line every few seconds elsewhere."""
 
-    def __init__(self) -> None:
-        super().__init__(TextColumn("{task.completed:,} answers, {task.fields[tokens]:,} tokens"))
-        self._task = self._bar.add_task("", total=None, tokens=0)
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        self._task: Any = None
+        self._clock = clock
+        self._began_s = self._told_s = 0.0
 
     def __call__(self, progress: Any) -> None:
-        """One Progress from the engine room."""
-        self._bar.update(self._task, completed=progress.answered, tokens=progress.tokens)
+        """One Progress from the engine room; the first before anything is answered."""
+        now_s = self._clock()
+        if self._task is None:
+            self._began_s = self._told_s = now_s
+            # Only now: what was there already is no speed.
+            self._task = self._bar.add_task("", total=progress.total, completed=progress.done)
+        text = self._told(progress, now_s - self._began_s)
+        self._bar.update(self._task, completed=progress.done, description=text)
+        if not self.console.is_terminal and now_s - self._told_s >= _BATCH_EVERY_S:
+            self._told_s = now_s
+            self.console.print(text, markup=False)
+
+    def _told(self, progress: Any, passed_s: float) -> str:
+        text = f"{progress.done:,} of {progress.total:,} lines, {progress.failed:,} failed"
+        if progress.skipped:
+            text += f", {progress.skipped:,} were there already"
+        return f"{text}, {progress.tokens / max(passed_s, 1e-9):,.0f} tokens/s"
 
     def finish(self, progress: Any, output: str) -> None:
         """The last lines."""

@@ -100,7 +100,7 @@ def serve_config(spec: ClusterSpec) -> Manifest:
         "http_options": {
             "host": "0.0.0.0",
             "port": SERVE_PORT,
-            "request_timeout_s": config.request_timeout_s,
+            "request_timeout_s": config.proxy_timeout_s,
             "keep_alive_timeout_s": _KEEP_ALIVE_S,
         },
         "applications": [application],

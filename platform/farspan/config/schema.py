@@ -11,6 +11,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
+# So much later than the ingress, which tells its clients what happened, the proxy gives a request up.
+_PROXY_LATER_S = 5.0
+
 
 @dataclass(kw_only=True)
 class UpsampleConfig:
@@ -319,13 +322,18 @@ class RoleConfig:
     min_replicas: int | None = None
     """Fewest of them, 0 to stop them all while nobody asks; none: always `replicas`."""
     max_replicas: int | None = None
-    """Most of them; none: always `replicas`."""
+    """Most of them; none: `replicas`, and at least one."""
     cpus: float = 0.5
     """CPUs each of them, or each rank of it, asks Ray for."""
     gpus: float = 0.0
     """GPUs each of them, or each rank of it, asks Ray for."""
     custom: dict[str, float] = field(default_factory=dict)
     """Further resources each of them asks for, such as farspan-decode=1, which nodes of that type alone have."""
+
+    @property
+    def most(self) -> int:
+        """Most workers of this kind at any time."""
+        return max(1, self.replicas) if self.max_replicas is None else self.max_replicas
 
 
 @dataclass(kw_only=True)
@@ -465,4 +473,9 @@ class ServeConfig:
     start_timeout_s: float = 300.0
     """Longest wait until a worker of each kind answers."""
     request_timeout_s: float = 600.0
-    """Longest time for one request."""
+    """Longest time for one request, from its first bytes to the end of its answer; what it holds is freed then."""
+
+    @property
+    def proxy_timeout_s(self) -> float:
+        """When Serve's proxy ends a request that the ingress did not: it cannot say why in a way clients understand."""
+        return self.request_timeout_s + _PROXY_LATER_S

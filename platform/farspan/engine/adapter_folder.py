@@ -64,7 +64,7 @@ def read_adapter(model: PreTrainedModel, uri: str) -> AdapterFile:
         CheckpointError: it holds no adapter, another model's, or one that cannot be served exactly.
     """
     with tempfile.TemporaryDirectory(prefix="farspan-adapter-") as scratch:
-        folder = fetch_folder(absolute_uri(uri), Path(scratch), require_manifest=False, choose=_chosen)
+        folder = _fetched(uri, scratch)
         settings = _read_settings(uri, folder)
         tensors = _read_tensors(uri, folder)
     wanted = _wanted(uri, model, settings)
@@ -73,6 +73,23 @@ def read_adapter(model: PreTrainedModel, uri: str) -> AdapterFile:
     layers = dict(model.named_modules())
     pairs = {name: _pair(uri, name, layers[name], tensors, want) for name, want in sorted(wanted.items())}
     return AdapterFile(pairs, _digest(pairs))
+
+
+def fingerprint_adapter(uri: str) -> str:
+    """Of both files of an adapter's folder, local or on S3. Raises StorageError where one cannot be read."""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory(prefix="farspan-adapter-") as scratch:
+        folder = _fetched(uri, scratch)
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            if not (folder / name).is_file():
+                raise CheckpointError(uri, f"has no {name}; give a folder that peft has saved")
+            with (folder / name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _fetched(uri: str, scratch: str) -> Path:
+    return fetch_folder(absolute_uri(uri), Path(scratch), require_manifest=False, choose=_chosen)
 
 
 def _chosen(names: list[str], read: Callable[[str], bytes]) -> list[str]:

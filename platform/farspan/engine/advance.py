@@ -117,8 +117,10 @@ def _take(result: Advanced, choice: Choice, depth: int, ends: Ends) -> bool:
     except RequestError as problem:
         result.problem = problem.reason
         return False
-    found = sequence.num_found
-    result.events.append(TokenEvent(sequence.request_id, choice.token, finish, choice.logprobs, prompt_logprobs, found))
+    found, began_s = sequence.num_found, sequence.began_s
+    result.events.append(
+        TokenEvent(sequence.request_id, choice.token, finish, choice.logprobs, prompt_logprobs, found, began_s)
+    )
     return finish is None and depth < len(sequence.draft) and sequence.draft[depth] == choice.token
 
 

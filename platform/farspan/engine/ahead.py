@@ -46,7 +46,7 @@ class Course:
         graphs.staged.stage(pieces, size)
         self._number = graphs.staged.num_staged
         self._logits_NV = graphs.logits_RV[: len(pieces)]
-        self._choice = SteadyChoice(params, [piece.past + 1 for piece in pieces], self._logits_NV)
+        self._choice = SteadyChoice(params, [piece.position + 1 for piece in pieces], self._logits_NV)
         self._on_cuda = self._logits_NV.device.type == "cuda"
         # One is read while the other is written.
         self._told = torch.empty(2, 2, len(pieces), dtype=torch.float64, pin_memory=self._on_cuda).unbind()

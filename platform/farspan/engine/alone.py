@@ -51,6 +51,7 @@ class AloneRunner:
         return torch.cat([self._run(piece) for piece in pieces])
 
     def _run(self, piece: Piece) -> Tensor:
+        assert piece.left_out == 0, "transformers' own cache leaves nothing out"
         assert piece.state is not None, "a sequence that is computed alone keeps its cache in a state slot"
         cache = self._states.kept[piece.state] if piece.past else None
         assert (cache is None) == (piece.past == 0), "the cache of a sequence was lost"

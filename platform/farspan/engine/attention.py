@@ -116,7 +116,10 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens start..start+length of the packed batch continue one sequence that has `past` tokens in `pages`."""
+    """Tokens start..start+length of the packed batch continue one sequence that has `past` tokens in `pages`.
+
+    Of whatever position, and in any order, where nothing but the whole past is seen; else of the slots' own order.
+    """
 
     start: int
     length: int

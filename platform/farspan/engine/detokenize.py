@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 _REPLACEMENT = "\ufffd"
 
@@ -108,3 +109,58 @@ class _Search:
         while size and self._wanted[size] != letter:
             size = self._shorter[size]
         return size + 1 if self._wanted[size] == letter else 0
+
+
+class TextSource(Protocol):
+    """A detokenizer."""
+
+    def push(self, tokens: Sequence[int]) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What some tokens became: text that is certain, and where the text of each token begins."""
+
+    text: str
+    finish: str | None
+    offsets: tuple[int, ...]
+
+
+class AnswerText:
+    """Ends an answer exactly where the engine does: before the first stop string, not looked for before min_tokens."""
+
+    def __init__(self, detokenizer: TextSource, stops: Sequence[str] = (), min_tokens: int = 0) -> None:
+        self._detokenizer, self._stops, self._min_tokens = detokenizer, StopStrings(stops), min_tokens
+        self._num_tokens = self._length = 0
+
+    def push(self, tokens: Sequence[int], finish: str | None) -> Words:
+        """The next tokens, and how the answer ends with them; those after a stop string are left out of `offsets`."""
+        text, offsets = "", []
+        for token in tokens:
+            offsets.append(self._length)
+            self._num_tokens += 1
+            text += self._kept(self._detokenizer.push([token]))
+            if self._stops.stopped:
+                return Words(text, "stop", tuple(offsets))
+        if finish is not None:
+            text += self._kept(self._detokenizer.finish())
+            text += self._stops.finish()
+        return Words(text, "stop" if self._stops.stopped else finish, tuple(offsets))
+
+    def _kept(self, text: str) -> str:
+        self._length += len(text)
+        return text if self._num_tokens < self._min_tokens else self._stops.push(text)
+
+
+def whole_text(
+    tokenizer: Any, tokens: Sequence[int], finish: str, stops: Sequence[str], min_tokens: int
+) -> tuple[str, str]:
+    """(text, finish) of an answer whose tokens are all there: what its deltas would have added up to."""
+    detokenizer = Detokenizer(tokenizer)
+    if not stops:
+        # In one go: token by token costs a decode each.
+        return detokenizer.push(tokens) + detokenizer.finish(), finish
+    words = AnswerText(detokenizer, stops, min_tokens).push(tokens, finish)
+    return words.text, words.finish or finish

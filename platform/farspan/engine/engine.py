@@ -29,7 +29,7 @@ from farspan.engine.beyond import host_traffic, page_offload, prefix_cache
 from farspan.engine.burden import Burden, burden_of
 from farspan.engine.cut import Share
 from farspan.engine.draft import Drafter, SuffixDrafter
-from farspan.engine.fairness import Claim, Service, fair_order
+from farspan.engine.fairness import Claim, Service, crowds_out, fair_order
 from farspan.engine.faster import speed_up
 from farspan.engine.guesses import Guesses
 from farspan.engine.history import Recall
@@ -364,10 +364,14 @@ class Engine:
             return False
         if most > limits.max_batch_tokens or (limits.decode_tokens is not None and most > limits.decode_tokens):
             return False
+        if not self._waiting:
+            return True
         # Who waits stays out while everybody stays in.
         full = most >= limits.max_sequences and self.host is None
         lowest = self._running[-1].terms.priority
-        return not self._waiting or (full and all(s.terms.priority <= lowest for s in self._waiting))
+        if not full or any(sequence.terms.priority > lowest for sequence in self._waiting):
+            return False
+        return not crowds_out([s.terms.tenant for s in self._running], {s.terms.tenant for s in self._waiting})
 
     def _expire(self) -> list[Event]:
         """Fail every request whose deadline has passed."""
@@ -405,6 +409,7 @@ class Engine:
             if sequence in self._waiting:
                 self._waiting.remove(sequence)
                 self._running.append(sequence)
+                sequence.began_s = sequence.began_s or self._clock()
             decoding = len(sequence.tokens) - sequence.num_computed == 1
             self._service.charge(sequence.terms.tenant, chunk.num_tokens, decode=decoding)
             sequence.last_step = self._step

@@ -1,4 +1,4 @@
-"""Tenants that wait share the engine evenly: who was given least comes next.
+"""Tenants share the engine evenly: who was given least comes next, and nobody is kept out by one who has all of it.
 
 Source: virtual token counters (Sheng et al. 2024, https://arxiv.org/abs/2401.00588).
 """
@@ -6,8 +6,8 @@ Source: virtual token counters (Sheng et al. 2024, https://arxiv.org/abs/2401.00
 from __future__ import annotations
 
 import heapq
-from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 # A decoded token costs about as much as two of a prompt: it reads all weights for itself alone.
@@ -50,6 +50,18 @@ class Claim(NamedTuple):
     priority: int
     tenant: str
     num_tokens: int
+
+
+def too_many(tenant: str, running: Iterable[str]) -> str | None:
+    """Of the tenants of what runs, the one with most of it, at least two, where `tenant` has nothing; else none."""
+    counts = Counter(running)
+    most, count = counts.most_common(1)[0] if counts else ("", 0)
+    return most if count > 1 and tenant not in counts else None
+
+
+def crowds_out(running: Sequence[str], waiting: Collection[str]) -> bool:
+    """Whether a tenant has several running while another waits for its first."""
+    return any(too_many(tenant, running) is not None for tenant in waiting)
 
 
 def fair_order(claims: Iterable[Claim], given: Mapping[str, float]) -> Iterator[str]:

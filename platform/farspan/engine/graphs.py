@@ -61,6 +61,10 @@ class _Trial:
     def tokens(self) -> Sequence[int]:
         return (self.token,)
 
+    @property
+    def position(self) -> int:
+        return self.past
+
 
 @dataclass(slots=True)
 class _Later:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -12,9 +13,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from farspan.config.schema import EngineConfig
+from farspan.engine.answer_file import AnswerFile
+from farspan.engine.detokenize import whole_text
 from farspan.engine.engine import Engine
 from farspan.engine.groups import group_by_prefix
-from farspan.engine.prompts import Answered, AnswerFile, Line, Prompt, read_prompts
+from farspan.engine.origin import Origin, origin_of
+from farspan.engine.prompts import Answered, Line, Prompt, Question, as_prompt, count_lines, read_questions
 from farspan.engine.request import FailedEvent, SamplingParams
 from farspan.engine.terms import Terms
 from farspan.errors import EngineError, RequestError
@@ -28,12 +32,20 @@ BLOCK_PROMPTS = 1024
 
 @dataclass(slots=True)
 class Progress:
-    """How far a batch is. `skipped`: answered by an earlier run."""
+    """How far a batch is."""
 
+    total: int = 0
+    """Lines to answer, with those that were answered before."""
     answered: int = 0
     failed: int = 0
     skipped: int = 0
+    """Answered by an earlier run."""
     tokens: int = 0
+    """Of the answers of this run."""
+
+    @property
+    def done(self) -> int:
+        return self.answered + self.failed + self.skipped
 
     def count(self, answer: Answered) -> None:
         if answer.error is None:
@@ -46,9 +58,16 @@ class Progress:
 class OfflineEngine:
     """An engine that is asked many things at once."""
 
-    def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase | None, max_sequences: int) -> None:
-        """Without a tokenizer, prompts and answers are tokens."""
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase | None,
+        max_sequences: int,
+        origin: Origin | None = None,
+    ) -> None:
+        """Without a tokenizer, prompts and answers are tokens. `origin`: who answers; none: these weights."""
         self.engine, self.tokenizer = engine, tokenizer
+        self.origin = origin or Origin(engine.pool.layout.model)
         # Twice as many as run side by side: whoever ends is followed at once.
         self._window = 2 * max_sequences
 
@@ -64,7 +83,8 @@ class OfflineEngine:
         if torch.cuda.is_available():
             model = model.to("cuda")
         tokenizer = load_tokenizer(folder)
-        return cls(Engine(model, config, tokenizer=tokenizer), tokenizer, config.max_sequences)
+        engine = Engine(model, config, tokenizer=tokenizer)
+        return cls(engine, tokenizer, config.max_sequences, origin_of(folder, config))
 
     def answers(self, lines: Iterable[Line]) -> Iterator[Answered]:
         """An answer for every line, as soon as it is there; a line that cannot be answered fails alone.
@@ -114,8 +134,17 @@ class OfflineEngine:
             tokens.append(event.token)
             if event.finish:
                 del asked[event.request_id]
-                text = None if self.tokenizer is None else self.tokenizer.decode(tokens, skip_special_tokens=True)
-                yield Answered(prompt.id, prompt.line, tuple(tokens), text, event.finish, len(prompt.tokens))
+                yield self._answered(prompt, tokens, event.finish)
+
+    def _answered(self, prompt: Prompt, tokens: list[int], finish: str) -> Answered:
+        """The answer as HTTP would tell it."""
+        text = None
+        if self.tokenizer is not None:
+            params = prompt.params
+            text, finish = whole_text(self.tokenizer, tokens, finish, params.stop, params.min_tokens)
+        return Answered(
+            prompt.id, prompt.line, tuple(tokens), text, finish, num_prompt=len(prompt.tokens), asked=prompt.asked
+        )
 
 
 def order_lines(lines: Iterable[Line]) -> Iterator[Line]:
@@ -137,14 +166,30 @@ def in_blocks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield block
 
 
-def unanswered(lines: Iterable[Line], done: AnswerFile, progress: Progress) -> Iterator[Line]:
-    """The lines an earlier run has not answered."""
-    for line in lines:
-        key = line.key if isinstance(line, Answered) else line.id
-        if key in done.done:
-            progress.skipped += 1
-        else:
-            yield line
+def open_lines(
+    prompts: Path,
+    answers: AnswerFile,
+    params: SamplingParams,
+    origin: Origin,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[Progress, Iterator[Line]]:
+    """How far a file is, and the lines an earlier run has not answered.
+
+    Raises NotFoundError when there is no such file, ConfigError when there are answers to something else.
+    """
+    read = partial(read_questions, prompts, params, origin)
+    progress = Progress(total=count_lines(prompts), skipped=answers.check(read()) if answers.done else 0)
+    return progress, _unanswered(read(), answers, tokenizer)
+
+
+def _unanswered(
+    questions: Iterable[Question | Answered], answers: AnswerFile, tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[Line]:
+    for question in questions:
+        if isinstance(question, Answered):
+            yield question
+        elif question.id not in answers.done:
+            yield as_prompt(question, tokenizer)
 
 
 def run_offline(
@@ -156,12 +201,13 @@ def run_offline(
         NotFoundError: no such prompts.
         EngineError: another process writes the answers.
         CorruptDataError: `output` holds something else.
+        ConfigError: it holds answers of another model, other options or other prompts.
     """
-    progress = Progress()
     answers = AnswerFile(output)
     try:
-        lines = read_prompts(prompts, offline.tokenizer, params)
-        for answer in offline.answers(unanswered(lines, answers, progress)):
+        progress, lines = open_lines(prompts, answers, params, offline.origin, offline.tokenizer)
+        tell(progress)
+        for answer in offline.answers(lines):
             answers.append([answer])
             progress.count(answer)
             tell(progress)

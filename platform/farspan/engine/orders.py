@@ -14,8 +14,8 @@ from farspan.engine.lowrank import BASE
 from farspan.engine.runner import Piece
 from farspan.kv.ticket import SourceAddress
 
-# Of a piece: its tokens, its past, its pages, its logits.
-_COUNTS = 4
+# Of a piece: its tokens, its past, its pages, its logits, what is left out.
+_COUNTS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def read_changes(numbers: np.ndarray) -> tuple[list[tuple[int, int]], np.ndarray
 def write_pieces(pieces: Sequence[Piece]) -> np.ndarray:
     """Their number, the counts of each, the tokens of all, the pages of all."""
     assert all(piece.adapter == BASE and piece.state is None for piece in pieces), "ranks have no adapters, no states"
-    counts = [(len(p.tokens), p.past, len(p.pages), p.num_logits) for p in pieces]
+    counts = [(len(p.tokens), p.past, len(p.pages), p.num_logits, p.left_out) for p in pieces]
     parts = [
         np.array([len(pieces)], np.int64),
         np.array(counts, np.int64).reshape(-1),
@@ -63,8 +63,8 @@ def read_pieces(numbers: np.ndarray) -> list[Piece]:
     assert len(parts[-1]) == 0, "pieces are read to their end"
     tokens, pages = parts[:num_pieces], parts[num_pieces:-1]
     return [
-        Piece(t.tolist(), past, array("q", p.tobytes()), num_logits=num_logits)
-        for t, p, (_, past, _, num_logits) in zip(tokens, pages, counts.tolist(), strict=True)
+        Piece(t.tolist(), past, array("q", p.tobytes()), num_logits=num_logits, left_out=left_out)
+        for t, p, (_, past, _, num_logits, left_out) in zip(tokens, pages, counts.tolist(), strict=True)
     ]
 
 

@@ -119,6 +119,8 @@ class SequenceState:
     """Its `num_computed` tokens, and its state, in host memory, while it holds no pages."""
     num_found: int = 0
     """Tokens of the prompt that an earlier request had computed."""
+    began_s: float = 0.0
+    """When its first tokens were computed here, by the clock of the engine; 0: not yet."""
 
     @property
     def num_answered(self) -> int:
@@ -140,6 +142,8 @@ class TokenEvent:
     """With the first token, where they were asked for."""
     num_found: int = 0
     """Tokens of the prompt that an earlier request had computed."""
+    began_s: float = field(default=0.0, compare=False)
+    """When the engine took the request up, by its clock."""
 
 
 @dataclass(frozen=True, slots=True)

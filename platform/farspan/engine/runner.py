@@ -47,6 +47,14 @@ class Piece:
     num_logits: int = 1
     """Logits wanted: those of the last so many tokens."""
     adapter: str = BASE
+    left_out: int = 0
+    """Tokens of the sequence before these that have no slot: so far are positions ahead of slots. Those that have one
+    may lie in any order."""
+
+    @property
+    def position(self) -> int:
+        """Of the first of `tokens` in the sequence."""
+        return self.past + self.left_out
 
 
 class Runner:
@@ -70,6 +78,7 @@ class Runner:
         self._gather_pages = gather_bytes * layout.layers_of_page // max(1, layout.page_bytes)
         self._calls = [replace(call, group=layout.group_of(call.store)) for call in survey.calls]
         self._tables = {(call.rule, call.group) for call in self._calls}
+        self._slides = any(rule.window is not None or rule.chunk is not None for rule, _ in self._tables)
         self._gathers = {(call.rule, call.group) for call in self._calls if gathers(call.pages)}
         # Sequences with one beginning share the pages of layers that see everything. On a CPU a soft cap would take the
         # call for the beginning, which has many queries, to the slow reference.
@@ -124,7 +133,12 @@ class Runner:
         return logits_RV
 
     def in_one_launch(self, pieces: Sequence[Piece]) -> DecodeGraphs | None:
-        """The graphs that compute these pieces, if any do. With the next tokens of the same sequences it stays so."""
+        """The graphs that compute these pieces, if any do. With the next tokens of the same sequences it stays so.
+
+        Raises ModelError for a sequence with tokens left out where a layer sees only the last ones: it counts slots.
+        """
+        if self._slides and any(piece.left_out for piece in pieces):
+            raise ModelError("a layer with a window or chunks counts slots back: no token before one may be left out")
         fits = self._graphs is not None and self._graphs.size_of(len(pieces)) is not None
         return self._graphs if fits and self._in_one_launch(pieces) else None
 
@@ -158,16 +172,16 @@ class Runner:
             range(len(pieces)),
             key=lambda i: (
                 len(pieces[i].tokens) > 1,
-                begins_last and pieces[i].past == 0,
+                begins_last and pieces[i].position == 0,
                 self._beginning(pieces[i]),
                 pieces[i].past,
             ),
         )
         packed = [pieces[i] for i in order]
         tokens_T = torch.tensor([token for piece in packed for token in piece.tokens])
-        positions_T = torch.cat([torch.arange(p.past, p.past + len(p.tokens)) for p in packed])
+        positions_T = torch.cat([torch.arange(p.position, p.position + len(p.tokens)) for p in packed])
         keep, back = kept_rows(pieces, order)
-        batch, cache = self._pack(packed, positions_T), self._cache(packed)
+        batch, cache = self._pack(packed), self._cache(packed)
         with self._lowrank.over([(piece.adapter, len(piece.tokens)) for piece in packed]):
             logits_RV = forward(self._model, tokens_T, positions_T, batch, keep, cache)
         return logits_RV[back.to(logits_RV.device)]
@@ -179,7 +193,7 @@ class Runner:
         start = 0
         for piece in pieces:
             assert piece.state is not None, "a model with states needs one for each sequence"
-            stretches.append(Stretch(start, len(piece.tokens), piece.state, fresh=piece.past == 0))
+            stretches.append(Stretch(start, len(piece.tokens), piece.state, fresh=piece.position == 0))
             start += len(piece.tokens)
         self._shell.states = BatchStates(self._states, stretches, stepwise=self._stepwise, window=self._lowrank.window)
         return self._shell
@@ -190,22 +204,25 @@ class Runner:
             return 0
         return piece.pages[self._sharing]
 
-    def _pack(self, pieces: Sequence[Piece], positions_T: Tensor) -> PagedBatch:
+    def _pack(self, pieces: Sequence[Piece]) -> PagedBatch:
         size, device = self._pool.layout.page_tokens, self._pool.device
         tables = [np.array(piece.pages, np.int64).reshape(-1, self._pool.layout.num_groups) for piece in pieces]
         rows = [_Row(piece, table) for piece, table in zip(pieces, tables, strict=True) if len(piece.tokens) == 1]
         segments: list[Segment] = []
         used: list[np.ndarray] = []
+        slots: list[np.ndarray] = []
         start = 0
         for piece, table in zip(pieces, tables, strict=True):
             length = len(piece.tokens)
-            used.append(table[np.arange(piece.past, piece.past + length) // size])
+            places = np.arange(piece.past, piece.past + length)
+            used.append(table[places // size])
+            slots.append(places % size)
             if length > 1:
                 segments.append(Segment(start, length, piece.past, torch.from_numpy(table).to(device)))
             start += length
         parts = {key: [*self._decode_parts(rows, *key), *segments] for key in self._tables}
-        page_TG = torch.from_numpy(np.concatenate(used)).to(device)
-        return PagedBatch(self._pool, self._calls, page_TG, (positions_T % size).to(device), parts, self._tokens)
+        page_TG, slot_T = (torch.from_numpy(np.concatenate(found)).to(device) for found in (used, slots))
+        return PagedBatch(self._pool, self._calls, page_TG, slot_T, parts, self._tokens)
 
     def _decode_parts(self, rows: Sequence[_Row], rule: LayerRule, group: int) -> list[DecodeRows | Segment]:
         """Single tokens by the kernel over pages: together, those that share a beginning by themselves."""

@@ -13,6 +13,8 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from farspan.engine.fairness import too_many
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -183,8 +185,8 @@ class _Plan:
         return quota and self.budget > 0 and len(self.active) < self.limits.max_sequences
 
     def make_room(self, head: Row) -> None:
-        """Preempt sequences of lower priority, if that lets the first of the waiting in."""
-        lower = [row for row in self.active if row.priority < head.priority]
+        """Preempt sequences of lower priority, or of a tenant that has too many, if that lets the first one in."""
+        lower = [row for row in self.active if row.priority < head.priority] or self._beyond_fair(head)
         missing = self._missing(head)
         if not lower or self._is_coming(head) or (missing <= 0 and len(self.active) < self.limits.max_sequences):
             return
@@ -192,6 +194,11 @@ class _Plan:
             return
         while lower and (self._missing(head) > 0 or len(self.active) >= self.limits.max_sequences):
             self._preempt(self.active, lower.pop())
+
+    def _beyond_fair(self, head: Row) -> list[Row]:
+        """Those that may give way to a tenant of which nothing runs: of the tenant with most, all but the first."""
+        crowd = too_many(head.tenant, [row.tenant for row in self.active])
+        return [row for row in self.active if row.tenant == crowd and row.priority <= head.priority][1:]
 
     def grow(self, row: Row) -> None:
         """Compute the next tokens of a running sequence, at the cost of later ranks if need be."""

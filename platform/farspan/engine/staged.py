@@ -29,12 +29,14 @@ _ALIGNED = 16
 
 
 class NextToken(Protocol):
-    """One token of a sequence to compute, after `past` that are in `pages`."""
+    """One token of a sequence to compute, after `past` that are in `pages`, at a `position` that may be further."""
 
     @property
     def tokens(self) -> Sequence[int]: ...
     @property
     def past(self) -> int: ...
+    @property
+    def position(self) -> int: ...
     @property
     def pages(self) -> Sequence[int]: ...
 
@@ -83,7 +85,7 @@ class StagedRows:
         self._lengths = {key: x.numpy() for key, x in here.lengths_R.items()}
         self._host_tables = self._host[self._head_bytes :].view(torch.int32).numpy()
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
-        self._past_R = np.zeros(rows, np.int64)
+        self._past_R, self._ahead_R = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
         self._all_R, self._places_N = np.arange(rows), np.arange(room.pages)
         # What is known of the rows' own tables: a page of each group for each place.
         self._known_RNG = np.zeros((rows, room.pages, room.num_groups), np.int64)
@@ -123,6 +125,8 @@ class StagedRows:
         self._past_R[:count] = [piece.past for piece in pieces]
         self._least = int(self._past_R[:count].argmin())
         self._past_R[count:rows] = self._past_R[self._least]
+        self._ahead_R[:count] = [piece.position - piece.past for piece in pieces]
+        self._ahead_R[count:rows] = self._ahead_R[self._least]
         self._tokens[:count] = [piece.tokens[0] for piece in pieces]
         self._tokens[count:rows] = self._tokens[self._least]
         for row, piece in enumerate(pieces):
@@ -163,7 +167,7 @@ class StagedRows:
 
     def _write_heads(self, rows: int) -> None:
         past_B, size = self._past_R[:rows], self._room.page_tokens
-        self._positions[:rows] = past_B
+        self._positions[:rows] = past_B + self._ahead_R[:rows]
         self._slots[:rows] = past_B % size
         self._pages[:rows] = self._known_RNG[self._all_R[:rows], past_B // size]
         assert self._pages[:rows].max() < self._room.num_pages, "a row writes to a page that was given back"
@@ -204,8 +208,8 @@ class StagedRows:
 
     def _add_pages(self, keys: Sequence[Key], rows: int) -> None:
         """Each row's own page, once more where it is there already."""
-        place_B1 = (self._there.positions_R[:rows] // self._room.page_tokens)[:, None]
         for key in keys:
+            place_B1 = (self._there.lengths_R[key][:rows, None].long() - 1) // self._room.page_tokens
             page_B1 = self._there.pages_RG[:rows, key[1] : key[1] + 1].int()
             self._tables[key][:rows].scatter_(1, place_B1, page_B1)
 

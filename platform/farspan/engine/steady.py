@@ -162,7 +162,7 @@ class Steady:
                 events += self._settle(Advanced(sequence, problem=UNSOUND))
                 continue
             finish = accept(sequence, token, end)
-            event = TokenEvent(sequence.request_id, token, finish, None, None, sequence.num_found)
+            event = TokenEvent(sequence.request_id, token, finish, None, None, sequence.num_found, sequence.began_s)
             if finish is not None:
                 events += self._settle(Advanced(sequence, [event]))
                 continue

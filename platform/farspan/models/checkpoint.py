@@ -39,7 +39,7 @@ def check_model_folder(folder: Path, *, tokenizer: bool = False) -> None:
     if not folder.is_dir():
         raise CheckpointError(str(folder), "no such model folder; give a folder with config.json and model.safetensors")
     _read_json(folder, "config.json")
-    for name in _weight_files(folder):
+    for name in weight_files(folder):
         _check_weight_file(folder / name)
     if tokenizer and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise CheckpointError(str(folder), "has no tokenizer (tokenizer.json); save the tokenizer beside the weights")
@@ -169,7 +169,8 @@ def _require_causal_lm(config: PretrainedConfig) -> None:
         raise ModelError(f"model_type {config.model_type!r} has no causal language model in transformers")
 
 
-def _weight_files(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files that are opened. Raises CheckpointError."""
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS]
     if (folder / WEIGHTS_INDEX).is_file():

@@ -10,7 +10,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from farspan.engine.detokenize import Detokenizer
+from farspan.engine.detokenize import AnswerText, Detokenizer
 from farspan.engine.request import Grammar, SamplingParams, choices
 from farspan.errors import FarspanError, RequestError
 from farspan.serve.admission import wait_before_asking_again_s
@@ -24,7 +24,6 @@ from farspan.serve.metrics import Metrics
 from farspan.serve.params import sampling
 from farspan.serve.policy import Route
 from farspan.serve.reply import Counted, Prompted, Step, Style
-from farspan.serve.text import AnswerText
 from farspan.serve.trace import RequestTrace
 from farspan.serve.ways import Ways
 from farspan.serve.wire import GenerationFields
@@ -138,11 +137,10 @@ class Answering:
         return route
 
     async def _next(self, steps: AsyncGenerator[Step]) -> Step | None:
-        deadline_at_s = self._caller.deadline_at_s
-        if deadline_at_s is None:
-            return await anext(steps, None)
+        at_s = self._caller.deadline_at_s
         # Not one deadline around all: the steps of a generator may be asked for by different tasks.
-        return await asyncio.wait_for(_awaited(steps), max(0.0, deadline_at_s - time.time()))
+        async with asyncio.timeout(None if at_s is None else max(0.0, at_s - time.time())):
+            return await anext(steps, None)
 
 
 async def _read(
@@ -175,10 +173,6 @@ class _Reading:
         over = self._reader.over
         finish = "tool_calls" if over or (self._called and delta.finish == "stop") else delta.finish
         return Step(delta, said, self._prompted, first, finish)
-
-
-async def _awaited(steps: AsyncGenerator[Step]) -> Step | None:
-    return await anext(steps, None)
 
 
 @contextmanager

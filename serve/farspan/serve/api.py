@@ -17,7 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, Metric
 from starlette.requests import ClientDisconnect
 
 from farspan.config.schema import ServeConfig
-from farspan.errors import FarspanError
+from farspan.errors import ClusterError, FarspanError
 from farspan.models.checkpoint import load_tokenizer
 from farspan.serve.answering import Answering, Question, Surroundings
 from farspan.serve.body import Body, ignored_header, read_body
@@ -52,7 +52,7 @@ class AllWorkers(Workers, Protocol):
     """`Workers` that also say how they are."""
 
     async def info(self) -> list[WorkerInfo]:
-        """Those that answer. Raises ClusterError when none does."""
+        """All that answer, nothing where there is none. Raises ClusterError when none of those that there are does."""
         ...
 
 
@@ -64,6 +64,8 @@ class Heard(Generic[Body]):
     asked: Body
     ignored: tuple[str, ...]
     """Fields nobody knows."""
+    began_s: float
+    """When its first bytes were here, on the monotonic clock."""
 
 
 class Api:
@@ -100,7 +102,7 @@ class Api:
         return JSONResponse({"status": "ok"})
 
     async def ready(self) -> Response:
-        """200 once a worker of each role answers that may not be empty."""
+        """200 once a worker of each role answers that may not be empty, and all that answer fit together."""
         status, told = await self.readiness()
         return JSONResponse(told, status_code=status)
 
@@ -110,7 +112,7 @@ class Api:
 
     async def models(self, request: Request) -> Response:
         self.authorize(request)
-        return JSONResponse({"object": "list", "data": self.entries((await self._smallest()).max_context_tokens)})
+        return JSONResponse({"object": "list", "data": self.entries(await self.context())})
 
     async def context(self) -> int | None:
         """The longest context of this model; none, while no worker says it."""
@@ -139,14 +141,14 @@ class Api:
 
     async def complete(self, request: Request, heard: Heard[CompletionRequest]) -> Response:
         question = completion_question(self._tokenizer, heard.asked)
-        return await self._answer(request, heard.key, question, heard.ignored)
+        return await self._answer(request, heard, question)
 
     async def chat(self, request: Request) -> Response:
         return await self.converse(request, await self.heard(request, ChatRequest))
 
     async def converse(self, request: Request, heard: Heard[ChatRequest]) -> Response:
         question = chat_question(self._tokenizer, heard.asked, self._config.tool_format)
-        return await self._answer(request, heard.key, question, heard.ignored)
+        return await self._answer(request, heard, question)
 
     async def tokenize(self, request: Request) -> Response:
         return await self.tokens(await self.heard(request, TokenizeRequest))
@@ -156,8 +158,9 @@ class Api:
         self.names.adapter(asked.model or self.names.model)
         with self._limits.of(heard.key).admitted():
             tokens = await asyncio.to_thread(tokenized, self._tokenizer, asked)
-        longest = (await self._smallest()).max_context_tokens
-        told: dict[str, Any] = {"count": len(tokens), "max_model_len": longest, "tokens": tokens}
+        told: dict[str, Any] = {"count": len(tokens), "tokens": tokens}
+        if (longest := await self.context()) is not None:
+            told["max_model_len"] = longest
         if asked.return_token_strs:
             told["token_strs"] = [self._token_names.name_of(token) for token in tokens]
         return JSONResponse(told, headers=ignored_header(heard.ignored))
@@ -186,8 +189,9 @@ class Api:
 
     async def heard(self, request: Request, shape: type[Body]) -> Heard[Body]:
         """A request of that shape. Raises ApiError for one without a key, too large, too slow, or of another shape."""
+        began_s = time.monotonic()
         key = self.authorize(request)
-        return Heard(key, *await self._body(request, shape))
+        return Heard(key, *await self._body(request, shape), began_s)
 
     def authorize(self, request: Request) -> ApiKey:
         """The key of a request. Raises ApiError 401."""
@@ -226,30 +230,32 @@ class Api:
         return await asyncio.to_thread(read_body, content, shape)
 
     async def _smallest(self) -> WorkerInfo:
-        """What both kinds of worker can hold; while one kind is away, what the other can."""
+        """What all workers can hold, of those that answer. Raises ClusterError when none does."""
         if self._info is not None:
             return self._info
-        infos = await self._workers.info()
+        if not (infos := await self._workers.info()):
+            raise ClusterError("no worker is there")
         smallest = min(infos, key=lambda info: (info.kv_tokens, info.max_context_tokens))
         if len({info.role for info in infos}) >= max(1, self._needed):
             self._info = smallest
         return smallest
 
-    def _caller(self, http: Request, key: ApiKey, asked: GenerationFields) -> Caller:
-        deadline_s = _deadline_s(http, asked)
+    def _caller(self, http: Request, heard: Heard[Any], asked: GenerationFields) -> Caller:
+        key, left_s = heard.key, heard.began_s + self._config.request_timeout_s - time.monotonic()
+        given_s = _deadline_s(http, asked)
         return Caller(
             tenant=key.derived("tenant"),
             session=_session(http, key, asked),
             salt=_salt(key, asked.cache_salt, shared=self._config.share_prefixes),
             # Lower is answered first over HTTP, higher in the engine.
             priority=-max(asked.priority, key.allowance.priority),
-            deadline_at_s=None if deadline_s is None else time.time() + deadline_s,
+            deadline_at_s=time.time() + (left_s if given_s is None else min(left_s, given_s)),
             adapter=self.names.adapter(asked.model),
         )
 
-    async def _answer(self, http: Request, key: ApiKey, question: Question, ignored: tuple[str, ...]) -> Response:
-        asked = question.asked
-        caller = self._caller(http, key, asked)
+    async def _answer(self, http: Request, heard: Heard[Any], question: Question) -> Response:
+        arrived_s, asked = time.monotonic(), question.asked
+        caller, ignored = self._caller(http, heard, asked), ignored_header(heard.ignored)
         ways = self._ways or LengthWays(self._workers, self._config)
         if ways.asleep:
             await unless_gone(http.receive, ways.ready(caller.deadline_at_s))
@@ -262,8 +268,8 @@ class Api:
         )
         given = http.headers.get("x-request-id") or ""
         public_id = given if _PLAIN_ID.fullmatch(given) else uuid.uuid4().hex
-        trace = self._traces.open(public_id, 0, caller.tenant)
-        answering = Answering(question, around, caller, self._limits.of(key), trace)
+        trace = self._traces.open(public_id, 0, caller.tenant, arrived_s)
+        answering = Answering(question, around, caller, self._limits.of(heard.key), trace)
         reply = Reply(public_id, asked.model, question.style, self._token_names)
         route = http.url.path
         steps = self._spans.told(answering.steps(), route, http.headers, asked.model, trace, answering.counted)
@@ -272,11 +278,11 @@ class Api:
             first = await unless_gone(http.receive, anext(steps))
             if not asked.stream:
                 body = await unless_gone(http.receive, collect(first, steps, reply, answering.counted))
-                return JSONResponse(body, headers=ignored_header(ignored))
+                return JSONResponse(body, headers=ignored)
         except BaseException:
             await steps.aclose()
             raise
-        return EventStream(events(first, steps, reply, answering.counted, asked), ignored_header(ignored))
+        return EventStream(events(first, steps, reply, answering.counted, asked), ignored)
 
 
 def no_trace(request_id: str) -> ApiError:

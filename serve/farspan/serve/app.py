@@ -28,6 +28,7 @@ from farspan.serve.folder import open_model_folder
 from farspan.serve.keys import ApiKey, read_keys
 from farspan.serve.limits import Limits
 from farspan.serve.lineup import Place, line_up
+from farspan.serve.messages import WorkerInfo
 from farspan.serve.port import refuse_taken_port
 from farspan.serve.ranks import rank_options
 from farspan.serve.router import Router
@@ -220,7 +221,7 @@ def update_app(running: Running, config: ServeConfig, *more: ServeConfig) -> Non
 def num_cpus(*configs: ServeConfig) -> float:
     """Logical CPUs the replicas ask Ray for."""
     return sum(
-        (role.max_replicas or role.replicas) * role.cpus * config.engine.tensor_parallel
+        role.most * role.cpus * config.engine.tensor_parallel
         for config in configs
         for role in (config.prefill, config.decode)
     )
@@ -235,7 +236,7 @@ def _deploy(configs: Sequence[ServeConfig], keys: tuple[ApiKey, ...], key_file: 
             # Whoever reaches a node with a worker reaches the endpoint, also while there is no head.
             proxy_location=ProxyLocation.EveryNode,
             http_options=HTTPOptions(
-                host=config.host, port=config.port, request_timeout_s=config.request_timeout_s, keep_alive_timeout_s=75
+                host=config.host, port=config.port, request_timeout_s=config.proxy_timeout_s, keep_alive_timeout_s=75
             ),
         )
         if is_scaled(*configs):
@@ -286,10 +287,14 @@ def _told_transport(place: Place) -> str:
     whose = f"{place.name}: " if place.label else ""
     try:
         handle = handle_for_threads(f"{DecodeWorker.role}{place.label}")
-        info = handle.info.remote().result(timeout_s=_TOLD_S)
+        # To all: a call to any would start one where there is none.
+        told = handle.broadcast("info").results(timeout_s=_TOLD_S, return_exceptions=True)
     except (RayError, RayServeException, TimeoutError):
-        return f"{whose}transfer.transport={place.config.transfer.transport}, no worker runs that says more"
-    return f"{whose}{info.transport} ({info.transport_reason})"
+        told = []
+    for info in told:
+        if isinstance(info, WorkerInfo):
+            return f"{whose}{info.transport} ({info.transport_reason})"
+    return f"{whose}transfer.transport={place.config.transfer.transport}, no worker runs that says more"
 
 
 def _wait_ready(url: str, deadline_s: float, timeout_s: float) -> None:

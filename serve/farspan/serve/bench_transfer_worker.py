@@ -21,6 +21,9 @@ from farspan.kv.transports.nixl import NixlTransport, adjacent_runs, make_agent
 from farspan.serve.host import EngineHost
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, Pulled, Tokens
 
+# How often a bare read is looked at.
+_LOOK_S = 2e-4
+
 
 @dataclass(frozen=True, kw_only=True)
 class TransferBench:
@@ -175,11 +178,13 @@ class _BareReader:
         runs = adjacent_runs([ref.page for ref in ticket.pages], list(range(len(ticket.pages))))
         here = [(self._memory_B.data_ptr() + at * size, count * size, self._device) for _, at, count in runs]
         there = [(source.pages_address + at * size, count * size, self._device) for at, _, count in runs]
-        began = time.monotonic()
         local, remote = (self._agent.get_xfer_descs(np.array(d, dtype=np.uint64), self._kind) for d in (here, there))
         handle = self._agent.initialize_xfer("READ", local, remote, source.incarnation)
+        began = time.monotonic()
         status = self._agent.transfer(handle)
         while status == "PROC":
+            # Who only looks takes a processor that the source may need.
+            time.sleep(_LOOK_S)
             status = self._agent.check_xfer_state(handle)
         seconds = time.monotonic() - began
         assert status == "DONE", "the source is alive"

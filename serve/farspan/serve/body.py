@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from farspan.engine.forms import DEEPEST, is_deeper
 from farspan.serve.shape import ApiError, Shape
 
 Body = TypeVar("Body", bound=Shape)
@@ -24,8 +25,6 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MOST_NAMED = 20
-# Schemas of tools are the deepest thing anybody sends; more is an attack on whoever walks through it.
-DEEPEST = 100
 
 # What each of these fields may say where it is not served: the value that changes nothing. null is always one.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -93,17 +92,6 @@ def _read_json(content: bytes | bytearray) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-
-
-def is_deeper(value: Any, most: int) -> bool:
-    """Whether lists and objects lie more than `most` deep, found without recursion."""
-    level = [value]
-    for _ in range(most):
-        parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
-        if not parts:
-            return False
-        level = [item for part in parts for item in part if isinstance(item, dict | list)]
-    return bool(level)
 
 
 def _refuse_unserved(fields: dict[str, Any]) -> None:

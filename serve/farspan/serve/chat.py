@@ -6,16 +6,16 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
+from farspan.engine.detokenize import AnswerText
 from farspan.engine.request import TokenLogprobs
 from farspan.errors import ClusterError, FarspanError, RequestError
 from farspan.kv.ticket import KvTicket
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, Pulled, Tokens
 from farspan.serve.policy import Route
 from farspan.serve.router import Workers
-from farspan.serve.text import AnswerText
 from farspan.serve.trace import RequestTrace
 
-# One transfer may fail, and one worker may die, without the client noticing.
+# Transfers fail and workers die without the client noticing, until so many attempts in a row brought no token.
 _ATTEMPTS = 3
 
 
@@ -49,17 +49,18 @@ async def answer(
 
     Raises:
         RequestError: it can never be answered.
-        FarspanError: the workers failed more often than we try.
+        FarspanError: the workers failed more often in a row than we try.
     """
     num_tokens = 0
     async with aclosing(answer_tokens(request, route, workers, trace)) as batches:
         async for batch in batches:
-            words = text.push(batch)
+            words = text.push(batch.tokens, batch.finish)
             count = len(words.offsets)
             num_tokens += count
-            trace.token(count)
             if num_tokens == count:
-                trace.cached_tokens = batch.num_cached
+                # Whatever it was not computed, it waited: also in queues that say nothing of it, as Serve's.
+                trace.cached_tokens, trace.queue_s = batch.num_cached, max(0.0, trace.age_s - batch.computed_s)
+            trace.token(count)
             trace.finish = words.finish
             yield Delta(
                 words.text,
@@ -96,14 +97,14 @@ async def answer_tokens(
                 yield _first_token(prefilled)
                 if asking.over:
                     return
-        for attempt in range(_ATTEMPTS):
-            # Pages are fetched once; every further attempt computes them where it decodes.
-            fetched = ticket if attempt == 0 else None
+        fetched, attempts = ticket, 0
+        while attempts < _ATTEMPTS:
+            attempts += 1
             async with aclosing(workers.resume(asking.now, answered, fetched)) as items:
                 async for item in items:
                     if isinstance(item, Failed):
                         asking.again(item.error)
-                        if attempt + 1 == _ATTEMPTS:
+                        if attempts == _ATTEMPTS:
                             asking.over = True
                             raise item.error
                         break
@@ -114,11 +115,13 @@ async def answer_tokens(
                     if isinstance(item, Pulled):
                         _note(trace, item)
                         continue
-                    answered += item.tokens
+                    answered, attempts = answered + item.tokens, 0
                     asking.over = item.finish is not None
                     yield item
                     if asking.over:
                         return
+            # Pages are fetched once; every further attempt computes them where it decodes.
+            fetched = None
         raise ClusterError(f"request {request.request_id}: the decode worker ended without an answer")
     finally:
         if ticket is not None:
@@ -156,7 +159,14 @@ class _Asking:
 
 def _first_token(prefilled: Prefilled) -> Tokens:
     logprobs = () if prefilled.logprobs is None else (prefilled.logprobs,)
-    return Tokens((prefilled.token,), prefilled.finish, logprobs, prefilled.prompt_logprobs, prefilled.num_cached)
+    return Tokens(
+        (prefilled.token,),
+        prefilled.finish,
+        logprobs,
+        prefilled.prompt_logprobs,
+        prefilled.num_cached,
+        prefilled.seconds,
+    )
 
 
 def _note(trace: RequestTrace, pulled: Pulled) -> None:

@@ -326,9 +326,10 @@ class EngineLoop:
         else:
             if event.finish:
                 self._clients.pop(event.request_id)
-            logprobs = () if event.logprobs is None else (event.logprobs,)
+            logprobs, before = () if event.logprobs is None else (event.logprobs,), event.prompt_logprobs
+            seconds = time.monotonic() - event.began_s
             self._outbox.put(
-                client.inbox, Tokens((event.token,), event.finish, logprobs, event.prompt_logprobs, event.num_found)
+                client.inbox, Tokens((event.token,), event.finish, logprobs, before, event.num_found, seconds)
             )
 
     def _prefilled(self, client: Client, event: TokenEvent) -> Prefilled:
@@ -343,7 +344,7 @@ class EngineLoop:
             source = self._transport.address()
             ticket = self._leases.offer(event.request_id, pages, num_tokens, source, time.time(), adapter)
             self._offered[ticket.ticket_id] = event.request_id
-        seconds = time.monotonic() - client.started_s
+        seconds = time.monotonic() - event.began_s
         logprobs, before = event.logprobs, event.prompt_logprobs
         return Prefilled(event.token, event.finish, ticket, seconds, logprobs, before, event.num_found)
 

@@ -9,18 +9,22 @@ from grpc.aio import AioRpcError
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from farspan.errors import FarspanError, RequestError
+from farspan.errors import ClusterError, EngineError, FarspanError, RequestError
 from farspan.serve.shape import ApiError
 
 LOST = (RayError, RayServeException, AioRpcError, RuntimeError)
 """What a call of a worker raises when it is gone, or the connection to it. RuntimeError: Serve's own, when a connection
 ends before the worker has said whether it takes the call.
 """
+# By then one of the others has room, or Serve has put another worker in its place.
+_RETRY_S = 5
 
 
 def as_api_error(problem: FarspanError) -> ApiError:
     if isinstance(problem, RequestError):
         return ApiError(400, problem.reason, code="invalid_request")
+    if isinstance(problem, ClusterError | EngineError):
+        return unavailable("the workers that should answer were lost, or are not there")
     return internal_error()
 
 
@@ -29,9 +33,17 @@ def internal_error() -> ApiError:
     return ApiError(500, "the request could not be completed; try again", code="internal_error")
 
 
+def unavailable(why: str) -> ApiError:
+    """Nobody can answer now, and somebody will again."""
+    return ApiError(503, f"{why}; try again in {_RETRY_S} s", code="unavailable", retry_after_s=_RETRY_S)
+
+
 def too_late() -> ApiError:
-    """The deadline a client set has passed."""
-    message = "the answer was not complete before its deadline; give it more time or ask for less"
+    """The deadline has passed: a client's own, or the endpoint's for every request."""
+    message = (
+        "the answer was not complete before its deadline (deadline_s, but at most request_timeout_s of this endpoint); "
+        "give it more time or ask for less"
+    )
     return ApiError(504, message, code="deadline_exceeded", param="deadline_s")
 
 

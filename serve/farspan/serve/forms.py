@@ -7,12 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from farspan.engine.forms import DEEPEST, LONGEST_SOURCE, MOST_TEXTS, is_deeper, one_of, only_form
 from farspan.engine.request import Grammar
-from farspan.serve.body import DEEPEST, is_deeper
 from farspan.serve.shape import Items, Shape
 
-# Read by the engine's thread, before anything of it can be refused.
-_LONGEST_SOURCE, MOST_TEXTS = 200_000, 1000
 COMPACT = {"x-guidance": {"whitespace_flexible": False}}
 """In a schema of a Lark grammar: no white space between the parts of the JSON, as in answers of one schema."""
 
@@ -21,8 +19,8 @@ def _as_schema(given: dict[str, Any] | str) -> dict[str, Any]:
     """Text is read here, once: whoever takes a schema may count on an object."""
     if isinstance(given, dict):
         return given
-    if len(given) > _LONGEST_SOURCE:
-        raise ValueError(f"must be a JSON schema of at most {_LONGEST_SOURCE} characters")
+    if len(given) > LONGEST_SOURCE:
+        raise ValueError(f"must be a JSON schema of at most {LONGEST_SOURCE} characters")
     try:
         found = json.loads(given)
     except (ValueError, RecursionError):
@@ -67,7 +65,7 @@ class StructuredOutputs(Shape):
         found = [] if self.wanted is None else [Grammar("json_schema", json.dumps(self.wanted))]
         found += [Grammar("json_object", "")] if self.json_object else []
         found += [] if self.regex is None else [Grammar("regex", self.regex)]
-        found += [] if self.choice is None else [_one_of(self.choice)]
+        found += [] if self.choice is None else [one_of(self.choice)]
         return found + ([] if self.grammar is None else [Grammar("lark", self.grammar)])
 
 
@@ -78,19 +76,4 @@ def form_of(response_format: ResponseFormat, *structured: StructuredOutputs | No
         forms.append(Grammar("json_schema", json.dumps(response_format.json_schema.wanted)))
     elif response_format.type == "json_object":
         forms.append(Grammar("json_object", ""))
-    if len(forms) > 1:
-        raise ValueError(
-            f"structured_outputs: the answer can have one form only, got {' and '.join(form.kind for form in forms)}; "
-            "leave all but one out of response_format, structured_outputs and guided_*"
-        )
-    if forms and len(forms[0].source) > _LONGEST_SOURCE:
-        raise ValueError(
-            f"structured_outputs: a {forms[0].kind} may have {_LONGEST_SOURCE} characters, got {len(forms[0].source)}"
-        )
-    return forms[0] if forms else None
-
-
-def _one_of(texts: list[str]) -> Grammar:
-    if not 1 <= len(texts) <= MOST_TEXTS or not all(texts):
-        raise ValueError(f"structured_outputs: choice must be 1 to {MOST_TEXTS} texts, none of them empty")
-    return Grammar("lark", f"start: {' | '.join(json.dumps(text) for text in texts)}")
+    return only_form(forms)

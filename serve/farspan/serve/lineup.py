@@ -79,5 +79,5 @@ def _refuse_other_address(first: str, agreed: ServeConfig, name: str, config: Se
 
 
 def _num_ranks(config: ServeConfig) -> int:
-    num_workers = sum(role.max_replicas or role.replicas for role in (config.prefill, config.decode))
+    num_workers = sum(role.most for role in (config.prefill, config.decode))
     return num_workers * config.engine.tensor_parallel

@@ -50,6 +50,7 @@ class Prefilled:
     finish: str | None
     ticket: KvTicket | None
     seconds: float
+    """Since the engine took the prompt up, until its first token."""
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     num_cached: int = 0
@@ -85,6 +86,8 @@ class Tokens:
     """With the first token, where they were asked for: one for each prompt token after the first."""
     num_cached: int = 0
     """With the first token: tokens of the prompt that were there already."""
+    computed_s: float = 0.0
+    """With the first token: since the engine took the prompt up."""
 
     def followed_by(self, later: Tokens) -> Tokens:
         """Both as one item."""
@@ -94,6 +97,7 @@ class Tokens:
             self.logprobs + later.logprobs,
             self.prompt_logprobs,
             self.num_cached,
+            self.computed_s,
         )
 
 
@@ -154,3 +158,5 @@ class WorkerInfo:
     """Workers with different ones do not exchange pages."""
     transport_reason: str = ""
     """Why it is this one."""
+    worker: str = ""
+    """Its replica."""

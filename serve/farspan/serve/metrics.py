@@ -59,14 +59,14 @@ class Metrics:
             buckets=_TRANSFER_S,
             registry=registry,
         )
-        self._pages = Gauge("farspan_kv_pages", "Of one worker of a role.", ["role", "state"], registry=registry)
+        self._pages = Gauge("farspan_kv_pages", "Of all workers of a role.", ["role", "state"], registry=registry)
         self._host = Gauge(
             "farspan_host_cache_pages",
-            "Of one worker of a role, since it started.",
+            "Of all workers of a role, since each started.",
             ["role", "what"],
             registry=registry,
         )
-        self._open = Gauge("farspan_worker_requests", "In one worker of a role.", ["role"], registry=registry)
+        self._open = Gauge("farspan_worker_requests", "In all workers of a role.", ["role"], registry=registry)
 
     def names(self) -> list[tuple[str, str, str]]:
         """(name, kind, meaning) of every number."""
@@ -92,14 +92,17 @@ class Metrics:
 
     def families(self, infos: Sequence[WorkerInfo]) -> list[Metric]:
         """Every number, with those of the workers as they say them now."""
+        for gauge in (self._pages, self._host, self._open):
+            # Nothing stays of workers that are gone.
+            gauge.clear()
         for info in infos:
             states = {"all": info.num_pages, "free": info.num_free, "quarantined": info.num_quarantined}
             states["forgotten"] = info.num_forgotten
             for state, count in states.items():
-                self._pages.labels(info.role, state).set(count)
+                self._pages.labels(info.role, state).inc(count)
             for what, count in ({} if info.host is None else asdict(info.host)).items():
-                self._host.labels(info.role, what).set(count)
-            self._open.labels(info.role).set(info.num_requests)
+                self._host.labels(info.role, what).inc(count)
+            self._open.labels(info.role).inc(info.num_requests)
         return list(self._registry.collect())
 
     def _measure(self, trace: RequestTrace, counted: Counted) -> None:

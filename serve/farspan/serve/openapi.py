@@ -33,6 +33,7 @@ _ERRORS = {
     "413": "The body is too large",
     "429": "A limit of the key; Retry-After says when to come again",
     "500": "The request could not be completed",
+    "503": "No worker could answer; Retry-After says when to come again",
     "504": "The deadline passed",
 }
 _DEADLINE = {

@@ -1,4 +1,4 @@
-"""Whether a worker of each role answers: asked for without a key, so however often it is asked, workers hear little."""
+"""Whether workers answer, and fit together: asked for without a key, so however often it is asked, they hear little."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Readiness:
         *,
         needed: int = NUM_ROLES,
     ) -> None:
-        """`needed`: how many roles must have a worker; 0: all may be stopped once they have answered."""
-        self._ask, self._clock, self._needed, self._were_there = ask, clock, needed, False
+        """`ask`: gives nothing where no worker is; `needed`: how many roles must have one; 0: all may be stopped."""
+        self._ask, self._clock, self._needed = ask, clock, needed
         self._asking: asyncio.Task[tuple[int, dict[str, Any]]] | None = None
         self._told_at_s = 0.0
 
@@ -45,18 +45,31 @@ class Readiness:
         try:
             infos = await self._ask()
         except FarspanError as problem:
-            if self._needed == 0 and self._were_there:
-                return 200, {"status": "asleep", "roles": []}
             return 503, {"status": "waiting", "reason": str(problem)}
         finally:
             self._told_at_s = self._clock()
-        if len({info.role for info in infos}) < self._needed:
-            return 503, {"status": "waiting", "reason": f"only a worker for {infos[0].role} answers"}
-        if len({info.layout for info in infos}) != 1:
-            reason = "prefill and decode workers have different models or KV layouts"
+        roles = list(dict.fromkeys(info.role for info in infos))
+        if len(roles) < self._needed:
+            there = f"only a worker for {roles[0]} answers" if roles else "no worker is there"
+            return 503, {"status": "waiting", "reason": there}
+        if not roles:
+            return 200, {"status": "asleep", "roles": roles}
+        if (reason := _unlike(infos)) is not None:
             return 503, {"status": "mismatched", "reason": reason}
-        if len({info.transport for info in infos}) != 1:
-            spoken = ", ".join(f"a {info.role} worker {info.transport}" for info in infos)
-            return 503, {"status": "mismatched", "reason": f"KV pages cannot travel: {spoken}; set transfer.transport"}
-        self._were_there = True
-        return 200, {"status": "ready", "roles": [info.role for info in infos]}
+        return 200, {"status": "ready", "roles": roles}
+
+
+def _unlike(infos: Sequence[WorkerInfo]) -> str | None:
+    """Why workers cannot exchange pages that should; none: all can that hold the same kind of pages.
+
+    While a new checkpoint takes over there are workers of two kinds; one kind must do all there is to do.
+    """
+    roles = {info.role for info in infos}
+    alike = {info.layout: [other for other in infos if other.layout == info.layout] for info in infos}
+    whole = [some for some in alike.values() if {info.role for info in some} == roles]
+    if not whole:
+        return "workers have different models or KV layouts"
+    if any(len({info.transport for info in some}) > 1 for some in whole):
+        spoken = ", ".join(dict.fromkeys(f"a {info.role} worker {info.transport}" for info in infos))
+        return f"KV pages cannot travel: {spoken}; set transfer.transport"
+    return None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager
 from contextvars import Context
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from farspan.errors import ClusterError
 from farspan.kv.ticket import KvOffer, KvTicket
@@ -158,12 +158,21 @@ class Router:
         self._send(self._decode, "cancel", request_id)
 
     async def info(self) -> list[WorkerInfo]:
-        """What one worker of each role says that answers in time. Raises ClusterError when none does."""
-        told = await asyncio.gather(*(_told(handle) for handle in (self._prefill, self._decode)))
-        infos = [info for info in told if isinstance(info, WorkerInfo)]
-        if not infos:
-            raise ClusterError(f"no worker answers: {'; '.join(str(problem) for problem in told)}")
+        """What every worker says that answers in time; nothing where there is none at all.
+
+        Raises ClusterError when there are some and none answers.
+        """
+        roles = (("prefill", self._prefill), ("decode", self._decode))
+        told = await asyncio.gather(*(_told(handle, self._known(role)) for role, handle in roles))
+        infos = [info for role in told if not isinstance(role, str) for info in role]
+        silent = [why for why in told if isinstance(why, str)]
+        if silent and not infos:
+            raise ClusterError(f"no worker answers: {'; '.join(silent)}")
         return infos
+
+    def _known(self, deployment: str) -> list[_Heard]:
+        """Its workers that were heard of."""
+        return [heard for heard in self._heard.values() if heard.deployment == deployment]
 
     async def reports(self, orders: Mapping[str, Orders], hear: Hear) -> set[str]:
         """Ask all workers how they stand, each told its orders; answers are told as they come. Those that are gone."""
@@ -181,8 +190,7 @@ class Router:
         asked_at_s = time.monotonic()
         if not await _reports(handle, orders, hear):
             return set()
-        known = [heard for heard in self._heard.values() if heard.deployment == deployment]
-        gone = {heard.worker for heard in known if heard.at_s < asked_at_s}
+        gone = {heard.worker for heard in self._known(deployment) if heard.at_s < asked_at_s}
         for worker in gone:
             del self._heard[worker]
         return gone
@@ -301,23 +309,35 @@ async def _standing(handle: Any, worker: str, orders: Orders, hear: Hear) -> Non
     hear(load, asked_at_s)
 
 
-async def _told(handle: Any) -> WorkerInfo | str:
-    """What a worker of a role says of itself, or why none says anything."""
+async def _told(handle: Any, known: Sequence[_Heard]) -> list[WorkerInfo] | str:
+    """What the workers of a role say of themselves, nothing where there is none; or why none of them says anything."""
     try:
         # To all: a call to any would wait for one where there is none.
         call = handle.broadcast("info")
         told = await _plain(call.results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True))
+    except DeploymentUnavailableError:
+        return []
     except TimeoutError:
-        told = [await _info(handle)]
+        told = await _told_alone(handle, known)
     except (ClusterError, *LOST) as problem:
         return str(problem) if isinstance(problem, ClusterError) else type(problem).__name__
     infos = [info for info in told if isinstance(info, WorkerInfo)]
-    return infos[0] if infos else "; ".join(str(problem) for problem in told)
+    return infos if infos or not told else "; ".join(str(problem) for problem in told)
 
 
-async def _info(handle: Any) -> WorkerInfo | str:
+async def _told_alone(handle: Any, known: Sequence[_Heard]) -> list[WorkerInfo | str]:
+    """The same of a role of which one worker hangs: none waits for another."""
+    if not known:
+        return [await _info(handle, _CONTROL_TIMEOUT_S)]
+    calls = (_info(handle.options(session_id=heard.worker), _REPORT_TIMEOUT_S) for heard in known)
+    told = await asyncio.gather(*calls)
+    # Where one is gone another answers in its place, and is not there twice.
+    return list({one if isinstance(one, str) else one.worker: one for one in told}.values())
+
+
+async def _info(handle: Any, within_s: float) -> WorkerInfo | str:
     try:
-        info: WorkerInfo = await asyncio.wait_for(_plain(handle.info.remote()), _CONTROL_TIMEOUT_S)
+        info: WorkerInfo = await asyncio.wait_for(_plain(handle.info.remote()), within_s)
     except (TimeoutError, ClusterError, *LOST) as problem:
         return str(problem) if isinstance(problem, ClusterError) else type(problem).__name__
     return info

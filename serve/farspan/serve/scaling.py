@@ -85,5 +85,4 @@ def apply(schema: ServeDeploySchema, name: str, deadline_s: float) -> None:
 
 
 def _bounds(role: RoleConfig) -> tuple[int, int]:
-    least = role.replicas if role.min_replicas is None else role.min_replicas
-    return least, max(1, role.replicas) if role.max_replicas is None else role.max_replicas
+    return role.replicas if role.min_replicas is None else role.min_replicas, role.most

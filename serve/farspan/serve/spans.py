@@ -136,15 +136,15 @@ class _Clock:
 def phases(choice: RequestTrace) -> list[tuple[str, float, float]]:
     """(name, begin, end) of what happened to one answer, in seconds from its arrival.
 
-    queue: until a worker was asked. prefill: until the first token, with the wait inside the worker. room: while there
-    were no free pages to fetch into, if that was so. transfer: while pages were waited for. decode: until the last
-    token.
+    queue: until an engine took the prompt up, or, where none did, until a worker was asked. prefill: until the first
+    token. room: while there were no free pages to fetch into, if that was so. transfer: while pages were waited for.
+    decode: until the last token.
     """
-    asked, arrivals = choice.asked_s, choice.arrivals
-    found = [("queue", 0.0, choice.age_s if asked is None else asked)]
-    if asked is None or arrivals.first_s is None or arrivals.last_s is None:
+    taken, arrivals = choice.asked_s if choice.queue_s is None else choice.queue_s, choice.arrivals
+    found = [("queue", 0.0, choice.age_s if taken is None else taken)]
+    if taken is None or arrivals.first_s is None or arrivals.last_s is None:
         return found
-    found.append(("prefill", asked, arrivals.first_s))
+    found.append(("prefill", taken, arrivals.first_s))
     if choice.pulled_s is not None:
         began_s = max(0.0, choice.pulled_s - choice.transfer_s)
         if choice.page_wait_s:

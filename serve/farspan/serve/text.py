@@ -1,57 +1,9 @@
-"""The text of one answer while its tokens come, and the text of single tokens."""
+"""Bytes and text of single tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
-
-from farspan.engine.detokenize import StopStrings
-from farspan.serve.messages import Tokens
-
-
-class TextSource(Protocol):
-    """A detokenizer."""
-
-    def push(self, tokens: Sequence[int]) -> str: ...
-
-    def finish(self) -> str: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Words:
-    """What some tokens became: text that is certain, and where the text of each token begins."""
-
-    text: str
-    finish: str | None
-    offsets: tuple[int, ...]
-
-
-class AnswerText:
-    """Ends an answer exactly where the engine does: before the first stop string, not looked for before min_tokens."""
-
-    def __init__(self, detokenizer: TextSource, stops: Sequence[str] = (), min_tokens: int = 0) -> None:
-        self._detokenizer, self._stops, self._min_tokens = detokenizer, StopStrings(stops), min_tokens
-        self._num_tokens = self._length = 0
-
-    def push(self, batch: Tokens) -> Words:
-        """The next tokens; those after a stop string are left out of `offsets`."""
-        text, offsets = "", []
-        for token in batch.tokens:
-            offsets.append(self._length)
-            self._num_tokens += 1
-            text += self._kept(self._detokenizer.push([token]))
-            if self._stops.stopped:
-                return Words(text, "stop", tuple(offsets))
-        if batch.finish is not None:
-            text += self._kept(self._detokenizer.finish())
-            text += self._stops.finish()
-        return Words(text, "stop" if self._stops.stopped else batch.finish, tuple(offsets))
-
-    def _kept(self, text: str) -> str:
-        self._length += len(text)
-        return text if self._num_tokens < self._min_tokens else self._stops.push(text)
+from typing import Any
 
 
 class TokenNames:

@@ -79,7 +79,10 @@ class RequestTrace:
     started_s: float = field(default_factory=time.monotonic)
     asked_s: float | None = None
     """From arrival until a worker was asked."""
+    queue_s: float | None = None
+    """From arrival until an engine took the prompt up: what was waited in the ingress, on the way and in the worker."""
     prefill_s: float | None = None
+    """From then until the first token, where another worker than that of the answer computed the prompt."""
     transport: str = "none"
     kv_pages: int = 0
     kv_bytes: int = 0
@@ -105,7 +108,7 @@ class RequestTrace:
         """Where the answer of this number is noted; called once for each, in order."""
         if number == 0:
             return self
-        self.others.append(RequestTrace(f"{self.request_id}/{number}", self.prompt_tokens))
+        self.others.append(RequestTrace(f"{self.request_id}/{number}", self.prompt_tokens, started_s=self.started_s))
         return self.others[-1]
 
     def note(self, route: Route) -> None:
@@ -125,9 +128,10 @@ class RequestTrace:
     def report(self) -> dict[str, Any]:
         """Plain values for JSON."""
         arrivals = self.arrivals
-        names = ("request_id", "prompt_tokens", "cached_tokens", "route", "route_reason", "prefill_s", "transport")
+        names = ("request_id", "prompt_tokens", "cached_tokens", "route", "route_reason", "queue_s", "prefill_s")
         chosen = ("prefill_worker", "decode_worker", "predicted_first_token_s", "predicted_token_s")
         more = (
+            "transport",
             "kv_pages",
             "kv_bytes",
             "kv_pages_early",
@@ -154,9 +158,11 @@ class TraceBook:
     def __init__(self) -> None:
         self._traces: OrderedDict[tuple[str, str], RequestTrace] = OrderedDict()
 
-    def open(self, request_id: str, prompt_tokens: int, tenant: str = "") -> RequestTrace:
-        """Clients may choose ids: those of one tenant are not those of another."""
-        trace = RequestTrace(request_id, prompt_tokens)
+    def open(
+        self, request_id: str, prompt_tokens: int, tenant: str = "", started_s: float | None = None
+    ) -> RequestTrace:
+        """Clients may choose ids: those of one tenant are not those of another. `started_s`: monotonic; none: now."""
+        trace = RequestTrace(request_id, prompt_tokens, started_s=time.monotonic() if started_s is None else started_s)
         self._traces[tenant, request_id] = trace
         # How many answers a request has is known after it was opened.
         while len(self._traces) > 1 and (len(self._traces) > _KEPT_REQUESTS or self._num_answers() > _KEPT_ANSWERS):

@@ -10,18 +10,16 @@ from typing import Protocol
 from farspan.config.schema import ServeConfig
 from farspan.serve.along import Along, PlacedWorkers
 from farspan.serve.autoscale import Objectives
-from farspan.serve.faults import too_late
+from farspan.serve.faults import too_late, unavailable
 from farspan.serve.guide import Guide
 from farspan.serve.load import WorkerLoad
 from farspan.serve.messages import GenerationRequest
 from farspan.serve.policy import Route, Rules
 from farspan.serve.quotas import Orders
 from farspan.serve.router import Workers
-from farspan.serve.shape import ApiError
 
 # How often workers are asked how they stand.
 _HEAR_S = 0.5
-_RETRY_S = 5
 
 
 class Ways(Protocol):
@@ -96,7 +94,7 @@ class GuidedWays:
             return
         if deadline_at_s is not None and time.time() >= deadline_at_s:
             raise too_late()
-        raise ApiError(503, "no worker could be started in time", code="unavailable", retry_after_s=_RETRY_S)
+        raise unavailable("no worker could be started in time")
 
     def way(self, request: GenerationRequest) -> Route:
         return self.guide.route(request)

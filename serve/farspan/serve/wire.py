@@ -6,8 +6,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
+from farspan.engine.forms import MOST_TEXTS
 from farspan.engine.request import Grammar
-from farspan.serve.forms import MOST_TEXTS, JsonForm, ResponseFormat, StructuredOutputs, form_of
+from farspan.serve.forms import JsonForm, ResponseFormat, StructuredOutputs, form_of
 from farspan.serve.shape import Items, Shape
 
 # Every token of every answer is compared with these.

@@ -127,7 +127,8 @@ class Worker:
         return await self._host.report(self._identity, mine.quota, mine.known_prefixes)
 
     async def info(self) -> WorkerInfo:
-        return replace(await self._host.info(), transport_reason=self._transport_reason)
+        info = await self._host.info()
+        return replace(info, transport_reason=self._transport_reason, worker=self._identity.worker)
 
     async def cancel(self, request_id: str) -> None:
         """Forget a request whose client went away; harmless when it is not here."""
@@ -190,7 +191,7 @@ def machine_kind(engine: Engine) -> str:
 
 def worker_threads(config: ServeConfig, num_cpus: int, num_beside: int = 0) -> int:
     """CPU threads of one worker, or one rank of it: its share of the machine, so that they do not fight over cores."""
-    num_workers = num_beside + sum(role.max_replicas or role.replicas for role in (config.prefill, config.decode))
+    num_workers = num_beside + sum(role.most for role in (config.prefill, config.decode))
     return config.engine.threads or max(1, num_cpus // max(1, num_workers * config.engine.tensor_parallel))
 
 

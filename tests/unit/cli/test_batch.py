@@ -7,11 +7,14 @@ from pathlib import Path
 
 import peft
 import pytest
+import torch
 from tests.support.s3 import S3Bucket
 from tests.unit.serve.tiny_folder import write_tiny_model
 from transformers import AutoModelForCausalLM
 
 from farspan.cli.main import run
+from farspan.cli.progress import BatchProgressBar
+from farspan.engine.offline import Progress
 
 
 def test_a_file_is_answered_and_what_the_user_got_wrong_is_one_sentence(
@@ -28,11 +31,12 @@ def test_a_file_is_answered_and_what_the_user_got_wrong_is_one_sentence(
     assert len(answers["a"]["tokens"]) == 5
     assert "exactly one of" in answers["b"]["error"]
     assert run([*line, *settings]) == 0
-    assert "2 were there already" in capsys.readouterr().out
+    assert "1 were there already; 1 lines have an error" in capsys.readouterr().out
     for wrong, reason in (
         ([*line, "engine.dtype=int8"], "engine.dtype: must be"),
         ([*line, "engine.page=3"], "did you mean"),
         ([*line, "--join"], "--join: must come with --engines"),
+        ([*line[:-1], "6", *settings], "output: must hold answers of this model, these options and these prompts, but"),
         (["batch", str(prompts), "--model", str(model), "--output", str(prompts)], "must not be the file of prompts"),
         (["batch", str(prompts), "--model", str(model), "--output", "s3://bucket/out"], "must be a file on a disk"),
         (["batch", str(prompts), "--output", str(output)], "--model"),
@@ -81,6 +85,28 @@ def test_adapters_are_named_on_the_command_line_by_folders_relative_to_where_it_
     assert answers["a"]["tokens"] != answers["b"]["tokens"]
     assert answers["c"]["error"] == "no adapter 'lav' is here; known: law"
     capsys.readouterr()
+    with torch.no_grad():
+        next(p for name, p in made.named_parameters() if "lora_B" in name).add_(1.0)
+    made.save_pretrained(str(tmp_path / "law"))
+    assert run([*line, *settings, "engine.adapters.law=law"]) == 2
+    assert "'a' was asked with another model" in capsys.readouterr().err
     for wrong, reason in (("engine.adapters.x=nowhere", "no such folder"), ("engine.adapter_bytes=0", "at least 1")):
         assert run([*line, *settings, wrong]) != 0
         assert reason in " ".join(capsys.readouterr().err.split())
+
+
+def test_off_a_terminal_a_line_every_few_seconds_says_how_far_a_batch_is(capsys: pytest.CaptureFixture[str]) -> None:
+    now_s, progress = 100.0, Progress(total=1200, skipped=200)
+    with BatchProgressBar(lambda: now_s) as bar:
+        bar(progress)
+        for _ in range(20):
+            now_s += 1.0
+            progress.answered, progress.tokens = progress.answered + 30, progress.tokens + 900
+            progress.failed = 7
+            bar(progress)
+        (task,) = bar._bar.tasks
+        assert (task.completed, task.total) == (807, 1200)
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 4
+    assert told[0] == "357 of 1,200 lines, 7 failed, 200 were there already, 900 tokens/s"
+    assert told[-1] == "807 of 1,200 lines, 7 failed, 200 were there already, 900 tokens/s"

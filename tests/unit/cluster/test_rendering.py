@@ -103,7 +103,7 @@ def test_the_service_answers_where_kuberay_probes_it_and_keeps_the_timeouts_of_i
     read = ServeDeploySchema.model_validate(config)
     # Its readiness probe of every worker pod asks the proxy of that pod.
     assert read.proxy_location.value == "EveryNode"
-    wanted = config_of(ServeConfig, config["applications"][0]["args"]).request_timeout_s
+    wanted = config_of(ServeConfig, config["applications"][0]["args"]).proxy_timeout_s
     assert (read.http_options.request_timeout_s, read.http_options.keep_alive_timeout_s) == (wanted, 75)
     assert set(config["http_options"]) <= set(HTTPOptionsSchema.model_fields)
 

@@ -127,8 +127,10 @@ class World:
         {"prefix_cache": False},
         {"window": 9, "num_pages": 62, "offload_bytes": 64 * 4096},
         {"window": 9, "num_pages": 62, "draft_tokens": 3},
+        {"offload_bytes": 64 * 4096, "steps": "in one launch"},
+        {"offload_bytes": 64 * 4096, "steps": "ahead"},
     ],
-    ids=["offload", "recompute", "no cache", "windows, offload", "windows, guesses"],
+    ids=["offload", "recompute", "no cache", "windows, offload", "windows, guesses", "in one launch", "ahead"],
 )
 @pytest.mark.parametrize("num_events", [10_000, pytest.param(100_000, marks=pytest.mark.soak)])
 def test_random_events_leave_no_page_lost_and_answer_everyone_once(num_events, settings):
@@ -140,6 +142,34 @@ def test_random_events_leave_no_page_lost_and_answer_everyone_once(num_events, s
     world.finish()
     for what in ("finished", "cancelled", "late", "preempted"):
         assert world.counts[what] > num_events / 500, f"too few {what} to prove anything: {world.counts}"
+    if settings.get("steps"):
+        assert world.ledger.steps.num_launched > num_events / 100, "too few to prove anything"
     if settings.get("offload_bytes"):
         assert world.counts["offloaded"] > num_events / 500, world.counts
     assert world.counts["finished"] + world.counts["cancelled"] + world.counts["late"] == len(world.closed)
+
+
+@pytest.mark.parametrize("steps", ["", "in one launch", "ahead"])
+def test_long_answers_of_one_tenant_do_not_keep_another_waiting_and_are_all_right(steps):
+    engine, _ = ledger_engine(80, max_sequences=2, steps=steps)
+    prompts = {name: [place, 1, 2] for place, name in enumerate(("b0", "b1", "b2", "a0"))}
+    tokens: dict[str, list[int]] = {name: [] for name in prompts}
+    finished: list[str] = []
+
+    def step() -> None:
+        for event in engine.step():
+            tokens[event.request_id].append(event.token)
+            finished.extend([event.request_id] if event.finish else [])
+
+    for name in ("b0", "b1", "b2"):
+        engine.add(name, prompts[name], SamplingParams(max_tokens=60), terms=Terms(tenant="b"))
+    for _ in range(10):
+        step()
+    engine.add("a0", prompts["a0"], SamplingParams(max_tokens=5), terms=Terms(tenant="a"))
+    while engine.has_work:
+        step()
+        engine.check_integrity()
+    assert finished[0] == "a0"
+    assert sorted(finished) == sorted(prompts)
+    for name, prompt in prompts.items():
+        assert tokens[name] == answer(prompt, 5 if name == "a0" else 60)

@@ -44,7 +44,8 @@ def test_logits_and_greedy_tokens_equal_transformers(kind, capsys):
         # Some random weights give a few tokens over and over: other ones then.
         tries = (compare(kind, seed) for seed in range(_MOST_SEEDS))
         path, answer = next((path, answer) for path, answer in tries if len(set(answer)) >= _LEAST_DISTINCT)
-    assert path.startswith(KINDS[kind])
+    # Alone, how its cache is cut is its own matter.
+    assert (path.split()[0] if KINDS[kind] == "alone" else path) == KINDS[kind]
     with capsys.disabled():
         print(f"\n{kind:24} {path:16} {answer}", end="")
 

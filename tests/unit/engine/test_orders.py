@@ -25,11 +25,14 @@ from farspan.kv.ticket import SourceAddress
 
 numbers = st.integers(0, 2**40)
 pieces = st.builds(
-    lambda tokens, past, pages, logits: Piece(tokens, past, pages, num_logits=min(logits, len(tokens))),
+    lambda tokens, past, pages, logits, left_out: Piece(
+        tokens, past, pages, num_logits=min(logits, len(tokens)), left_out=left_out
+    ),
     st.lists(numbers, min_size=1, max_size=9),
     numbers,
     st.lists(numbers | st.just(GONE), max_size=9),
     st.integers(1, 9),
+    numbers,
 )
 sources = st.builds(
     SourceAddress, st.text(max_size=9), st.text(max_size=9), st.binary(max_size=40), numbers, numbers, numbers
@@ -40,8 +43,8 @@ sources = st.builds(
 def test_changes_and_pieces_are_read_as_they_were_written(changes, told):
     read_changed, body = read_changes(write_changes(changes, write_pieces(told)))
     assert read_changed == changes
-    assert [(list(p.tokens), p.past, list(p.pages), p.num_logits) for p in read_pieces(body)] == [
-        (p.tokens, p.past, p.pages, p.num_logits) for p in told
+    assert [(list(p.tokens), p.past, list(p.pages), p.num_logits, p.left_out) for p in read_pieces(body)] == [
+        (p.tokens, p.past, p.pages, p.num_logits, p.left_out) for p in told
     ]
 
 

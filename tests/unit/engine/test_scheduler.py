@@ -164,3 +164,20 @@ def test_a_place_of_a_table_has_a_page_of_every_group():
     assert schedule([], [row], 8, limits).chunks == ()
     (chunk,) = schedule([], [row], 9, limits).chunks
     assert chunk.num_pages == 9
+
+
+def test_a_tenant_of_which_nothing_runs_takes_the_place_of_the_last_of_one_that_has_several():
+    new = Row("new", 6, 0, 0, tenant="a")
+
+    def preempted(running, head=new):
+        return [one.request_id for one in schedule(running, [head], 100, LIMITS).preempted]
+
+    crowd = [decoding(name, tenant="b") for name in "pqrs"]
+    assert preempted(crowd) == ["s"]
+    # The first of a tenant stays, and so does whoever has more priority.
+    assert preempted([decoding(name, tenant=name) for name in "pqrs"]) == []
+    assert preempted([replace(row, priority=1) for row in crowd]) == []
+    assert preempted([*crowd[:3], decoding("x", tenant="c")]) == ["r"]
+    # Of its own there is one already, or there is room.
+    assert preempted([*crowd[:3], decoding("x", tenant="a")]) == []
+    assert preempted(crowd[:3]) == []

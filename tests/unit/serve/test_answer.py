@@ -7,13 +7,13 @@ import asyncio
 import pytest
 
 from farspan.config.schema import ServeConfig, TransferConfig
+from farspan.engine.detokenize import AnswerText
 from farspan.engine.request import SamplingParams
 from farspan.errors import ClusterError, RequestError, TransferError
 from farspan.kv.ticket import KvTicket, SourceAddress
 from farspan.serve.chat import answer
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, Pulled, Tokens
 from farspan.serve.policy import Route
-from farspan.serve.text import AnswerText
 from farspan.serve.trace import RequestTrace, TraceBook
 from farspan.serve.ways import LengthWays
 
@@ -131,11 +131,21 @@ def test_a_worker_that_was_lost_is_told_to_stop_and_the_next_attempt_has_another
 
 
 def test_workers_that_fail_every_time_end_the_answer_with_their_error():
-    workers = FakeWorkers([BROKEN, LOST, LOST], [0, 1, 1])
+    workers = FakeWorkers([BROKEN, LOST, LOST], [0, 0, 0])
     with pytest.raises(ClusterError, match="decode worker was lost"):
         tell(workers)
     assert len(workers.attempts) == 3
     assert (workers.released, workers.cancelled) == (["t"], ["r", "r~1"])
+
+
+def test_only_attempts_that_bring_no_token_are_counted_and_only_those_in_a_row():
+    workers = FakeWorkers([LOST] * 8, [2, 0, 0, 1, 2, 0, 0, 1])
+    text, finish, trace = tell(workers)
+    assert (text, finish, len(trace.recoveries)) == (WHOLE, "length", 8)
+    workers = FakeWorkers([LOST] * 4, [2, 0, 0, 0])
+    with pytest.raises(ClusterError, match="decode worker was lost"):
+        tell(workers)
+    assert workers.attempts == [(1, True), (3, False), (3, False), (3, False)]
 
 
 def test_a_request_nobody_can_answer_is_not_tried_again():

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.exceptions import RayError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
 from tests.unit.serve.tiny_folder import write_tiny_model
 
 from farspan.config.check import check_serve
@@ -22,7 +25,7 @@ from farspan.serve import app
 from farspan.serve.app import check_app, num_cpus, run_app
 from farspan.serve.folder import open_model_folder
 from farspan.serve.lineup import line_up, model_name
-from farspan.serve.messages import Failed, GenerationRequest
+from farspan.serve.messages import Failed, GenerationRequest, WorkerInfo
 from farspan.serve.ranks import rank_options
 from farspan.serve.scaling import declared, is_scaled, replicas_of
 from farspan.serve.worker import refusal, worker_threads
@@ -224,6 +227,39 @@ def test_an_application_whose_size_may_change_is_declared_as_a_config_file_would
     # What is built from it is what was asked for.
     built = config_of(ServeConfig, application.args)
     assert (built.prefill, built.api_key_file) == (nobody, "/keys")
+
+
+def test_an_endpoint_that_begins_without_workers_is_legal_and_has_room_for_one_of_each():
+    nobody = RoleConfig(replicas=0, min_replicas=0)
+    config = ServeConfig(model="m", prefill=nobody, decode=nobody)
+    check_serve(config)
+    assert is_scaled(config)
+    ranges = [replicas_of(role, config)["autoscaling_config"] for role in (config.prefill, config.decode)]
+    assert [(r.min_replicas, r.initial_replicas, r.max_replicas) for r in ranges] == [(0, 0, 1)] * 2
+    assert num_cpus(config) == 1.0
+    assert worker_threads(config, 8) == 4
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_transport_is_told_without_starting_a_worker(monkeypatch, there):
+    info = WorkerInfo("decode", 1, "layout", 97, 512, 400, 9, 9, 0, 0, 0, transport="nixl", transport_reason="it works")
+
+    class Asked:
+        """A deployment that may only be asked in a way that starts nobody."""
+
+        def broadcast(self, method):
+            assert method == "info"
+            return self
+
+        def results(self, **_):
+            if not there:
+                raise DeploymentUnavailableError(DeploymentID("decode"))
+            return [RayError("gone"), info]
+
+    monkeypatch.setattr(app, "handle_for_threads", lambda _: Asked())
+    (place,) = line_up([ServeConfig(model="m")])
+    said = app._told_transport(place)
+    assert said == ("nixl (it works)" if there else "transfer.transport=auto, no worker runs that says more")
 
 
 def test_a_worker_answers_only_with_the_checkpoint_that_an_answer_began_with():

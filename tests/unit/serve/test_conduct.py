@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from dataclasses import replace
 
 import pytest
 from tests.unit.serve.in_process import Served, idle
@@ -149,10 +150,14 @@ def test_requests_of_one_key_are_one_tenant_and_of_two_keys_two(served):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("by_header", [False, True])
-def test_an_answer_that_is_not_whole_at_its_deadline_ends_with_an_error_and_frees_everything(served, stream, by_header):
-    body = {**LONG, "stream": stream} if by_header else {**LONG, "stream": stream, "deadline_s": 0.4}
-    headers = {"x-farspan-deadline-s": "0.4"} if by_header else {}
+@pytest.mark.parametrize("by", ["the body", "a header", "the endpoint"])
+def test_an_answer_that_is_not_whole_at_its_deadline_ends_with_an_error_and_frees_everything(
+    served, monkeypatch, stream, by
+):
+    body = {**LONG, "stream": stream, "deadline_s": 0.4 if by == "the body" else 3600.0}
+    headers = {"x-farspan-deadline-s": "0.4"} if by == "a header" else {}
+    if by == "the endpoint":
+        monkeypatch.setattr(served.api, "_config", replace(served.config, request_timeout_s=0.4))
 
     async def run():
         async with served.http() as http:
@@ -175,6 +180,23 @@ def test_an_answer_that_is_not_whole_at_its_deadline_ends_with_an_error_and_free
         assert answer.status_code == 504
         error = answer.json()["error"]
     assert (error["code"], error["type"]) == ("deadline_exceeded", "timeout_error")
+
+
+def test_the_time_of_a_request_begins_with_its_first_bytes(served, monkeypatch):
+    monkeypatch.setattr(served.api, "_config", replace(served.config, request_timeout_s=0.2))
+
+    async def slowly():
+        content = json.dumps(SHORT).encode()
+        yield content[:5]
+        await asyncio.sleep(0.3)
+        yield content[5:]
+
+    async def run():
+        async with served.http() as http:
+            return await http.post("/v1/completions", content=slowly())
+
+    answer = asyncio.run(run())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
 
 
 @pytest.mark.parametrize("header", ["soon", "0", "-1", "nan", "inf"])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
 from tests.unit.serve.in_process import Served
 
-from farspan.serve.metrics import Gaps
+from farspan.kv.host_index import HostUse
+from farspan.serve.messages import WorkerInfo
+from farspan.serve.metrics import Gaps, Metrics
 from farspan.serve.trace import Arrivals
 
 DASHBOARD = Path(__file__).resolve().parents[3] / "infra" / "monitoring" / "dashboards" / "serving.json"
@@ -51,3 +54,24 @@ def test_gaps_are_counted_where_they_belong_and_their_sum_is_the_time_from_first
     assert counted == {"0.001": 1, "0.01": 1, "0.025": 3, "2.5": 3}
     assert registry.get_sample_value("gaps_bucket", {"le": "+Inf"}) == registry.get_sample_value("gaps_count") == 4
     assert registry.get_sample_value("gaps_sum") == pytest.approx(3.04)
+
+
+def test_what_workers_hold_is_told_of_all_that_are_there_and_of_none_that_is_gone():
+    metrics = Metrics()
+    worker = WorkerInfo("decode", 1, "layout", 97, 512, 400, 100, 60, 5, 2, 0, host=HostUse(7, 0, 1, 0, lost=True))
+    workers = [replace(worker, role="prefill"), worker, replace(worker, num_free=30, num_requests=1)]
+
+    def told(infos: list[WorkerInfo]) -> dict[tuple[str, ...], float]:
+        samples = [sample for family in metrics.families(infos) for sample in family.samples]
+        return {(sample.name, *sample.labels.values()): sample.value for sample in samples}
+
+    both = told(workers)
+    assert both["farspan_kv_pages", "decode", "all"] == 200
+    assert both["farspan_kv_pages", "decode", "free"] == 90
+    assert both["farspan_kv_pages", "prefill", "quarantined"] == 5
+    assert both["farspan_worker_requests", "decode"] == 3
+    assert [both["farspan_host_cache_pages", "decode", what] for what in ("kept", "corrupt", "lost")] == [14, 2, 2]
+    one = told(workers[:1])
+    assert one["farspan_kv_pages", "prefill", "all"] == 100
+    assert not [name for name in one if "decode" in name]
+    assert not [name for name in told([]) if "prefill" in name]

@@ -6,6 +6,8 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from farspan.errors import ClusterError
 from farspan.serve.readiness import Readiness
 
@@ -59,6 +61,47 @@ def test_workers_with_different_transports_are_not_ready_and_one_sentence_says_w
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("what", ["layouts", "transports"])
+def test_one_worker_of_many_that_is_unlike_the_others_is_enough_not_to_be_ready(what):
+    async def run() -> tuple[int, str]:
+        workers = Workers()
+        workers.layouts, workers.transports = ["a"] * 5, ["nixl"] * 5
+        setattr(workers, what, [*getattr(workers, what)[:4], "other"])
+        status, told = await Readiness(workers.info).told()
+        return status, told["status"]
+
+    assert asyncio.run(run()) == (503, "mismatched")
+
+
+@pytest.mark.parametrize(("new", "status"), [(["prefill", "decode"], 200), (["decode"], 200), (["prefill"], 200)])
+def test_while_a_new_checkpoint_takes_over_one_kind_that_has_all_roles_is_ready(new, status):
+    workers = [("prefill", "old"), ("decode", "old"), *((role, "new") for role in new)]
+
+    async def ask() -> list[Any]:
+        return [SimpleNamespace(role=role, layout=layout, transport="nixl") for role, layout in workers]
+
+    assert asyncio.run(Readiness(ask).told())[0] == status
+    del workers[1]
+    assert asyncio.run(Readiness(ask).told())[0] == (200 if set(new) == {"prefill", "decode"} else 503)
+
+
+def test_without_a_worker_it_is_asleep_where_none_is_needed_whoever_asks_first_and_waiting_where_one_is():
+    async def told(needed: int, *, silent: bool) -> tuple[int, str]:
+        async def ask() -> list[Any]:
+            if silent:
+                raise ClusterError("a worker does not answer")
+            return []
+
+        status, told = await Readiness(ask, needed=needed).told()
+        return status, told["status"]
+
+    async def run() -> None:
+        assert await told(0, silent=False) == (200, "asleep")
+        assert await told(0, silent=True) == await told(1, silent=False) == (503, "waiting")
+
+    asyncio.run(run())
+
+
 def test_an_answer_is_kept_for_a_second_whatever_it_was():
     async def run() -> None:
         workers = Workers()
@@ -97,3 +140,22 @@ def test_the_endpoint_asks_its_workers_once_for_many_questions(served, monkeypat
 
     assert asyncio.run(run()) == [200] * 50
     assert len(asked) <= 2
+
+
+def test_an_endpoint_without_workers_tells_its_models_and_tokens_and_asks_others_to_come_again(served, monkeypatch):
+    there = served.post("/tokenize", {"prompt": "def f(x):"}).json()
+
+    async def nobody() -> list[Any]:
+        return []
+
+    monkeypatch.setattr(served.workers, "info", nobody)
+    monkeypatch.setattr(served.api, "_info", None)
+    monkeypatch.setattr(served.api, "_readiness", Readiness(nobody, needed=0))
+    assert served.get("/ready").json() == {"status": "asleep", "roles": []}
+    models = served.get("/v1/models")
+    assert (models.status_code, models.json()["data"][0]["id"]) == (200, "tiny")
+    assert "max_model_len" not in models.json()["data"][0]
+    assert there.pop("max_model_len") == 8192
+    assert served.post("/tokenize", {"prompt": "def f(x):"}).json() == there
+    answer = served.post("/v1/completions", {"model": "tiny", "prompt": "x", "max_tokens": 1})
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")

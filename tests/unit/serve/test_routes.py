@@ -8,7 +8,7 @@ import logging
 import httpx
 import pytest
 
-from farspan.errors import ClusterError, RequestError
+from farspan.errors import ClusterError, ModelError, RequestError
 from farspan.serve.routes import route
 from farspan.serve.shape import ApiError
 
@@ -31,7 +31,8 @@ def ask(problem: Exception, path: str = "/v1/models", method: str = "GET") -> ht
     [
         (ValueError("sk-secret"), 500),
         (UnicodeEncodeError("utf-8", "sk-secret", 0, 1, "no"), 500),
-        (ClusterError("sk-secret"), 500),
+        (ModelError("sk-secret"), 500),
+        (ClusterError("sk-secret"), 503),
         (RequestError("r", "too long"), 400),
         (ApiError(404, "nothing"), 404),
     ],

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import RayError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from farspan.errors import ClusterError
 from farspan.serve.calls import Said
@@ -16,7 +18,7 @@ from farspan.serve.chat import Delta
 from farspan.serve.choices import ClientGoneError, merged, unless_gone
 from farspan.serve.messages import Failed, WorkerInfo
 from farspan.serve.reply import Counted, Prompted, Reply, Step, Style
-from farspan.serve.router import Router
+from farspan.serve.router import Router, _Heard
 from farspan.serve.stream import events
 from farspan.serve.wire import CompletionRequest
 
@@ -171,6 +173,46 @@ def test_while_one_kind_of_worker_is_away_the_other_is_told_of() -> None:
         assert await Router(dead, Handle(info)).info() == [info]
         with pytest.raises(ClusterError, match="no worker answers: RayError; RayError"):
             await Router(dead, dead).info()
+
+    asyncio.run(run())
+
+
+def test_all_workers_are_told_of_none_where_there_is_none_and_each_alone_where_one_of_them_hangs() -> None:
+    infos = [WorkerInfo("decode", n, "layout", 97, 512, 400, 100, 100, 0, 0, 0, worker=str(n)) for n in range(3)]
+
+    class Handle:
+        """Workers by name; one that hangs keeps the others' answers back where all are asked at once."""
+
+        def __init__(self, workers: list[WorkerInfo], hangs: str = "", asked: str = "") -> None:
+            self.workers, self.hangs, self.asked = workers, hangs, asked
+            self.info = SimpleNamespace(remote=self.one)
+
+        def options(self, session_id: str = "", **_: bool) -> Handle:
+            return Handle(self.workers, self.hangs, session_id)
+
+        def broadcast(self, _: str) -> Handle:
+            return self
+
+        async def results_async(self, **_: object) -> list[WorkerInfo]:
+            if not self.workers:
+                raise DeploymentUnavailableError(DeploymentID("decode"))
+            if self.hangs:
+                raise TimeoutError
+            return self.workers
+
+        async def one(self) -> WorkerInfo:
+            if self.asked == self.hangs:
+                await asyncio.Event().wait()
+            return next((info for info in self.workers if info.worker == self.asked), self.workers[0])
+
+    async def run() -> None:
+        nobody = Handle([])
+        assert await Router(nobody, nobody).info() == []
+        assert await Router(nobody, Handle(infos)).info() == infos
+        router = Router(nobody, Handle(infos, "1"))
+        for worker in ("0", "1", "2", "gone"):
+            router._heard[worker] = _Heard(worker, "decode", 0.0)
+        assert await router.info() == [infos[0], infos[2]]
 
     asyncio.run(run())
 

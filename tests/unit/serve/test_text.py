@@ -13,11 +13,10 @@ from tests.unit.serve.tiny_folder import TEXT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from farspan.engine.detokenize import Detokenizer
+from farspan.engine.detokenize import AnswerText, Detokenizer, whole_text
 from farspan.engine.request import TokenLogprobs
 from farspan.serve.logprobs import chat_logprobs, completion_logprobs
-from farspan.serve.messages import Tokens
-from farspan.serve.text import AnswerText, TokenNames
+from farspan.serve.text import TokenNames
 from farspan.serve.tools import showing_tags
 
 
@@ -89,6 +88,7 @@ def test_text_does_not_depend_on_how_tokens_are_bundled_and_ends_before_the_firs
     for stops in ([], [stop]):
         told = [bundle_by(tokenizer, tokens, cuts, stops), bundle_by(tokenizer, tokens, range(len(tokens)), stops)]
         assert told[0] == told[1]
+        assert told[0][:2] == whole_text(tokenizer, tokens, "length", stops, 0)
         text, finish, num_tokens = told[0]
         if not stops or "\ufffd" in whole:
             assert stops or (text, finish, num_tokens) == (whole, "length", len(tokens))
@@ -100,7 +100,7 @@ def bundle_by(tokenizer, tokens, cuts, stops) -> tuple[str, str | None, int]:
     text, answer, count = "", AnswerText(Detokenizer(tokenizer), stops), 0
     places = [0, *cuts, len(tokens)]
     for start, end in pairwise(places):
-        words = answer.push(Tokens(tuple(tokens[start:end]), "length" if end == len(tokens) else None))
+        words = answer.push(tokens[start:end], "length" if end == len(tokens) else None)
         text, count = text + words.text, count + len(words.offsets)
         if words.finish is not None:
             return text, words.finish, count

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import time
 import tracemalloc
 from dataclasses import replace
 from itertools import pairwise
@@ -90,3 +92,41 @@ def test_requests_of_many_answers_are_forgotten_sooner():
     kept = [number for number in range(40) if book.find(f"r{number}") is not None]
     # 31 times 128 are less than 4000; how many the last one has is not known when it is opened.
     assert kept == list(range(8, 40))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_what_a_request_waited_for_its_turn_is_told_apart_from_what_its_prompt_took(served, n):
+    body = {"model": "tiny", "prompt": "while True: pass", "max_tokens": 2, "ignore_eos": True, "n": n}
+    host, pool = served.workers.hosts[0], served.workers.engines[0].pool
+
+    async def run() -> float:
+        taken = await host._call(lambda: pool.alloc(pool.num_free))
+        async with served.http() as http:
+            asking = asyncio.ensure_future(http.post("/v1/completions", json=body, headers={"x-request-id": f"n{n}"}))
+            while (await host.info()).num_requests < n:
+                await asyncio.sleep(0.001)
+            waits_s = time.monotonic()
+            await asyncio.sleep(0.2)
+            waited_s = time.monotonic() - waits_s
+            await host._call(lambda: pool.free(taken))
+            assert (await asking).status_code == 200
+        return waited_s
+
+    waited_s = asyncio.run(run())
+    trace = served.get(f"/v1/requests/n{n}/trace").json()
+    for one in (trace, *trace.get("other_choices", [])):
+        assert not one["recovered"]
+        assert waited_s <= one["queue_s"] < one["queue_s"] + one["prefill_s"] <= one["time_to_first_token_s"]
+
+
+def test_a_request_that_waits_for_nobody_has_waited_for_little_of_its_time(served):
+    body = {"model": "tiny", "prompt": "x" * 4000, "max_tokens": 2, "ignore_eos": True}
+    assert served.post("/v1/completions", body, headers={"x-request-id": "alone"}).status_code == 200
+    trace = served.get("/v1/requests/alone/trace").json()
+    assert 0 < trace["queue_s"] < trace["time_to_first_token_s"]
+    assert trace["prefill_s"] > 0
+
+
+def test_the_time_of_a_trace_and_of_its_further_answers_begins_with_the_arrival():
+    trace = TraceBook().open("r", 1, started_s=100.0)
+    assert (trace.started_s, trace.choice(1).started_s) == (100.0, 100.0)
