@@ -331,6 +331,11 @@ class RoleConfig:
     """Further resources each of them asks for, such as farspan-decode=1, which nodes of that type alone have."""
 
     @property
+    def least(self) -> int:
+        """Fewest workers of this kind at any time."""
+        return self.replicas if self.min_replicas is None else self.min_replicas
+
+    @property
     def most(self) -> int:
         """Most workers of this kind at any time."""
         return max(1, self.replicas) if self.max_replicas is None else self.max_replicas

@@ -87,7 +87,7 @@ class Api:
         self._tokenizer: Any = load_tokenizer(open_model_folder(config.model))
         self._token_names = TokenNames(self._tokenizer)
         self._limits, self._metrics = limits or Limits(keys), Metrics()
-        self._needed = sum(role.min_replicas != 0 for role in (config.prefill, config.decode))
+        self._needed = sum(role.least > 0 for role in (config.prefill, config.decode))
         self._traces, self._readiness = TraceBook(), Readiness(workers.info, needed=self._needed)
         collector = config.telemetry.otlp_endpoint
         self._spans = Spans(None if collector is None else exporter_to(collector))
