@@ -87,6 +87,9 @@ class LocalWorkers:
         finally:
             await stream.aclose()
 
+    def reroute(self, request, *, begun):
+        return False
+
     def release(self, ticket_id):
         self._errand(self.hosts[0].release(ticket_id))
 
