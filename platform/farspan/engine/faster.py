@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from farspan.engine.blocks import switch_blocks
 from farspan.engine.norms import known_norm
+from farspan.engine.turns import switch_turns
 from farspan.kernels.chain.dispatch import most_rows
 from farspan.kernels.linear.dispatch import choose_linear
 from farspan.kernels.rms_norm.dispatch import choose_rms_norm
@@ -23,7 +24,7 @@ from farspan.kernels.rms_norm.dispatch import choose_rms_norm
 
 def speed_up(model: PreTrainedModel) -> int:
     """Switch what has a faster kernel here; gives how many modules. The model trains no more."""
-    return _switch_linears(model) + _switch_norms(model) + switch_blocks(model)
+    return _switch_linears(model) + _switch_norms(model) + switch_turns(model) + switch_blocks(model)
 
 
 @dataclass(frozen=True, slots=True)

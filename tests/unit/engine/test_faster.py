@@ -9,7 +9,7 @@ import torch
 from tests.unit.engine.tiny import engine_config, prompts, tiny_model
 from torch import nn
 
-from farspan.engine import blocks, faster
+from farspan.engine import blocks, faster, turns
 from farspan.engine.engine import Engine
 from farspan.engine.norms import known_norm
 from farspan.engine.request import SamplingParams
@@ -29,6 +29,7 @@ def references(monkeypatch):
     monkeypatch.setattr(faster, "choose_linear", lambda device, dtype: bind_linear_reference)
     monkeypatch.setattr(faster, "choose_rms_norm", lambda device, dtype: bind_rms_norm_reference)
     monkeypatch.setattr(faster, "most_rows", lambda device: None)
+    monkeypatch.setattr(turns, "choose_angles", lambda device, dtype: None)
     monkeypatch.setattr(blocks, "choose_chain", lambda device, dtype: None)
 
 

@@ -256,5 +256,5 @@ def test_compiled_calls_in_a_row_are_made_by_one(monkeypatch: pytest.MonkeyPatch
     model = tiny_model().bfloat16()
     steps, _, _ = one_row_recorded(model)
     assert steps.graphs == [1]
-    # Of each layer what is before attention, attention, and what is after it; the last normalization and the head.
-    assert together == [3 * model.config.num_hidden_layers + 2]
+    # Angles; of each layer what is before attention, attention, and what is after it; the last normalization, the head.
+    assert together == [3 * model.config.num_hidden_layers + 3]
