@@ -66,7 +66,8 @@ def settings(ec2: Any) -> list[str]:
     image = ec2.describe_images()["Images"][0]["ImageId"]
     iam = boto3.client("iam")
     if not iam.list_instance_profiles()["InstanceProfiles"]:
-        iam.create_instance_profile(InstanceProfileName="farspan-node")
+        for name in ("farspan-head", "farspan-worker"):
+            iam.create_instance_profile(InstanceProfileName=name)
     return ["aws.account=123456789012", f"aws.image={image}", f"aws.subnet={subnet}", f"aws.security_group={group}"]
 
 

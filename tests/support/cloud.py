@@ -98,7 +98,8 @@ class Cloud:
         subnet_id = ec2.create_subnet(VpcId=vpc, CidrBlock=f"{subnet}.0/24", AvailabilityZone="us-east-1a")
         group = ec2.create_security_group(GroupName="farspan", Description="d", VpcId=vpc)["GroupId"]
         image = ec2.describe_images()["Images"][0]["ImageId"]
-        iam.create_instance_profile(InstanceProfileName="farspan-node")
+        for name in ("farspan-head", "farspan-worker"):
+            iam.create_instance_profile(InstanceProfileName=name)
         ec2.import_key_pair(KeyName="farspan", PublicKeyMaterial=self.key.with_suffix(".pub").read_bytes())
         return [
             "aws.account=123456789012", f"aws.image={image}", f"aws.subnet={subnet_id['Subnet']['SubnetId']}",

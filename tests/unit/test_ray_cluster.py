@@ -117,6 +117,9 @@ def _replace(key: str, old: str, new: str) -> Callable[[Config], None]:
     return mutate
 
 
+HEADS = load()["available_node_types"]["head"]["node_config"]["IamInstanceProfile"]
+
+
 @pytest.mark.parametrize(
     ("mutate", "said"),
     [
@@ -133,6 +136,7 @@ def _replace(key: str, old: str, new: str) -> Callable[[Config], None]:
         (_drop("head_setup_commands"), "head_setup_commands is left to Ray's defaults"),
         (_drop("available_node_types|head|node_config|IamInstanceProfile"), "head: IamInstanceProfile is left"),
         (_drop("available_node_types|decode|node_config|SecurityGroupIds"), "decode: SecurityGroupIds is left"),
+        (_set("available_node_types|cpu|node_config|IamInstanceProfile", HEADS), "cpu: it has the head's IamInstanceP"),
         (_set("available_node_types|cpu|node_config|InstanceTyp", "m7i.large"), "EC2 has no InstanceTyp"),
         (_set("available_node_types|cpu|node_config|InstanceType", 7), "EC2 refuses it"),
         (_set("available_node_types|cpu|node_config|MetadataOptions", {"HttpTokens": "optional"}), "without a session"),

@@ -58,7 +58,7 @@ def launcher_problems(config: Config, software: SoftwareConfig) -> list[str]:
         return [f"{key} is left to Ray's defaults" for key in missing]
     return [
         *_provider_problems(provider, PROVIDER_KEYS[kind]),
-        *([] if kind == "local" else _node_problems(config["available_node_types"], kind)),
+        *([] if kind == "local" else _node_problems(config, kind)),
         *_limit_problems(config, kind),
         *_pin_problems(config, software, kind),
         *_auth_problems(config),
@@ -73,7 +73,8 @@ def _provider_problems(provider: Config, known: tuple[str, ...]) -> Iterator[str
         yield f"provider.{key} is left to Ray's defaults"
 
 
-def _node_problems(node_types: Config, kind: str) -> Iterator[str]:
+def _node_problems(config: Config, kind: str) -> Iterator[str]:
+    node_types = config["available_node_types"]
     yield from (f"node type {name} is missing" for name in NODE_TYPES if name not in node_types)
     for name, node_type in node_types.items():
         node = dict(node_type.get("node_config", {}))
@@ -84,6 +85,17 @@ def _node_problems(node_types: Config, kind: str) -> Iterator[str]:
             yield from (f"{name}: {problem}" for problem in _ec2_problems(node))
         else:
             yield from (f"{name}: {problem}" for problem in _gce_problems(node))
+    yield from _account_problems(config, kind)
+
+
+def _account_problems(config: Config, kind: str) -> Iterator[str]:
+    """Workers that are to their cloud who the head is."""
+    key = {"aws": "IamInstanceProfile", "gcp": "serviceAccounts"}[kind]
+    accounts = {name: node.get("node_config", {}).get(key) for name, node in config["available_node_types"].items()}
+    heads = accounts.pop(config["head_node_type"])
+    for name, account in accounts.items():
+        if account is not None and account == heads:
+            yield f"{name}: it has the head's {key}, which may start and end machines"
 
 
 @functools.cache

@@ -35,7 +35,7 @@ _CAUSES = (
     (r"InvalidKeyPair", "the region has no such key pair; set aws.key_name"),
     (
         r"[Ii]nvalid IAM Instance Profile|InvalidIamInstanceProfile",
-        "there is no such instance profile; set aws.account and aws.instance_profile",
+        "there is no such instance profile; set aws.account, aws.instance_profile and aws.worker_instance_profile",
     ),
     (
         r"InsufficientInstanceCapacity|ZONE_RESOURCE_POOL_EXHAUSTED",

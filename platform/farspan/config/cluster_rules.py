@@ -11,6 +11,8 @@ ROLES = ("head", "cpu", "train", "prefill", "decode")
 _VERSION = re.compile(r"\d+(\.\d+)*((a|b|rc|\.post)\d+)?")
 _FOLDER = re.compile(r"(/[\w.+-]+)+")
 _PORTS = range(1024, 65536)
+_PROFILE = re.compile(r"[\w+=,.@/-]{1,128}", re.ASCII)
+_ACCOUNT = re.compile(r"[a-z][a-z0-9-]{4,28}[a-z0-9]")
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 
 
@@ -31,6 +33,7 @@ def check_cluster(spec: ClusterSpec) -> None:
     _check_software(spec)
     _check_here(spec.here)
     _check_places(spec)
+    _check_accounts(spec)
 
 
 def _check_nodes(role: str, nodes: NodesConfig) -> None:
@@ -86,6 +89,22 @@ def _check_places(spec: ClusterSpec) -> None:
         image = getattr(spec.kubernetes, field)
         if not is_fixed(image):
             raise ConfigError(f"kubernetes.{field}", "must name a fixed tag or digest", image, "write NAME:0.1.0")
+
+
+def _check_accounts(spec: ClusterSpec) -> None:
+    """Who a node is to its cloud: the head may start machines, and what runs on a worker must not be able to."""
+    for cloud, field, legal, rule in (
+        ("aws", "instance_profile", _PROFILE, "the name of an instance profile, not its ARN"),
+        ("gcp", "service_account", _ACCOUNT, "the id of a service account, without @ and what follows"),
+    ):
+        section, other = getattr(spec, cloud), f"worker_{field}"
+        for name in (field, other):
+            value = getattr(section, name)
+            if not legal.fullmatch(value):
+                raise ConfigError(f"{cloud}.{name}", f"must be {rule}", value, f"write {cloud}.{name}=farspan-worker")
+        if (value := getattr(section, other)) == getattr(section, field):
+            rule = f"must not be {cloud}.{field}, the head's: its rights would be every worker's"
+            raise ConfigError(f"{cloud}.{other}", rule, value, "make one without rights on machines and name it")
 
 
 def is_fixed(image: str) -> bool:
