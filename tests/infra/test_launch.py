@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.commands import stand_ins
 from tests.support.s3 import S3Server
 
 from farspan.cli.main import run
@@ -36,7 +37,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_server: S3Server) -
         monkeypatch.delenv(name)
     for name, value in {"HOME": str(tmp_path), "AWS_ENDPOINT_URL": s3_server.endpoint, "AWS_DEFAULT_REGION": _REGION,
                         "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "COLUMNS": "200",
-                        "AWS_EC2_METADATA_DISABLED": "true"}.items():  # fmt: skip
+                        "AWS_EC2_METADATA_DISABLED": "true",
+                        "PATH": f"{os.environ['PATH']}:{stand_ins(tmp_path / 'bin')}"}.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     software = load_config(ClusterSpec, SPEC, []).software
     for file in (".ssh/farspan.pem", ".ray/auth_token", "requirements.lock", f"dist/{wheel(software)}"):

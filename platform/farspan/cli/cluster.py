@@ -63,6 +63,7 @@ def plan(
 
     loaded, provider = load_spec(spec, overrides), _provider(on)
     found = plan_cluster(loaded, provider)
+    _tell_examples(loaded, provider)
     unplaced = _unplaced(yaml.safe_load(render_launcher(loaded, provider)), train, serve)
     if as_json:
         typer.echo(json.dumps({**asdict(found), "unplaced": unplaced}, indent=1))
@@ -98,6 +99,8 @@ def validate(
         raise ConfigError(file or on, "must be YAML", " ".join(str(problem).split()), "fix the syntax") from None
     if not isinstance(config, dict):
         raise ConfigError(file or on, "must hold `key: value` lines", type(config).__name__, "start with cluster_name")
+    if file is None:
+        _tell_examples(loaded, on)
     # A file with problems may have no node types to look at.
     found = problems(config, loaded.software) or _unplaced(config, train, serve)
     report({file or f"the {on} file": found}, as_json=as_json)
@@ -238,6 +241,15 @@ def report(found: dict[str, list[str]], *, as_json: bool) -> None:
                 typer.echo(f"{name}: ok")
     if wrong:
         raise typer.Exit(2)
+
+
+def _tell_examples(spec: ClusterSpec, provider: str) -> None:
+    """Name what `up` will refuse, before somebody counts on it."""
+    from farspan.cluster.examples import examples_of
+
+    if examples := examples_of(spec, provider):
+        fields = ", ".join(examples)
+        typer.echo(f"warning: still examples, which farspan cluster up refuses: {fields}; set yours", err=True)
 
 
 def _ask(yes: bool, question: str) -> None:

@@ -68,17 +68,21 @@ def validate(
 @app.command()
 def certs(
     output: Annotated[str, typer.Argument(help="Folder, made with mode 700.", metavar="FOLDER")],
-    host: Annotated[list[str] | None, typer.Option(help="Address or name of a node; once for each.")] = None,
+    host: Annotated[
+        list[str] | None, typer.Option(help="Address, network (10.0.0.0/26) or name of nodes; once for each.")
+    ] = None,
     days: Annotated[int, typer.Option(help="How long the node's certificate is good for.")] = 365,
 ) -> None:
     """Make certificates for TLS between Ray's processes; a second call keeps the authority and signs anew."""
-    from farspan.cluster.certs import make_certificates, ray_variables
+    from farspan.cluster.certs import make_certificates
+    from farspan.cluster.environment import tls_switches
 
     folder = Path(output).absolute()
     for path in make_certificates(folder, host or [], days):
         typer.echo(f"written: {path}")
-    typer.echo("every node and driver needs the folder without ca.key, and these variables:")
-    for name, value in ray_variables(folder).items():
+    typer.echo(f"launcher clusters: set tls_folder={folder} in the spec, and every node gets them")
+    typer.echo("any other node or driver needs the folder without ca.key, and these variables:")
+    for name, value in tls_switches(str(folder)).items():
         typer.echo(f"export {name}={value}")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import botocore.session
 import botocore.validate
 
-from farspan.cluster.environment import AUTH, HABITS, WATCHES, requirements, wheel
+from farspan.cluster.environment import AUTH, HABITS, TLS_FILES, WATCHES, requirements, tls_switches, wheel
 from farspan.cluster.launcher import NODE_TYPES
 from farspan.cluster.secrets import holds_secret
 from farspan.config.cluster import SoftwareConfig
@@ -160,6 +160,19 @@ def _pin_problems(config: Config, software: SoftwareConfig, kind: str) -> Iterat
         yield "a setup command downloads from a bare address"
 
 
+def _tls_problems(mounts: Config, exports: dict[str, str]) -> Iterator[str]:
+    """A node with half of what TLS needs cannot speak to the others; one with the authority's key could make nodes."""
+    if any(str(source).endswith("ca.key") for source in mounts.values()):
+        yield "the authority's key (ca.key) is sent to the nodes"
+    wanted = tls_switches("$HOME/farspan-tls")
+    if not set(wanted) & set(exports):
+        return
+    yield from (f"{name}={value} is not set" for name, value in wanted.items() if exports.get(name) != value)
+    for file in TLS_FILES:
+        if f"~/farspan-tls/{file}" not in mounts:
+            yield f"{file} is not sent to the nodes"
+
+
 def _auth_problems(config: Config) -> Iterator[str]:
     if config["file_mounts"].get("~/.ray/auth_token") != "~/.ray/auth_token":
         yield "the token is not sent to the nodes"
@@ -169,6 +182,7 @@ def _auth_problems(config: Config) -> Iterator[str]:
         if exports.get(name) != value:
             yield f"{name}={value} is not set"
     yield from (f"{name} is not set" for name in WATCHES if name not in exports)
+    yield from _tls_problems(config["file_mounts"], exports)
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         starts = [command for command in config[key] if "ray start" in command]
         if len(starts) != 1 or not starts[0].startswith(_START):

@@ -185,6 +185,9 @@ class ClusterSpec:
     environment: str | None = None
     """Folder of a Python environment that the machines' image holds, with farspan and the versions below: nothing is
     then downloaded, each node's own stands on it. None: each node makes one with pip."""
+    tls_folder: str | None = None
+    """Folder that `farspan infra certs` made, on this machine: launcher files then send its certificates to every node,
+    and Ray's processes speak TLS. None: they do not."""
     head: NodesConfig = field(default_factory=NodesConfig)
     cpu: NodesConfig = field(default_factory=NodesConfig)
     train: NodesConfig = field(default_factory=NodesConfig)

@@ -10,6 +10,8 @@ from farspan.errors import ConfigError
 ROLES = ("head", "cpu", "train", "prefill", "decode")
 _VERSION = re.compile(r"\d+(\.\d+)*((a|b|rc|\.post)\d+)?")
 _FOLDER = re.compile(r"(/[\w.+-]+)+")
+_PLAIN_PATH = re.compile(r"(~?/)?[\w.+-]+(/[\w.+-]+)*", re.ASCII)
+_PROJECT = re.compile(r"[a-z][a-z0-9-]{4,28}[a-z0-9]")
 _PORTS = range(1024, 65536)
 _PROFILE = re.compile(r"[\w+=,.@/-]{1,128}", re.ASCII)
 _ACCOUNT = re.compile(r"[a-z][a-z0-9-]{4,28}[a-z0-9]")
@@ -30,6 +32,8 @@ def check_cluster(spec: ClusterSpec) -> None:
         raise ConfigError("head", "must offer no CPU and no GPU: a task there could end the cluster", value, "use 0")
     if spec.environment is not None and not _FOLDER.fullmatch(spec.environment):
         raise ConfigError("environment", "must be a folder from / on, of plain letters", spec.environment, "use /opt/x")
+    if spec.tls_folder is not None and not _PLAIN_PATH.fullmatch(spec.tls_folder):
+        raise ConfigError("tls_folder", "must be a folder, of plain letters", spec.tls_folder, "use tls_folder=~/tls")
     _check_software(spec)
     _check_here(spec.here)
     _check_places(spec)
@@ -77,10 +81,15 @@ def _check_here(here: HereConfig) -> None:
 
 
 def _check_places(spec: ClusterSpec) -> None:
-    for cloud, zone, region in (("aws", spec.aws.zone, spec.aws.region), ("gcp", spec.gcp.zone, spec.gcp.region)):
-        if not zone.startswith(region):
-            way_out = f"use {cloud}.zone={region}{'a' if cloud == 'aws' else '-a'}"
+    # AWS also has zones outside of the region's place, like us-west-2-lax-1a.
+    for cloud, ending, usual in (("aws", r"(-[a-z0-9-]+)?[a-z]", "a"), ("gcp", "-[a-z]", "-a")):
+        zone, region = getattr(spec, cloud).zone, getattr(spec, cloud).region
+        if not re.fullmatch(re.escape(region) + ending, zone):
+            way_out = f"use {cloud}.zone={region}{usual}"
             raise ConfigError(f"{cloud}.zone", f"must be a zone of {cloud}.region={region}", zone, way_out)
+    if not _PROJECT.fullmatch(spec.gcp.project):
+        rule = "must be the id of a project: 6 to 30 of a-z, 0-9 and -, from a letter on"
+        raise ConfigError("gcp.project", rule, spec.gcp.project, "gcloud projects list tells it")
     if len(set(spec.local.workers)) < len(spec.local.workers) or spec.local.head in spec.local.workers:
         raise ConfigError(
             "local.workers", "must name each machine once, without the head", spec.local.workers, "fix it"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.support.commands import stand_ins
 from tests.support.corpus import REPOSITORY
 
 from farspan.cli import launch
@@ -106,6 +107,7 @@ def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "*@dead*) echo Connection refused >&2; exit 255;;\n*@slow*) exec sleep 60;;\nesac\n"
     )
     ssh.chmod(0o755)
+    stand_ins(ssh.parent, ("rsync",))
     monkeypatch.setenv("PATH", f"{ssh.parent}:/bin:/usr/bin")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "ray"))
@@ -129,12 +131,13 @@ def sent(record: Path) -> list[str]:
     return [line.partition("ubuntu@")[2].split()[0] for line in lines]
 
 
-@pytest.mark.parametrize("changed", ["local.head=192.0.2.99", "local.workers=[192.0.2.11]"])
+@pytest.mark.parametrize("changed", ["local.head=10.9.0.99", "local.workers=[10.9.0.11]"])
 def test_a_cluster_that_runs_is_not_forgotten_for_another_of_its_name(
     changed: str, local: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = remember(local)
-    told = said(capsys, "cluster", "up", SPEC, changed, "--on", "local", "--yes", "--timeout", "1", code=1)
+    mine = ["local.head=10.9.0.10", "local.workers=[10.9.0.11,10.9.0.12]"]
+    text = remember(local, *mine)
+    told = said(capsys, "cluster", "up", SPEC, *mine, changed, "--on", "local", "--yes", "--timeout", "1", code=1)
     (error,) = [line for line in told.splitlines() if line.startswith("error: ")]
     assert "its machines would be forgotten: run farspan cluster down first" in error
     assert local.read_text(encoding="utf-8") == text

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.support.commands import stand_ins
 from tests.support.corpus import REPOSITORY
 from tests.support.disk import small_disk
 
@@ -39,6 +40,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text("x", encoding="utf-8")
         (tmp_path / file).chmod(0o600)
+    monkeypatch.setenv("PATH", f"{stand_ins(tmp_path / 'bin')}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launch, "run_launcher", lambda *given: pytest.fail("something was started"))
     return tmp_path

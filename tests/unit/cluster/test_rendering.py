@@ -203,6 +203,13 @@ def test_the_head_and_the_job_that_clears_redis_reach_it_and_workers_do_not() ->
         ("kubernetes.image=registry/farspan:latest", "kubernetes.image: must name a fixed tag"),
         ("kubernetes.image=registry:5000/farspan", "kubernetes.image: must name a fixed tag"),
         ("up_timeout_s=0", "up_timeout_s: must be above 0"),
+        (
+            "aws.zone=us-east-12a",
+            "aws.zone: must be a zone of aws.region=us-east-1, got 'us-east-12a'; use aws.zone=us",
+        ),
+        ("gcp.zone=us-central1", "gcp.zone: must be a zone of gcp.region=us-central1, got 'us-central1'; use gcp.zone"),
+        ("gcp.project=My Project", "gcp.project: must be the id of a project"),
+        ("tls_folder=my tls", "tls_folder: must be a folder, of plain letters, got 'my tls'"),
         ("aws.worker_instance_profile=farspan-head", "aws.worker_instance_profile: must not be aws.instance_profile"),
         ("gcp.service_account=farspan-worker", "gcp.worker_service_account: must not be gcp.service_account, the head"),
         ("aws.instance_profile=arn:aws:iam::1:instance-profile/x", "must be the name of an instance profile, not its"),
