@@ -112,10 +112,14 @@ def up(
     overrides: Overrides = None,
     on: OnOrHere = "aws",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Give up after [up_timeout_s].")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=1, help="Give up after [up_timeout_s].")
+    ] = None,
 ) -> None:
     """Show the plan, ask, and start the cluster within a time limit; run again, it goes on where it is."""
-    from farspan.cli.launch import refuse_to_forget, run_launcher
+    import yaml
+
+    from farspan.cli.launch import ask_cloud, refuse_to_forget, run_launcher
     from farspan.cluster.cost import plan_cluster
     from farspan.cluster.launcher import render_launcher
     from farspan.cluster.preflight import check_ready
@@ -127,6 +131,7 @@ def up(
         return
     check_ready(loaded, provider, Path.cwd(), launched.folder)
     text = render_launcher(loaded, provider)
+    ask_cloud(yaml.safe_load(text)["provider"])
     refuse_to_forget(launched, text)
     _show(plan_cluster(loaded, provider))
     _ask(yes, "Start it?")
@@ -170,7 +175,7 @@ def down(
     overrides: Overrides = None,
     on: OnOrHere = "aws",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Give up after.")] = _DOWN_TIMEOUT_S,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", min=1, help="Give up after.")] = _DOWN_TIMEOUT_S,
 ) -> None:
     """End every machine of a cluster; where none is left, it says so. With --on local Ray is stopped on each."""
     from farspan.cli.launch import nodes_of

@@ -55,6 +55,9 @@ def validate(
     from farspan.cluster.schemas import read_schemas, schema_problems
 
     schemas = read_schemas(Path(crds)) if crds is not None else {}
+    if crds is not None and not any(kind.startswith("Ray") for kind in schemas):
+        way_out = "make it by kubectl get crd rayclusters.ray.io rayjobs.ray.io rayservices.ray.io -o json"
+        raise ConfigError("--crds", "must hold CRDs of KubeRay", crds, way_out)
     composed, found = _composed(Path(folder)), {}
     for name, manifests in composed.items():
         strict = [problem for manifest in manifests for problem in schema_problems(manifest, schemas)]
@@ -114,9 +117,15 @@ def _kustomize(overlay: Path) -> str:
     except subprocess.TimeoutExpired:
         raise ConfigError(str(overlay), "must be composed in time", _KUSTOMIZE_TIMEOUT_S, "look for a cycle") from None
     if answer.returncode != 0:
-        reason = " ".join(answer.stderr.split())
-        raise ConfigError(str(overlay), "must be a kustomization", reason, "run farspan infra render again")
+        raise ConfigError(
+            str(overlay), "must be a kustomization", _last_cause(answer.stderr), "run farspan infra render again"
+        )
     return answer.stdout
+
+
+def _last_cause(said: str) -> str:
+    """The end of kustomize's chain of causes: which file, and what is wrong with it."""
+    return ": ".join(" ".join(said.split()).strip("\"' ").split(": ")[-2:])
 
 
 def _documents(text: str, name: str) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from farspan.cluster.diagnose import cannot_write
 from farspan.cluster.environment import TLS_FILES
 from farspan.errors import ConfigError, StorageError
 
@@ -23,7 +24,8 @@ _EARLIER = datetime.timedelta(minutes=5)
 _ALWAYS = ("127.0.0.1", "localhost")
 # A certificate travels in every handshake; this many addresses are 8 KiB of it.
 _MOST_ADDRESSES = 1024
-_HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*")
+# A name does not end in a number: that would be a mistyped address.
+_HOST_NAME = re.compile(r"(?!-)([A-Za-z0-9-]{1,63}\.)*(?!\d+$)[A-Za-z0-9-]{1,63}")
 
 
 def make_certificates(folder: Path, hosts: list[str], days: int) -> list[Path]:
@@ -48,7 +50,7 @@ def make_certificates(folder: Path, hosts: list[str], days: int) -> list[Path]:
         node = _node_certificate(authority, key, node_key, addresses, days)
         written += [_write(folder / "node.crt", _pem(node)), _write(folder / "node.key", _pem_key(node_key))]
     except OSError as problem:
-        raise StorageError(str(folder), f"certificates could not be written: {problem.strerror or problem}") from None
+        raise StorageError(str(folder), f"certificates {cannot_write(problem)}") from None
     return written
 
 

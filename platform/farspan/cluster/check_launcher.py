@@ -6,6 +6,7 @@ that open ports, widen roles and install nightly builds. Each problem is one sen
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ _EXPLICIT_KEYS = (
     "setup_commands", "head_setup_commands", "worker_setup_commands", "head_start_ray_commands",
     "worker_start_ray_commands",
 )  # fmt: skip
+_SECTIONS = ("provider", "auth", "file_mounts", "available_node_types")
 _NODE_TYPE_KEYS = ("head_node_type", "available_node_types")
 _NODE_KEYS = {
     "aws": (
@@ -45,6 +47,27 @@ _NODE_KEYS = {
 _GCP_NODE_KEYS = (*_NODE_KEYS["gcp"], "scheduling", "guestAccelerators", "labels", "tags", "metadata")
 _START = ". /etc/profile.d/farspan.sh; test -s ~/.ray/auth_token &&"
 _MOST_IDLE_MINUTES = 60
+
+
+def shape_problems(config: Config) -> list[str]:
+    """Sections that are no sections, lists that are no lists: Ray would fail on them without saying where."""
+    types = config.get("available_node_types")
+    nodes = {f"available_node_types.{name}": node for name, node in types.items()} if isinstance(types, dict) else {}
+    nodes |= {f"{name}.node_config": node.get("node_config") for name, node in nodes.items() if isinstance(node, dict)}
+    sections = {key: config.get(key) for key in _SECTIONS} | nodes
+    lists = {key: config.get(key) for key in _EXPLICIT_KEYS if key.endswith("_commands")}
+    return [
+        *(
+            f"{key} must hold `key: value` lines, got {value!r}"
+            for key, value in sections.items()
+            if _other(value, dict)
+        ),
+        *(f"{key} must be a list, got {value!r}" for key, value in lists.items() if _other(value, list)),
+    ]
+
+
+def _other(value: object, kind: type) -> bool:
+    return value is not None and not isinstance(value, kind)
 
 
 def launcher_problems(config: Config, software: SoftwareConfig) -> list[str]:
@@ -98,6 +121,18 @@ def _account_problems(config: Config, kind: str) -> Iterator[str]:
             yield f"{name}: it has the head's {key}, which may start and end machines"
 
 
+def ec2_machines() -> frozenset[str]:
+    """Instance types that this botocore knows."""
+    return frozenset(_run_instances().members["InstanceType"].enum)
+
+
+def no_machine(name: str) -> str:
+    """What to do about an instance type that is none."""
+    near = difflib.get_close_matches(name, ec2_machines(), n=1)
+    newer = "where it is newer than this boto3, pip install --upgrade boto3"
+    return f"did you mean {near[0]!r}? {newer}" if near else newer
+
+
 @functools.cache
 def _run_instances() -> Any:
     """EC2's own description of the request that starts an instance; megabytes of JSON, read once."""
@@ -114,6 +149,9 @@ def _ec2_problems(node: Config) -> Iterator[str]:
     report = botocore.validate.ParamValidator().validate(request, shape)
     if report.has_errors():
         yield f"EC2 refuses it: {report.generate_report()}"
+    machine = node.get("InstanceType")
+    if isinstance(machine, str) and machine not in ec2_machines():
+        yield f"EC2 has no {machine}: {no_machine(machine)}"
     for volume in node.get("BlockDeviceMappings", []):
         if volume.get("Ebs", {}).get("Encrypted") is not True:
             yield "a disk is not encrypted"

@@ -11,11 +11,14 @@ import stat
 from pathlib import Path
 
 import botocore.session
+from botocore.exceptions import BotoCoreError
 
 from farspan.cluster.certs import check_certificates
+from farspan.cluster.check_launcher import ec2_machines, no_machine
 from farspan.cluster.environment import wheel
 from farspan.cluster.examples import examples_of
 from farspan.config.cluster import ClusterSpec
+from farspan.config.cluster_rules import ROLES
 from farspan.config.load import nearest
 from farspan.errors import ConfigError, NotFoundError, StorageError
 
@@ -42,7 +45,12 @@ def check_ready(spec: ClusterSpec, provider: str, root: Path, state: Path) -> No
         _check_free_port(spec.local.head)
     _check_commands()
     section = getattr(spec, provider)
-    _check_private(f"{provider}.ssh_private_key", Path(section.ssh_private_key), "name the private key with its path")
+    key = Path(section.ssh_private_key)
+    _check_private(f"{provider}.ssh_private_key", key, "name the private key with its path")
+    if key.expanduser().read_bytes().startswith(b"ssh-"):
+        raise ConfigError(
+            f"{provider}.ssh_private_key", "must be the private half", str(key), "name the file without .pub"
+        )
     _check_private("Ray's token", Path("~/.ray/auth_token"), "run ray get-auth-token --generate")
     for file, way_out in (
         (root / "requirements.lock", "run it from the project's root"),
@@ -68,11 +76,20 @@ def check_space(folder: Path) -> None:
 
 
 def _check_aws(spec: ClusterSpec) -> None:
-    regions = botocore.session.get_session().get_available_regions("ec2")
+    _check_package("boto3", "boto3", spec.software.boto3)
+    session = botocore.session.get_session()
+    try:
+        regions = session.get_available_regions("ec2")
+        credentials = session.get_credentials()
+    except BotoCoreError as problem:
+        way_out = "correct AWS_PROFILE and ~/.aws, or run aws configure"
+        raise ConfigError("AWS credentials", "must be whole", str(problem), way_out) from None
     if spec.aws.region not in regions:
         raise ConfigError("aws.region", "must be a region of EC2", spec.aws.region, nearest(spec.aws.region, regions))
-    _check_package("boto3", "boto3", spec.software.boto3)
-    if botocore.session.get_session().get_credentials() is None:
+    for role in ROLES:
+        if (machine := getattr(spec, role).aws) not in ec2_machines():
+            raise ConfigError(f"{role}.aws", "must be an instance type of EC2", machine, no_machine(machine))
+    if credentials is None:
         raise ConfigError("AWS credentials", "must be there", None, "run aws configure, or aws sso login")
 
 

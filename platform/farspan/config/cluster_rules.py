@@ -12,6 +12,13 @@ _VERSION = re.compile(r"\d+(\.\d+)*((a|b|rc|\.post)\d+)?")
 _FOLDER = re.compile(r"(/[\w.+-]+)+")
 _PLAIN_PATH = re.compile(r"(~?/)?[\w.+-]+(/[\w.+-]+)*", re.ASCII)
 _PROJECT = re.compile(r"[a-z][a-z0-9-]{4,28}[a-z0-9]")
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.:-]*[A-Za-z0-9])?")
+_AWS_IDS = {
+    "account": (r"\d{12}", "12 digits; in YAML write them in quotes"),
+    "image": (r"ami-[0-9a-f]+", "an id that begins with ami-"),
+    "subnet": (r"subnet-[0-9a-f]+", "an id that begins with subnet-"),
+    "security_group": (r"sg-[0-9a-f]+", "an id that begins with sg-"),
+}
 _PORTS = range(1024, 65536)
 _PROFILE = re.compile(r"[\w+=,.@/-]{1,128}", re.ASCII)
 _ACCOUNT = re.compile(r"[a-z][a-z0-9-]{4,28}[a-z0-9]")
@@ -87,9 +94,17 @@ def _check_places(spec: ClusterSpec) -> None:
         if not re.fullmatch(re.escape(region) + ending, zone):
             way_out = f"use {cloud}.zone={region}{usual}"
             raise ConfigError(f"{cloud}.zone", f"must be a zone of {cloud}.region={region}", zone, way_out)
+    for field, (legal, rule) in _AWS_IDS.items():
+        if not re.fullmatch(legal, value := getattr(spec.aws, field)):
+            raise ConfigError(f"aws.{field}", f"must be {rule}", value, "the console of EC2 tells it")
     if not _PROJECT.fullmatch(spec.gcp.project):
         rule = "must be the id of a project: 6 to 30 of a-z, 0-9 and -, from a letter on"
         raise ConfigError("gcp.project", rule, spec.gcp.project, "gcloud projects list tells it")
+    for field, hosts in (("head", [spec.local.head]), ("workers", spec.local.workers)):
+        for host in hosts:
+            if not _HOST.fullmatch(host):
+                rule = "must be addresses or names of machines"
+                raise ConfigError(f"local.{field}", rule, host, "write it as 10.0.0.4, without user, port or slash")
     if len(set(spec.local.workers)) < len(spec.local.workers) or spec.local.head in spec.local.workers:
         raise ConfigError(
             "local.workers", "must name each machine once, without the head", spec.local.workers, "fix it"

@@ -53,6 +53,8 @@ def test_a_sum_that_is_not_whole_is_not_shown() -> None:
         ("(InvalidAMIID.NotFound) The image id '[ami-1]' does not exist", "set aws.image"),
         ("(InvalidSubnetID.NotFound)", "set aws.subnet"),
         ("(InvalidKeyPair.NotFound) The key pair 'x'", "set aws.key_name"),
+        ("(InvalidParameterValue) Invalid value 'm7i.x' for InstanceType.", "no such machine; set aws of that kind"),
+        ("ProfileNotFound: The config profile (x) could not be found", "no such AWS profile"),
         ("(InsufficientInstanceCapacity) We currently do not", "no such machine free"),
         ("(VcpuLimitExceeded) You have requested", "quota"),
         ("EndpointConnectionError: Could not connect", "API cannot be reached"),
