@@ -4,13 +4,13 @@
 import json
 import os
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.canary import ProcessWatch
 from tests.support.commands import stand_ins
 from tests.support.s3 import S3Server
 
@@ -79,24 +79,17 @@ def running(ec2: Any) -> list[str]:
     return [i["InstanceId"] for i in instances if i["State"]["Name"] in ("pending", "running")]
 
 
-class _Watch(threading.Thread):
-    """Reads every command line of this machine until it is told to stop; keeps those in which a word stood."""
+class _Watch(ProcessWatch):
+    """Counts the launchers of a home as well."""
 
     def __init__(self, word: str, home: Path) -> None:
-        super().__init__(daemon=True)
-        self._word, self._home, self._stop_it = word.encode(), home, threading.Event()
-        self.seen: set[bytes] = set()
+        super().__init__([word])
+        self._home = home
         self.launchers = 0
 
-    def run(self) -> None:
-        while not self._stop_it.wait(0.05):
-            lines = command_lines()
-            self.seen |= {line for line in lines if self._word in line}
-            self.launchers = max(self.launchers, len(launchers(self._home, lines)))
-
-    def stop(self) -> None:
-        self._stop_it.set()
-        self.join(30)
+    def look(self) -> None:
+        super().look()
+        self.launchers = max(self.launchers, len(launchers(self._home, command_lines())))
 
 
 def command_lines() -> list[bytes]:
@@ -116,10 +109,8 @@ def launchers(home: Path, lines: list[bytes]) -> list[bytes]:
 
 @pytest.fixture
 def watch(home: Path) -> Iterator[_Watch]:
-    watching = _Watch(CANARY, home)
-    watching.start()
-    yield watching
-    watching.stop()
+    with _Watch(CANARY, home) as watching:
+        yield watching
 
 
 @pytest.mark.soak
@@ -141,7 +132,7 @@ def test_a_cluster_that_cannot_come_up_ends_in_time_says_why_and_goes_down(
     assert watch.launchers > 0
     assert launchers(home, command_lines()) == [], "the launcher goes on"
 
-    # The token is in no command line, and in no file this machine kept of the cluster.
+    # The token is in no command line or environment, and in no file this machine kept of the cluster.
     assert watch.seen == set()
     kept = [file for file in (home / ".cache").rglob("*") if file.is_file()]
     assert {file.name for file in kept} >= {"launcher.yaml", "launcher.log"}

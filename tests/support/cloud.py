@@ -30,7 +30,12 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 _NEEDS = ("ssh", "ssh-keygen", "sshd", "rsync", "sudo")
 _FIRST = 4
 _DEADLINE_S = 30.0
-KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+# The secret is a word that stands nowhere else, so that it can be looked for.
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "canary-of-a-secret-access-key",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
 # Ray's sockets lie deep in /tmp, which is the host's own; the rest of its image is this machine's.
 _IMAGE = """
 set -e
