@@ -17,35 +17,20 @@ from transformers import PreTrainedModel
 from farspan.config.schema import EngineConfig
 from farspan.engine.adapters import Adapters
 from farspan.engine.admission import Admission
-from farspan.engine.advance import (
-    Advanced,
-    Ends,
-    advance,
-    collect_prompt_logprobs,
-    sound_rows,
-    wants_prompt_logprobs,
-)
+from farspan.engine.advance import Advanced, Computed, Ends, advance, take_rows, wants_prompt_logprobs
 from farspan.engine.beyond import host_traffic, page_offload, prefix_cache
 from farspan.engine.burden import Burden, burden_of
 from farspan.engine.cut import Share
 from farspan.engine.draft import Drafter, SuffixDrafter
-from farspan.engine.fairness import Claim, Service, crowds_out, fair_order
+from farspan.engine.fairness import Claim, Service, fair_order
 from farspan.engine.faster import speed_up
+from farspan.engine.generate import generate
 from farspan.engine.guesses import Guesses
 from farspan.engine.history import Recall
 from farspan.engine.holdings import Holdings, owner_of
 from farspan.engine.lead import Leader
 from farspan.engine.path import capture_decode, open_path
-from farspan.engine.request import (
-    Completion,
-    Event,
-    FailedEvent,
-    SamplingParams,
-    SequenceState,
-    TokenEvent,
-    choices,
-    whole_answer,
-)
+from farspan.engine.request import Completion, Event, FailedEvent, SamplingParams, SequenceState
 from farspan.engine.runner import Piece, Runner
 from farspan.engine.sampler import UNSOUND
 from farspan.engine.scheduler import Chunk, Limits, Row, schedule
@@ -151,6 +136,7 @@ class Engine:
                 self._service,
                 self._ends,
                 partial(self._settle, sound=True),
+                clock,
                 ahead=on_cuda if ahead is None else ahead,
             )
 
@@ -310,8 +296,11 @@ class Engine:
         events = self._expire()
         self._step += 1
         self._holdings.forget_matches()
-        if (found := self._go_on(events)) is not None:
-            return found
+        if self._steady is not None and not self._guesses.most:
+            found = self._steady.iterate(self._running, self._waiting, self._limits, self._step, events)
+            if found is not None:
+                self._stalled = False
+                return found
         held_back = self._holdings.held_back(self._running, self._in_line())
         rows = {s.request_id: s for s in (*self._running, *self._waiting)}
         decision = schedule(
@@ -336,42 +325,6 @@ class Engine:
         events += self._after(sequences, pieces, self.adapters.run(self._runner, pieces))
         self._holdings.learn_pace(self._clock() - started, sum(len(piece.tokens) for piece in pieces))
         return events
-
-    def _go_on(self, events: list[Event]) -> list[Event] | None:
-        """The iteration in which nobody comes or goes, with `events` before it; none where it is another one.
-
-        What the last one was ahead of is among `events` then.
-        """
-        if self._steady is None:
-            return None
-        if not (self._is_steady and self._steady.goes_on(self._running)):
-            events += self._steady.land(self._running, self._step)
-        if not self._is_steady:
-            return None
-        started, num_running = self._clock(), len(self._running)
-        found = self._steady.step(self._running, self._step)
-        if found is None:
-            return None
-        self._holdings.learn_pace(self._clock() - started, num_running)
-        self._stalled = False
-        return [*events, *found]
-
-    @property
-    def _is_steady(self) -> bool:
-        """Whether the scheduler could only give every running sequence its next token, if all of them decode."""
-        limits, most = self._limits, len(self._running)
-        if not most or self._guesses.most or self._holdings.num_fetching:
-            return False
-        if most > limits.max_batch_tokens or (limits.decode_tokens is not None and most > limits.decode_tokens):
-            return False
-        if not self._waiting:
-            return True
-        # Who waits stays out while everybody stays in.
-        full = most >= limits.max_sequences and self.host is None
-        lowest = self._running[-1].terms.priority
-        if not full or any(sequence.terms.priority > lowest for sequence in self._waiting):
-            return False
-        return not crowds_out([s.terms.tenant for s in self._running], {s.terms.tenant for s in self._waiting})
 
     def _expire(self) -> list[Event]:
         """Fail every request whose deadline has passed."""
@@ -413,7 +366,7 @@ class Engine:
             decoding = len(sequence.tokens) - sequence.num_computed == 1
             self._service.charge(sequence.terms.tenant, chunk.num_tokens, decode=decoding)
             sequence.last_step = self._step
-        self._running.sort(key=_rank)
+        self._running.sort(key=lambda s: s.rank)
         tokens_left = self._limits.max_batch_tokens - sum(chunk.num_tokens for chunk in chunks)
         for sequence in self._guesses.draft(sequences, tokens_left, self.pool.num_free):
             needed = self.pool.layout.num_pages(len(sequence.tokens) + len(sequence.draft))
@@ -433,26 +386,7 @@ class Engine:
 
         Raises RequestError when one cannot be answered.
         """
-        collected: dict[str, list[TokenEvent]] = {}
-        try:
-            for index, prompt in enumerate(prompts):
-                for request_id, each in choices(f"prompt-{index}", replace(params, request=params.request + index)):
-                    self.add(request_id, prompt, each)
-                    collected[request_id] = []
-            num_open = len(collected)
-            while num_open:
-                events = self.step()
-                if self.stalled:
-                    raise EngineError("the KV pages are held elsewhere; nothing can be computed")
-                for event in events:
-                    if isinstance(event, FailedEvent):
-                        raise event.error
-                    collected[event.request_id].append(event)
-                    num_open -= event.finish is not None
-        finally:
-            for request_id in collected:
-                self.cancel(request_id)
-        return [whole_answer(events) for events in collected.values()]
+        return generate(self, prompts, params)
 
     def close(self) -> None:
         """Let the other ranks end, where there are any."""
@@ -507,33 +441,21 @@ class Engine:
 
     def _after(self, sequences: Sequence[SequenceState], pieces: Sequence[Piece], logits_RV: Tensor) -> list[Event]:
         """Choose tokens for the sequences whose every token is computed; the others go on with their prompts."""
-        # Where a token is chosen, soundness is found with it; guesses and parts of prompts are looked at here.
-        ahead = any(
-            sequence.draft or sequence.num_computed + len(piece.tokens) < len(sequence.tokens)
-            for sequence, piece in zip(sequences, pieces, strict=True)
-        )
-        sound_R = sound_rows(logits_RV) if ahead else [True] * len(logits_RV)
-        ready: list[SequenceState] = []
-        first_rows: list[int] = []
+        ready: list[Computed] = []
         events: list[Event] = []
-        row = 0
-        for sequence, piece in zip(sequences, pieces, strict=True):
-            if wants_prompt_logprobs(sequence):
-                collect_prompt_logprobs(sequence, piece.past, logits_RV[row : row + piece.num_logits])
-            row += piece.num_logits
-            sequence.num_computed += len(piece.tokens)
-            if sequence.num_computed >= len(sequence.tokens):
-                ready.append(sequence)
-                first_rows.append(row - 1 - len(sequence.draft))
-            elif sound_R[row - 1]:
+        for computed in take_rows(sequences, pieces, logits_RV):
+            sequence = computed.sequence
+            if computed.rows:
+                ready.append(computed)
+            elif computed.sound:
                 # Only now: nobody may find keys and values that made logits unsound.
                 self._holdings.remember(sequence, tail=sequence.num_computed == sequence.num_prompt)
                 self._holdings.trim(sequence)
             else:
                 events += self._fail(sequence, UNSOUND)
-        ends = [first + len(sequence.draft) + 1 for sequence, first in zip(ready, first_rows, strict=True)]
-        for result, first, end in zip(advance(ready, first_rows, logits_RV, self._ends), first_rows, ends, strict=True):
-            events += self._settle(result, sound=all(sound_R[first:end]))
+        results = advance([c.sequence for c in ready], [c.rows.start for c in ready], logits_RV, self._ends)
+        for result, computed in zip(results, ready, strict=True):
+            events += self._settle(result, sound=computed.sound)
         return events
 
     def _settle(self, result: Advanced, *, sound: bool) -> list[Event]:
@@ -568,8 +490,3 @@ class Engine:
     def _fail(self, sequence: SequenceState, reason: str) -> list[Event]:
         self.cancel(sequence.request_id)
         return [FailedEvent(sequence.request_id, RequestError(sequence.request_id, reason))]
-
-
-def _rank(sequence: SequenceState) -> tuple[int, int]:
-    """The first in this order is never preempted for another."""
-    return -sequence.terms.priority, sequence.arrival
