@@ -27,6 +27,31 @@ class Ask:
     params: SamplingParams
 
 
+@dataclass(frozen=True, slots=True)
+class DraftUse:
+    """What came of guesses."""
+
+    proposed: int = 0
+    """Guessed tokens that were checked."""
+    accepted: int = 0
+    """Of those, the ones that were chosen: each saves its sequence an iteration."""
+
+    def after(self, draft: Sequence[int], chosen: Sequence[int]) -> DraftUse:
+        """With those of one sequence in one iteration, which chose no token after its first wrong guess."""
+        right = sum(guess == token for guess, token in zip(draft, chosen, strict=False))
+        return DraftUse(self.proposed + len(draft), self.accepted + right)
+
+    def since(self, before: DraftUse) -> DraftUse:
+        """What came after `before`."""
+        return DraftUse(self.proposed - before.proposed, self.accepted - before.accepted)
+
+    def __add__(self, other: DraftUse) -> DraftUse:
+        return DraftUse(self.proposed + other.proposed, self.accepted + other.accepted)
+
+
+NO_GUESSES = DraftUse()
+
+
 class Drafter(Protocol):
     """Makes guesses for all sequences of an iteration at once."""
 

@@ -21,7 +21,7 @@ from farspan.engine.advance import Advanced, Computed, Ends, advance, take_rows,
 from farspan.engine.beyond import host_traffic, page_offload, prefix_cache
 from farspan.engine.burden import Burden, burden_of
 from farspan.engine.cut import Share
-from farspan.engine.draft import Drafter, SuffixDrafter
+from farspan.engine.draft import NO_GUESSES, Drafter, SuffixDrafter
 from farspan.engine.fairness import Claim, Service, fair_order
 from farspan.engine.faster import speed_up
 from farspan.engine.generate import generate
@@ -96,6 +96,8 @@ class Engine:
         most_guesses = config.draft_tokens if path.states is None else 0
         self._drafter = drafter or SuffixDrafter()
         self._guesses = Guesses(self._drafter, most_guesses, self.vocab_size, self.max_context_tokens, path.pool.layout)
+        self.drafted = NO_GUESSES
+        """What came of all guesses since the engine began."""
         self._limits = Limits(
             config.max_batch_tokens,
             config.max_sequences if path.states is None else path.states.num_slots,
@@ -461,8 +463,10 @@ class Engine:
     def _settle(self, result: Advanced, *, sound: bool) -> list[Event]:
         """Give pages back or keep them, as the sequence is over or goes on. `sound`: the logits of every guess are."""
         sequence, events = result.sequence, list[Event](result.events)
-        drafted, sequence.draft = bool(sequence.draft), []
-        if result.problem is not None and not drafted:
+        draft, sequence.draft = sequence.draft, []
+        if draft:
+            self.drafted = self.drafted.after(draft, [event.token for event in result.events])
+        if result.problem is not None and not draft:
             return [*events, *self._fail(sequence, result.problem)]
         # The last token chosen is not computed; what wrong guesses left behind is overwritten by the next tokens.
         sequence.num_computed = len(sequence.tokens) - 1

@@ -79,6 +79,10 @@ def test_tokens_with_guesses_equal_tokens_without_however_often_the_guesses_are_
     tokens, steps = answer_of(engine, prompt, params)
     assert tokens == expected
     assert drafter.asked > 0
+    # Every iteration brings a token, and every guess that was right one more.
+    assert steps + engine.drafted.accepted == len(tokens)
+    assert engine.drafted.proposed >= engine.drafted.accepted
+    assert wrong != 0.0 or engine.drafted.proposed == engine.drafted.accepted == len(tokens) - steps
     if wrong == 0.0:
         assert steps == -(-(len(expected) - 1) // (draft_tokens + 1)) + 1
     if wrong == 1.0:
