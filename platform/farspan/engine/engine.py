@@ -21,7 +21,8 @@ from farspan.engine.advance import Advanced, Computed, Ends, advance, take_rows,
 from farspan.engine.beyond import host_traffic, page_offload, prefix_cache
 from farspan.engine.burden import Burden, burden_of
 from farspan.engine.cut import Share
-from farspan.engine.draft import NO_GUESSES, Drafter, SuffixDrafter
+from farspan.engine.draft import NO_GUESSES, Drafter
+from farspan.engine.draft_folder import open_drafter
 from farspan.engine.fairness import Claim, Service, fair_order
 from farspan.engine.faster import speed_up
 from farspan.engine.generate import generate
@@ -67,35 +68,34 @@ class Engine:
 
         With `share`, of the leader, the model is its part of one that other ranks compute with it (`engine/lead.py`).
 
-        `tokenizer`, a fast one of transformers, is needed for stop strings and grammars only. `drafter` guesses
-        tokens; none: from the sequence's own text when engine.draft_tokens is not 0. `host_cache` opens what keeps
-        pages beyond the pool where engine.host_cache_bytes is not 0; none: memory of this process. `ahead`: whether a
-        decode step in one launch is launched before the one before it was looked at; none: on CUDA.
+        `tokenizer`, a fast one of transformers, is needed for stop strings and grammars only. `drafter` guesses tokens
+        where engine.draft_tokens is not 0; none: engine.draft_model, or who looks for them in the sequence's own text.
+        `host_cache` opens what keeps pages beyond the pool where engine.host_cache_bytes is not 0; none: memory of this
+        process. `ahead`: whether a decode step in one launch is launched before the one before it was looked at; none:
+        on CUDA.
 
         Raises ModelError when the model cannot be run exactly, EngineError when no page fits into kv_bytes,
         ConfigError when pages that are moved out would not be all that a sequence of this model needs, TierError when
-        the host has less memory than engine.host_cache_bytes, and what `Adapters.add` raises.
+        the host has less memory than engine.host_cache_bytes, and what `open_drafter` and `Adapters.add` raise.
         """
+        if config.draft_model is not None and drafter is None and share is None:
+            drafter, config = open_drafter(model, config, tokenizer)
         path = open_path(model, config, share)
         speed_up(model)
         self.leader = None if share is None else Leader(path.runner, path.pool, share.gang)
         """Where other ranks compute with this one."""
-        text = model.config.get_text_config(decoder=True)
         self.path, self.pool, self.states, self._runner = path.name, path.pool, path.states, self.leader or path.runner
         self.adapters = Adapters(model, path, config)
         self.pages_are_all = path.pages_are_all
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
-        known = getattr(text, "max_position_embeddings", None) or 2**31
+        known = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**31
         self.max_context_tokens = min(known, config.max_context_tokens or known)
         if share is None:
             # Last of what changes the model: a graph remembers its kernels.
             capture_decode(path, min(config.graph_rows, config.max_sequences), self.max_context_tokens)
         self.eos_token_ids = eos_token_ids_of(model)
         self._ends = Ends(self.eos_token_ids, self.max_context_tokens)
-        # A state that went on with a wrong guess cannot be set back.
-        most_guesses = config.draft_tokens if path.states is None else 0
-        self._drafter = drafter or SuffixDrafter()
-        self._guesses = Guesses(self._drafter, most_guesses, self.vocab_size, self.max_context_tokens, path.pool.layout)
+        self._guesses = Guesses.of(path, config, drafter, self.vocab_size, self.max_context_tokens)
         self.drafted = NO_GUESSES
         """What came of all guesses since the engine began."""
         self._limits = Limits(
@@ -255,7 +255,7 @@ class Engine:
                 if sequence.request_id == request_id:
                     group.remove(sequence)
                     self._holdings.release(sequence)
-                    self._drafter.forget(request_id)
+                    self._guesses.drafter.forget(request_id)
                     if self._steady is not None and not self._running:
                         # Nobody would ask for what it was one step ahead of.
                         self._steady.land(self._running, self._step)
@@ -411,9 +411,11 @@ class Engine:
         self.pool.check_integrity()
         if self.states is not None:
             self.states.check_integrity([s.request_id for s in self._running])
-        alive = (*self._running, *self._waiting, *(self._taken.values() if untaken else ()))
+        here = (*self._running, *self._waiting)
+        alive = (*here, *(self._taken.values() if untaken else ()))
         ahead = () if self._steady is None else self._steady.owned()
-        return self.pool.forgotten((*self._holdings.owned(alive), *ahead, *elsewhere))
+        found = self.pool.forgotten((*self._holdings.owned(alive), *ahead, *elsewhere))
+        return found + self._guesses.forgotten({sequence.request_id for sequence in here})
 
     def _enqueue(
         self,
@@ -472,7 +474,7 @@ class Engine:
         sequence.num_computed = len(sequence.tokens) - 1
         if result.finished or sequence.prefill_only:
             self._running.remove(sequence)
-            self._drafter.forget(sequence.request_id)
+            self._guesses.drafter.forget(sequence.request_id)
             if sound:
                 self._holdings.remember(sequence, tail=True)
             if sequence.prefill_only:
