@@ -46,7 +46,7 @@ def test_a_file_is_answered_and_what_the_user_got_wrong_is_one_sentence(
         assert reason in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_model_on_s3_gives_the_answers_of_the_local_folder(
+def test_a_model_and_a_draft_model_on_s3_give_the_answers_of_the_local_folder(
     s3: S3Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -56,10 +56,11 @@ def test_a_model_on_s3_gives_the_answers_of_the_local_folder(
         s3.put(f"model/{file.name}", file.read_bytes())
     prompts.write_text('{"id": "a", "prompt": "import os"}\n{"id": "b", "prompt": "def f(x):"}\n')
     answers = []
-    for uri in (str(model), f"{s3.uri}/model"):
+    remote = f"{s3.uri}/model"
+    for uri, more in ((str(model), []), (remote, [f"engine.draft_model={remote}", "engine.draft_tokens=3"])):
         output = tmp_path / f"out-{len(answers)}.jsonl"
         line = ["batch", str(prompts), "--model", uri, "--output", str(output), "--max-tokens", "12"]
-        assert run([*line, "engine.dtype=float64", "engine.kv_bytes=4194304"]) == 0
+        assert run([*line, "engine.dtype=float64", "engine.kv_bytes=4194304", *more]) == 0
         answers.append(sorted(output.read_text().splitlines()))
     assert answers[0] == answers[1]
     assert all(len(set(json.loads(line)["tokens"])) >= 6 for line in answers[0])
