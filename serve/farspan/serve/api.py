@@ -19,11 +19,11 @@ from starlette.requests import ClientDisconnect
 from farspan.config.schema import ServeConfig
 from farspan.errors import ClusterError, FarspanError
 from farspan.models.checkpoint import load_tokenizer
+from farspan.models.folder import open_model_folder
 from farspan.serve.answering import Answering, Question, Surroundings
 from farspan.serve.body import Body, ignored_header, read_body
 from farspan.serve.choices import ClientGoneError, unless_gone
 from farspan.serve.conversation import ChatRequest, TokenizeRequest
-from farspan.serve.folder import open_model_folder
 from farspan.serve.keys import ApiKey, find_key
 from farspan.serve.limits import Limits
 from farspan.serve.messages import Caller, WorkerInfo
