@@ -60,7 +60,7 @@ def server(ray_cluster: LocalRay, tmp_path_factory: pytest.TempPathFactory) -> I
         prefill=RoleConfig(cpus=0.2),
         decode=RoleConfig(cpus=0.2),
         engine=EngineConfig(dtype="float64", kv_bytes=16 << 20, max_batch_tokens=512),
-        start_timeout_s=150,
+        start_timeout_s=240,
     )
     # The size of one of them may change: Serve builds the application by itself and asks our policy.
     second = replace(

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from farspan.config.check import check_engine
 from farspan.config.schema import EngineConfig
 from farspan.engine.draft_model import ModelDrafter
 from farspan.engine.path import page_layout, trial_pages
@@ -45,11 +45,12 @@ def check_draft(uri: str, model: PretrainedConfig, tokenizer: Any) -> Path:
 def open_drafter(model: PreTrainedModel, config: EngineConfig, tokenizer: Any) -> tuple[ModelDrafter, EngineConfig]:
     """Who guesses for a model, and the config with what is left of the memory for the model itself.
 
-    Without a tokenizer both models must have as many tokens. Raises what `check_draft` raises, and ConfigError where
-    engine.kv_bytes is too small for both.
+    Without a tokenizer the draft model must have as many tokens, or more. Raises what `check_draft` raises, and
+    ConfigError for settings that do not go with it and where engine.kv_bytes is too small for both.
     """
     uri = config.draft_model
     assert uri is not None, "there is a draft model"
+    check_engine(config)
     if tokenizer is None:
         folder, num_tokens = open_model_folder(uri), int(model.get_input_embeddings().num_embeddings)
     else:
@@ -58,7 +59,7 @@ def open_drafter(model: PreTrainedModel, config: EngineConfig, tokenizer: Any) -
         own = page_layout(model, config)
     except ModelError as problem:
         raise unfit_target(str(problem), uri) from None
-    draft = load_causal_lm(folder, getattr(torch, config.dtype)).to(model.device)
+    draft = load_causal_lm(folder, model.dtype).to(model.device)
     try:
         bytes_of_draft = share_of_draft(config, own, page_layout(draft, config))
         drafter = ModelDrafter(draft, replace(config, kv_bytes=bytes_of_draft, draft_model=None), num_tokens)
