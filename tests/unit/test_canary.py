@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tests.support.canary import ProcessWatch, files_with
 
-SLEEP = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+SLEEP = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"]
 
 
 @pytest.mark.parametrize("where", ["command line", "environment"])
@@ -16,7 +16,9 @@ def test_a_word_in_a_process_is_seen_and_one_in_none_is_not(where: str) -> None:
     # Put together here, so that it stands in no process but the one that is meant to have it.
     word = "".join(("canary", "-in-a-process"))
     given = {"args": [*SLEEP, word]} if where == "command line" else {"args": SLEEP, "env": os.environ | {"X": word}}
-    with subprocess.Popen(**given, stdin=subprocess.PIPE) as process:
+    with subprocess.Popen(**given, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
         watch, other = ProcessWatch([word]), ProcessWatch([word], in_environments=[])
         watch.look()
         other.look()
