@@ -311,11 +311,15 @@ def _known(spec: ClusterSpec, provider: str) -> dict[str, Any]:
     """The launcher file of a cluster as it was started; where this machine did not start it, as the spec says."""
     import yaml
 
+    from farspan.cluster.examples import examples_of
     from farspan.cluster.launcher import render_launcher
 
     launched = _launched(spec.name, provider)
     if launched.file.is_file():
         return launched.config()
+    # Google Cloud is asked for a project's machines, AWS for an account's, whose credentials say which.
+    if provider == "gcp" and (project := examples_of(spec, provider).get("gcp.project")) is not None:
+        raise ConfigError("gcp.project", "must be yours, and this is only an example", project, "set gcp.project=ID")
     return dict(yaml.safe_load(render_launcher(spec, provider)))
 
 

@@ -72,6 +72,8 @@ def test_what_the_spec_renders_is_valid(on: str, capsys: pytest.CaptureFixture[s
         (["cluster", "plan", "none.yaml"], "no such config file"),
         (["cluster", "validate", SPEC, "--file", "none.yaml"], "no such launcher file"),
         (["cluster", "up", SPEC, "--yes"], "aws.account: must be yours"),
+        (["cluster", "status", SPEC, "--on", "gcp"], "gcp.project: must be yours, and this is only an example"),
+        (["cluster", "down", SPEC, "--on", "gcp", "--yes"], "gcp.project: must be yours, and this is only an example"),
         (["infra", "render", SPEC, "--root", "none"], "no such folder to render into"),
         (["infra", "validate", "none"], "run farspan infra render"),
         (["infra", "validate", "--crds", "none.yaml"], "no such file of CRDs"),
