@@ -18,10 +18,13 @@ from farspan.engine.blocks import switch_blocks
 from farspan.engine.norms import known_norm
 from farspan.kernels.linear.dispatch import choose_linear
 from farspan.kernels.rms_norm.dispatch import choose_rms_norm
+from farspan.kernels.sampling.dispatch import choose_sampling
 
 
 def speed_up(model: PreTrainedModel) -> int:
     """Switch what has a faster kernel here; gives how many modules. The model trains no more."""
+    # Compiled and tried out now, that no request waits for it.
+    choose_sampling(model.device.type, model.dtype, model.config.get_text_config(decoder=True).vocab_size)
     return _switch_linears(model) + _switch_norms(model) + switch_blocks(model)
 
 
