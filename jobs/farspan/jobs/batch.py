@@ -12,16 +12,17 @@ from farspan.config.load import dump_config, parse_config
 from farspan.config.schema import EngineConfig
 from farspan.engine.answer_file import AnswerFile
 from farspan.engine.draft import NO_GUESSES, DraftUse
-from farspan.engine.offline import OfflineEngine, Progress, in_blocks, open_lines, order_lines
+from farspan.engine.offline import BLOCK_PROMPTS, OfflineEngine, Progress, in_blocks, in_groups, open_lines
 from farspan.engine.origin import origin_of
 from farspan.engine.prompts import Answered, Prompt
 from farspan.engine.request import SamplingParams
+from farspan.engine.shares import share_out
 from farspan.errors import ClusterError, FarspanError
 from farspan.models.address import fetch_model
 from farspan.models.checkpoint import load_tokenizer
 
-# Prompts an engine is given at a time; neighbours share what they begin with, so they stay together.
-_SHARE_PROMPTS = 64
+# Prompts of its share that an engine is given at a time: what is lost with it, and how often progress is told.
+_CALL_PROMPTS = 64
 _TRIES = 3
 # An engine that answers none of its prompts for so long is stuck, not slow.
 _DEADLINE_S = 6 * 3600.0
@@ -54,41 +55,49 @@ class _Crew:
         self.drafted = NO_GUESSES
         """What came of all guesses but those for shares that were lost with their engine."""
         self._working: dict[ray.ObjectRef, tuple[int, list[Prompt], int]] = {}
+        # What each engine has still to do of its share.
+        self._rest: list[list[Prompt]] = [[] for _ in self._engines]
 
     def answers(self, shares: Iterator[list[Prompt]]) -> Iterator[list[Answered]]:
-        """
+        """Each share is answered by one engine, in turns of some prompts, which come as soon as they are there.
+
         Raises:
             ClusterError: engines died over the same prompts again and again, or all of them are stuck. And what an
                 engine raises.
         """
         for place in range(len(self._engines)):
-            self._give(place, next(shares, None))
+            self._give(place, self._next(place, shares))
         while self._working:
             done, _ = ray.wait(list(self._working), num_returns=1, timeout=_DEADLINE_S)
             if not done:
                 raise ClusterError(f"{len(self._working)} engines answered nothing in {_DEADLINE_S / 3600:g} hours")
             (ready,) = done
-            place, share, tries = self._working.pop(ready)
+            place, prompts, tries = self._working.pop(ready)
             try:
                 answers, drafted = ray.get(ready)
             except ray.exceptions.RayActorError as problem:
                 if problem.actor_init_failed:
                     raise _cause(problem) from None
                 if tries == _TRIES:
-                    named = f"{share[0].id} .. {share[-1].id}"
+                    named = f"{prompts[0].id} .. {prompts[-1].id}"
                     raise ClusterError(f"{tries} engines died over the prompts {named}: {problem}") from None
                 self._engines[place] = self._make.remote(*self._arguments)
-                self._give(place, share, tries + 1)
+                self._give(place, prompts, tries + 1)
                 continue
             except ray.exceptions.RayError as problem:
                 raise _cause(problem) from None
-            self._give(place, next(shares, None))
+            self._give(place, self._next(place, shares))
             self.drafted += drafted
             yield answers
 
-    def _give(self, place: int, share: list[Prompt] | None, tries: int = 1) -> None:
-        if share is not None:
-            self._working[self._engines[place].answer.remote(share)] = (place, share, tries)
+    def _next(self, place: int, shares: Iterator[list[Prompt]]) -> list[Prompt]:
+        rest = self._rest[place] or next(shares, [])
+        self._rest[place] = rest[_CALL_PROMPTS:]
+        return rest[:_CALL_PROMPTS]
+
+    def _give(self, place: int, prompts: list[Prompt], tries: int = 1) -> None:
+        if prompts:
+            self._working[self._engines[place].answer.remote(prompts)] = (place, prompts, tries)
 
     def dismiss(self) -> None:
         for engine in self._engines:
@@ -122,15 +131,15 @@ def run_batch(
                 progress.count(answer)
             tell(progress)
 
-        def askable() -> Iterator[Prompt]:
-            for line in order_lines(lines):
-                if isinstance(line, Prompt):
-                    yield line
-                else:
-                    note([line])
+        def shares() -> Iterator[list[Prompt]]:
+            # A thousand for each engine: groups of so many prompts can stay whole.
+            for block in in_blocks(lines, BLOCK_PROMPTS * num_engines):
+                if refused := [line for line in block if isinstance(line, Answered)]:
+                    note(refused)
+                yield from share_out(in_groups([line for line in block if isinstance(line, Prompt)]), num_engines)
 
         crew = _Crew(model, config, num_engines)
-        for done in crew.answers(in_blocks(askable(), _SHARE_PROMPTS)):
+        for done in crew.answers(shares()):
             progress.drafted = crew.drafted
             note(done)
     finally:

@@ -41,6 +41,7 @@ def run_bench(
 
     from farspan.kernels.attention.bench import bench_attention
     from farspan.kernels.paged_decode.bench import bench_paged_decode
+    from farspan.kernels.sampling.bench import bench_sampling
     from farspan.memory.bench import bench_memory
     from farspan.parallel.bench import bench_parallel
     from farspan.serve.bench_transfer import bench_transfer
@@ -50,6 +51,7 @@ def run_bench(
     benches: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "attention": bench_attention,
         "paged-decode": bench_paged_decode,
+        "sampling": bench_sampling,
         "engine": lambda: _bench_engine(vllm_env, peers, turns),
         "memory": bench_memory,
         "parallel": bench_parallel,

@@ -269,8 +269,8 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="attention, paged-decode, engine, memory, parallel, transfer, long-context, serve, roles, train, or "
-            "all (but the last three)."
+            help="attention, paged-decode, sampling, engine, memory, parallel, transfer, long-context, serve, roles, "
+            "train, or all (but the last three)."
         ),
     ] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

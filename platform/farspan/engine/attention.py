@@ -14,8 +14,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -136,14 +138,21 @@ class Segment:
         return [(a, b, a - a % rule.chunk) for a, b in pairwise(edges)]
 
 
-def first_visible(position: int, rule: LayerRule) -> int:
-    """The first token that the one at `position` sees."""
-    first = 0
+Positions = TypeVar("Positions", int, npt.NDArray[np.int64])
+
+
+def first_visible(position: Positions, rule: LayerRule) -> Positions:
+    """The first token that the one at `position` sees; of one position, or of each of many."""
+    first = position * 0
     if rule.window is not None:
-        first = max(first, position + 1 - rule.window)
+        first = _later(first, position + 1 - rule.window)
     if rule.chunk is not None:
-        first = max(first, position - position % rule.chunk)
+        first = _later(first, position - position % rule.chunk)
     return first
+
+
+def _later(a: Positions, b: Positions) -> Positions:
+    return a + (b - a) * (b > a)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,13 @@ from farspan.engine.turns import switch_turns
 from farspan.kernels.chain.dispatch import most_rows
 from farspan.kernels.linear.dispatch import choose_linear
 from farspan.kernels.rms_norm.dispatch import choose_rms_norm
+from farspan.kernels.sampling.dispatch import choose_sampling
 
 
 def speed_up(model: PreTrainedModel) -> int:
     """Switch what has a faster kernel here; gives how many modules. The model trains no more."""
+    # Compiled and tried out now, that no request waits for it.
+    choose_sampling(model.device.type, model.dtype, model.config.get_text_config(decoder=True).vocab_size)
     return _switch_linears(model) + _switch_norms(model) + switch_turns(model) + switch_blocks(model)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -154,12 +154,19 @@ def order_lines(lines: Iterable[Line]) -> Iterator[Line]:
     """The same lines, block by block, neighbours sharing as much as they can; what is refused comes first."""
     for block in in_blocks(lines, BLOCK_PROMPTS):
         yield from (line for line in block if isinstance(line, Answered))
-        asked = [line for line in block if isinstance(line, Prompt)]
-        # Nothing is shared between adapters.
-        for adapter in dict.fromkeys(prompt.adapter for prompt in asked):
-            prompts = [prompt for prompt in asked if prompt.adapter == adapter]
-            groups = group_by_prefix([p.tokens for p in prompts], [p.params.max_tokens for p in prompts])
-            yield from (prompts[member] for group in groups for member in group.members)
+        for group in in_groups([line for line in block if isinstance(line, Prompt)]):
+            yield from group
+
+
+def in_groups(asked: Sequence[Prompt]) -> list[list[Prompt]]:
+    """All prompts in groups that begin alike, neighbours having most in common."""
+    found: list[list[Prompt]] = []
+    # Nothing is shared between adapters.
+    for adapter in dict.fromkeys(prompt.adapter for prompt in asked):
+        prompts = [prompt for prompt in asked if prompt.adapter == adapter]
+        groups = group_by_prefix([p.tokens for p in prompts], [p.params.max_tokens for p in prompts])
+        found += [[prompts[member] for member in group.members] for group in groups]
+    return found
 
 
 def in_blocks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -13,15 +13,29 @@ import numpy.typing as npt
 
 Words = npt.NDArray[np.uint64]
 
-_MULTIPLIERS = (np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157))
-_WEYL = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B))
+_MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
+_WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 _ROUNDS = 10
+# So many are made sooner one by one than by numpy, whose calls cost what little they do.
+_FEW = 16
 
 
 def uniforms(keys: Sequence[tuple[int, int, int, int]]) -> npt.NDArray[np.float64]:
     """A number in [0, 1) for each (seed, request, choice, position); each is taken modulo 2**64."""
-    return uniforms_of(words_of(keys))
+    return np.array([_uniform(*key) for key in keys]) if len(keys) <= _FEW else uniforms_of(words_of(keys))
+
+
+def _uniform(seed: int, request: int, choice: int, position: int) -> float:
+    key_0, key_1 = seed % 2**64, request % 2**64
+    # As in `uniforms_of`.
+    a, b, c, d = 1, 0, choice % 2**64, position % 2**64
+    for _ in range(_ROUNDS):
+        wide_a, wide_c = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
+        a, b = wide_c >> 64 ^ b ^ key_0, wide_c % 2**64
+        c, d = wide_a >> 64 ^ d ^ key_1, wide_a % 2**64
+        key_0, key_1 = (key_0 + _WEYL[0]) % 2**64, (key_1 + _WEYL[1]) % 2**64
+    return (a >> 11) * 2.0**-53
 
 
 def words_of(keys: Sequence[tuple[int, int, int, int]]) -> Words:
@@ -46,9 +60,9 @@ def philox_4x64(key_N2: Words, counter_N4: Words) -> Words:
     a, b, c, d = (counter_N4[:, i] for i in range(4))
     for index in range(_ROUNDS):
         if index:
-            key_0, key_1 = key_0 + _WEYL[0], key_1 + _WEYL[1]
-        high_a, low_a = _wide_product(a, _MULTIPLIERS[0])
-        high_c, low_c = _wide_product(c, _MULTIPLIERS[1])
+            key_0, key_1 = key_0 + np.uint64(_WEYL[0]), key_1 + np.uint64(_WEYL[1])
+        high_a, low_a = _wide_product(a, np.uint64(_MULTIPLIERS[0]))
+        high_c, low_c = _wide_product(c, np.uint64(_MULTIPLIERS[1]))
         a, b, c, d = high_c ^ b ^ key_0, low_c, high_a ^ d ^ key_1, low_a
     return np.stack([a, b, c, d], axis=1)
 

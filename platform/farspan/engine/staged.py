@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farspan.engine.attention import DecodeRows
+from farspan.engine.attention import DecodeRows, first_visible
 from farspan.engine.warp import send
 from farspan.models.rules import LayerRule
 
@@ -172,12 +172,12 @@ class StagedRows:
         self._pages[:rows] = self._known_RNG[self._all_R[:rows], past_B // size]
         assert self._pages[:rows].max() < self._room.num_pages, "a row writes to a page that was given back"
         for key in self._keys:
-            self._lengths[key][:rows] = past_B + 1 - _first_places(past_B, key[0], size) * size
+            self._lengths[key][:rows] = past_B + 1 - first_visible(past_B, key[0]) // size * size
 
     def _write_table(self, key: Key, rows: int, start: int) -> int:
         """Pages of one key; gives how many pages the longest row has."""
         (rule, group), size = key, self._room.page_tokens
-        first_B = _first_places(self._past_R[:rows], rule, size)
+        first_B = first_visible(self._past_R[:rows], rule) // size
         count_B = self._past_R[:rows] // size + 1 - first_B
         width = int(count_B.max())
         assert width <= self._tables[key].shape[1], "a sequence longer than any that was expected"
@@ -217,16 +217,6 @@ class StagedRows:
 def _slides(rule: LayerRule) -> bool:
     """Whether tables of a rule lose their first pages."""
     return rule.window is not None or rule.chunk is not None
-
-
-def _first_places(past_B: np.ndarray, rule: LayerRule, page_tokens: int) -> np.ndarray:
-    """Places of the first page that tokens after `past_B` tokens see."""
-    first_B = np.zeros_like(past_B)
-    if rule.window is not None:
-        first_B = np.maximum(first_B, past_B + 1 - rule.window)
-    if rule.chunk is not None:
-        first_B = np.maximum(first_B, past_B - past_B % rule.chunk)
-    return first_B // page_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from tests.unit.engine.tiny import engine_config, prompts, tiny_model
 
+from farspan.engine.attention import first_visible
 from farspan.engine.engine import Engine
 from farspan.engine.probe import plain_logits
 from farspan.engine.runner import Piece, Runner, group_rows, sharing_rows
+from farspan.models.rules import LayerRule
 
 
 def test_one_long_row_is_not_multiplied_by_the_short_ones():
@@ -103,3 +106,19 @@ def test_decode_logits_of_rows_that_share_a_beginning_equal_plain_logits():
     assert shared == [9, 0]
     for t, got in zip(tokens, logits, strict=True):
         assert float((got - plain_logits(model, torch.tensor(t))[-1]).abs().max()) <= 1e-4
+
+
+@pytest.mark.parametrize("window", [None, 1, 6, 50])
+@pytest.mark.parametrize("chunk", [None, 1, 8, 50])
+def test_the_first_token_seen_is_the_first_that_window_and_chunk_let_through_one_by_one_and_at_once(window, chunk):
+    rule = LayerRule(window=window, chunk=chunk)
+
+    def sees(position, other):
+        near = window is None or position - other < window
+        return near and (chunk is None or position // chunk == other // chunk)
+
+    positions = np.arange(40)
+    expected = [next(other for other in range(40) if sees(position, other)) for position in range(40)]
+    assert [first_visible(position, rule) for position in range(40)] == expected
+    assert first_visible(positions, rule).tolist() == expected
+    assert first_visible(positions, rule).dtype == np.int64

@@ -34,9 +34,10 @@ def test_small_seeds_give_the_numbers_of_philox_as_published():
         assert uniform(seed, 9) == np.random.Generator(generator).random()
 
 
-def test_a_batch_of_numbers_equals_numpys_philox_one_by_one_in_every_bit():
+@pytest.mark.parametrize("count", [16, 500], ids=["few", "many"])
+def test_a_batch_of_numbers_equals_numpys_philox_one_by_one_in_every_bit(count):
     chance = random.Random(4)
-    keys = [tuple(chance.randrange(2**64) for _ in range(4)) for _ in range(500)]
+    keys = [tuple(chance.randrange(2**64) for _ in range(4)) for _ in range(count)]
     for (seed, request, choice, position), number in zip(keys, uniforms(keys), strict=True):
         key = np.array([seed, request], dtype=np.uint64)
         counter = np.array([0, 0, choice, position], dtype=np.uint64)
