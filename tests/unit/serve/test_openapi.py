@@ -69,6 +69,7 @@ BAD = [
     ("/v1/completions", {**TEXT, "logit_bias": {"5": "much"}}),
     ("/v1/chat/completions", {**CHAT, "messages": []}),
     ("/v1/chat/completions", {**CHAT, "messages": [{"content": "x"}]}),
+    ("/v1/chat/completions", {**CHAT, "messages": [{"role": "function", "name": "f", "content": "x"}]}),
     ("/v1/chat/completions", {**CHAT, "tools": [{"type": "function"}]}),
     ("/v1/chat/completions", {**CHAT, "tool_choice": "sometimes"}),
     ("/v1/chat/completions", {**CHAT, "stream": "yes"}),
