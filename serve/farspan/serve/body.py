@@ -28,6 +28,7 @@ _MOST_NAMED = 20
 
 # What each of these fields may say where it is not served: the value that changes nothing. null is always one.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
+    # OpenAI's.
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
@@ -35,13 +36,43 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "logprobs": (False,),
     "modalities": (["text"],),
-    "prompt_logprobs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
-    "use_beam_search": (False,),
     "web_search_options": (),
+    # vLLM's.
+    "add_special_tokens": (False,),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "ec_transfer_params": ({},),
+    "guided_whitespace_pattern": (),
+    "include_reasoning": (True,),
+    "include_stop_str_in_output": (False,),
+    "kv_transfer_params": ({},),
+    "length_penalty": (1.0,),
+    "logits_processors": ([],),
+    "logprob_token_ids": (),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "prompt_embeds": ([],),
+    "prompt_logprobs": (),
+    "repetition_detection": (),
+    "return_prompt_text": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "routed_experts_prompt_start": (0,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "structural_tag": (),
+    "thinking_token_budget": (-1,),
+    "truncate_prompt_tokens": (),
+    "truncation_side": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    "watermarking": (False,),
 }
 
 

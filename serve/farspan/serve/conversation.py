@@ -25,7 +25,7 @@ class ToolCall(Shape):
 
 
 class ChatMessage(Shape):
-    role: str
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Items[dict[str, Any]] | None = None
     name: str | None = None
     tool_calls: Items[ToolCall] | None = None
