@@ -89,7 +89,7 @@ async def answer_tokens(
     asking = _Asking(request, workers, trace)
     split, prefills, attempts = route.split, 0, 0
     try:
-        while attempts < _ATTEMPTS:
+        while True:
             if split and prefills < _PREFILLS:
                 prefills += 1
                 prefilled = await workers.prefill(asking.now)
@@ -104,17 +104,11 @@ async def answer_tokens(
                     if asking.over:
                         return
             attempts += 1
+            problem: FarspanError = ClusterError("the decode worker ended without an answer")
             async with aclosing(workers.resume(asking.now, answered, ticket)) as items:
                 async for item in items:
                     if isinstance(item, Failed):
-                        if ticket is not None:
-                            # They stay cached there, for whoever computes the prompt again.
-                            workers.release(ticket.ticket_id)
-                            ticket = None
-                        asking.over = attempts == _ATTEMPTS
-                        split = asking.again(item.error, begun=bool(answered))
-                        if asking.over:
-                            raise item.error
+                        problem = item.error
                         break
                     if ticket is not None:
                         # Anything that is not a failure means that the offered pages are not needed any more.
@@ -128,7 +122,14 @@ async def answer_tokens(
                     yield item
                     if asking.over:
                         return
-        raise ClusterError(f"request {request.request_id}: the decode worker ended without an answer")
+            if ticket is not None:
+                # They stay cached there, for whoever computes the prompt again.
+                workers.release(ticket.ticket_id)
+                ticket = None
+            asking.over = attempts == _ATTEMPTS
+            split = asking.again(problem, begun=bool(answered))
+            if asking.over:
+                raise problem
     finally:
         if ticket is not None:
             workers.release(ticket.ticket_id)
@@ -154,11 +155,13 @@ class _Asking:
             raise error
         self._trace.recovered = True
         self._trace.recoveries.append(str(error))
-        if not isinstance(error, TransferError):
-            # It may live on, behind a connection that broke, or wake.
-            self._workers.cancel(self.now.request_id)
-            self._failures += 1
-            self.now = replace(self._request, request_id=f"{self._request.request_id}~{self._failures}")
+        if isinstance(error, TransferError):
+            # Nobody is lost, and pages that go the same way again may fail again: it is computed where it decodes.
+            return False
+        # It may live on, behind a connection that broke, or wake.
+        self._workers.cancel(self.now.request_id)
+        self._failures += 1
+        self.now = replace(self._request, request_id=f"{self._request.request_id}~{self._failures}")
         return self._workers.reroute(self.now, begun=begun)
 
     def end(self) -> None:

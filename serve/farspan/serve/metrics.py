@@ -121,10 +121,14 @@ class Metrics:
     def _count_guesses(self, info: WorkerInfo) -> None:
         """What is new since a worker was asked last; what was guessed by those that are gone stays counted."""
         name = (info.worker, info.pid)
-        new = info.drafted.since(self._told.pop(name, NO_GUESSES))
+        before = self._told.get(name, NO_GUESSES)
+        # Questions overlap: an older answer may come later.
+        told = info.drafted if info.drafted.proposed > before.proposed else before
+        new = told.since(before)
         self._drafted.labels("proposed").inc(new.proposed)
         self._drafted.labels("accepted").inc(new.accepted)
-        self._told[name] = info.drafted
+        self._told[name] = told
+        self._told.move_to_end(name)
         while len(self._told) > _MOST_WORKERS:
             self._told.popitem(last=False)
 

@@ -69,8 +69,12 @@ class Relay:
         try:
             while True:
                 offer = await self._offers.get()
-                # Where it is gone another takes the call, and does nothing.
-                if not await asyncio.wait_for(worker.follow.remote(replica_id, offer), _TELL_TIMEOUT_S):
+                taken = await asyncio.wait_for(worker.follow.remote(replica_id, offer), _TELL_TIMEOUT_S)
+                if taken is None:
+                    # It is gone, or so full that another took the call.
+                    told = self._decode.broadcast("follow", replica_id, offer)
+                    taken = True in await told.results_async(timeout_s=_TELL_TIMEOUT_S, return_exceptions=True)
+                if not taken:
                     return
         except (TimeoutError, *LOST) as problem:
             logger.warning("an offer was not delivered: %s", type(problem).__name__)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, contextmanager
+from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
 from contextvars import Context
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -163,7 +163,8 @@ class Router:
         if place is None:
             self._send(self._prefill, "release", ticket_id)
         else:
-            self._begin(_released(self._at(place, None), ticket_id))
+            role = self._prefill if place.deployment == "prefill" else self._decode
+            self._begin(_released(role, place.worker, ticket_id))
 
     def cancel(self, request_id: str) -> None:
         if relay := self._relays.pop(request_id, None):
@@ -370,13 +371,16 @@ async def _plain(response: Any) -> Any:
         raise ClusterError("a call of a worker was given up") from None
 
 
-async def _released(worker: Any, ticket_id: str) -> None:
-    """Tell the one worker that handed a ticket out; of one that is gone, nobody has it."""
-    try:
-        await asyncio.wait_for(_plain(worker.release.remote(ticket_id)), _CONTROL_TIMEOUT_S)
-    except (TimeoutError, ClusterError, *LOST) as problem:
-        # A lease ends by itself.
-        logger.warning("a ticket was not given back: %s", type(problem).__name__)
+async def _released(role: Any, worker: str, ticket_id: str) -> None:
+    """Tell the worker that should have handed a ticket out, or all of its role.
+
+    Where that one is gone or full, another takes the call, as it may have taken the prompt.
+    """
+    with suppress(TimeoutError, ClusterError, *LOST):
+        call = role.options(session_id=worker).release.remote(ticket_id)
+        if await asyncio.wait_for(_plain(call), _CONTROL_TIMEOUT_S):
+            return
+    await _delivered(role, "release", ticket_id)
 
 
 async def _delivered(handle: Any, method: str, argument: str) -> None:

@@ -89,9 +89,9 @@ class Worker:
             async for item in items:
                 yield item
 
-    async def follow(self, replica_id: str, offer: KvOffer) -> bool:
-        """Fetch pages of a prompt that is still computed, on the replica of this id only; whether it does."""
-        return self._identity.worker == replica_id and await self._host.follow(offer)
+    async def follow(self, replica_id: str, offer: KvOffer) -> bool | None:
+        """Fetch pages of a prompt that is still computed; whether it does, none on another replica than that one."""
+        return await self._host.follow(offer) if self._identity.worker == replica_id else None
 
     async def resume(
         self, request: GenerationRequest, answered: tuple[int, ...], ticket: KvTicket | None, trunk: str

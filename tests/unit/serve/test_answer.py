@@ -67,7 +67,7 @@ class FakeWorkers:
         for index, token in enumerate(rest):
             last = not failing and index == len(rest) - 1
             yield Tokens((token,), "length" if last else None)
-        if failing:
+        if failing and self.failures[number] is not None:
             yield self.failures[number]
 
     def release(self, ticket_id):
@@ -130,10 +130,13 @@ def test_a_failure_at_any_point_leaves_the_answer_exact_and_the_ticket_given_bac
 @pytest.mark.parametrize(
     ("workers", "attempts", "num_prefills"),
     [
-        (FakeWorkers([BROKEN], [0], apart=True), [(1, True), (1, True)], 2),
+        # The same way may fail again.
+        (FakeWorkers([BROKEN], [0], apart=True), [(1, True), (1, False)], 1),
         (FakeWorkers([LOST], [4], apart=True), [(1, True), (5, True)], 2),
         # Twice without a token in between: then where it decodes.
-        (FakeWorkers([BROKEN, LOST], [0, 0], apart=True), [(1, True), (1, True), (1, False)], 2),
+        (FakeWorkers([LOST, LOST], [0, 0], apart=True), [(1, True), (1, True), (1, False)], 2),
+        # Ended without a word.
+        (FakeWorkers([None], [0], apart=True), [(1, True), (1, True)], 2),
         (FakeWorkers([LOST, LOST], [2, 2], apart=True), [(1, True), (3, True), (5, True)], 3),
         (FakeWorkers(prefill_failure=LOST, apart=True), [(0, False)], 2),
     ],

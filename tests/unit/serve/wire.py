@@ -55,7 +55,7 @@ class Replica:
         if method == "report":
             return await self.host.report(Identity(self.name, self.deployment, "1", "k"), None, -1)
         if method == "follow":
-            return arguments[0] == self.name and await self.host.follow(arguments[1])
+            return await self.host.follow(arguments[1]) if arguments[0] == self.name else None
         return await getattr(self.host, method)(*arguments)
 
 
