@@ -9,10 +9,10 @@ import openai.types.chat.completion_create_params as chat_params
 import openai.types.completion_create_params as text_params
 import pytest
 
-from farspan.serve import body as body_module
 from farspan.serve.body import read_body
 from farspan.serve.conversation import ChatRequest, TokenizeRequest
 from farspan.serve.shape import ApiError
+from farspan.serve.unserved import NEUTRAL
 from farspan.serve.wire import CompletionRequest, DetokenizeRequest
 
 SHAPES = {
@@ -75,6 +75,7 @@ BAD = [
     ("/v1/chat/completions", {**CHAT, "tools": [{"type": "function"}]}),
     ("/v1/chat/completions", {**CHAT, "tool_choice": "sometimes"}),
     ("/v1/chat/completions", {**CHAT, "stream": "yes"}),
+    ("/v1/chat/completions", {**CHAT, "structured_outputs": {"jason": {}}}),
     ("/detokenize", {"tokens": "x"}),
 ]
 
@@ -107,5 +108,5 @@ HINTS = {
     ],
 )
 def test_every_field_of_openais_client_is_served_refused_by_name_or_a_hint(params, shape):
-    known = set(shape.model_fields) | set(body_module._NEUTRAL) | HINTS
+    known = set(shape.model_fields) | set(NEUTRAL) | HINTS
     assert {name for name in params.__annotations__ if name not in known} == set()
