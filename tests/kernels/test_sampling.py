@@ -111,6 +111,28 @@ def test_a_kernel_that_chooses_another_token_than_the_reference_is_not_used(monk
         dispatch._on_cpu.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("capability", "right", "faster", "used"),
+    [
+        ((9, 0), True, True, True),
+        ((9, 0), True, False, False),
+        ((9, 0), False, True, False),
+        ((7, 5), True, True, False),
+    ],
+)
+def test_triton_is_used_on_gpus_that_it_is_written_for_where_it_is_right_and_faster(
+    capability, right, faster, used, monkeypatch
+) -> None:
+    pytest.importorskip("triton", reason="Triton is installed on Linux only")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(dispatch, "agrees", lambda *asked: right)
+    monkeypatch.setattr(dispatch, "is_faster", lambda *asked: faster)
+    found = dispatch._on_cuda(torch.bfloat16, 32_000)
+    assert (found is not None) == used
+    assert found is None or not found.cuts
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's bench is of Triton")
 def test_the_bench_sets_the_kernel_beside_torch_and_gives_a_wrong_one_no_time(monkeypatch) -> None:
     cases = [Case(3, 300, torch.float32), Case(2, 300, torch.bfloat16, top_p=0.9), Case(1, 40, torch.float32, 0.0)]
