@@ -114,16 +114,6 @@ class Api:
         self.authorize(request)
         return JSONResponse({"object": "list", "data": self.entries(await self.context())})
 
-    async def model(self, request: Request, asked: str) -> Response:
-        self.authorize(request)
-        return JSONResponse(await self.entry(asked))
-
-    async def entry(self, asked: str) -> dict[str, Any]:
-        """The model or adapter of that name, called as it was asked for. Raises ApiError 404."""
-        listed = self.names.adapter(asked) or self.names.model
-        entries = self.entries(await self.context())
-        return {**next(entry for entry in entries if entry["id"] == listed), "id": asked}
-
     async def context(self) -> int | None:
         """The longest context of this model; none, while no worker says it."""
         with suppress(FarspanError):

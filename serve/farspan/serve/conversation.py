@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -24,17 +24,8 @@ class ToolCall(Shape):
     function: FunctionCall
 
 
-class TextPart(Shape):
-    type: Literal["text"]
-    text: str
-
-
 class ChatMessage(Shape):
-    # What a model said, in forms that its template is not shown.
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {"audio": (), "function_call": (), "refusal": ("",)}
-    loose: ClassVar[dict[str, type[Shape]]] = {"content": TextPart}
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: str
     content: str | Items[dict[str, Any]] | None = None
     name: str | None = None
     tool_calls: Items[ToolCall] | None = None
@@ -52,8 +43,6 @@ class Function(Shape):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    # About the answer: the model is not told.
-    strict: bool | None = Field(default=None, exclude=True)
 
 
 class Tool(Shape):
@@ -130,14 +119,6 @@ class ChatRequest(ChatFields, GenerationFields):
     def offered_tools(self) -> list[Tool]:
         """The tools the model is told of."""
         return [] if self.tool_choice == "none" else self.tools
-
-    @property
-    def unkept(self) -> tuple[str, ...]:
-        # A call that the model decides on is free text until it is read.
-        strict = [place for place, tool in enumerate(self.offered_tools) if tool.function.strict]
-        if not strict or self.forced_tools or self.form() is not None:
-            return ()
-        return (f"tools.{strict[0]}.function.strict",)
 
     @property
     def answer_tokens(self) -> int | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from farspan.engine.forms import DEEPEST, LONGEST_SOURCE, MOST_TEXTS, is_deeper, one_of, only_form
 from farspan.engine.request import Grammar
@@ -36,15 +36,10 @@ JsonForm = Annotated[dict[str, Any] | str, AfterValidator(_as_schema)]
 class JsonSchema(Shape):
     # `schema` is a name pydantic uses itself.
     wanted: dict[str, Any] = Field(alias="schema")
-    name: str | None = None
-    strict: bool | None = Field(default=None, description="the answer always has the form")
 
 
 class ResponseFormat(Shape):
     """Free text, any JSON object, or JSON of a schema."""
-
-    # Other servers hold a JSON object to it.
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {"schema": ()}
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -58,17 +53,6 @@ class ResponseFormat(Shape):
 
 class StructuredOutputs(Shape):
     """vLLM's way to ask for a form."""
-
-    model_config = ConfigDict(json_schema_extra={"additionalProperties": False})
-    closed: ClassVar[bool] = True
-    # There is one way to hold an answer to a form, and the JSON of a schema has no white space in it.
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "disable_additional_properties": (False,),
-        "disable_any_whitespace": (False, True),
-        "disable_fallback": (False, True),
-        "structural_tag": (),
-        "whitespace_pattern": (),
-    }
 
     # `json` is a name pydantic uses itself.
     wanted: JsonForm | None = Field(default=None, alias="json")

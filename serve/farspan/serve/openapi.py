@@ -19,7 +19,6 @@ _POSTS: dict[str, tuple[type[Shape], str, bool]] = {
 }
 _GETS = {
     "/v1/models": ("The model that is served, and its adapters", True),
-    "/v1/models/{model}": ("One of them", True),
     "/v1/requests/{request_id}/trace": ("What a recent request of this key took", True),
     "/health": ("Whether the endpoint itself lives", False),
     "/ready": ("Whether a worker of each kind answers", False),
@@ -36,10 +35,6 @@ _ERRORS = {
     "500": "The request could not be completed",
     "503": "No worker could answer; Retry-After says when to come again",
     "504": "The deadline passed",
-}
-_MISSING = {
-    "/v1/models/{model}": _ERRORS["404"],
-    "/v1/requests/{request_id}/trace": "Not known, or of another key",
 }
 _DEADLINE = {
     "name": "X-Farspan-Deadline-S",
@@ -117,7 +112,7 @@ def _get(path: str, summary: str, needs_key: bool) -> dict[str, Any]:
     if "{" in path:
         name = path.partition("{")[2].partition("}")[0]
         described["parameters"] = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}]
-        described["responses"] |= _responses({"404": _MISSING[path]})
+        described["responses"] |= _responses({"404": "Not known, or of another key"})
     if path == "/ready":
         described["responses"]["503"] = {"description": "Not yet", "content": _told(path)}
     if needs_key:

@@ -96,9 +96,7 @@ def _template_words(tokenizer: Any, words: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_template_message(message: ChatMessage) -> dict[str, Any]:
-    # OpenAI's newer name for the same: few templates know it.
-    role = "system" if message.role == "developer" else message.role
-    words: dict[str, Any] = {"role": role, "content": message.text}
+    words: dict[str, Any] = {"role": message.role, "content": message.text}
     for name in ("name", "tool_call_id"):
         if getattr(message, name) is not None:
             words[name] = getattr(message, name)

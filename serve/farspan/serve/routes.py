@@ -58,11 +58,6 @@ def route(here: Callable[[], Api | Several]) -> FastAPI:
     async def models(request: Request) -> Response:
         return await here().models(request)
 
-    # Names have slashes: Org/model.
-    @http.get("/v1/models/{model:path}")
-    async def model(request: Request, model: str) -> Response:
-        return await (here().model(request, model) if model else here().models(request))
-
     @http.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await here().completions(request)

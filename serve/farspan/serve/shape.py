@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast
 
@@ -24,19 +24,7 @@ Items = Annotated[list[Item], _AtFirst()]
 class Shape(BaseModel):
     """Part of a request."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    """Members that are known and not served: what each may say because it changes nothing, beside null."""
-    closed: ClassVar[bool] = False
-    """Whether what nobody knows is refused: it could only be about the answer."""
-    loose: ClassVar[dict[str, type[Shape]]] = {}
-    """Shapes that fields hold without being read as them."""
-
-    @property
-    def unkept(self) -> tuple[str, ...]:
-        """What is asked for, understood, and not promised."""
-        return ()
+    model_config = ConfigDict(extra="ignore", strict=True, populate_by_name=True)
 
 
 class ApiError(Exception):

@@ -15,8 +15,6 @@ from farspan.serve.shape import ApiError
 
 CallFormat = Literal["hermes", "llama3"]
 FORMATS: tuple[CallFormat, ...] = ("hermes", "llama3")
-# Other ways to write a call between the tags of Hermes: Qwen3-Coder's and GLM's.
-_NOT_JSON = ("<function=", "<arg_key>")
 # A tool that says nothing of its parameters has none.
 _NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 # The name a format has for what a tool is called with.
@@ -24,27 +22,16 @@ _ARGUMENTS = {"hermes": "arguments", "llama3": "parameters"}
 
 
 def call_format(tokenizer: Any, configured: str) -> CallFormat:
-    """How this model writes calls. Raises ApiError where its chat template has no place for tools, or hides it."""
+    """How this model writes calls. Raises ApiError when its chat template has no place for tools."""
     template = str(tokenizer.get_chat_template(tools=[])) if getattr(tokenizer, "chat_template", None) else ""
     if "tools" not in template:
         message = "tools: this model's chat template has no place for tools; leave them out"
         raise ApiError(400, message, code="unsupported_value", param="tools")
     if configured in FORMATS:
         return next(known for known in FORMATS if known == configured)
-    if (found := _shown_by(template)) is not None:
-        return found
-    message = (
-        "tools: this model's chat template does not show how it writes calls, and tool_format of the endpoint's config "
-        f"must be one of {', '.join(FORMATS)} then, got {configured}; leave them out, or set it"
-    )
-    raise ApiError(400, message, code="unsupported_value", param="tools")
-
-
-def _shown_by(template: str) -> CallFormat | None:
-    if HERMES_BEGIN in template:
-        return None if any(mark in template for mark in _NOT_JSON) else "hermes"
     # Llama 3 tells its tools' results as "ipython" and names arguments "parameters".
-    return "llama3" if "ipython" in template and "parameters" in template else None
+    bare = HERMES_BEGIN not in template and "ipython" in template and "parameters" in template
+    return "llama3" if bare else "hermes"
 
 
 def reader_of(written: CallFormat, tools: Sequence[Tool], *, several: bool) -> Reader:

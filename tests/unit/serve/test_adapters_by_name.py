@@ -125,24 +125,6 @@ def test_the_model_list_names_the_model_and_its_adapters(adapted):
     assert adapted.ask(listed) == [("tiny", None), ("law", "tiny"), ("poems", "tiny")]
 
 
-def test_each_name_is_told_as_openais_client_asks_for_it_and_a_name_nobody_has_is_not_found(adapted):
-    async def told(client: openai.AsyncOpenAI) -> dict[str, openai.types.Model]:
-        return {name: await client.models.retrieve(name) for name in NAMES}
-
-    found = adapted.ask(told)
-    assert {name: one.id for name, one in found.items()} == {name: name for name in NAMES}
-    for name, one in found.items():
-        assert (one.object, getattr(one, "parent", None)) == ("model", None if name == "tiny" else "tiny")
-        assert (one.owned_by, one.max_model_len) == ("farspan", 8192)
-    answer = adapted.get("/v1/models/tiny:other")
-    error = answer.json()["error"]
-    assert (answer.status_code, error["type"]) == (404, "not_found_error")
-    assert (error["code"], error["param"]) == ("model_not_found", "model")
-    assert "'tiny', 'law', 'poems' are" in error["message"]
-    assert adapted.get("/v1/models/tiny", key="sk-wrong").status_code == 401
-    assert adapted.get("/v1/models/").json() == adapted.get("/v1/models").json()
-
-
 def test_pages_computed_with_one_adapter_are_never_decoded_with_another(adapted, opened, oracle):
     prefill, decode, _ = adapted.workers.hosts
     prompt = tuple(oracle[1](PROMPT[:100])["input_ids"])

@@ -35,38 +35,6 @@ UNSERVED = [
     ("modalities", ["text", "audio"]),
     ("use_beam_search", True),
 ]
-# Of vLLM's request: what it takes each for where nobody sets it, and a value that would change the answer.
-OF_VLLM = {
-    "allowed_token_ids": (None, [1]),
-    "bad_words": ([], ["no"]),
-    "chat_template": (None, "{{ messages }}"),
-    "documents": (None, [{"title": "t", "text": "x"}]),
-    "ec_transfer_params": (None, {"a": 1}),
-    "guided_whitespace_pattern": (None, "[ ]"),
-    "include_reasoning": (True, False),
-    "include_stop_str_in_output": (False, True),
-    "kv_transfer_params": (None, {"do_remote_decode": True}),
-    "length_penalty": (1.0, 1.2),
-    "logits_processors": (None, ["my.module.processor"]),
-    "logprob_token_ids": (None, [7]),
-    "media_io_kwargs": (None, {"video": {"num_frames": 2}}),
-    "mm_processor_kwargs": (None, {"num_crops": 4}),
-    "prompt_embeds": (None, "AAAA"),
-    "prompt_logprobs": (None, 0),
-    "repetition_detection": (None, {"max_pattern_size": 3}),
-    "return_prompt_text": (None, True),
-    "return_tokens_as_token_ids": (None, True),
-    "routed_experts_prompt_start": (0, 1),
-    "skip_special_tokens": (True, False),
-    "spaces_between_special_tokens": (True, False),
-    "structural_tag": (None, "{}"),
-    "thinking_token_budget": (-1, 100),
-    "truncate_prompt_tokens": (None, -1),
-    "truncation_side": (None, "left"),
-    "use_beam_search": (False, True),
-    "vllm_xargs": (None, {"a": 1}),
-    "watermarking": (None, True),
-}
 
 
 @pytest.mark.parametrize(("field", "value"), UNSERVED)
@@ -100,25 +68,6 @@ def test_neutral_values_unknown_fields_and_nulls_ask_for_the_default(good, shape
     assert read_body(json.dumps({**good, **nulls}).encode(), shape) == (plain, ())
     assert plain.temperature == 1.0
     assert plain.stop == []
-
-
-@pytest.mark.parametrize(
-    ("good", "shape", "more"),
-    [
-        (GOOD, CompletionRequest, {"chat_template_kwargs": ({}, {"enable_thinking": False})}),
-        (CHAT, ChatRequest, {"add_special_tokens": (False, True)}),
-    ],
-)
-def test_vllms_fields_are_taken_with_its_defaults_and_refused_with_any_other_value(good, shape, more):
-    fields = {**OF_VLLM, **more}
-    plain, _ = read_body(json.dumps(good).encode(), shape)
-    defaults = {name: default for name, (default, _) in fields.items()}
-    assert read_body(json.dumps({**good, **defaults}).encode(), shape) == (plain, ())
-    for name, (default, other) in fields.items():
-        error = refused(json.dumps({**good, name: other}).encode(), shape)
-        assert (error.param, error.code) == (name, "unsupported_value")
-        assert error.message.startswith(f"{name}: is not served here, got ")
-        assert default is None or error.message.endswith(f"leave it out or send {json.dumps(default)}")
 
 
 def test_a_field_that_is_needed_may_not_be_null():

@@ -29,7 +29,6 @@ from farspan.serve.api import Api
 from farspan.serve.keys import parse_key
 from farspan.serve.limits import Limits
 from farspan.serve.lineup import line_up
-from farspan.serve.naming import ModelNames
 from farspan.serve.routes import route
 from farspan.serve.several import Several
 from farspan.serve.sizing import Sizing, as_metrics
@@ -119,27 +118,6 @@ def test_the_list_names_every_model_and_adapter_also_while_workers_of_one_are_aw
     told = both.get("/metrics")
     assert told.status_code == 200
     assert both.post("/v1/completions", body("tiny")).status_code == 200
-
-
-def test_a_name_with_slashes_is_told_like_any_other_and_only_to_keys(both, monkeypatch):
-    monkeypatch.setattr(both.apis[1], "names", ModelNames("Org/other", ["law"]))
-    several = Several(both.apis)
-    monkeypatch.setattr(both, "app", route(lambda: several))
-
-    async def told(client: openai.AsyncOpenAI) -> list[tuple[str, str | None]]:
-        found = [await client.models.retrieve(name) for name in ("tiny", "Org/other", "law", "Org/other:law")]
-        return [(one.id, getattr(one, "parent", None)) for one in found]
-
-    parents = [("tiny", None), ("Org/other", None), ("law", "Org/other"), ("Org/other:law", "Org/other")]
-    assert both.ask(told) == parents
-    for name in ("Org/other", "Org%2Fother"):
-        assert both.get(f"/v1/models/{name}").json()["id"] == "Org/other"
-        assert both.get(f"/v1/models/{name}", key="sk-wrong").status_code == 401
-    for name in ("Org", "Org/", "other", "Org/other/law", "tiny:law"):
-        answer = both.get(f"/v1/models/{name}")
-        assert answer.status_code == 404, answer.text
-        assert answer.json()["error"]["code"] == "model_not_found"
-        assert "'tiny', 'Org/other', 'law' are" in answer.json()["error"]["message"]
 
 
 def test_it_is_ready_when_every_model_is(both, monkeypatch):

@@ -10,10 +10,8 @@ import jsonschema
 import pytest
 from tests.unit.serve.in_process import Served
 
-from farspan.config.check import TOOL_FORMATS
 from farspan.engine.grammar import GrammarCompiler
 from farspan.serve.messages import Tokens
-from farspan.serve.tools import FORMATS
 
 HERMES = (
     "{% if tools %}Tools: {% for t in tools %}{{ t | tojson }} {% endfor %}as <tool_call>\n{% endif %}"
@@ -278,31 +276,6 @@ def test_what_cannot_be_forced_or_combined_is_refused_by_name(equipped, fields, 
 def test_a_template_without_tools_refuses_them(served):
     answer = served.post("/v1/chat/completions", {"model": "tiny", "messages": MESSAGES, "tools": [WEATHER]})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
-
-
-MISTRAL = "{% for t in tools or [] %}[AVAILABLE_TOOLS]{{ t | tojson }}[/AVAILABLE_TOOLS]{% endfor %}[TOOL_CALLS]x"
-QWEN_CODER = HERMES.replace("<tool_call>\n", "<tool_call>\n<function=name>\n")
-GLM = HERMES.replace("<tool_call>\n", "<tool_call>name\n<arg_key>key</arg_key>\n")
-
-
-@pytest.mark.parametrize("template", [MISTRAL, QWEN_CODER, GLM])
-def test_a_template_that_does_not_show_how_calls_are_written_is_taken_for_none(served, monkeypatch, template):
-    monkeypatch.setattr(served.api._tokenizer, "chat_template", template)
-    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 1, "tools": [STOP]}
-    for choice in ("auto", "required", {"type": "function", "function": {"name": "stop"}}):
-        answer = served.post("/v1/chat/completions", {**body, "tool_choice": choice})
-        assert answer.status_code == 400, answer.text
-        error = answer.json()["error"]
-        assert (error["type"], error["param"]) == ("invalid_request_error", "tools")
-        assert "tool_format of the endpoint's config must be one of hermes, llama3" in error["message"]
-    # Who offers no tool is answered, and so is everybody where the config says how.
-    assert served.post("/v1/chat/completions", {**body, "tool_choice": "none"}).status_code == 200
-    monkeypatch.setattr(served.config, "tool_format", "hermes")
-    assert served.post("/v1/chat/completions", body).status_code == 200
-
-
-def test_values_of_tool_format_are_those_there_are_readers_for():
-    assert {"auto", *FORMATS} == set(TOOL_FORMATS)
 
 
 NO_SCHEMAS = ["{", "true", "[1]", '"text"', "NaN", "", "[" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000]
