@@ -29,7 +29,7 @@ from farspan.serve.limits import Limits
 from farspan.serve.messages import Caller, WorkerInfo
 from farspan.serve.metrics import Metrics, rendered
 from farspan.serve.naming import ModelNames
-from farspan.serve.prompt import detokenized, tokenized
+from farspan.serve.prompt import detokenized, tokenized, unread
 from farspan.serve.questions import chat_question, completion_question
 from farspan.serve.readiness import Readiness
 from farspan.serve.reply import Reply, model_entries
@@ -63,7 +63,7 @@ class Heard(Generic[Body]):
     key: ApiKey
     asked: Body
     ignored: tuple[str, ...]
-    """Fields nobody knows."""
+    """Places of fields nobody knows."""
     began_s: float
     """When its first bytes were here, on the monotonic clock."""
 
@@ -163,7 +163,7 @@ class Api:
             told["max_model_len"] = longest
         if asked.return_token_strs:
             told["token_strs"] = [self._token_names.name_of(token) for token in tokens]
-        return JSONResponse(told, headers=ignored_header(heard.ignored))
+        return JSONResponse(told, headers=ignored_header((*heard.ignored, *unread(self._tokenizer, asked))))
 
     async def detokenize(self, request: Request) -> Response:
         return await self.text(await self.heard(request, DetokenizeRequest))
@@ -255,7 +255,7 @@ class Api:
 
     async def _answer(self, http: Request, heard: Heard[Any], question: Question) -> Response:
         arrived_s, asked = time.monotonic(), question.asked
-        caller, ignored = self._caller(http, heard, asked), ignored_header(heard.ignored)
+        caller, ignored = self._caller(http, heard, asked), ignored_header((*heard.ignored, *question.passed_over))
         ways = self._ways or LengthWays(self._workers, self._config)
         if ways.asleep:
             await unless_gone(http.receive, ways.ready(caller.deadline_at_s))

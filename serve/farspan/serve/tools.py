@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from farspan.engine.request import Grammar
@@ -11,7 +11,9 @@ from farspan.serve.calls import Reader
 from farspan.serve.conversation import Tool
 from farspan.serve.forms import COMPACT
 from farspan.serve.json_calls import HERMES_BEGIN, HERMES_END, BareReader, TaggedReader
+from farspan.serve.prompt import template_with_tools
 from farspan.serve.shape import ApiError
+from farspan.serve.wire import GenerationFields
 
 CallFormat = Literal["hermes", "llama3"]
 FORMATS: tuple[CallFormat, ...] = ("hermes", "llama3")
@@ -19,19 +21,26 @@ FORMATS: tuple[CallFormat, ...] = ("hermes", "llama3")
 _NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 # The name a format has for what a tool is called with.
 _ARGUMENTS = {"hermes": "arguments", "llama3": "parameters"}
+# Models that write no JSON between Hermes' tags, as Qwen3-Coder and GLM, show these there.
+_NOT_HERMES = ("<function=", "<arg_key>")
+NO_TAGS: Mapping[str, int] = {}
 
 
 def call_format(tokenizer: Any, configured: str) -> CallFormat:
-    """How this model writes calls. Raises ApiError when its chat template has no place for tools."""
-    template = str(tokenizer.get_chat_template(tools=[])) if getattr(tokenizer, "chat_template", None) else ""
-    if "tools" not in template:
-        message = "tools: this model's chat template has no place for tools; leave them out"
-        raise ApiError(400, message, code="unsupported_value", param="tools")
+    """How this model writes calls. Raises ApiError where its chat template has no place for tools, or hides it."""
+    template = template_with_tools(tokenizer)
     if configured in FORMATS:
         return next(known for known in FORMATS if known == configured)
+    if HERMES_BEGIN in template and not any(other in template for other in _NOT_HERMES):
+        return "hermes"
     # Llama 3 tells its tools' results as "ipython" and names arguments "parameters".
-    bare = HERMES_BEGIN not in template and "ipython" in template and "parameters" in template
-    return "llama3" if bare else "hermes"
+    if HERMES_BEGIN not in template and "ipython" in template and "parameters" in template:
+        return "llama3"
+    message = (
+        "tools: this model's chat template does not show how it writes calls; leave them out, or set tool_format in "
+        f"the endpoint's config to one of {', '.join(FORMATS)}"
+    )
+    raise ApiError(400, message, code="unsupported_value", param="tools")
 
 
 def reader_of(written: CallFormat, tools: Sequence[Tool], *, several: bool) -> Reader:
@@ -41,32 +50,52 @@ def reader_of(written: CallFormat, tools: Sequence[Tool], *, several: bool) -> R
 
 
 def calls_grammar(
-    written: CallFormat, tools: Sequence[Tool], *, several: bool, otherwise: str | None = None
+    written: CallFormat,
+    tools: Sequence[Tool],
+    tags: Mapping[str, int] = NO_TAGS,
+    *,
+    several: bool,
+    otherwise: str | None = None,
 ) -> Grammar:
     """Answers that call at least one of the tools, or else are JSON of the schema `otherwise`."""
     rules = ["start: calls" if otherwise is None else "start: calls | form"]
     if otherwise is not None:
         rules.append(f"form: %json {json.dumps({**json.loads(otherwise), **COMPACT})}")
-    # Each schema is a root of its own: what it refers to by #/... is found in it.
     if written == "hermes":
         rules.append('calls: call ("\\n" call)*' if several else "calls: call")
-        rules.append(f"call: {_text(HERMES_BEGIN)} {_text(chr(10))} any_tool {_text(chr(10))} {_text(HERMES_END)}")
+        rules.append(f"call: {_tag(HERMES_BEGIN, tags)} {_body(tags)}")
     else:
         rules.append("calls: any_tool")
-    rules.append("any_tool: " + " | ".join(f"tool_{number}" for number in range(len(tools))))
-    for number, tool in enumerate(tools):
-        schema = tool.function.parameters or _NOTHING
-        head = _text(f'{{"name": {json.dumps(tool.function.name)}, "{_ARGUMENTS[written]}": ')
-        rules.append(f"tool_{number}: {head} arguments_{number} {_text('}')}")
-        rules.append(f"arguments_{number}: %json {json.dumps({**schema, **COMPACT})}")
-    return Grammar("lark", "\n".join(rules))
+    return Grammar("lark", "\n".join([*rules, *_tool_rules(written, tools)]))
+
+
+def words_or_calls_grammar(written: CallFormat, tools: Sequence[Tool], tags: Mapping[str, int] = NO_TAGS) -> Grammar:
+    """Any answer whose calls are of these tools, and of the schemas of those that are strict."""
+    loose = frozenset(tool.function.name for tool in tools if not tool.function.strict)
+    if written == "hermes":
+        rules = [
+            "start: call* WORDS",
+            f"call: begin {_body(tags)}",
+            "begin: spelled" + (f" | WORDS {_token(HERMES_BEGIN, tags)}" if HERMES_BEGIN in tags else ""),
+            # The first tag ends the words.
+            f"spelled[lazy]: WORDS {_text(HERMES_BEGIN)}",
+            "WORDS: /(.|\\n)*/",
+        ]
+    else:
+        rules = [
+            "start: calls | WORDS",
+            'calls: any_tool ("; " any_tool)*',
+            # What begins with a brace is a call.
+            "WORDS: /\\s*([^{\\s](.|\\n)*)?/",
+        ]
+    return Grammar("lark", "\n".join([*rules, *_tool_rules(written, tools, loose)]))
 
 
 class TagTokenizer:
-    """Decodes as a tokenizer does, but shows the tags of calls where they are special tokens, which are skipped."""
+    """Decodes as a tokenizer does, but shows some of the special tokens, which are skipped otherwise."""
 
-    def __init__(self, tokenizer: Any, tags: frozenset[int], hidden: frozenset[int]) -> None:
-        self._tokenizer, self._hidden = tokenizer, hidden - tags
+    def __init__(self, tokenizer: Any, shown: frozenset[int], hidden: frozenset[int]) -> None:
+        self._tokenizer, self._hidden = tokenizer, hidden - shown
 
     def decode(self, tokens: Sequence[int], **_: bool) -> str:
         shown = [token for token in tokens if token not in self._hidden]
@@ -74,11 +103,55 @@ class TagTokenizer:
         return text
 
 
+def telling_of(tokenizer: Any, asked: GenerationFields, *, tags: bool = False) -> Any:
+    """The tokenizer whose text is told: with tags of calls in it, or with all special tokens but those that end it."""
+    if asked.skip_special_tokens:
+        return showing_tags(tokenizer) if tags else tokenizer
+    special = frozenset(_special(tokenizer))
+    ends = () if asked.ignore_eos or tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return TagTokenizer(tokenizer, special - {*asked.stop_token_ids, *ends}, special)
+
+
 def showing_tags(tokenizer: Any) -> Any:
     """A tokenizer whose text has the tags of calls in it."""
-    hidden = {token: str(added) for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    tags = frozenset(token for token, text in hidden.items() if text in (HERMES_BEGIN, HERMES_END))
-    return TagTokenizer(tokenizer, tags, frozenset(hidden)) if tags else tokenizer
+    tags = frozenset(special_tags(tokenizer).values())
+    return TagTokenizer(tokenizer, tags, frozenset(_special(tokenizer))) if tags else tokenizer
+
+
+def special_tags(tokenizer: Any) -> dict[str, int]:
+    """The tags of calls that are special tokens, which no text is."""
+    return {text: token for token, text in _special(tokenizer).items() if text in (HERMES_BEGIN, HERMES_END)}
+
+
+def _special(tokenizer: Any) -> dict[int, str]:
+    return {token: str(added) for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+
+
+def _body(tags: Mapping[str, int]) -> str:
+    """What follows the first tag of a call."""
+    return f"{_text(chr(10))} any_tool {_text(chr(10))} {_tag(HERMES_END, tags)}"
+
+
+def _tool_rules(written: CallFormat, tools: Sequence[Tool], loose: frozenset[str] = frozenset()) -> list[str]:
+    """A call of any of the tools. Of those that are `loose` the arguments are any JSON."""
+    rules = ["any_tool: " + " | ".join(f"tool_{number}" for number in range(len(tools)))]
+    # Each schema is a root of its own: what it refers to by #/... is found in it.
+    for number, tool in enumerate(tools):
+        function = tool.function
+        schema = {"type": "object"} if function.name in loose else {**(function.parameters or _NOTHING), **COMPACT}
+        head = _text(f'{{"name": {json.dumps(function.name)}, "{_ARGUMENTS[written]}": ')
+        rules.append(f"tool_{number}: {head} arguments_{number} {_text('}')}")
+        rules.append(f"arguments_{number}: %json {json.dumps(schema)}")
+    return rules
+
+
+def _tag(tag: str, tags: Mapping[str, int]) -> str:
+    """A tag as text, or as the token that it is."""
+    return f"({_text(tag)} | {_token(tag, tags)})" if tag in tags else _text(tag)
+
+
+def _token(tag: str, tags: Mapping[str, int]) -> str:
+    return f"<[{tags[tag]}]>"
 
 
 def _text(literal: str) -> str:

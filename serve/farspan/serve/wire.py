@@ -1,8 +1,8 @@
-"""What completions ask for, and what they share with chats. What is known and not served is refused in body.py."""
+"""What completions ask for, and what they share with chats. What is known and not served is in unserved.py."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
@@ -69,6 +69,9 @@ class GenerationFields(Shape):
     stop: Annotated[Items[StopString], WithJsonSchema(_STOPS)] = Field(default_factory=list, max_length=_MOST_STOPS)
     stop_token_ids: Items[int] = Field(default_factory=list, max_length=_MOST_STOP_TOKENS)
     ignore_eos: bool = False
+    skip_special_tokens: bool = Field(default=True, description="false: the text has special tokens in it")
+    truncate_prompt_tokens: int | None = Field(default=None, ge=1, description="no more of a prompt is read")
+    truncation_side: Literal["left", "right"] = Field(default="left", description="where a prompt is cut")
     return_token_ids: bool = False
     response_format: ResponseFormat = Field(default_factory=lambda: ResponseFormat(type="text"))
     structured_outputs: StructuredOutputs | None = None

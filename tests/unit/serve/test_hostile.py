@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from farspan.serve.body import _NEUTRAL
 from farspan.serve.conversation import ChatRequest
+from farspan.serve.unserved import NEUTRAL
 from farspan.serve.wire import CompletionRequest
 
 URLS = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
@@ -135,7 +135,7 @@ JSON = st.recursive(
 @given(data=st.data())
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_value_of_any_field_is_our_fault(served, url, shape, data):
-    names = data.draw(st.lists(st.sampled_from(sorted({*shape.model_fields, *_NEUTRAL, "x"})), max_size=4))
+    names = data.draw(st.lists(st.sampled_from(sorted({*shape.model_fields, *NEUTRAL, "x"})), max_size=4))
     fields = {name: data.draw(JSON) for name in names if name not in ("max_tokens", "max_completion_tokens", "n")}
     answer = served.post(url, {**(TEXT if url == "/v1/completions" else CHAT), **fields})
     if answer.status_code != 200:
