@@ -114,6 +114,16 @@ class Api:
         self.authorize(request)
         return JSONResponse({"object": "list", "data": self.entries(await self.context())})
 
+    async def model(self, request: Request, name: str) -> Response:
+        self.authorize(request)
+        return await self.entry(name)
+
+    async def entry(self, name: str) -> Response:
+        """The model of that name, however it is listed. Raises ApiError 404."""
+        listed = self.names.adapter(name) or self.names.model
+        entry = next(one for one in self.entries(await self.context()) if one["id"] == listed)
+        return JSONResponse({**entry, "id": name})
+
     async def context(self) -> int | None:
         """The longest context of this model; none, while no worker says it."""
         with suppress(FarspanError):

@@ -115,7 +115,7 @@ def test_prompts_that_hold_no_token_of_the_model_are_refused(served, prompt):
 
 
 @pytest.mark.parametrize("key", ["", "sk-three", "sk-one\u00e9", "sk-one sk-two", "x" * 10_000])
-@pytest.mark.parametrize("url", [*URLS, "/metrics", "/v1/models", "/v1/requests/x/trace"])
+@pytest.mark.parametrize("url", [*URLS, "/metrics", "/v1/models", "/v1/models/tiny", "/v1/requests/x/trace"])
 def test_nobody_without_a_key_learns_anything(served, key, url):
     header = {"authorization": f"Bearer {key}".encode("latin-1")}
     answer = served.post(url, b"{}", headers=header) if url in URLS else served.get(url, key)
