@@ -90,8 +90,11 @@ def _explain_invalid(problem: ValidationError) -> ApiError:
     """The first thing that is wrong with a request, in one sentence."""
     # Few are noted: every list is refused at its first wrong item.
     first = problem.errors(include_url=False, include_context=False)[0]
-    field = ".".join(str(part) for part in first["loc"])[:200]
-    message = " ".join(first["msg"].removeprefix("Value error, ").split())[:300]
+    # The name of a member is marked as such.
+    field = ".".join(str(part) for part in first["loc"] if part != "[key]")[:200]
+    # pydantic's own sentence names our class.
+    told = "must be an object" if first["type"] == "model_type" else first["msg"]
+    message = " ".join(told.removeprefix("Value error, ").split())[:300]
     if not field:
         # A rule between fields: its sentence begins with one of them.
         return ApiError(400, message, code="invalid_value", param=message.partition(":")[0])

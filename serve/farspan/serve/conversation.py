@@ -98,6 +98,14 @@ class Function(Shape):
     parameters: dict[str, Any] | None = None
     strict: bool = Field(default=False, description="calls that the model decides on fit parameters, too")
 
+    @field_validator("parameters")
+    @classmethod
+    def _object(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
+        kind = "object" if schema is None else schema.get("type", "object")
+        if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+            raise ValueError("must be a JSON schema of type object")
+        return schema
+
 
 class Tool(Shape):
     type: Literal["function"]

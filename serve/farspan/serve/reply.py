@@ -92,8 +92,10 @@ class Reply:
             "usage": counted.report(),
         }
 
-    def chunk(self, step: Step, counted: Counted | None = None) -> dict[str, Any]:
-        more = {} if counted is None else {"usage": counted.report()}
+    def chunk(self, step: Step, counted: Counted | None = None, *, usage_follows: bool = False) -> dict[str, Any]:
+        # OpenAI's say null where the last one will say it.
+        more: dict[str, Any] = {"usage": None} if usage_follows else {}
+        more = more if counted is None else {"usage": counted.report()}
         return {**self._head(".chunk"), "choices": [self._choice([step], streamed=True)], **more}
 
     def usage_chunk(self, counted: Counted) -> dict[str, Any]:

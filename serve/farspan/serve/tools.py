@@ -18,7 +18,9 @@ from farspan.serve.wire import GenerationFields
 CallFormat = Literal["hermes", "llama3"]
 FORMATS: tuple[CallFormat, ...] = ("hermes", "llama3")
 # A tool that says nothing of its parameters has none.
-_NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
+_NOTHING = {"properties": {}, "additionalProperties": False}
+# Also of a schema that allows anything else.
+_OBJECT = {"type": "object"}
 # The name a format has for what a tool is called with.
 _ARGUMENTS = {"hermes": "arguments", "llama3": "parameters"}
 # Models that write no JSON between Hermes' tags, as Qwen3-Coder and GLM, show these there.
@@ -138,7 +140,7 @@ def _tool_rules(written: CallFormat, tools: Sequence[Tool], loose: frozenset[str
     # Each schema is a root of its own: what it refers to by #/... is found in it.
     for number, tool in enumerate(tools):
         function = tool.function
-        schema = {"type": "object"} if function.name in loose else {**(function.parameters or _NOTHING), **COMPACT}
+        schema = _OBJECT if function.name in loose else {**(function.parameters or _NOTHING), **_OBJECT, **COMPACT}
         head = _text(f'{{"name": {json.dumps(function.name)}, "{_ARGUMENTS[written]}": ')
         rules.append(f"tool_{number}: {head} arguments_{number} {_text('}')}")
         rules.append(f"arguments_{number}: %json {json.dumps(schema)}")

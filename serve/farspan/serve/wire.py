@@ -23,7 +23,7 @@ _MOST_TOKENS = 2_097_152
 # Four weeks: no answer takes so long, and no clock overflows.
 _LONGEST_DEADLINE_S = 2_419_200.0
 
-StopString = Annotated[str, Field(max_length=_LONGEST_STOP)]
+StopString = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 # JSON has only strings as names.
 TokenName = Annotated[int, Field(strict=False)]
@@ -38,8 +38,12 @@ _PROMPTS = {
 }
 _STOPS = {
     "anyOf": [
-        {"type": "string", "maxLength": _LONGEST_STOP},
-        {"type": "array", "maxItems": _MOST_STOPS, "items": {"type": "string", "maxLength": _LONGEST_STOP}},
+        {"type": "string", "minLength": 1, "maxLength": _LONGEST_STOP},
+        {
+            "type": "array",
+            "maxItems": _MOST_STOPS,
+            "items": {"type": "string", "minLength": 1, "maxLength": _LONGEST_STOP},
+        },
     ]
 }
 
