@@ -17,7 +17,7 @@ from farspan.serve.tools import (
     call_format,
     calls_grammar,
     reader_of,
-    special_tags,
+    special_tokens,
     telling_of,
     words_or_calls_grammar,
 )
@@ -66,20 +66,20 @@ def chat_question(tokenizer: Any, asked: ChatRequest, tool_format: str) -> Quest
     written = call_format(tokenizer, tool_format)
     return replace(
         question,
-        grammar=_grammar(asked, written, special_tags(tokenizer)),
+        grammar=_grammar(asked, written, special_tokens(tokenizer)),
         reader=lambda: reader_of(written, tools, several=asked.parallel_tool_calls),
         telling=telling_of(tokenizer, asked, tags=True),
     )
 
 
-def _grammar(asked: ChatRequest, written: CallFormat, tags: Mapping[str, int]) -> Grammar | None:
+def _grammar(asked: ChatRequest, written: CallFormat, special: Mapping[str, int]) -> Grammar | None:
     forced, form = asked.forced_tools, asked.form()
     several = asked.several_calls
     if forced:
-        return calls_grammar(written, forced, tags, several=several)
+        return calls_grammar(written, forced, special, several=several)
     if form is None:
         strict = any(tool.function.strict for tool in asked.offered_tools)
-        return words_or_calls_grammar(written, asked.offered_tools, tags) if strict else None
+        return words_or_calls_grammar(written, asked.offered_tools, special) if strict else None
     # Bare calls are JSON too: what begins with a brace could be either, and no lexer goes back.
     if written != "hermes" or form.kind not in ("json_schema", "json_object"):
         message = (
@@ -87,4 +87,4 @@ def _grammar(asked: ChatRequest, written: CallFormat, tags: Mapping[str, int]) -
             "set tool_choice=none, or leave the form out"
         )
         raise ApiError(400, message, code="invalid_value", param="structured_outputs")
-    return calls_grammar(written, asked.offered_tools, tags, several=several, otherwise=form.source or _ANY_OBJECT)
+    return calls_grammar(written, asked.offered_tools, special, several=several, otherwise=form.source or _ANY_OBJECT)

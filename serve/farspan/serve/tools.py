@@ -23,9 +23,10 @@ _NOTHING = {"properties": {}, "additionalProperties": False}
 _OBJECT = {"type": "object"}
 # The name a format has for what a tool is called with.
 _ARGUMENTS = {"hermes": "arguments", "llama3": "parameters"}
+_TAGS = frozenset({HERMES_BEGIN, HERMES_END})
 # Models that write no JSON between Hermes' tags, as Qwen3-Coder and GLM, show these there.
 _NOT_HERMES = ("<function=", "<arg_key>")
-NO_TAGS: Mapping[str, int] = {}
+NO_TOKENS: Mapping[str, int] = {}
 
 
 def call_format(tokenizer: Any, configured: str) -> CallFormat:
@@ -54,7 +55,7 @@ def reader_of(written: CallFormat, tools: Sequence[Tool], *, several: bool) -> R
 def calls_grammar(
     written: CallFormat,
     tools: Sequence[Tool],
-    tags: Mapping[str, int] = NO_TAGS,
+    special: Mapping[str, int] = NO_TOKENS,
     *,
     several: bool,
     otherwise: str | None = None,
@@ -65,31 +66,21 @@ def calls_grammar(
         rules.append(f"form: %json {json.dumps({**json.loads(otherwise), **COMPACT})}")
     if written == "hermes":
         rules.append('calls: call ("\\n" call)*' if several else "calls: call")
-        rules.append(f"call: {_tag(HERMES_BEGIN, tags)} {_body(tags)}")
+        rules.append(f"call: {_tag(HERMES_BEGIN, special)} {_body(special)}")
     else:
         rules.append("calls: any_tool")
     return Grammar("lark", "\n".join([*rules, *_tool_rules(written, tools)]))
 
 
-def words_or_calls_grammar(written: CallFormat, tools: Sequence[Tool], tags: Mapping[str, int] = NO_TAGS) -> Grammar:
+def words_or_calls_grammar(
+    written: CallFormat, tools: Sequence[Tool], special: Mapping[str, int] = NO_TOKENS
+) -> Grammar:
     """Any answer whose calls are of these tools, and of the schemas of those that are strict."""
     loose = frozenset(tool.function.name for tool in tools if not tool.function.strict)
-    if written == "hermes":
-        rules = [
-            "start: call* WORDS",
-            f"call: begin {_body(tags)}",
-            "begin: spelled" + (f" | WORDS {_token(HERMES_BEGIN, tags)}" if HERMES_BEGIN in tags else ""),
-            # The first tag ends the words.
-            f"spelled[lazy]: WORDS {_text(HERMES_BEGIN)}",
-            "WORDS: /(.|\\n)*/",
-        ]
-    else:
-        rules = [
-            "start: calls | WORDS",
-            'calls: any_tool ("; " any_tool)*',
-            # What begins with a brace is a call.
-            "WORDS: /\\s*([^{\\s](.|\\n)*)?/",
-        ]
+    others = [str(special[text]) for text in sorted(special) if text not in _TAGS]
+    rules = _hermes_words(special, between=bool(others)) if written == "hermes" else _bare_words(between=bool(others))
+    # Text has no special tokens, and a model may think between some.
+    rules += [f"token: <[{','.join(others)}]>"] if others else []
     return Grammar("lark", "\n".join([*rules, *_tool_rules(written, tools, loose)]))
 
 
@@ -116,22 +107,47 @@ def telling_of(tokenizer: Any, asked: GenerationFields, *, tags: bool = False) -
 
 def showing_tags(tokenizer: Any) -> Any:
     """A tokenizer whose text has the tags of calls in it."""
-    tags = frozenset(special_tags(tokenizer).values())
-    return TagTokenizer(tokenizer, tags, frozenset(_special(tokenizer))) if tags else tokenizer
+    special = _special(tokenizer)
+    tags = frozenset(token for token, text in special.items() if text in _TAGS)
+    return TagTokenizer(tokenizer, tags, frozenset(special)) if tags else tokenizer
 
 
-def special_tags(tokenizer: Any) -> dict[str, int]:
-    """The tags of calls that are special tokens, which no text is."""
-    return {text: token for token, text in _special(tokenizer).items() if text in (HERMES_BEGIN, HERMES_END)}
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """The special tokens that an answer may have inside, which no text is."""
+    return {text: token for token, text in _special(tokenizer).items() if token != tokenizer.eos_token_id}
 
 
 def _special(tokenizer: Any) -> dict[int, str]:
     return {token: str(added) for token, added in tokenizer.added_tokens_decoder.items() if added.special}
 
 
-def _body(tags: Mapping[str, int]) -> str:
+def _hermes_words(special: Mapping[str, int], *, between: bool) -> list[str]:
+    tagged = f" | WORDS <[{special[HERMES_BEGIN]}]>" if HERMES_BEGIN in special else ""
+    return [
+        "start: (call | WORDS token)* WORDS" if between else "start: call* WORDS",
+        f"call: begin {_body(special)}",
+        f"begin: spelled{tagged}",
+        # The first tag ends the words.
+        f"spelled[lazy]: WORDS {_text(HERMES_BEGIN)}",
+        "WORDS: /(.|\\n)*/",
+    ]
+
+
+def _bare_words(*, between: bool) -> list[str]:
+    # What begins with a brace is a call.
+    first, rest = ("token* ", " (token REST)*") if between else ("", "")
+    return [
+        f"start: {first}calls | {first}BLANK | {first}WORDS{rest}",
+        'calls: any_tool ("; " any_tool)*',
+        "BLANK: /\\s*/",
+        "WORDS: /\\s*[^{\\s](.|\\n)*/",
+        *(["REST: /(.|\\n)*/"] if between else []),
+    ]
+
+
+def _body(special: Mapping[str, int]) -> str:
     """What follows the first tag of a call."""
-    return f"{_text(chr(10))} any_tool {_text(chr(10))} {_tag(HERMES_END, tags)}"
+    return f"{_text(chr(10))} any_tool {_text(chr(10))} {_tag(HERMES_END, special)}"
 
 
 def _tool_rules(written: CallFormat, tools: Sequence[Tool], loose: frozenset[str] = frozenset()) -> list[str]:
@@ -140,20 +156,17 @@ def _tool_rules(written: CallFormat, tools: Sequence[Tool], loose: frozenset[str
     # Each schema is a root of its own: what it refers to by #/... is found in it.
     for number, tool in enumerate(tools):
         function = tool.function
-        schema = _OBJECT if function.name in loose else {**(function.parameters or _NOTHING), **_OBJECT, **COMPACT}
+        wanted = _NOTHING if function.parameters is None else function.parameters
+        schema = _OBJECT if function.name in loose else {**wanted, **_OBJECT, **COMPACT}
         head = _text(f'{{"name": {json.dumps(function.name)}, "{_ARGUMENTS[written]}": ')
         rules.append(f"tool_{number}: {head} arguments_{number} {_text('}')}")
         rules.append(f"arguments_{number}: %json {json.dumps(schema)}")
     return rules
 
 
-def _tag(tag: str, tags: Mapping[str, int]) -> str:
+def _tag(tag: str, special: Mapping[str, int]) -> str:
     """A tag as text, or as the token that it is."""
-    return f"({_text(tag)} | {_token(tag, tags)})" if tag in tags else _text(tag)
-
-
-def _token(tag: str, tags: Mapping[str, int]) -> str:
-    return f"<[{tags[tag]}]>"
+    return f"({_text(tag)} | <[{special[tag]}]>)" if tag in special else _text(tag)
 
 
 def _text(literal: str) -> str:
