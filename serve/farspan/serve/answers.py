@@ -29,7 +29,10 @@ def _name(schema: str) -> Schema:
 
 _CALL = _object(id=_TEXT, type={"const": "function"}, function=_object(name=_TEXT, arguments=_TEXT))
 _MESSAGE = _object(
-    role={"const": "assistant"}, content={"type": ["string", "null"]}, optional={"tool_calls": _list(_CALL)}
+    role={"const": "assistant"},
+    content={"type": ["string", "null"]},
+    refusal={"type": "null"},
+    optional={"tool_calls": _list(_CALL)},
 )
 _CHOICE: Schema = {"index": _COUNT, "logprobs": _LOGPROBS, "finish_reason": _FINISH}
 _IDS: Schema = {"token_ids": _TOKENS, "prompt_token_ids": _TOKENS}

@@ -157,7 +157,8 @@ def _delta(step: Step) -> dict[str, Any]:
 def _message(steps: Sequence[Step]) -> dict[str, Any]:
     text = "".join(step.said.text for step in steps)
     calls = whole_calls(call for step in steps for call in step.said.calls)
-    message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else "")}
+    # OpenAI's always have a refusal, which is never known here.
+    message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
     return {**message, "tool_calls": calls} if calls else message
 
 
