@@ -17,7 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, Metric
 from starlette.requests import ClientDisconnect
 
 from farspan.config.schema import ServeConfig
-from farspan.errors import ClusterError, FarspanError
+from farspan.errors import ClusterError, FarspanError, RequestError
 from farspan.models.checkpoint import load_tokenizer
 from farspan.serve.answering import Answering, Question, Surroundings
 from farspan.serve.body import Body, ignored_header, read_body
@@ -38,6 +38,7 @@ from farspan.serve.shape import ApiError
 from farspan.serve.spans import Spans, exporter_to
 from farspan.serve.stream import EventStream, collect, events
 from farspan.serve.text import TokenNames
+from farspan.serve.tools import told_by_tool
 from farspan.serve.trace import TraceBook
 from farspan.serve.ways import LengthWays, Ways
 from farspan.serve.wire import CompletionRequest, DetokenizeRequest, GenerationFields
@@ -158,7 +159,10 @@ class Api:
 
     async def converse(self, request: Request, heard: Heard[ChatRequest]) -> Response:
         question = chat_question(self._tokenizer, heard.asked, self._config.tool_format)
-        return await self._answer(request, heard, question)
+        try:
+            return await self._answer(request, heard, question)
+        except RequestError as problem:
+            raise told_by_tool(problem, question.grammar) from None
 
     async def tokenize(self, request: Request) -> Response:
         return await self.tokens(await self.heard(request, TokenizeRequest))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from farspan.engine.request import Grammar
+from farspan.errors import RequestError
 from farspan.serve.calls import Reader
 from farspan.serve.conversation import Tool
 from farspan.serve.forms import COMPACT
@@ -23,6 +25,11 @@ _NOTHING = {"properties": {}, "additionalProperties": False}
 _OBJECT = {"type": "object"}
 # The name a format has for what a tool is called with.
 _ARGUMENTS = {"hermes": "arguments", "llama3": "parameters"}
+# A grammar's line, and what llguidance finds there.
+_IMPOSSIBLE = re.compile(
+    r"grammar: lark is impossible: at (\d+)\(\d+\): failed to compile JSON schema: (.*?)(?: \d+ \| |$)"
+)
+_NAMED = re.compile(r'"\{\\"name\\": \\"([A-Za-z0-9_.-]+)\\"')
 _TAGS = frozenset({HERMES_BEGIN, HERMES_END})
 # Models that write no JSON between Hermes' tags, as Qwen3-Coder and GLM, show these there.
 _NOT_HERMES = ("<function=", "<arg_key>")
@@ -82,6 +89,20 @@ def words_or_calls_grammar(
     # Text has no special tokens, and a model may think between some.
     rules += [f"token: <[{','.join(others)}]>"] if others else []
     return Grammar("lark", "\n".join([*rules, *_tool_rules(written, tools, loose)]))
+
+
+def told_by_tool(problem: RequestError, grammar: Grammar | None) -> RequestError | ApiError:
+    """The tool whose parameters no call can be held to, where that is what is wrong with a grammar of these."""
+    found, rules = _IMPOSSIBLE.match(problem.reason), [] if grammar is None else grammar.source.splitlines()
+    # What a call begins with stands before its arguments.
+    head = _NAMED.search(rules[int(found[1]) - 2]) if found and 2 <= int(found[1]) <= len(rules) else None
+    if found is None or head is None:
+        return problem
+    message = (
+        f"tools: no call of {head[1]} can be held to its parameters ({found[2]}); change them, or let the model decide "
+        "(tool_choice=auto) on calls of a tool that is not strict"
+    )
+    return ApiError(400, message, code="invalid_value", param="tools")
 
 
 class TagTokenizer:

@@ -7,6 +7,8 @@ import re
 import shutil
 
 import jsonschema
+import openai
+import pydantic
 import pytest
 from tests.unit.serve.in_process import Served
 
@@ -338,6 +340,23 @@ def test_a_strict_tool_holds_calls_the_model_decides_on_to_its_schema_and_words_
     assert chat_question(tokenizer, loose, "auto").grammar is None
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_a_schema_no_call_can_be_held_to_is_refused_with_its_tool(equipped, choice, stream):
+    served, _ = equipped
+    unheld = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    tool = {"type": "function", "function": {"name": "gather", "parameters": unheld, "strict": True}}
+    body = {"model": "tiny", "messages": MESSAGES, "tools": [STOP, STRICT, tool], "tool_choice": choice}
+    answer = served.post("/v1/chat/completions", {**body, "stream": stream})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "tools")
+    assert error["message"].startswith("tools: no call of gather can be held to its parameters (Unimplemented keys")
+    assert "arguments_" not in error["message"]
+    tool = {**tool, "function": {**tool["function"], "strict": False}}
+    asked = served.post("/v1/chat/completions", {**body, "tools": [tool], "tool_choice": "auto", "max_tokens": 1})
+    assert asked.status_code == 200
+
+
 def test_tags_that_are_special_tokens_may_be_what_a_forced_call_is_written_with(equipped):
     served, written = equipped
     tokenizer = load_tokenizer(served.folder)
@@ -385,6 +404,31 @@ def test_arguments_are_an_object_also_where_the_schema_allows_anything(equipped,
         tokens = tokenizer(written_as(written, ("f", arguments)))["input_ids"]
         matcher = compiler.start("r", chat_question(tokenizer, read, "auto").grammar)
         assert (matcher.fits(tokens) == len(tokens)) == fits, arguments
+
+
+class Answer(pydantic.BaseModel):
+    sunny: bool
+
+
+def test_the_clients_own_objects_sent_back_are_taken_as_they_are(equipped):
+    served, _ = equipped
+    tool = openai.pydantic_function_tool(Answer)
+    before = [{"role": "developer", "content": "Be brief."}, *MESSAGES]
+    body = {"model": "tiny", "tools": [tool], "temperature": 0}
+
+    async def loop(client: openai.AsyncOpenAI) -> list[str | None]:
+        more = {"max_tokens": 120, "tool_choice": "required", "parallel_tool_calls": False}
+        said = (await client.chat.completions.parse(messages=before, **body, **more)).choices[0].message
+        assert isinstance(said.tool_calls[0].function.parsed_arguments, Answer)
+        result = {"role": "tool", "tool_call_id": said.tool_calls[0].id, "content": "Done."}
+        told = []
+        for back in (said, said.model_dump(), said.model_dump(exclude_none=True)):
+            asked = client.chat.completions.with_raw_response
+            answer = await asked.create(messages=[*before, back, result], max_tokens=2, **body)
+            told.append(answer.headers.get("x-farspan-ignored"))
+        return told
+
+    assert served.ask(loop) == ["messages.2.tool_calls.0.function.parsed_arguments"] * 3
 
 
 @pytest.mark.parametrize("stream", [False, True])
