@@ -462,7 +462,7 @@ class ServeConfig:
     api_key_file: str | None = None
     """File with one key per line, mode 600; none (loopback only): a key is made once and its path is printed."""
     tool_format: str = "auto"
-    """How the model writes calls of tools: hermes (tags around JSON), llama3 (bare JSON); auto: by its template."""
+    """How the model writes calls of tools: hermes (tags around JSON), llama3 (bare JSON); auto: as in its template."""
     share_prefixes: bool = False
     """Whether requests of different API keys may use each other's KV; who waits less then knows what others asked."""
     max_body_bytes: int = 8 * 1024 * 1024

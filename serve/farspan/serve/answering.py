@@ -43,6 +43,8 @@ class Question:
     """Reads the text of one answer."""
     telling: Any = None
     """The tokenizer that turns its tokens into text, where it is not the model's own."""
+    passed_over: tuple[str, ...] = ()
+    """Places of its fields that this model has no use for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,10 @@ def _name(schema: str) -> Schema:
 
 _CALL = _object(id=_TEXT, type={"const": "function"}, function=_object(name=_TEXT, arguments=_TEXT))
 _MESSAGE = _object(
-    role={"const": "assistant"}, content={"type": ["string", "null"]}, optional={"tool_calls": _list(_CALL)}
+    role={"const": "assistant"},
+    content={"type": ["string", "null"]},
+    refusal={"type": "null"},
+    optional={"tool_calls": _list(_CALL)},
 )
 _CHOICE: Schema = {"index": _COUNT, "logprobs": _LOGPROBS, "finish_reason": _FINISH}
 _IDS: Schema = {"token_ids": _TOKENS, "prompt_token_ids": _TOKENS}
@@ -47,10 +50,15 @@ ANSWERS: dict[str, Schema] = {
     ),
     "Description": _object(openapi=_TEXT, info={"type": "object"}, paths={"type": "object"}),
     "Health": _object(status={"const": "ok"}),
-    "Models": _object(
-        object={"const": "list"},
-        data=_list(_object(id=_TEXT, object={"const": "model"}, created=_COUNT, optional={"parent": _TEXT})),
+    "Model": _object(
+        id=_TEXT,
+        object={"const": "model"},
+        created=_COUNT,
+        owned_by=_TEXT,
+        chat_template={"type": "boolean"},
+        optional={"parent": _TEXT, "max_model_len": _COUNT},
     ),
+    "Models": _object(object={"const": "list"}, data=_list(_name("Model"))),
     "Readiness": _object(status=_TEXT, optional={"roles": _list(_TEXT), "reason": _TEXT}),
     "Text": _object(prompt=_TEXT),
     "Tokens": _object(count=_COUNT, tokens=_TOKENS, optional={"max_model_len": _COUNT, "token_strs": _list(_TEXT)}),
@@ -83,6 +91,7 @@ ANSWER_OF = {
     "/tokenize": "Tokens",
     "/detokenize": "Text",
     "/v1/models": "Models",
+    "/v1/models/{model_id}": "Model",
     "/v1/requests/{request_id}/trace": "Trace",
     "/health": "Health",
     "/ready": "Readiness",

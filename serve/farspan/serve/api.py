@@ -17,7 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, Metric
 from starlette.requests import ClientDisconnect
 
 from farspan.config.schema import ServeConfig
-from farspan.errors import ClusterError, FarspanError
+from farspan.errors import ClusterError, FarspanError, RequestError
 from farspan.models.checkpoint import load_tokenizer
 from farspan.models.folder import open_model_folder
 from farspan.serve.answering import Answering, Question, Surroundings
@@ -29,7 +29,7 @@ from farspan.serve.limits import Limits
 from farspan.serve.messages import Caller, WorkerInfo
 from farspan.serve.metrics import Metrics, rendered
 from farspan.serve.naming import ModelNames
-from farspan.serve.prompt import detokenized, tokenized
+from farspan.serve.prompt import detokenized, tokenized, unread
 from farspan.serve.questions import chat_question, completion_question
 from farspan.serve.readiness import Readiness
 from farspan.serve.reply import Reply, model_entries
@@ -38,6 +38,7 @@ from farspan.serve.shape import ApiError
 from farspan.serve.spans import Spans, exporter_to
 from farspan.serve.stream import EventStream, collect, events
 from farspan.serve.text import TokenNames
+from farspan.serve.tools import told_by_tool
 from farspan.serve.trace import TraceBook
 from farspan.serve.ways import LengthWays, Ways
 from farspan.serve.wire import CompletionRequest, DetokenizeRequest, GenerationFields
@@ -63,7 +64,7 @@ class Heard(Generic[Body]):
     key: ApiKey
     asked: Body
     ignored: tuple[str, ...]
-    """Fields nobody knows."""
+    """Places of fields nobody knows."""
     began_s: float
     """When its first bytes were here, on the monotonic clock."""
 
@@ -114,6 +115,16 @@ class Api:
         self.authorize(request)
         return JSONResponse({"object": "list", "data": self.entries(await self.context())})
 
+    async def model(self, request: Request, name: str) -> Response:
+        self.authorize(request)
+        return await self.entry(name)
+
+    async def entry(self, name: str) -> Response:
+        """The model of that name, however it is listed. Raises ApiError 404."""
+        listed = self.names.adapter(name) or self.names.model
+        entry = next(one for one in self.entries(await self.context()) if one["id"] == listed)
+        return JSONResponse({**entry, "id": name})
+
     async def context(self) -> int | None:
         """The longest context of this model; none, while no worker says it."""
         with suppress(FarspanError):
@@ -148,7 +159,10 @@ class Api:
 
     async def converse(self, request: Request, heard: Heard[ChatRequest]) -> Response:
         question = chat_question(self._tokenizer, heard.asked, self._config.tool_format)
-        return await self._answer(request, heard, question)
+        try:
+            return await self._answer(request, heard, question)
+        except RequestError as problem:
+            raise told_by_tool(problem, question.grammar) from None
 
     async def tokenize(self, request: Request) -> Response:
         return await self.tokens(await self.heard(request, TokenizeRequest))
@@ -163,7 +177,7 @@ class Api:
             told["max_model_len"] = longest
         if asked.return_token_strs:
             told["token_strs"] = [self._token_names.name_of(token) for token in tokens]
-        return JSONResponse(told, headers=ignored_header(heard.ignored))
+        return JSONResponse(told, headers=ignored_header((*heard.ignored, *unread(self._tokenizer, asked))))
 
     async def detokenize(self, request: Request) -> Response:
         return await self.text(await self.heard(request, DetokenizeRequest))
@@ -255,7 +269,7 @@ class Api:
 
     async def _answer(self, http: Request, heard: Heard[Any], question: Question) -> Response:
         arrived_s, asked = time.monotonic(), question.asked
-        caller, ignored = self._caller(http, heard, asked), ignored_header(heard.ignored)
+        caller, ignored = self._caller(http, heard, asked), ignored_header((*heard.ignored, *question.passed_over))
         ways = self._ways or LengthWays(self._workers, self._config)
         if ways.asleep:
             await unless_gone(http.receive, ways.ready(caller.deadline_at_s))

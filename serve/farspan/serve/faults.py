@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 
 from grpc.aio import AioRpcError
@@ -16,13 +17,16 @@ LOST = (RayError, RayServeException, AioRpcError, RuntimeError)
 """What a call of a worker raises when it is gone, or the connection to it. RuntimeError: Serve's own, when a connection
 ends before the worker has said whether it takes the call.
 """
+_FIELD = re.compile("([a-z_]+) must ")
 # By then one of the others has room, or Serve has put another worker in its place.
 _RETRY_S = 5
 
 
 def as_api_error(problem: FarspanError) -> ApiError:
     if isinstance(problem, RequestError):
-        return ApiError(400, problem.reason, code="invalid_request")
+        # The engine's rules begin with the field they are about.
+        field = _FIELD.match(problem.reason)
+        return ApiError(400, problem.reason, code="invalid_request", param=field[1] if field else None)
     if isinstance(problem, ClusterError | EngineError):
         return unavailable("the workers that should answer were lost, or are not there")
     return internal_error()

@@ -34,6 +34,10 @@ JsonForm = Annotated[dict[str, Any] | str, AfterValidator(_as_schema)]
 
 
 class JsonSchema(Shape):
+    """`strict` changes nothing: an answer never leaves its schema."""
+
+    name: str | None = None
+    strict: bool = True
     # `schema` is a name pydantic uses itself.
     wanted: dict[str, Any] = Field(alias="schema")
 

@@ -19,6 +19,7 @@ _POSTS: dict[str, tuple[type[Shape], str, bool]] = {
 }
 _GETS = {
     "/v1/models": ("The model that is served, and its adapters", True),
+    "/v1/models/{model_id}": ("A model or an adapter by its name, which may have slashes", True),
     "/v1/requests/{request_id}/trace": ("What a recent request of this key took", True),
     "/health": ("Whether the endpoint itself lives", False),
     "/ready": ("Whether a worker of each kind answers", False),
@@ -112,7 +113,7 @@ def _get(path: str, summary: str, needs_key: bool) -> dict[str, Any]:
     if "{" in path:
         name = path.partition("{")[2].partition("}")[0]
         described["parameters"] = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}]
-        described["responses"] |= _responses({"404": "Not known, or of another key"})
+        described["responses"] |= _responses({"404": "Not known here, or not to this key"})
     if path == "/ready":
         described["responses"]["503"] = {"description": "Not yet", "content": _told(path)}
     if needs_key:

@@ -26,7 +26,8 @@ def sampling(asked: GenerationFields, max_tokens: int, ends: Sequence[int], gram
         grammar=grammar,
         # One number for all answers: `choice` tells them apart.
         seed=secrets.randbits(63) if asked.seed is None else asked.seed,
-        stop=tuple(asked.stop),
+        # The engine looks for them in text without special tokens; in any other they are looked for where it is made.
+        stop=tuple(asked.stop) if asked.skip_special_tokens else (),
         stop_token_ids=frozenset((*asked.stop_token_ids, *(() if asked.ignore_eos else ends))),
         ignore_eos=asked.ignore_eos,
         logprobs=asked.num_top_logprobs,

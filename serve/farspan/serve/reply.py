@@ -92,8 +92,10 @@ class Reply:
             "usage": counted.report(),
         }
 
-    def chunk(self, step: Step, counted: Counted | None = None) -> dict[str, Any]:
-        more = {} if counted is None else {"usage": counted.report()}
+    def chunk(self, step: Step, counted: Counted | None = None, *, usage_follows: bool = False) -> dict[str, Any]:
+        # OpenAI's say null where the last one will say it.
+        more: dict[str, Any] = {"usage": None} if usage_follows else {}
+        more = more if counted is None else {"usage": counted.report()}
         return {**self._head(".chunk"), "choices": [self._choice([step], streamed=True)], **more}
 
     def usage_chunk(self, counted: Counted) -> dict[str, Any]:
@@ -155,7 +157,8 @@ def _delta(step: Step) -> dict[str, Any]:
 def _message(steps: Sequence[Step]) -> dict[str, Any]:
     text = "".join(step.said.text for step in steps)
     calls = whole_calls(call for step in steps for call in step.said.calls)
-    message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else "")}
+    # OpenAI's always have a refusal, which is never known here.
+    message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
     return {**message, "tool_calls": calls} if calls else message
 
 

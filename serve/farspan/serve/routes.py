@@ -58,6 +58,11 @@ def route(here: Callable[[], Api | Several]) -> FastAPI:
     async def models(request: Request) -> Response:
         return await here().models(request)
 
+    # Names of models may have slashes.
+    @http.get("/v1/models/{model_id:path}")
+    async def model(request: Request, model_id: str) -> Response:
+        return await (here().model(request, model_id) if model_id else here().models(request))
+
     @http.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await here().completions(request)

@@ -50,6 +50,10 @@ class Several:
         entries = [api.entries(context) for api, context in zip(self._apis, longest, strict=True)]
         return JSONResponse({"object": "list", "data": [entry for each in entries for entry in each]})
 
+    async def model(self, request: Request, name: str) -> Response:
+        self._door.authorize(request)
+        return await self._api(name).entry(name)
+
     async def trace(self, request: Request, request_id: str) -> Response:
         key = self._door.authorize(request)
         for api in self._apis:

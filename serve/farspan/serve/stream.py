@@ -53,12 +53,12 @@ async def events(
     first: Step, steps: AsyncGenerator[Step], reply: Reply, counted: Counted, asked: GenerationFields
 ) -> AsyncGenerator[str]:
     """The answer step by step."""
-    running = counted if asked.usage_in_every_chunk else None
+    running, follows = counted if asked.usage_in_every_chunk else None, asked.include_usage
     try:
-        yield _event(reply.chunk(first, running))
+        yield _event(reply.chunk(first, running, usage_follows=follows))
         async for step in steps:
             if _tells(step, asked):
-                yield _event(reply.chunk(step, running))
+                yield _event(reply.chunk(step, running, usage_follows=follows))
         if asked.include_usage:
             yield _event(reply.usage_chunk(counted))
         yield "data: [DONE]\n\n"

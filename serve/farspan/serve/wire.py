@@ -1,8 +1,8 @@
-"""What completions ask for, and what they share with chats. What is known and not served is refused in body.py."""
+"""What completions ask for, and what they share with chats. What is known and not served is in unserved.py."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
@@ -23,7 +23,7 @@ _MOST_TOKENS = 2_097_152
 # Four weeks: no answer takes so long, and no clock overflows.
 _LONGEST_DEADLINE_S = 2_419_200.0
 
-StopString = Annotated[str, Field(max_length=_LONGEST_STOP)]
+StopString = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 # JSON has only strings as names.
 TokenName = Annotated[int, Field(strict=False)]
@@ -38,8 +38,12 @@ _PROMPTS = {
 }
 _STOPS = {
     "anyOf": [
-        {"type": "string", "maxLength": _LONGEST_STOP},
-        {"type": "array", "maxItems": _MOST_STOPS, "items": {"type": "string", "maxLength": _LONGEST_STOP}},
+        {"type": "string", "minLength": 1, "maxLength": _LONGEST_STOP},
+        {
+            "type": "array",
+            "maxItems": _MOST_STOPS,
+            "items": {"type": "string", "minLength": 1, "maxLength": _LONGEST_STOP},
+        },
     ]
 }
 
@@ -69,6 +73,9 @@ class GenerationFields(Shape):
     stop: Annotated[Items[StopString], WithJsonSchema(_STOPS)] = Field(default_factory=list, max_length=_MOST_STOPS)
     stop_token_ids: Items[int] = Field(default_factory=list, max_length=_MOST_STOP_TOKENS)
     ignore_eos: bool = False
+    skip_special_tokens: bool = Field(default=True, description="false: the text has special tokens in it")
+    truncate_prompt_tokens: int | None = Field(default=None, ge=1, description="no more of a prompt is read")
+    truncation_side: Literal["left", "right"] = Field(default="left", description="where a prompt is cut")
     return_token_ids: bool = False
     response_format: ResponseFormat = Field(default_factory=lambda: ResponseFormat(type="text"))
     structured_outputs: StructuredOutputs | None = None

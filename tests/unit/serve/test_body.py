@@ -34,6 +34,18 @@ UNSERVED = [
     ("audio", {"voice": "any"}),
     ("modalities", ["text", "audio"]),
     ("use_beam_search", True),
+    ("bad_words", ["no"]),
+    ("allowed_token_ids", [1]),
+    ("include_stop_str_in_output", True),
+    ("chat_template", "{{ messages }}"),
+    ("documents", [{"text": "x"}]),
+    ("length_penalty", 0.5),
+    ("guided_whitespace_pattern", " *"),
+    ("thinking_token_budget", 0),
+    ("moderation", {"model": "m"}),
+    ("logprob_token_ids", [1]),
+    ("return_tokens_as_token_ids", True),
+    ("regex", "a+"),
 ]
 
 
@@ -57,6 +69,13 @@ def test_neutral_values_unknown_fields_and_nulls_ask_for_the_default(good, shape
         "suffix": "",
         "logprobs": False,
         "functions": [],
+        "bad_words": [],
+        "length_penalty": 1,
+        "thinking_token_budget": -1,
+        "include_stop_str_in_output": False,
+        "skip_special_tokens": True,
+        "truncation_side": "left",
+        "kv_transfer_params": {},
         "n": 1,
         "nobody_knows_this": [1],
     }
@@ -156,10 +175,23 @@ def test_what_is_out_of_bounds_is_refused_by_name(field, value):
     assert len(error.message) < 400
 
 
-def test_content_that_is_not_text_is_refused():
-    for part in ({"type": "image_url"}, {"type": "text"}, {"type": "text", "text": None}):
-        messages = [{"role": "user", "content": [part]}]
-        assert refused(json.dumps({**CHAT, "messages": messages}).encode(), ChatRequest).param == "messages"
+@pytest.mark.parametrize(
+    ("part", "param"),
+    [
+        ({"type": "image_url", "image_url": {"url": "x"}}, ".0.type"),
+        ({"type": ["text"], "text": "x"}, ".0.type"),
+        ({"text": "x"}, ".0.type"),
+        ({"type": "text"}, ".0"),
+        ({"type": "text", "text": None}, ".0"),
+        ({"type": "text", "text": "x", "refusal": "y"}, ".0"),
+        ({"type": "refusal", "text": "x"}, ".0"),
+        ("words", ".0"),
+    ],
+)
+def test_content_that_is_not_text_is_refused_by_its_place(part, param):
+    messages = [{"role": "user", "content": [part]}]
+    error = refused(json.dumps({**CHAT, "messages": messages}).encode(), ChatRequest)
+    assert error.param == f"messages.0.content{param}"
 
 
 @pytest.mark.parametrize("chats", [True, False])

@@ -254,7 +254,7 @@ def test_names_nobody_knows_and_hints_are_passed_over_and_told_in_a_header(serve
     }
     answer = served.post("/v1/chat/completions", body)
     assert answer.status_code == 200, answer.text
-    assert answer.headers["x-farspan-ignored"] == "reasoning_effort, store, user, nobody_knows"
+    assert answer.headers["x-farspan-ignored"] == "store, user, nobody_knows, reasoning_effort"
     assert "set-cookie" not in answer.headers
     streamed = served.post("/v1/chat/completions", {**body, "stream": True})
     assert streamed.headers["x-farspan-ignored"] == answer.headers["x-farspan-ignored"]

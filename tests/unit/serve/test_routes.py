@@ -6,7 +6,9 @@ import asyncio
 import logging
 
 import httpx
+import openai
 import pytest
+from fastapi.responses import JSONResponse
 
 from farspan.errors import ClusterError, ModelError, RequestError
 from farspan.serve.routes import route
@@ -49,6 +51,30 @@ def test_the_traceback_of_an_exception_nobody_expected_is_in_the_log(caplog):
     with caplog.at_level(logging.ERROR):
         ask(ZeroDivisionError("by zero"))
     assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
+
+
+def test_a_name_with_slashes_is_asked_for_as_it_is_written_or_escaped():
+    asked = []
+
+    class Told:
+        async def models(self, request):
+            return JSONResponse("all")
+
+        async def model(self, request, name):
+            asked.append(name)
+            return JSONResponse(name)
+
+    async def run(*paths: str) -> list[str]:
+        transport = httpx.ASGITransport(route(Told))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test/v1") as http:
+            found = [(await http.get(path)).json() for path in paths]
+            client = openai.AsyncOpenAI(base_url="http://test/v1", api_key="x", http_client=http)
+            await client.models.retrieve("org/tiny:law")
+            return found
+
+    paths = ("/models/", "/models/a", "/models/org/a", "/models/org%2Fa", "/models/a/trace", "/models/a%20b")
+    assert asyncio.run(run(*paths)) == ["all", "a", "org/a", "org/a", "a/trace", "a b"]
+    assert asked[-1] == "org/tiny:law"
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/nothing", 404), ("DELETE", "/v1/models", 405)])

@@ -120,6 +120,22 @@ def test_the_list_names_every_model_and_adapter_also_while_workers_of_one_are_aw
     assert both.post("/v1/completions", body("tiny")).status_code == 200
 
 
+def test_each_name_is_retrieved_as_it_is_listed_and_no_other(both):
+    async def ask(client: openai.AsyncOpenAI) -> None:
+        listed = {one.id: one async for one in client.models.list()}
+        for name, other in (("tiny", "tiny"), ("other", "other"), ("law", "law"), ("other:law", "law")):
+            found = await client.models.retrieve(name)
+            assert found.model_dump() == {**listed[other].model_dump(), "id": name}
+        for name in ("neither", "tiny:law", "other/law", "trace"):
+            with pytest.raises(openai.NotFoundError) as refused:
+                await client.models.retrieve(name)
+            assert (refused.value.code, refused.value.param) == ("model_not_found", "model")
+            assert "'tiny', 'other', 'law' are" in refused.value.message
+
+    both.ask(ask)
+    assert both.get("/v1/models/law", key="no").status_code == 401
+
+
 def test_it_is_ready_when_every_model_is(both, monkeypatch):
     told = both.get("/ready")
     assert (told.status_code, told.json()["status"]) == (200, "ready")

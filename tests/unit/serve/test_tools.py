@@ -7,11 +7,17 @@ import re
 import shutil
 
 import jsonschema
+import openai
+import pydantic
 import pytest
 from tests.unit.serve.in_process import Served
 
 from farspan.engine.grammar import GrammarCompiler
+from farspan.models.checkpoint import load_tokenizer
+from farspan.serve.body import read_body
+from farspan.serve.conversation import ChatRequest
 from farspan.serve.messages import Tokens
+from farspan.serve.questions import chat_question
 
 HERMES = (
     "{% if tools %}Tools: {% for t in tools %}{{ t | tojson }} {% endfor %}as <tool_call>\n{% endif %}"
@@ -59,6 +65,9 @@ class Scripted:
         for place, token in enumerate(self.tokens):
             self.given[request.request_id] = place + 1
             yield Tokens((token,), "stop" if place == len(self.tokens) - 1 else None)
+
+    async def info(self):
+        return await self.served.workers.info()
 
     def release(self, ticket_id): ...
 
@@ -262,6 +271,16 @@ def test_an_answer_has_the_form_by_every_name_it_is_asked_by_also_after_a_death(
         ({"guided_grammar": "start: nothing_like_it"}, None),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "what"}}}}, None),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": "get_weather"}, "tool_choice"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]},
+            "tools.0.function.parameters",
+        ),
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"min_tokens": 9, "max_tokens": 2}, "min_tokens"),
+        ({"stop": ""}, "stop.0"),
     ],
 )
 def test_what_cannot_be_forced_or_combined_is_refused_by_name(equipped, fields, param):
@@ -271,6 +290,163 @@ def test_what_cannot_be_forced_or_combined_is_refused_by_name(equipped, fields, 
     error = answer.json()["error"]
     assert error["param"] == param
     assert len(error["message"]) < 700
+
+
+STRICT, LOOSE = ({**WEATHER, "function": {**WEATHER["function"], "strict": strict}} for strict in (True, False))
+GOES = {"type": "function", "function": {"name": "go"}}
+
+
+def written_as(written: str, *calls: tuple[str, str]) -> str:
+    inside = {"hermes": "arguments", "llama3": "parameters"}[written]
+    told = [f'{{"name": "{name}", "{inside}": {arguments}}}' for name, arguments in calls]
+    return "; ".join(told) if written == "llama3" else "\n".join(f"<tool_call>\n{one}\n</tool_call>" for one in told)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_strict_tool_holds_calls_the_model_decides_on_to_its_schema_and_words_to_nothing(equipped, special):
+    served, written = equipped
+    tokenizer = load_tokenizer(served.folder)
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<tool_call>", "</tool_call>", "<think>"]})
+    compiler = GrammarCompiler(tokenizer, len(tokenizer), frozenset([tokenizer.eos_token_id]))
+    asked = {"model": "m", "messages": MESSAGES, "tools": [STRICT, GOES]}
+    read, ignored = read_body(json.dumps(asked).encode(), ChatRequest)
+    assert ignored == ()
+    grammar = chat_question(tokenizer, read, "auto").grammar
+    good, bad = '{"city":"Paris","days":3}', '{"city":"Paris","days":8}'
+    before = "Let me look. " if written == "hermes" else ""
+    fine = {
+        "": True,
+        "It rains {": True,
+        " \n": True,
+        before + written_as(written, ("get_weather", good)): True,
+        before + written_as(written, ("go", '{"anything": [1, 2]}'), ("get_weather", good)): True,
+        before + written_as(written, ("get_weather", bad)): False,
+        before + written_as(written, ("go", "{}"), ("get_weather", bad)): False,
+        before + written_as(written, ("other", "{}")): False,
+        "<think>Well.<think> " + written_as(written, ("get_weather", good)): True,
+        "<think>Well.<think> " + written_as(written, ("get_weather", bad)): written == "llama3",
+        # Where it is text, it is the words that a bare call would have to begin.
+        "<think>" + written_as(written, ("get_weather", bad)): written == "llama3" and not special,
+    }
+    for text, fits in fine.items():
+        matcher = compiler.start("r", grammar)
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert (matcher.fits(tokens) == len(tokens)) == fits, text
+        if fits:
+            matcher.replay(tokens)
+            assert matcher.complete, text
+    loose, _ = read_body(json.dumps({**asked, "tools": [LOOSE, GOES]}).encode(), ChatRequest)
+    assert chat_question(tokenizer, loose, "auto").grammar is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_a_schema_no_call_can_be_held_to_is_refused_with_its_tool(equipped, choice, stream):
+    served, _ = equipped
+    unheld = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    tool = {"type": "function", "function": {"name": "gather", "parameters": unheld, "strict": True}}
+    body = {"model": "tiny", "messages": MESSAGES, "tools": [STOP, STRICT, tool], "tool_choice": choice}
+    answer = served.post("/v1/chat/completions", {**body, "stream": stream})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "tools")
+    assert error["message"].startswith("tools: no call of gather can be held to its parameters (Unimplemented keys")
+    assert "arguments_" not in error["message"]
+    tool = {**tool, "function": {**tool["function"], "strict": False}}
+    asked = served.post("/v1/chat/completions", {**body, "tools": [tool], "tool_choice": "auto", "max_tokens": 1})
+    assert asked.status_code == 200
+
+
+def test_tags_that_are_special_tokens_may_be_what_a_forced_call_is_written_with(equipped):
+    served, written = equipped
+    tokenizer = load_tokenizer(served.folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool_call>", "</tool_call>"]})
+    compiler = GrammarCompiler(tokenizer, len(tokenizer), frozenset([tokenizer.eos_token_id]))
+    asked = {"model": "m", "messages": MESSAGES, "tools": [STOP], "tool_choice": "required"}
+    read, _ = read_body(json.dumps(asked).encode(), ChatRequest)
+    matcher = compiler.start("r", chat_question(tokenizer, read, "auto").grammar)
+    tokens = tokenizer(written_as(written, ("stop", "{}")))["input_ids"]
+    assert matcher.fits(tokens) == len(tokens)
+
+
+def test_the_template_is_not_told_that_a_tool_is_strict(equipped):
+    served, _ = equipped
+    told = [served.post("/tokenize", {"messages": MESSAGES, "tools": [one, GOES]}).json() for one in (STRICT, WEATHER)]
+    assert told[0]["tokens"] == told[1]["tokens"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_only_tools_that_are_allowed_are_offered_and_called(equipped, stream):
+    served, _ = equipped
+    allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": "stop"}}]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    served.workers.asked.clear()
+    message, finish = ask(served, stream=stream, tools=[WEATHER, STOP], tool_choice=choice, parallel_tool_calls=False)
+    assert ([call["function"]["name"] for call in message["tool_calls"]], finish) == (["stop"], "tool_calls")
+    prompt = served.api._tokenizer.decode(served.workers.asked[0].prompt)
+    assert "stop" in prompt
+    assert "get_weather" not in prompt
+    says = "Words."
+    choice = {"type": "allowed_tools", "allowed_tools": {**allowed, "mode": "auto"}}
+    message, finish = ask(served, stream=stream, says=says, tools=[WEATHER, STOP], tool_choice=choice)
+    assert (message["content"], finish, served.scripted.asked[0].params.grammar) == (says, "stop", None)
+
+
+@pytest.mark.parametrize("parameters", [{}, {"type": ["object", "null"]}, {"$ref": "#/$defs/a", "$defs": {"a": {}}}])
+def test_arguments_are_an_object_also_where_the_schema_allows_anything(equipped, parameters):
+    served, written = equipped
+    tokenizer = served.api._tokenizer
+    compiler = GrammarCompiler(tokenizer, len(tokenizer), frozenset([tokenizer.eos_token_id]))
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    asked = {"model": "m", "messages": MESSAGES, "tools": [tool], "tool_choice": "required"}
+    read, _ = read_body(json.dumps(asked).encode(), ChatRequest)
+    for arguments, fits in (('{"a":[1]}', True), ("{}", True), ('"a"', False), ("[1]", False), ("null", False)):
+        tokens = tokenizer(written_as(written, ("f", arguments)))["input_ids"]
+        matcher = compiler.start("r", chat_question(tokenizer, read, "auto").grammar)
+        assert (matcher.fits(tokens) == len(tokens)) == fits, arguments
+
+
+class Answer(pydantic.BaseModel):
+    sunny: bool
+
+
+def test_the_clients_own_objects_sent_back_are_taken_as_they_are(equipped):
+    served, _ = equipped
+    tool = openai.pydantic_function_tool(Answer)
+    before = [{"role": "developer", "content": "Be brief."}, *MESSAGES]
+    body = {"model": "tiny", "tools": [tool], "temperature": 0}
+
+    async def loop(client: openai.AsyncOpenAI) -> list[str | None]:
+        more = {"max_tokens": 120, "tool_choice": "required", "parallel_tool_calls": False}
+        said = (await client.chat.completions.parse(messages=before, **body, **more)).choices[0].message
+        assert isinstance(said.tool_calls[0].function.parsed_arguments, Answer)
+        result = {"role": "tool", "tool_call_id": said.tool_calls[0].id, "content": "Done."}
+        told = []
+        for back in (said, said.model_dump(), said.model_dump(exclude_none=True)):
+            asked = client.chat.completions.with_raw_response
+            answer = await asked.create(messages=[*before, back, result], max_tokens=2, **body)
+            told.append(answer.headers.get("x-farspan-ignored"))
+        return told
+
+    assert served.ask(loop) == ["messages.2.tool_calls.0.function.parsed_arguments"] * 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_special_tokens_are_in_the_text_where_it_is_asked_for_and_can_stop_it(served, stream):
+    says = "one<|end|>two"
+    more = {"stream": stream, "says": says, "max_tokens": 50}
+    assert ask(served, **more)[0]["content"] == "onetwo"
+    shown = {"skip_special_tokens": False}
+    # The one that ends answers is no part of them, but where it does not end them.
+    assert ask(served, **more, extra_body=shown)[0]["content"] == "onetwo"
+    assert ask(served, **more, extra_body={**shown, "ignore_eos": True})[0]["content"] == says
+    stopped = {**shown, "ignore_eos": True, "stop": ["<|end|>"]}
+    message, finish = ask(served, **more, extra_body=stopped)
+    assert (message["content"], finish) == ("one", "stop")
+    # The engine, whose text has no special tokens, does not look for it.
+    assert served.scripted.asked[0].params.stop == ()
+    ask(served, **more, stop=["<|end|>"])
+    assert served.scripted.asked[0].params.stop == ("<|end|>",)
 
 
 def test_a_template_without_tools_refuses_them(served):
