@@ -27,7 +27,7 @@ def speed_up(model: PreTrainedModel) -> int:
     """Switch what has a faster kernel here; gives how many modules. The model trains no more."""
     head = model.get_output_embeddings()
     size = model.config.get_text_config(decoder=True).vocab_size if head is None else len(head.weight)
-    # Compiled and tried out now, that no request waits for it: for logits, and for what biases and penalties make of them.
+    # Compiled and tried out now, that no request waits: for logits, and for what biases and penalties make of them.
     for dtype in (model.dtype, torch.float32):
         choose_sampling(model.device.type, dtype, size)
     return _switch_linears(model) + _switch_norms(model) + switch_turns(model) + switch_blocks(model)
