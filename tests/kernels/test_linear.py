@@ -1,6 +1,7 @@
 """Linear layers by the compiled kernel equal the reference, whoever is beside a row."""
 
 import shutil
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -26,10 +27,10 @@ def processor(request, monkeypatch):
             pytest.skip("this processor has no matrix tiles")
         monkeypatch.setattr(native, "load_chain", lambda: replace(bind, tiled=False))
         native.load_native.cache_clear()
-        yield
+        yield request.param
         native.load_native.cache_clear()
     else:
-        yield
+        yield request.param
 
 
 @pytest.fixture
@@ -88,6 +89,14 @@ def test_numbers_that_are_none_stay_none_and_touch_no_other_row() -> None:
     got = load_native()(w, b)(x)
     assert got[1].isnan().all()
     assert got[[0, 2, 3]].isfinite().all()
+
+
+@needs_compiler
+def test_a_process_that_gives_torch_matrix_tiles_gives_them_to_the_kernel(processor) -> None:
+    version = subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True, timeout=60, check=True).stdout
+    if processor != "as it is" or int(version.split(".")[0]) < 11 or not torch.cpu._init_amx():
+        pytest.skip("no matrix tiles here")
+    assert native.has_tiles()
 
 
 @pytest.mark.parametrize(("arithmetic", "tiled"), [(False, False), (True, True)])
