@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def _engine_processes() -> list[int]:
 def test_two_engines_answer_what_one_answers_also_when_one_is_killed(
     ray_cluster: LocalRay, model: Path, tmp_path: Path
 ) -> None:
-    prompts = _prompts(tmp_path / "in.jsonl", 300)
+    prompts = _prompts(tmp_path / "in.jsonl", 200)
     run_offline(OfflineEngine.open(model, CONFIG), prompts, tmp_path / "one.jsonl", PARAMS, lambda _: None)
     killed: list[int] = []
 
@@ -69,14 +70,18 @@ def test_two_engines_answer_what_one_answers_also_when_one_is_killed(
             killed.append(_engine_processes()[0])
             os.kill(killed[0], signal.SIGKILL)
 
-    progress = run_batch(str(model), CONFIG, prompts, tmp_path / "two.jsonl", PARAMS, 2, tell)
+    # Guesses change no answer.
+    drafted = replace(CONFIG, draft_model=str(model), draft_tokens=2)
+    progress = run_batch(str(model), drafted, prompts, tmp_path / "two.jsonl", PARAMS, 2, tell)
     assert killed, "nobody was killed"
-    assert (progress.answered, progress.failed) == (299, 1)
+    # The model itself is right but for what it guesses beyond the end of an answer.
+    assert progress.drafted.accepted > max(199, 0.9 * progress.drafted.proposed)
+    assert (progress.answered, progress.failed) == (199, 1)
     expected = _tokens(tmp_path / "one.jsonl")
     assert len({token for tokens in expected.values() for token in tokens or []}) >= 6
     assert _tokens(tmp_path / "two.jsonl") == expected
     again = run_batch(str(model), CONFIG, prompts, tmp_path / "two.jsonl", PARAMS, 1, lambda _: None)
-    assert (again.skipped, again.answered, again.failed) == (299, 0, 1)
+    assert (again.skipped, again.answered, again.failed) == (199, 0, 1)
 
 
 def test_a_model_that_engines_cannot_run_is_told_of_once(ray_cluster: LocalRay, model: Path, tmp_path: Path) -> None:

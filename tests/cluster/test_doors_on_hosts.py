@@ -11,7 +11,8 @@ from tests.support.corpus import small_corpus
 from tests.support.ray_hosts import TOKEN, RayHosts, ray_on_hosts
 from tests.support.runs import tiny_run
 
-from farspan.cluster.certs import make_certificates, ray_variables
+from farspan.cluster.certs import make_certificates
+from farspan.cluster.environment import tls_switches
 from farspan.config.load import dump_config
 from farspan.config.schema import RunConfig
 
@@ -49,7 +50,7 @@ def run(cluster: RayHosts) -> RunConfig:
 def means(cluster: RayHosts, token: str, trust: str) -> dict[str, str]:
     """What a client with these has in its environment."""
     files = {"right token": "token", "wrong token": "stranger", "no token": "nothing"}
-    tls = {"wrong CA": ray_variables(cluster.folder / "other"), "plaintext": {"RAY_USE_TLS": "0"}}
+    tls = {"wrong CA": tls_switches(str(cluster.folder / "other")), "plaintext": {"RAY_USE_TLS": "0"}}
     return {"RAY_AUTH_TOKEN_PATH": str(cluster.folder / files[token]), **tls.get(trust, {})}
 
 

@@ -67,7 +67,8 @@ def server(ray_cluster: LocalRay, tmp_path_factory: pytest.TempPathFactory) -> I
         first,
         model=str(folders["other"]),
         decode=RoleConfig(cpus=0.2, max_replicas=2),
-        engine=replace(first.engine, adapters={"law": law}),
+        # It is guessed for by the other model, which is wrong more often than not.
+        engine=replace(first.engine, adapters={"law": law}, draft_model=str(folders["tiny"]), draft_tokens=2),
     )
     with run_app(first, second) as running:
         yield Server(running, folders, law)

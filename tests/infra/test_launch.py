@@ -4,13 +4,14 @@
 import json
 import os
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.canary import ProcessWatch
+from tests.support.commands import stand_ins
 from tests.support.s3 import S3Server
 
 from farspan.cli.main import run
@@ -36,7 +37,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_server: S3Server) -
         monkeypatch.delenv(name)
     for name, value in {"HOME": str(tmp_path), "AWS_ENDPOINT_URL": s3_server.endpoint, "AWS_DEFAULT_REGION": _REGION,
                         "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "COLUMNS": "200",
-                        "AWS_EC2_METADATA_DISABLED": "true"}.items():  # fmt: skip
+                        "AWS_EC2_METADATA_DISABLED": "true",
+                        "PATH": f"{os.environ['PATH']}:{stand_ins(tmp_path / 'bin')}"}.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     software = load_config(ClusterSpec, SPEC, []).software
     for file in (".ssh/farspan.pem", ".ray/auth_token", "requirements.lock", f"dist/{wheel(software)}"):
@@ -66,7 +68,8 @@ def settings(ec2: Any) -> list[str]:
     image = ec2.describe_images()["Images"][0]["ImageId"]
     iam = boto3.client("iam")
     if not iam.list_instance_profiles()["InstanceProfiles"]:
-        iam.create_instance_profile(InstanceProfileName="farspan-node")
+        for name in ("farspan-head", "farspan-worker"):
+            iam.create_instance_profile(InstanceProfileName=name)
     return ["aws.account=123456789012", f"aws.image={image}", f"aws.subnet={subnet}", f"aws.security_group={group}"]
 
 
@@ -76,24 +79,17 @@ def running(ec2: Any) -> list[str]:
     return [i["InstanceId"] for i in instances if i["State"]["Name"] in ("pending", "running")]
 
 
-class _Watch(threading.Thread):
-    """Reads every command line of this machine until it is told to stop; keeps those in which a word stood."""
+class _Watch(ProcessWatch):
+    """Counts the launchers of a home as well."""
 
     def __init__(self, word: str, home: Path) -> None:
-        super().__init__(daemon=True)
-        self._word, self._home, self._stop_it = word.encode(), home, threading.Event()
-        self.seen: set[bytes] = set()
+        super().__init__([word])
+        self._home = home
         self.launchers = 0
 
-    def run(self) -> None:
-        while not self._stop_it.wait(0.05):
-            lines = command_lines()
-            self.seen |= {line for line in lines if self._word in line}
-            self.launchers = max(self.launchers, len(launchers(self._home, lines)))
-
-    def stop(self) -> None:
-        self._stop_it.set()
-        self.join(30)
+    def look(self) -> None:
+        super().look()
+        self.launchers = max(self.launchers, len(launchers(self._home, command_lines())))
 
 
 def command_lines() -> list[bytes]:
@@ -113,10 +109,8 @@ def launchers(home: Path, lines: list[bytes]) -> list[bytes]:
 
 @pytest.fixture
 def watch(home: Path) -> Iterator[_Watch]:
-    watching = _Watch(CANARY, home)
-    watching.start()
-    yield watching
-    watching.stop()
+    with _Watch(CANARY, home) as watching:
+        yield watching
 
 
 @pytest.mark.soak
@@ -138,7 +132,7 @@ def test_a_cluster_that_cannot_come_up_ends_in_time_says_why_and_goes_down(
     assert watch.launchers > 0
     assert launchers(home, command_lines()) == [], "the launcher goes on"
 
-    # The token is in no command line, and in no file this machine kept of the cluster.
+    # The token is in no command line or environment, and in no file this machine kept of the cluster.
     assert watch.seen == set()
     kept = [file for file in (home / ".cache").rglob("*") if file.is_file()]
     assert {file.name for file in kept} >= {"launcher.yaml", "launcher.log"}

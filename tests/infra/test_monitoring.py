@@ -19,6 +19,7 @@ DASHBOARDS = sorted((FOLDER / "dashboards").glob("*.json"))
 # /metrics, behind a key: the PodMonitor does not read it, so no alert may speak of it, and only one dashboard does.
 EXPORTED = {f"ray_{m.name}" for m in METRICS if not m.source.startswith("request_served.")}
 SERVED = "serving.json"
+_NOTHING_CHANGED = r"changes\((\w+)\[(\w+)\]\) == 0"
 # What Prometheus names the samples of a number of that kind.
 SAMPLES = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_count", "_sum"]}
 SERVING = {f"{name}{end}" for name, kind, _ in Metrics().names() for end in SAMPLES[kind]}
@@ -62,6 +63,15 @@ def test_every_alert_speaks_of_numbers_that_exist_and_says_what_to_do() -> None:
         assert names(rule["expr"]) - EXPORTED == set(), rule["alert"]
         assert set(rule["annotations"]) == {"summary", "action"}, rule["alert"]
         assert rule["labels"]["severity"] in ("page", "warn"), rule["alert"]
+
+
+def test_an_alert_about_what_did_not_happen_asks_whether_the_run_is_that_old_and_still_there() -> None:
+    asked = [(rule["expr"], *found) for rule in rules() for found in re.findall(_NOTHING_CHANGED, rule["expr"])]
+    assert len(asked) == 2
+    for expression, number, window in asked:
+        assert f"present_over_time({number}[15m] offset {window})" in expression
+        # The number itself: a run that ended has none.
+        assert re.search(rf"\b{number}\b(?!\[)", expression)
 
 
 def test_every_alert_is_tried_out_both_ways() -> None:

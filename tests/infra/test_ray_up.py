@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import socket
+import ssl
+import stat
 import subprocess
 import sys
 import time
@@ -19,7 +21,8 @@ import httpx
 import openai
 import pytest
 import yaml
-from tests.support.cloud import Cloud, cloud
+from tests.support.canary import ProcessWatch, files_with
+from tests.support.cloud import KEYS, Cloud, cloud
 from tests.support.corpus import small_corpus
 from tests.support.runs import TINY
 
@@ -33,6 +36,7 @@ pytest.importorskip("boto3", reason="boto3 is not installed: Ray's launcher cann
 REPOSITORY = Path(__file__).resolve().parents[2]
 SPEC = str(REPOSITORY / "infra" / "cluster.yaml")
 TOKEN, KEY = "f" * 63 + "0", "sk-canary-of-an-endpoint"
+SECRETS = (TOKEN, KEY, KEYS["AWS_SECRET_ACCESS_KEY"])
 _UP_S, _WORK_S, _DOWN_S = 240.0, 300.0, 120.0
 # Keys of the file that hold what a user brings, or how packages get onto the machines.
 _BROUGHT = {"ImageId", "Arn", "SubnetIds", "SecurityGroupIds", "ssh_user", "ssh_private_key"}
@@ -51,8 +55,8 @@ class User:
 
     def __init__(self, folder: Path, there: Cloud) -> None:
         self.folder, self._there = folder, there
-        (folder / ".ray").mkdir()
-        (folder / "dist").mkdir()
+        for name in (".ray", "dist", "tmp"):
+            (folder / name).mkdir()
         for file, text in ((".ray/auth_token", TOKEN), ("api_key", KEY)):
             (folder / file).write_text(text, encoding="ascii")
             (folder / file).chmod(0o600)
@@ -67,7 +71,8 @@ class User:
     def environment(self) -> dict[str, str]:
         kept = {n: v for n, v in os.environ.items() if not n.startswith(("AWS_", "RAY_")) and not n.endswith("_proxy")}
         path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
-        own = {"HOME": str(self.folder), "PATH": path, "COLUMNS": "200"}
+        # Ray's launcher writes what it sends into the temporary folder first.
+        own = {"HOME": str(self.folder), "TMPDIR": str(self.folder / "tmp"), "PATH": path, "COLUMNS": "200"}
         return {**kept, **self._there.environment, **own}
 
     def farspan(self, *words: str, timeout_s: float) -> str:
@@ -129,10 +134,11 @@ def kinds(there: Cloud) -> list[str]:
 
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
-def test_ray_up_of_the_committed_file_trains_and_serves_on_a_machine_it_launches_and_leaves_none(
+def test_ray_up_of_the_committed_file_trains_and_serves_on_a_machine_it_launches_tells_no_secret_and_leaves_none(
     tmp_path: Path,
 ) -> None:
-    with cloud(2) as there:
+    # What a process must have in its environment to reach S3 is not looked for there.
+    with cloud(2) as there, ProcessWatch(SECRETS, in_environments=[TOKEN, KEY]) as watch:
         settings = there.bring()
         rendered = yaml.safe_load(render_launcher(load_config(ClusterSpec, SPEC, settings), "aws"))
         committed = yaml.safe_load((REPOSITORY / "ray_cluster.yaml").read_text(encoding="utf-8"))
@@ -150,8 +156,77 @@ def test_ray_up_of_the_committed_file_trains_and_serves_on_a_machine_it_launches
             assert kinds(there) == ["cpu", "head"]
             watched(there)
             serve(user, there, address)
+        secrets_stand_nowhere(user, there)
         assert user.farspan("cluster", "down", SPEC, *settings, "--yes", timeout_s=_DOWN_S).startswith("down: farspan")
         assert there.running() == []
+        # The processes of both machines were among those that were looked at.
+        assert {os.readlink(f"/proc/{machine.pid}/ns/pid") for machine in there.machines} <= watch.namespaces
+    assert watch.seen == set()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_with_certificates_of_its_network_a_cluster_speaks_tls_and_takes_a_worker_in(tmp_path: Path) -> None:
+    with cloud(2) as there:
+        user, head = User(tmp_path, there), there.machines[0].address
+        network = f"{head.rpartition('.')[0]}.0/24"
+        assert "tls_folder=" in user.farspan("infra", "certs", "tls", "--host", network, timeout_s=60)
+        settings = [*there.bring(), f"tls_folder={tmp_path}/tls"]
+        user.farspan("cluster", "up", SPEC, *settings, "--yes", timeout_s=_UP_S)
+        there.client("s3").create_bucket(Bucket="farspan")
+        with user.dashboard() as address:
+            train(user, there, address)
+        assert kinds(there) == ["cpu", "head"]
+        for number in range(2):
+            sent = there.home(number) / "farspan-tls"
+            assert sorted(file.name for file in sent.iterdir()) == ["ca.crt", "node.crt", "node.key"]
+            assert stat.S_IMODE((sent / "node.key").stat().st_mode) == 0o600
+        assert secure_address(tmp_path / "tls", head) == head
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            secure_address(None, head)
+        user.farspan("cluster", "down", SPEC, *settings, "--yes", timeout_s=_DOWN_S)
+        assert there.running() == []
+
+
+def secure_address(folder: Path | None, head: str) -> str:
+    """An address for which the head's GCS shows a certificate, asked by a node of that folder, or by a stranger."""
+    if folder is None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    else:
+        context = ssl.create_default_context(cafile=str(folder / "ca.crt"))
+        context.load_cert_chain(folder / "node.crt", folder / "node.key")
+    # As gRPC speaks.
+    context.set_alpn_protocols(["h2"])
+    with (
+        socket.create_connection((head, 6379), 30) as plain,
+        context.wrap_socket(plain, server_hostname=head) as secure,
+    ):
+        # A server that wants a certificate says so only after the handshake, where it would have begun to speak.
+        assert secure.recv(1) != b""
+        names = [name for kind, name in secure.getpeercert()["subjectAltName"] if kind == "IP Address"]
+    return next(name for name in names if name == head)
+
+
+def secrets_stand_nowhere(user: User, there: Cloud) -> None:
+    """In no file but those that are meant to hold them: of the user, of the machines, and in the bucket."""
+    assert files_with(SECRETS, user.folder) == {".ray/auth_token", "api_key"}
+    # Not as an argument, which would be a command line.
+    words = there.folder / "words"
+    words.write_text("\n".join(SECRETS), encoding="ascii")
+    for number, machine in enumerate(there.machines):
+        assert files_with(SECRETS, there.home(number)) == {".ray/auth_token"}
+        places = ["/tmp", "/etc/profile.d", "/run"]
+        found = machine.run("grep", "-rlaF", "--devices=skip", "-f", str(words), *places, timeout_s=_WORK_S)
+        assert found.stdout == ""
+        # Ray's logs were among them.
+        assert machine.run("sh", "-c", "ls /tmp/ray/session_*/logs/raylet.out").returncode == 0
+    s3 = there.client("s3")
+    objects = [found["Key"] for found in s3.list_objects_v2(Bucket="farspan")["Contents"]]
+    assert "run/events.jsonl" in objects
+    for key in objects:
+        body = s3.get_object(Bucket="farspan", Key=key)["Body"].read()
+        assert [word for word in SECRETS if word.encode() in body] == [], key
 
 
 def train(user: User, there: Cloud, address: str) -> None:

@@ -1,6 +1,7 @@
 """The cloud base: Terraform's own checks and its tests against a mocked provider, without a cloud or credentials."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_the_module_is_formatted_and_valid(module: Path) -> None:
 @pytest.mark.soak
 def test_the_modules_own_tests_pass(module: Path) -> None:
     said = terraform(module, "test", "-no-color")
-    assert "Success! 8 passed, 0 failed." in said
+    assert "Success! 10 passed, 0 failed." in said
 
 
 @pytest.mark.soak
@@ -81,6 +82,17 @@ def test_a_module_whose_bucket_lost_its_versions_fails_its_tests(module: Path, t
     storage.write_text(text.replace('status = "Enabled"', 'status = "Suspended"', 1), encoding="utf-8")
     with pytest.raises(AssertionError, match="the bucket is not versioned"):
         terraform(broken, "test", "-no-color")
+
+
+def test_every_add_on_says_what_happens_to_one_that_is_there() -> None:
+    text = (MODULE / "eks.tf").read_text(encoding="utf-8")
+    addons = re.findall(r'^resource "aws_eks_addon" "(\w+)" \{\n(.*?)^\}', text, re.MULTILINE | re.DOTALL)
+    assert {name for name, _ in addons} == {"network", "others", "volumes"}
+    for _, body in addons:
+        assert dict(re.findall(r'resolve_conflicts_on_(\w+) = "(\w+)"', body)) == {
+            "create": "OVERWRITE",
+            "update": "PRESERVE",
+        }
 
 
 def test_no_file_of_the_module_holds_an_account_a_key_or_a_state() -> None:

@@ -112,7 +112,14 @@ def test_the_cloud_base_is_there_after_apply_and_gone_after_destroy(mocked: Appl
         scaling = eks.describe_nodegroup(clusterName="farspan-test", nodegroupName=name)["nodegroup"]["scalingConfig"]
         assert (scaling["minSize"], scaling["desiredSize"]) == (0, 0)
     roles = {role["RoleName"] for role in iam.list_roles()["Roles"]}
-    assert roles >= {f"farspan-test-{name}" for name in ("cluster", "node", "pod", "autoscaler")}
+    assert roles >= {f"farspan-test-{name}" for name in ("cluster", "node", "pod", "autoscaler", "head", "worker")}
+    profiles = {
+        found["InstanceProfileName"]: found["Roles"] for found in iam.list_instance_profiles()["InstanceProfiles"]
+    }
+    for name in ("instance_profile", "worker_instance_profile"):
+        assert [role["RoleName"] for role in profiles[mocked.output(name)]] == [mocked.output(name)]
+    assert iam.list_role_policies(RoleName="farspan-test-worker")["PolicyNames"] == ["bucket"]
+    assert sorted(iam.list_role_policies(RoleName="farspan-test-head")["PolicyNames"]) == ["bucket", "machines"]
 
     mocked.terraform("destroy", "-auto-approve", "-input=false", "-var", "name=farspan-test")
     assert {found["VpcId"] for found in ec2.describe_vpcs()["Vpcs"]} == before

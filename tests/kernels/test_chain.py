@@ -2,16 +2,27 @@
 
 import shutil
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from tests.support.chains import GIVEN, WANTED, WIDTH, block, draw, rows, wide
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from farspan.kernels.chain import native
 from farspan.kernels.chain.contract import Activation, Add, Gate, Multiply, Normalize, Rotate
-from farspan.kernels.chain.native import load_native
 from farspan.kernels.chain.reference import bind_chain_reference
 from farspan.kernels.rms_norm.contract import Kind
+
+
+@pytest.fixture(params=["as it is", "no tiles"])
+def load_native(request):
+    """The kernel as this processor runs it, and where it multiplies by matrix tiles also without."""
+    if request.param == "no tiles" and not (shutil.which("g++") and native.load_native().tiled):
+        pytest.skip("this processor has no matrix tiles")
+    made = native.load_native
+    return made if request.param == "as it is" else lambda: replace(made(), tiled=False)
+
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
 
@@ -30,7 +41,7 @@ def threads():
     ("kind", "activation"), [(Kind.SCALED, Activation.SILU), (Kind.ONE_MORE, Activation.GELU_TANH)]
 )
 def test_a_whole_block_in_one_call_is_as_exact_as_its_steps_in_torch(
-    kind, activation, count, num_threads, threads
+    kind, activation, count, num_threads, threads, load_native
 ) -> None:
     threads(num_threads)
     steps, given = block(kind, activation), rows(count)
@@ -54,7 +65,7 @@ STEPS = {
 
 @needs_compiler
 @pytest.mark.parametrize("step", STEPS.values(), ids=list(STEPS))
-def test_each_step_equals_the_reference_to_a_rounding(step) -> None:
+def test_each_step_equals_the_reference_to_a_rounding(step, load_native) -> None:
     given = (draw(11, 48) * torch.logspace(-3, 1.5, 11)[:, None].bfloat16(), draw(11, 48, seed=1))
     got, want = (bind([step], {"x": 48, "z": 48}, ["y"])(*given)[0] for bind in (load_native(), bind_chain_reference))
     torch.testing.assert_close(got.float(), want.float(), rtol=2**-6, atol=1e-5)
@@ -66,7 +77,7 @@ def test_each_step_equals_the_reference_to_a_rounding(step) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("bind", ["native", "reference"])
-def test_rotation_gives_the_bits_that_transformers_gives(bind) -> None:
+def test_rotation_gives_the_bits_that_transformers_gives(bind, load_native) -> None:
     q_THD, angles = draw(5, 3, 16), draw(5, 8).float().repeat(1, 2)
     cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
     want, _ = apply_rotary_pos_emb(q_THD, q_THD, cos, sin)
@@ -76,7 +87,7 @@ def test_rotation_gives_the_bits_that_transformers_gives(bind) -> None:
 
 
 @needs_compiler
-def test_a_row_gives_the_same_bits_alone_and_among_others(threads) -> None:
+def test_a_row_gives_the_same_bits_alone_and_among_others(threads, load_native) -> None:
     chain, given = load_native()(block(Kind.SCALED, Activation.SILU), GIVEN, WANTED), rows(70)
     whole = chain(*given)
     threads(1)
@@ -86,7 +97,7 @@ def test_a_row_gives_the_same_bits_alone_and_among_others(threads) -> None:
 
 
 @needs_compiler
-def test_rows_that_lie_apart_and_numbers_that_are_none_stay_by_themselves() -> None:
+def test_rows_that_lie_apart_and_numbers_that_are_none_stay_by_themselves(load_native) -> None:
     chain, given = load_native()(block(Kind.SCALED, Activation.SILU), GIVEN, WANTED), rows(4)
     spread = torch.full((8, 64), float("nan")).bfloat16()
     spread[::2, :WIDTH] = given[0]
@@ -99,7 +110,7 @@ def test_rows_that_lie_apart_and_numbers_that_are_none_stay_by_themselves() -> N
 
 
 @needs_compiler
-def test_calls_from_several_threads_at_once_give_what_each_gives_alone(threads) -> None:
+def test_calls_from_several_threads_at_once_give_what_each_gives_alone(threads, load_native) -> None:
     threads(3)
     chain = load_native()(block(Kind.SCALED, Activation.SILU), GIVEN, WANTED)
     given = [tuple(x + 0.5 * i for x in rows(3 + i)) for i in range(4)]

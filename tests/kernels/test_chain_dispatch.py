@@ -1,5 +1,7 @@
 """Who computes chains, and normalizations as chains of one step."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tests.support.chains import draw
@@ -21,13 +23,24 @@ def _forgotten():
 
 def test_a_gpu_gets_the_triton_kernels_and_a_processor_without_bf16_the_compiled_one(monkeypatch) -> None:
     dispatch.choose_chain.cache_clear()
-    made = {"cuda": lambda *_: "on a GPU", "cpu": lambda *_: "on a CPU"}
+    made = {"cuda": lambda *_: "on a GPU", "cpu": SimpleNamespace(tiled=False)}
     monkeypatch.setattr(dispatch, "load_triton", lambda: made["cuda"])
     monkeypatch.setattr(dispatch, "load_native", lambda: made["cpu"])
     monkeypatch.setattr(dispatch, "has_bf16_arithmetic", lambda: False)
     assert [dispatch.choose_chain(device, torch.bfloat16) for device in made] == list(made.values())
     assert dispatch.choose_chain("mps", torch.bfloat16) is None
     assert dispatch.choose_chain("cuda", torch.float32) is None
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_a_processor_with_bf16_arithmetic_keeps_torch_but_for_few_rows_by_tiles(tiled, monkeypatch) -> None:
+    dispatch.choose_chain.cache_clear()
+    compiled = SimpleNamespace(tiled=tiled)
+    monkeypatch.setattr(dispatch, "load_native", lambda: compiled)
+    monkeypatch.setattr(dispatch, "has_bf16_arithmetic", lambda: True)
+    assert dispatch.choose_chain("cpu", torch.bfloat16) is (compiled if tiled else None)
+    assert dispatch.most_rows("cpu") == (128 if tiled else None)
+    assert dispatch.most_rows("cuda") is None
 
 
 @pytest.mark.parametrize(("hip", "capability"), [("6.4", (9, 4)), (None, (7, 5))])

@@ -30,7 +30,12 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 _NEEDS = ("ssh", "ssh-keygen", "sshd", "rsync", "sudo")
 _FIRST = 4
 _DEADLINE_S = 30.0
-KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+# The secret is a word that stands nowhere else, so that it can be looked for.
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "canary-of-a-secret-access-key",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
 # Ray's sockets lie deep in /tmp, which is the host's own; the rest of its image is this machine's.
 _IMAGE = """
 set -e
@@ -98,7 +103,8 @@ class Cloud:
         subnet_id = ec2.create_subnet(VpcId=vpc, CidrBlock=f"{subnet}.0/24", AvailabilityZone="us-east-1a")
         group = ec2.create_security_group(GroupName="farspan", Description="d", VpcId=vpc)["GroupId"]
         image = ec2.describe_images()["Images"][0]["ImageId"]
-        iam.create_instance_profile(InstanceProfileName="farspan-node")
+        for name in ("farspan-head", "farspan-worker"):
+            iam.create_instance_profile(InstanceProfileName=name)
         ec2.import_key_pair(KeyName="farspan", PublicKeyMaterial=self.key.with_suffix(".pub").read_bytes())
         return [
             "aws.account=123456789012", f"aws.image={image}", f"aws.subnet={subnet_id['Subnet']['SubnetId']}",

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from tests.support.hosts import Host, hosts
 
-from farspan.cluster.certs import make_certificates, ray_variables
-from farspan.cluster.environment import AUTH, HABITS, WATCHES
+from farspan.cluster.certs import make_certificates
+from farspan.cluster.environment import AUTH, HABITS, WATCHES, tls_switches
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
@@ -129,7 +129,7 @@ def ray_on_hosts(
         found = RayHosts(made, folder)
         if tls:
             make_certificates(folder / "tls", [host.address for host in made], 1)
-            found.switches |= ray_variables(folder / "tls")
+            found.switches |= tls_switches(str(folder / "tls"))
         if lasting:
             found.switches |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(folder / "gcs")}
         found.head()

@@ -19,6 +19,7 @@ from ray.autoscaler._private.util import prepare_config
 
 from farspan.cli.launcher import problems as launcher_problems
 from farspan.cluster.environment import WATCHES
+from farspan.cluster.launcher import render_launcher
 from farspan.cluster.tree import LAUNCHER_FILES
 from farspan.config.cluster import ClusterSpec
 from farspan.config.load import load_config
@@ -28,7 +29,8 @@ LOCK = dict(
     line.split("==") for line in (REPOSITORY / "requirements.lock").read_text(encoding="utf-8").splitlines() if line
 )
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-SPEC = load_config(ClusterSpec, str(REPOSITORY / "infra" / "cluster.yaml"), [])
+SPEC_FILE = str(REPOSITORY / "infra" / "cluster.yaml")
+SPEC = load_config(ClusterSpec, SPEC_FILE, [])
 
 Config = dict[str, Any]
 
@@ -117,6 +119,9 @@ def _replace(key: str, old: str, new: str) -> Callable[[Config], None]:
     return mutate
 
 
+HEADS = load()["available_node_types"]["head"]["node_config"]["IamInstanceProfile"]
+
+
 @pytest.mark.parametrize(
     ("mutate", "said"),
     [
@@ -133,6 +138,7 @@ def _replace(key: str, old: str, new: str) -> Callable[[Config], None]:
         (_drop("head_setup_commands"), "head_setup_commands is left to Ray's defaults"),
         (_drop("available_node_types|head|node_config|IamInstanceProfile"), "head: IamInstanceProfile is left"),
         (_drop("available_node_types|decode|node_config|SecurityGroupIds"), "decode: SecurityGroupIds is left"),
+        (_set("available_node_types|cpu|node_config|IamInstanceProfile", HEADS), "cpu: it has the head's IamInstanceP"),
         (_set("available_node_types|cpu|node_config|InstanceTyp", "m7i.large"), "EC2 has no InstanceTyp"),
         (_set("available_node_types|cpu|node_config|InstanceType", 7), "EC2 refuses it"),
         (_set("available_node_types|cpu|node_config|MetadataOptions", {"HttpTokens": "optional"}), "without a session"),
@@ -155,6 +161,31 @@ def _replace(key: str, old: str, new: str) -> Callable[[Config], None]:
 def test_a_cluster_file_with_one_mistake_is_refused(mutate: Callable[[Config], None], said: str) -> None:
     # A deep copy through YAML, so that anchors do not share one node_config between node types.
     config = yaml.safe_load(yaml.dump(load(), Dumper=_Unshared))
+    mutate(config)
+    assert [problem for problem in problems(config) if said in problem] != [], problems(config)
+
+
+SECURE = yaml.safe_load(render_launcher(load_config(ClusterSpec, SPEC_FILE, ["tls_folder=~/tls"]), "aws"))
+
+
+def test_certificates_are_sent_without_the_authoritys_key_and_switched_on() -> None:
+    assert problems(SECURE) == []
+    sent = {remote: local for remote, local in SECURE["file_mounts"].items() if "tls" in remote}
+    assert sent == {f"~/farspan-tls/{name}": f"~/tls/{name}" for name in ("ca.crt", "node.crt", "node.key")}
+    assert not [name for name in load()["file_mounts"] if "tls" in name]
+
+
+@pytest.mark.parametrize(
+    ("mutate", "said"),
+    [
+        (_drop("file_mounts|~/farspan-tls/ca.crt"), "ca.crt is not sent to the nodes"),
+        (_set("file_mounts|~/farspan-tls/ca.key", "~/tls/ca.key"), "the authority's key (ca.key) is sent"),
+        (_replace("setup_commands", "RAY_USE_TLS=1", "RAY_USE_TLS=0"), "RAY_USE_TLS=1 is not set"),
+        (_replace("setup_commands", "RAY_TLS_CA_CERT", "RAY_TLS_CA"), "RAY_TLS_CA_CERT=$HOME/farspan-tls/ca.crt is"),
+    ],
+)
+def test_half_of_tls_is_refused(mutate: Callable[[Config], None], said: str) -> None:
+    config = copy.deepcopy(SECURE)
     mutate(config)
     assert [problem for problem in problems(config) if said in problem] != [], problems(config)
 

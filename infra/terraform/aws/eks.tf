@@ -33,6 +33,11 @@ resource "aws_eks_addon" "network" {
   cluster_name         = aws_eks_cluster.this.name
   addon_name           = "vpc-cni"
   configuration_values = jsonencode({ enableNetworkPolicy = "true" })
+
+  # A new cluster has this one, and two of the others, unmanaged: the add-on takes their place instead of failing. What
+  # somebody changed of it later stays when it is updated.
+  resolve_conflicts_on_create = "OVERWRITE"
+  resolve_conflicts_on_update = "PRESERVE"
 }
 
 resource "aws_eks_addon" "others" {
@@ -40,12 +45,18 @@ resource "aws_eks_addon" "others" {
   cluster_name = aws_eks_cluster.this.name
   addon_name   = each.key
   depends_on   = [aws_eks_node_group.this]
+
+  resolve_conflicts_on_create = "OVERWRITE"
+  resolve_conflicts_on_update = "PRESERVE"
 }
 
 resource "aws_eks_addon" "volumes" {
   cluster_name = aws_eks_cluster.this.name
   addon_name   = "aws-ebs-csi-driver"
   depends_on   = [aws_eks_node_group.this, aws_iam_role_policy_attachment.volumes]
+
+  resolve_conflicts_on_create = "OVERWRITE"
+  resolve_conflicts_on_update = "PRESERVE"
 
   pod_identity_association {
     role_arn        = aws_iam_role.volumes.arn

@@ -17,3 +17,13 @@ output "private_subnet" {
   description = "aws.subnet of the spec, for Ray's cluster launcher in the same network."
   value       = aws_subnet.private[var.zones[0]].id
 }
+
+output "instance_profile" {
+  description = "aws.instance_profile of the spec: of the head of Ray's cluster launcher."
+  value       = aws_iam_instance_profile.launched["head"].name
+}
+
+output "worker_instance_profile" {
+  description = "aws.worker_instance_profile of the spec: of every other node."
+  value       = aws_iam_instance_profile.launched["worker"].name
+}

@@ -23,16 +23,8 @@ resource "aws_iam_role_policy_attachment" "cluster" {
 }
 
 resource "aws_iam_role" "node" {
-  name = "${var.name}-node"
-
-  assume_role_policy = jsonencode({
-    Version = "2012-10-17"
-    Statement = [{
-      Effect    = "Allow"
-      Action    = "sts:AssumeRole"
-      Principal = { Service = "ec2.amazonaws.com" }
-    }]
-  })
+  name               = "${var.name}-node"
+  assume_role_policy = local.machines_assume
 }
 
 resource "aws_iam_role_policy_attachment" "node" {
@@ -48,29 +40,9 @@ resource "aws_iam_role" "pod" {
 }
 
 resource "aws_iam_role_policy" "pod" {
-  name = "bucket"
-  role = aws_iam_role.pod.id
-
-  policy = jsonencode({
-    Version = "2012-10-17"
-    Statement = [
-      {
-        Effect   = "Allow"
-        Action   = ["s3:ListBucket", "s3:GetBucketLocation", "s3:ListBucketMultipartUploads"]
-        Resource = aws_s3_bucket.this.arn
-      },
-      {
-        Effect   = "Allow"
-        Action   = ["s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"]
-        Resource = "${aws_s3_bucket.this.arn}/*"
-      },
-      {
-        Effect   = "Allow"
-        Action   = ["kms:Decrypt", "kms:GenerateDataKey"]
-        Resource = aws_kms_key.this.arn
-      },
-    ]
-  })
+  name   = "bucket"
+  role   = aws_iam_role.pod.id
+  policy = local.bucket
 }
 
 # The Cluster Autoscaler, which you install: it may change the size of this cluster's groups alone.
@@ -119,6 +91,36 @@ resource "aws_iam_role_policy_attachment" "volumes" {
 }
 
 locals {
+  bucket = jsonencode({
+    Version = "2012-10-17"
+    Statement = [
+      {
+        Effect   = "Allow"
+        Action   = ["s3:ListBucket", "s3:GetBucketLocation", "s3:ListBucketMultipartUploads"]
+        Resource = aws_s3_bucket.this.arn
+      },
+      {
+        Effect   = "Allow"
+        Action   = ["s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"]
+        Resource = "${aws_s3_bucket.this.arn}/*"
+      },
+      {
+        Effect   = "Allow"
+        Action   = ["kms:Decrypt", "kms:GenerateDataKey"]
+        Resource = aws_kms_key.this.arn
+      },
+    ]
+  })
+
+  machines_assume = jsonencode({
+    Version = "2012-10-17"
+    Statement = [{
+      Effect    = "Allow"
+      Action    = "sts:AssumeRole"
+      Principal = { Service = "ec2.amazonaws.com" }
+    }]
+  })
+
   pods_assume = jsonencode({
     Version = "2012-10-17"
     Statement = [{

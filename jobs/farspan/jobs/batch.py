@@ -11,6 +11,7 @@ import torch
 from farspan.config.load import dump_config, parse_config
 from farspan.config.schema import EngineConfig
 from farspan.engine.answer_file import AnswerFile
+from farspan.engine.draft import NO_GUESSES, DraftUse
 from farspan.engine.offline import BLOCK_PROMPTS, OfflineEngine, Progress, in_blocks, in_groups, open_lines
 from farspan.engine.origin import origin_of
 from farspan.engine.prompts import Answered, Prompt
@@ -36,8 +37,11 @@ class _Worker:
             torch.set_num_threads(settings.threads)
         self._offline = OfflineEngine.open(fetch_model(model), settings)
 
-    def answer(self, prompts: list[Prompt]) -> list[Answered]:
-        return list(self._offline.answers(prompts))
+    def answer(self, prompts: list[Prompt]) -> tuple[list[Answered], DraftUse]:
+        """The answers, and what came of guesses meanwhile."""
+        before = self._offline.engine.drafted
+        answers = list(self._offline.answers(prompts))
+        return answers, self._offline.engine.drafted.since(before)
 
 
 class _Crew:
@@ -48,6 +52,8 @@ class _Crew:
         self._make = ray.remote(num_cpus=max(config.threads, 1), num_gpus=gpus)(_Worker)
         self._arguments = (model, dump_config(config))
         self._engines = [self._make.remote(*self._arguments) for _ in range(num_engines)]
+        self.drafted = NO_GUESSES
+        """What came of all guesses but those for prompts that were lost with their engine."""
         self._working: dict[ray.ObjectRef, tuple[int, list[Prompt], int]] = {}
         # What each engine has still to do of its share.
         self._rest: list[list[Prompt]] = [[] for _ in self._engines]
@@ -68,7 +74,7 @@ class _Crew:
             (ready,) = done
             place, prompts, tries = self._working.pop(ready)
             try:
-                answers = ray.get(ready)
+                answers, drafted = ray.get(ready)
             except ray.exceptions.RayActorError as problem:
                 if problem.actor_init_failed:
                     raise _cause(problem) from None
@@ -81,6 +87,7 @@ class _Crew:
             except ray.exceptions.RayError as problem:
                 raise _cause(problem) from None
             self._give(place, self._next(place, shares))
+            self.drafted += drafted
             yield answers
 
     def _next(self, place: int, shares: Iterator[list[Prompt]]) -> list[Prompt]:
@@ -133,6 +140,7 @@ def run_batch(
 
         crew = _Crew(model, config, num_engines)
         for done in crew.answers(shares()):
+            progress.drafted = crew.drafted
             note(done)
     finally:
         if crew is not None:

@@ -41,6 +41,8 @@ def run_batch(ask: BatchAsk) -> None:
     check_engine(config)
     # Engines on Ray have another working directory.
     config = replace(config, adapters={name: absolute_uri(folder) for name, folder in config.adapters.items()})
+    if config.draft_model is not None:
+        config = replace(config, draft_model=absolute_uri(config.draft_model))
     if ask.join and not ask.engines:
         raise ConfigError("--join", "must come with --engines", True, "add for example --engines 4")
     prompts, output = _local("PROMPTS", ask.prompts), _local("--output", ask.output)

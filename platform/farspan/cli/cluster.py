@@ -63,6 +63,7 @@ def plan(
 
     loaded, provider = load_spec(spec, overrides), _provider(on)
     found = plan_cluster(loaded, provider)
+    _tell_examples(loaded, provider)
     unplaced = _unplaced(yaml.safe_load(render_launcher(loaded, provider)), train, serve)
     if as_json:
         typer.echo(json.dumps({**asdict(found), "unplaced": unplaced}, indent=1))
@@ -98,6 +99,8 @@ def validate(
         raise ConfigError(file or on, "must be YAML", " ".join(str(problem).split()), "fix the syntax") from None
     if not isinstance(config, dict):
         raise ConfigError(file or on, "must hold `key: value` lines", type(config).__name__, "start with cluster_name")
+    if file is None:
+        _tell_examples(loaded, on)
     # A file with problems may have no node types to look at.
     found = problems(config, loaded.software) or _unplaced(config, train, serve)
     report({file or f"the {on} file": found}, as_json=as_json)
@@ -109,10 +112,14 @@ def up(
     overrides: Overrides = None,
     on: OnOrHere = "aws",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Give up after [up_timeout_s].")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=1, help="Give up after [up_timeout_s].")
+    ] = None,
 ) -> None:
     """Show the plan, ask, and start the cluster within a time limit; run again, it goes on where it is."""
-    from farspan.cli.launch import refuse_to_forget, run_launcher
+    import yaml
+
+    from farspan.cli.launch import ask_cloud, refuse_to_forget, run_launcher
     from farspan.cluster.cost import plan_cluster
     from farspan.cluster.launcher import render_launcher
     from farspan.cluster.preflight import check_ready
@@ -124,6 +131,7 @@ def up(
         return
     check_ready(loaded, provider, Path.cwd(), launched.folder)
     text = render_launcher(loaded, provider)
+    ask_cloud(yaml.safe_load(text)["provider"])
     refuse_to_forget(launched, text)
     _show(plan_cluster(loaded, provider))
     _ask(yes, "Start it?")
@@ -167,7 +175,7 @@ def down(
     overrides: Overrides = None,
     on: OnOrHere = "aws",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Give up after.")] = _DOWN_TIMEOUT_S,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", min=1, help="Give up after.")] = _DOWN_TIMEOUT_S,
 ) -> None:
     """End every machine of a cluster; where none is left, it says so. With --on local Ray is stopped on each."""
     from farspan.cli.launch import nodes_of
@@ -238,6 +246,15 @@ def report(found: dict[str, list[str]], *, as_json: bool) -> None:
                 typer.echo(f"{name}: ok")
     if wrong:
         raise typer.Exit(2)
+
+
+def _tell_examples(spec: ClusterSpec, provider: str) -> None:
+    """Name what `up` will refuse, before somebody counts on it."""
+    from farspan.cluster.examples import examples_of
+
+    if examples := examples_of(spec, provider):
+        fields = ", ".join(examples)
+        typer.echo(f"warning: still examples, which farspan cluster up refuses: {fields}; set yours", err=True)
 
 
 def _ask(yes: bool, question: str) -> None:

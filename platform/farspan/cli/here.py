@@ -23,7 +23,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from farspan.cli.launch import Node
-from farspan.cluster.diagnose import diagnose
+from farspan.cluster.diagnose import cannot_write, diagnose
 from farspan.cluster.environment import AUTH, HABITS
 from farspan.cluster.preflight import check_space
 from farspan.config.cluster import HereConfig
@@ -63,11 +63,16 @@ class Here:
         return self.folder / "nodes.json"
 
     def read(self) -> Here:
-        """The record, if there is one."""
-        if self.file.is_file():
+        """The record, if there is one. Raises StorageError where it is none of ours."""
+        if not self.file.is_file():
+            return self
+        try:
             kept = json.loads(self.file.read_text(encoding="utf-8"))
             self.temp, self.settings = kept["temp"], kept["settings"]
             self.nodes = [Process(**node) for node in kept["nodes"]]
+        except (ValueError, KeyError, TypeError):
+            reason = "is not the record of nodes that it should be; end what runs of Ray (ray stop), then delete it"
+            raise StorageError(str(self.file), reason) from None
         return self
 
     def write(self) -> None:
@@ -76,7 +81,7 @@ class Here:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.file.write_text(json.dumps(kept, indent=1), encoding="utf-8")
         except OSError as problem:
-            raise StorageError(str(self.file), f"could not be written: {problem.strerror}; free space") from None
+            raise StorageError(str(self.file), cannot_write(problem)) from None
 
 
 def up(config: HereConfig, folder: Path, timeout_s: float, say: Callable[[str], None]) -> str:
@@ -130,7 +135,8 @@ def down(folder: Path) -> int:
         raise ClusterError(f"process {left[0].pid} of Ray does not end; end it yourself: kill -9 {left[0].pid}")
     if here.temp:
         shutil.rmtree(here.temp, ignore_errors=True)
-    here.file.unlink(missing_ok=True)
+    if here.file.is_file():
+        here.file.unlink()
     return len(running)
 
 

@@ -55,6 +55,9 @@ def validate(
     from farspan.cluster.schemas import read_schemas, schema_problems
 
     schemas = read_schemas(Path(crds)) if crds is not None else {}
+    if crds is not None and not any(kind.startswith("Ray") for kind in schemas):
+        way_out = "make it by kubectl get crd rayclusters.ray.io rayjobs.ray.io rayservices.ray.io -o json"
+        raise ConfigError("--crds", "must hold CRDs of KubeRay", crds, way_out)
     composed, found = _composed(Path(folder)), {}
     for name, manifests in composed.items():
         strict = [problem for manifest in manifests for problem in schema_problems(manifest, schemas)]
@@ -68,17 +71,21 @@ def validate(
 @app.command()
 def certs(
     output: Annotated[str, typer.Argument(help="Folder, made with mode 700.", metavar="FOLDER")],
-    host: Annotated[list[str] | None, typer.Option(help="Address or name of a node; once for each.")] = None,
+    host: Annotated[
+        list[str] | None, typer.Option(help="Address, network (10.0.0.0/26) or name of nodes; once for each.")
+    ] = None,
     days: Annotated[int, typer.Option(help="How long the node's certificate is good for.")] = 365,
 ) -> None:
     """Make certificates for TLS between Ray's processes; a second call keeps the authority and signs anew."""
-    from farspan.cluster.certs import make_certificates, ray_variables
+    from farspan.cluster.certs import make_certificates
+    from farspan.cluster.environment import tls_switches
 
     folder = Path(output).absolute()
     for path in make_certificates(folder, host or [], days):
         typer.echo(f"written: {path}")
-    typer.echo("every node and driver needs the folder without ca.key, and these variables:")
-    for name, value in ray_variables(folder).items():
+    typer.echo(f"launcher clusters: set tls_folder={folder} in the spec, and every node gets them")
+    typer.echo("any other node or driver needs the folder without ca.key, and these variables:")
+    for name, value in tls_switches(str(folder)).items():
         typer.echo(f"export {name}={value}")
 
 
@@ -110,9 +117,15 @@ def _kustomize(overlay: Path) -> str:
     except subprocess.TimeoutExpired:
         raise ConfigError(str(overlay), "must be composed in time", _KUSTOMIZE_TIMEOUT_S, "look for a cycle") from None
     if answer.returncode != 0:
-        reason = " ".join(answer.stderr.split())
-        raise ConfigError(str(overlay), "must be a kustomization", reason, "run farspan infra render again")
+        raise ConfigError(
+            str(overlay), "must be a kustomization", _last_cause(answer.stderr), "run farspan infra render again"
+        )
     return answer.stdout
+
+
+def _last_cause(said: str) -> str:
+    """The end of kustomize's chain of causes: which file, and what is wrong with it."""
+    return ": ".join(" ".join(said.split()).strip("\"' ").split(": ")[-2:])
 
 
 def _documents(text: str, name: str) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import signal
 import subprocess
@@ -17,11 +18,13 @@ from typing import Any
 
 import yaml
 
-from farspan.cluster.diagnose import diagnose
+from farspan.cluster.diagnose import cannot_write, diagnose
 from farspan.errors import ClusterError, StorageError
 
 _POLL_S = 0.2
 _GRACE_S = 10.0
+# What Ray's provider needs, by the name it is installed by.
+_PACKAGES = {"aws": "boto3", "gcp": "google-api-python-client"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +59,19 @@ class Launched:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.file.write_text(text, encoding="utf-8")
         except OSError as problem:
-            raise StorageError(str(self.file), f"could not be written: {problem.strerror}; free space") from None
+            raise StorageError(str(self.file), cannot_write(problem)) from None
 
     def config(self) -> dict[str, Any]:
-        """The launcher file, read."""
-        config = yaml.safe_load(self.file.read_text(encoding="utf-8"))
-        assert isinstance(config, dict)
+        """The launcher file, read. Raises StorageError where it is none."""
+        try:
+            config = yaml.safe_load(self.file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError, OSError):
+            config = None
+        if not isinstance(config, dict) or not isinstance(config.get("provider"), dict):
+            reason = (
+                "is not the launcher file that it should be; delete it, and the spec says where to look for machines"
+            )
+            raise StorageError(str(self.file), reason)
         return config
 
 
@@ -118,16 +128,48 @@ def _provider_of(config: dict[str, Any]) -> Iterator[Any]:
     from ray.autoscaler._private.util import prepare_config
 
     try:
-        # Ray tells its own story on standard output, where ours may be JSON.
-        with contextlib.redirect_stdout(io.StringIO()):
+        ask_cloud(config["provider"])
+        # Ray tells its own story on standard output, where ours may be JSON, and in its log.
+        with contextlib.redirect_stdout(io.StringIO()), _quiet("ray.autoscaler"):
             prepared = prepare_config(config)
             yield _get_node_provider(prepared["provider"], prepared["cluster_name"])
     except ImportError as problem:
-        raise ClusterError(f"this provider needs the package {problem.name}; pip install {problem.name}") from None
+        package = _PACKAGES.get(config["provider"]["type"], problem.name)
+        raise ClusterError(f"this provider needs the package {package}; run pip install {package}") from None
+    except ClusterError:
+        raise
     except Exception as problem:
         raise ClusterError(
             f"the provider does not answer: {diagnose(f'{type(problem).__name__}: {problem}')}"
         ) from None
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Only warnings of a logger, for a while."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def ask_cloud(provider: dict[str, Any]) -> None:
+    """One cheap question to EC2, as Ray asks for many minutes where nobody answers. Raises ClusterError."""
+    if provider["type"] != "aws":
+        return
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.session import get_session
+
+    patience = Config(connect_timeout=10, read_timeout=20, retries={"total_max_attempts": 2})
+    try:
+        client = get_session().create_client("ec2", region_name=provider["region"], config=patience)
+        client.describe_instances(MaxResults=5)
+    except (BotoCoreError, ClientError, ValueError) as problem:
+        raise ClusterError(f"EC2 does not answer: {diagnose(f'{type(problem).__name__}: {problem}')}") from None
 
 
 def refuse_to_forget(launched: Launched, text: str) -> None:

@@ -7,15 +7,14 @@ import copy
 import io
 from typing import Any
 
-from farspan.cluster.check_launcher import launcher_problems
+from farspan.cluster.check_launcher import launcher_problems, shape_problems
 from farspan.config.cluster import SoftwareConfig
 
 
 def problems(config: dict[str, Any], software: SoftwareConfig) -> list[str]:
     """Everything wrong with a launcher file, one sentence each. Needs no network."""
-    found = _ray_problems(config)
-    # What Ray cannot read has no parts to look into.
-    return found or launcher_problems(config, software)
+    # What has another shape Ray cannot read, and what Ray cannot read has no parts to look into.
+    return shape_problems(config) or _ray_problems(config) or launcher_problems(config, software)
 
 
 def _ray_problems(config: dict[str, Any]) -> list[str]:

@@ -366,7 +366,9 @@ def run(arguments: list[str]) -> int:
         usage = getattr(problem, "format_message", None)
         if usage is None:
             raise
-        console.print(f"error: {usage()}; try `farspan --help`", style="red", markup=False)
+        # A group without a command has shown its help already.
+        if said := usage():
+            console.print(f"error: {said}; try `farspan --help`", style="red", markup=False)
         return 2
     return code if isinstance(code, int) else 0
 

@@ -174,6 +174,8 @@ class BatchProgressBar(_Live):
     def finish(self, progress: Any, output: str) -> None:
         """The last lines."""
         text = f"{progress.answered:,} answers, {progress.tokens:,} tokens: {output}"
+        if progress.drafted.proposed:
+            text += f"; {progress.drafted.accepted:,} of {progress.drafted.proposed:,} guessed tokens were right"
         if progress.skipped:
             text += f"; {progress.skipped:,} were there already"
         if progress.failed:

@@ -97,6 +97,8 @@ def _load(paths: Sequence[str], overrides: list[str]) -> list[ServeConfig]:
     for path in paths:
         config = load_config(ServeConfig, path, overrides)
         config.model = absolute_uri(config.model)
+        if config.engine.draft_model is not None:
+            config.engine.draft_model = absolute_uri(config.engine.draft_model)
         config.engine.adapters = _placed(config.engine.adapters, Path(path).parent, overrides)
         configs.append(config)
     return configs

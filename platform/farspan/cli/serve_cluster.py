@@ -29,8 +29,8 @@ def deploy(configs: Sequence[ServeConfig], address: str) -> None:
     names = [place.name for place in line_up(configs)]
     if here:
         check_app(*configs)
-    elif near := next((each.model for each in configs if "://" not in each.model), None):
-        raise ConfigError("model", "must be reachable from the cluster", near, "use s3://BUCKET/PATH")
+    else:
+        _refuse_near(configs)
     keys, key_file = read_keys(config)
     files = {f"config-{n}.yaml": dump_config(replace(each, api_key_file=None)) for n, each in enumerate(configs)}
     command = f"serve {' '.join(files)} --join keys"
@@ -41,3 +41,10 @@ def deploy(configs: Sequence[ServeConfig], address: str) -> None:
     typer.echo(f"{said if head is None else said.replace('127.0.0.1', head, 1)}  key file {key_file}")
     if not here and head is None:
         typer.echo(f"it listens on {config.host} of the head: forward port {config.port} to reach it")
+
+
+def _refuse_near(configs: Sequence[ServeConfig]) -> None:
+    for config in configs:
+        for field, uri in (("model", config.model), ("engine.draft_model", config.engine.draft_model)):
+            if uri is not None and "://" not in uri:
+                raise ConfigError(field, "must be reachable from the cluster", uri, "use s3://BUCKET/PATH")

@@ -5,52 +5,76 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from farspan.cluster.diagnose import cannot_write
+from farspan.cluster.environment import TLS_FILES
 from farspan.errors import ConfigError, StorageError
 
 _CA_DAYS = 3650
 _EARLIER = datetime.timedelta(minutes=5)
 _ALWAYS = ("127.0.0.1", "localhost")
+# A certificate travels in every handshake; this many addresses are 8 KiB of it.
+_MOST_ADDRESSES = 1024
+# A name does not end in a number: that would be a mistyped address.
+_HOST_NAME = re.compile(r"(?!-)([A-Za-z0-9-]{1,63}\.)*(?!\d+$)[A-Za-z0-9-]{1,63}")
 
 
 def make_certificates(folder: Path, hosts: list[str], days: int) -> list[Path]:
     """Write ca.crt and ca.key once, and node.crt and node.key for `hosts` each time; gives the paths written.
 
-    Ray connects by address: `hosts` must hold every address a node is reached by. 127.0.0.1 is always among them.
+    Ray connects by address: `hosts` must hold every address a node is reached by, each alone or by its network
+    (10.0.0.0/26), where nobody knows yet which of them nodes get. 127.0.0.1 is always among them.
 
     Raises:
-        ConfigError: no host, or days out of range.
+        ConfigError: no host, too many addresses, or days out of range.
         StorageError: the folder cannot be written, or holds half an authority.
     """
     if not hosts:
         raise ConfigError("--host", "must be given at least once", None, "add --host ADDRESS for each node")
     if not 1 <= days <= _CA_DAYS:
         raise ConfigError("--days", f"must lie in 1..{_CA_DAYS}", days, "use --days 365")
+    addresses = list(_alternatives(hosts))
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         authority, key, written = _authority(folder)
         node_key = ec.generate_private_key(ec.SECP256R1())
-        node = _node_certificate(authority, key, node_key, [*dict.fromkeys([*hosts, *_ALWAYS])], days)
+        node = _node_certificate(authority, key, node_key, addresses, days)
         written += [_write(folder / "node.crt", _pem(node)), _write(folder / "node.key", _pem_key(node_key))]
     except OSError as problem:
-        raise StorageError(str(folder), f"certificates could not be written: {problem.strerror or problem}") from None
+        raise StorageError(str(folder), f"certificates {cannot_write(problem)}") from None
     return written
 
 
-def ray_variables(folder: Path) -> dict[str, str]:
-    """Ray's own switches that turn TLS on, for every node and driver."""
-    return {
-        "RAY_USE_TLS": "1",
-        "RAY_TLS_SERVER_CERT": str(folder / "node.crt"),
-        "RAY_TLS_SERVER_KEY": str(folder / "node.key"),
-        "RAY_TLS_CA_CERT": str(folder / "ca.crt"),
-    }
+def check_certificates(folder: Path, hosts: Sequence[str]) -> None:
+    """Refuse a folder whose certificates would not be taken by the nodes at `hosts`. Raises ConfigError."""
+    again = f"run farspan infra certs {folder} with --host for each node"
+    if missing := [name for name in TLS_FILES if not (folder / name).is_file()]:
+        raise ConfigError("tls_folder", f"must hold {', '.join(TLS_FILES)}", f"no {missing[0]} in {folder}", again)
+    try:
+        authority, node = (x509.load_pem_x509_certificate((folder / name).read_bytes()) for name in TLS_FILES[:2])
+        key = serialization.load_pem_private_key((folder / TLS_FILES[2]).read_bytes(), password=None)
+        node.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        raise ConfigError("tls_folder", "must hold certificates of one authority", str(folder), again) from None
+    if key.public_key() != node.public_key():
+        raise ConfigError("tls_folder", "must hold the key of node.crt", str(folder / "node.key"), again)
+    for name, certificate in (("node.crt", node), ("ca.crt", authority)):
+        if certificate.not_valid_after_utc < datetime.datetime.now(datetime.UTC):
+            ended = f"{certificate.not_valid_after_utc:%Y-%m-%d}"
+            raise ConfigError("tls_folder", f"must hold certificates that are good now: {name} ended", ended, again)
+    names = node.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    for host in hosts:
+        if _alternative(host) not in names:
+            raise ConfigError("tls_folder", "must hold a certificate with every node's address", host, again)
 
 
 def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey, list[Path]]:
@@ -84,14 +108,14 @@ def _node_certificate(
     authority: x509.Certificate,
     key: ec.EllipticCurvePrivateKey,
     node_key: ec.EllipticCurvePrivateKey,
-    hosts: list[str],
+    addresses: list[x509.GeneralName],
     days: int,
 ) -> x509.Certificate:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "farspan node")])
     both_ways = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
     return (
         _builder(name, authority.subject, node_key.public_key(), days)
-        .add_extension(x509.SubjectAlternativeName([_alternative(host) for host in hosts]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(addresses), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs_certificates=False), critical=True)
         .add_extension(both_ways, critical=False)
@@ -129,10 +153,34 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
     )
 
 
+def _alternatives(hosts: Sequence[str]) -> list[x509.GeneralName]:
+    """What a certificate says of these hosts and of this machine itself, each once."""
+    found: dict[x509.GeneralName, None] = {}
+    for host in (*_ALWAYS, *hosts):
+        named = _network(host) if "/" in host else [_alternative(host)]
+        if len(found) + len(named) > _MOST_ADDRESSES:
+            rule = f"must name at most {_MOST_ADDRESSES} addresses in all"
+            raise ConfigError("--host", rule, host, "keep a smaller subnet for the cluster, and name that")
+        found |= dict.fromkeys(named)
+    return list(found)
+
+
+def _network(written: str) -> list[x509.GeneralName]:
+    """Every address of a network; of a large one so many that they are too many."""
+    try:
+        network = ipaddress.ip_network(written)
+    except ValueError as problem:
+        raise ConfigError("--host", f"must be a network ({problem})", written, "write it as 10.0.0.0/26") from None
+    return [x509.IPAddress(network[i]) for i in range(min(network.num_addresses, _MOST_ADDRESSES + 1))]
+
+
 def _alternative(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
+        if not _HOST_NAME.fullmatch(host):
+            way_out = "write it as 10.0.0.4, 10.0.0.0/26 or node.example"
+            raise ConfigError("--host", "must be an address, a network or a name", host, way_out) from None
         return x509.DNSName(host)
 
 

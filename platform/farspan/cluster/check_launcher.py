@@ -6,6 +6,7 @@ that open ports, widen roles and install nightly builds. Each problem is one sen
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 import botocore.session
 import botocore.validate
 
-from farspan.cluster.environment import AUTH, HABITS, WATCHES, requirements, wheel
+from farspan.cluster.environment import AUTH, HABITS, TLS_FILES, WATCHES, requirements, tls_switches, wheel
 from farspan.cluster.launcher import NODE_TYPES
 from farspan.cluster.secrets import holds_secret
 from farspan.config.cluster import SoftwareConfig
@@ -34,6 +35,7 @@ _EXPLICIT_KEYS = (
     "setup_commands", "head_setup_commands", "worker_setup_commands", "head_start_ray_commands",
     "worker_start_ray_commands",
 )  # fmt: skip
+_SECTIONS = ("provider", "auth", "file_mounts", "available_node_types")
 _NODE_TYPE_KEYS = ("head_node_type", "available_node_types")
 _NODE_KEYS = {
     "aws": (
@@ -47,6 +49,27 @@ _START = ". /etc/profile.d/farspan.sh; test -s ~/.ray/auth_token &&"
 _MOST_IDLE_MINUTES = 60
 
 
+def shape_problems(config: Config) -> list[str]:
+    """Sections that are no sections, lists that are no lists: Ray would fail on them without saying where."""
+    types = config.get("available_node_types")
+    nodes = {f"available_node_types.{name}": node for name, node in types.items()} if isinstance(types, dict) else {}
+    nodes |= {f"{name}.node_config": node.get("node_config") for name, node in nodes.items() if isinstance(node, dict)}
+    sections = {key: config.get(key) for key in _SECTIONS} | nodes
+    lists = {key: config.get(key) for key in _EXPLICIT_KEYS if key.endswith("_commands")}
+    return [
+        *(
+            f"{key} must hold `key: value` lines, got {value!r}"
+            for key, value in sections.items()
+            if _other(value, dict)
+        ),
+        *(f"{key} must be a list, got {value!r}" for key, value in lists.items() if _other(value, list)),
+    ]
+
+
+def _other(value: object, kind: type) -> bool:
+    return value is not None and not isinstance(value, kind)
+
+
 def launcher_problems(config: Config, software: SoftwareConfig) -> list[str]:
     """One sentence for each thing that is wrong; `software` says which versions the file must install."""
     provider = config.get("provider")
@@ -58,7 +81,7 @@ def launcher_problems(config: Config, software: SoftwareConfig) -> list[str]:
         return [f"{key} is left to Ray's defaults" for key in missing]
     return [
         *_provider_problems(provider, PROVIDER_KEYS[kind]),
-        *([] if kind == "local" else _node_problems(config["available_node_types"], kind)),
+        *([] if kind == "local" else _node_problems(config, kind)),
         *_limit_problems(config, kind),
         *_pin_problems(config, software, kind),
         *_auth_problems(config),
@@ -73,7 +96,8 @@ def _provider_problems(provider: Config, known: tuple[str, ...]) -> Iterator[str
         yield f"provider.{key} is left to Ray's defaults"
 
 
-def _node_problems(node_types: Config, kind: str) -> Iterator[str]:
+def _node_problems(config: Config, kind: str) -> Iterator[str]:
+    node_types = config["available_node_types"]
     yield from (f"node type {name} is missing" for name in NODE_TYPES if name not in node_types)
     for name, node_type in node_types.items():
         node = dict(node_type.get("node_config", {}))
@@ -84,6 +108,29 @@ def _node_problems(node_types: Config, kind: str) -> Iterator[str]:
             yield from (f"{name}: {problem}" for problem in _ec2_problems(node))
         else:
             yield from (f"{name}: {problem}" for problem in _gce_problems(node))
+    yield from _account_problems(config, kind)
+
+
+def _account_problems(config: Config, kind: str) -> Iterator[str]:
+    """Workers that are to their cloud who the head is."""
+    key = {"aws": "IamInstanceProfile", "gcp": "serviceAccounts"}[kind]
+    accounts = {name: node.get("node_config", {}).get(key) for name, node in config["available_node_types"].items()}
+    heads = accounts.pop(config["head_node_type"])
+    for name, account in accounts.items():
+        if account is not None and account == heads:
+            yield f"{name}: it has the head's {key}, which may start and end machines"
+
+
+def ec2_machines() -> frozenset[str]:
+    """Instance types that this botocore knows."""
+    return frozenset(_run_instances().members["InstanceType"].enum)
+
+
+def no_machine(name: str) -> str:
+    """What to do about an instance type that is none."""
+    near = difflib.get_close_matches(name, ec2_machines(), n=1)
+    newer = "where it is newer than this boto3, pip install --upgrade boto3"
+    return f"did you mean {near[0]!r}? {newer}" if near else newer
 
 
 @functools.cache
@@ -102,6 +149,9 @@ def _ec2_problems(node: Config) -> Iterator[str]:
     report = botocore.validate.ParamValidator().validate(request, shape)
     if report.has_errors():
         yield f"EC2 refuses it: {report.generate_report()}"
+    machine = node.get("InstanceType")
+    if isinstance(machine, str) and machine not in ec2_machines():
+        yield f"EC2 has no {machine}: {no_machine(machine)}"
     for volume in node.get("BlockDeviceMappings", []):
         if volume.get("Ebs", {}).get("Encrypted") is not True:
             yield "a disk is not encrypted"
@@ -148,6 +198,19 @@ def _pin_problems(config: Config, software: SoftwareConfig, kind: str) -> Iterat
         yield "a setup command downloads from a bare address"
 
 
+def _tls_problems(mounts: Config, exports: dict[str, str]) -> Iterator[str]:
+    """A node with half of what TLS needs cannot speak to the others; one with the authority's key could make nodes."""
+    if any(str(source).endswith("ca.key") for source in mounts.values()):
+        yield "the authority's key (ca.key) is sent to the nodes"
+    wanted = tls_switches("$HOME/farspan-tls")
+    if not set(wanted) & set(exports):
+        return
+    yield from (f"{name}={value} is not set" for name, value in wanted.items() if exports.get(name) != value)
+    for file in TLS_FILES:
+        if f"~/farspan-tls/{file}" not in mounts:
+            yield f"{file} is not sent to the nodes"
+
+
 def _auth_problems(config: Config) -> Iterator[str]:
     if config["file_mounts"].get("~/.ray/auth_token") != "~/.ray/auth_token":
         yield "the token is not sent to the nodes"
@@ -157,6 +220,7 @@ def _auth_problems(config: Config) -> Iterator[str]:
         if exports.get(name) != value:
             yield f"{name}={value} is not set"
     yield from (f"{name} is not set" for name in WATCHES if name not in exports)
+    yield from _tls_problems(config["file_mounts"], exports)
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         starts = [command for command in config[key] if "ray start" in command]
         if len(starts) != 1 or not starts[0].startswith(_START):

@@ -1,11 +1,14 @@
-"""What a launcher's output comes down to: one sentence with the way out."""
+"""What a launcher's output, or a file that could not be written, comes down to: one sentence with the way out."""
 
 from __future__ import annotations
 
+import errno
 import re
 
 # In the order of how sure each of them names the cause; the first that matches is told.
 _CAUSES = (
+    (r"ProfileNotFound", "there is no such AWS profile; correct AWS_PROFILE, or run aws configure"),
+    (r"PartialCredentialsError", "half of the AWS credentials is missing; run aws configure, or aws sso login"),
     (
         r"NoCredentialsError|Unable to locate credentials",
         "no AWS credentials were found; run aws configure, or aws sso login",
@@ -35,7 +38,11 @@ _CAUSES = (
     (r"InvalidKeyPair", "the region has no such key pair; set aws.key_name"),
     (
         r"[Ii]nvalid IAM Instance Profile|InvalidIamInstanceProfile",
-        "there is no such instance profile; set aws.account and aws.instance_profile",
+        "there is no such instance profile; set aws.account, aws.instance_profile and aws.worker_instance_profile",
+    ),
+    (
+        r"Invalid value '[^']*' for InstanceType|InvalidInstanceType",
+        "EC2 has no such machine; set aws of that kind of node",
     ),
     (
         r"InsufficientInstanceCapacity|ZONE_RESOURCE_POOL_EXHAUSTED",
@@ -71,6 +78,15 @@ _CAUSES = (
         "the head does not answer SSH; is its subnet reachable from here, and port 22 open?",
     ),
 )
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def cannot_write(problem: OSError) -> str:
+    """Why a file could not be written, and what to do."""
+    way_out = "free space" if problem.errno in _FULL else "make its folder one that you may write to"
+    return f"could not be written: {problem.strerror or problem}; {way_out}"
 
 
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")

@@ -28,6 +28,20 @@ HABITS = {
 }
 
 
+# What a node needs for TLS. The authority's key is not among them: whoever has it can make nodes.
+TLS_FILES = ("ca.crt", "node.crt", "node.key")
+
+
+def tls_switches(folder: str) -> dict[str, str]:
+    """Ray's own switches that turn TLS on, for a node or driver that has the files in `folder`."""
+    return {
+        "RAY_USE_TLS": "1",
+        "RAY_TLS_SERVER_CERT": f"{folder}/node.crt",
+        "RAY_TLS_SERVER_KEY": f"{folder}/node.key",
+        "RAY_TLS_CA_CERT": f"{folder}/ca.crt",
+    }
+
+
 def requirements(software: SoftwareConfig) -> tuple[str, ...]:
     """What pip installs beside the wheel, pinned."""
     return (

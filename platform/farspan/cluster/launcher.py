@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jinja2
 
-from farspan.cluster.environment import AUTH, HABITS, WATCHES, requirements, wheel
+from farspan.cluster.environment import AUTH, HABITS, TLS_FILES, WATCHES, requirements, tls_switches, wheel
 from farspan.config.cluster import ClusterSpec
 from farspan.errors import ConfigError
 
@@ -37,6 +37,8 @@ def render_launcher(spec: ClusterSpec, provider: str) -> str:
         requirements=" ".join(f"'{requirement}'" for requirement in requirements(spec.software)),
         wheel=wheel(spec.software),
         auth=AUTH,
+        tls_files=TLS_FILES if spec.tls_folder is not None else (),
+        tls=tls_switches("$HOME/farspan-tls") if spec.tls_folder is not None else {},
         switches=[*_pairs(WATCHES), *_pairs(HABITS)],
     )
 

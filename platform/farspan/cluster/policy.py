@@ -222,8 +222,7 @@ def _size_problems(application: dict[str, Any], config: ServeConfig, groups: lis
         deployment.get("name") for deployment in application.get("deployments", []) if "num_replicas" in deployment
     }
     for name, role in (("prefill", config.prefill), ("decode", config.decode)):
-        most = role.max_replicas or role.replicas
-        is_open = not {role.min_replicas, role.max_replicas} <= {None, role.replicas}
+        is_open = role.least != role.most
         if is_open and not application.get("autoscaling_policy"):
             yield f"args: {name} may change its size, and no autoscaling_policy says when"
         if is_open and name in fixed:
@@ -232,8 +231,8 @@ def _size_problems(application: dict[str, Any], config: ServeConfig, groups: lis
             room = sum(_offer(group, resource) // amount * group.get("maxReplicas", 0) for group in groups)
             if not any(_offer(group, resource) for group in groups):
                 yield f"no worker group offers {resource}"
-            elif most > room:
-                yield f"args: {name}.max_replicas={most} finds no room: the groups with {resource} take {room:g}"
+            elif role.most > room:
+                yield f"args: {name}.max_replicas={role.most} finds no room: the groups with {resource} take {room:g}"
 
 
 def _offer(group: Manifest, resource: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -10,15 +11,23 @@ import stat
 from pathlib import Path
 
 import botocore.session
+from botocore.exceptions import BotoCoreError
 
+from farspan.cluster.certs import check_certificates
+from farspan.cluster.check_launcher import ec2_machines, no_machine
 from farspan.cluster.environment import wheel
+from farspan.cluster.examples import examples_of
 from farspan.config.cluster import ClusterSpec
+from farspan.config.cluster_rules import ROLES
 from farspan.config.load import nearest
 from farspan.errors import ConfigError, NotFoundError, StorageError
 
 GCS_PORT = 6379
 _LEAST_FREE_BYTES = 1 << 30
-_ZEROS = re.compile(r"(?<![1-9a-f])0{12,17}\b")
+_GOOGLE_REGION = re.compile(r"[a-z]+-[a-z]+\d{1,2}")
+_GOOGLE_KEY = Path("~/.config/gcloud/application_default_credentials.json")
+# What a machine of Google's calls itself; its credentials come from the network.
+_PRODUCT = Path("/sys/class/dmi/id/product_name")
 
 
 def check_ready(spec: ClusterSpec, provider: str, root: Path, state: Path) -> None:
@@ -26,14 +35,22 @@ def check_ready(spec: ClusterSpec, provider: str, root: Path, state: Path) -> No
 
     `root` holds requirements.lock and dist/; `state` is where this machine keeps what it started.
     """
+    for field, value in examples_of(spec, provider).items():
+        raise ConfigError(field, "must be yours, and this is only an example", value, f"set {field} in the spec")
     if provider == "aws":
         _check_aws(spec)
-    elif provider == "gcp" and spec.gcp.project == "your-project":
-        raise ConfigError("gcp.project", "must be your project", spec.gcp.project, "set gcp.project=ID")
-    elif provider == "local":
+    elif provider == "gcp":
+        _check_google(spec)
+    else:
         _check_free_port(spec.local.head)
+    _check_commands()
     section = getattr(spec, provider)
-    _check_private(f"{provider}.ssh_private_key", Path(section.ssh_private_key), "name the private key with its path")
+    key = Path(section.ssh_private_key)
+    _check_private(f"{provider}.ssh_private_key", key, "name the private key with its path")
+    if key.expanduser().read_bytes().startswith(b"ssh-"):
+        raise ConfigError(
+            f"{provider}.ssh_private_key", "must be the private half", str(key), "name the file without .pub"
+        )
     _check_private("Ray's token", Path("~/.ray/auth_token"), "run ray get-auth-token --generate")
     for file, way_out in (
         (root / "requirements.lock", "run it from the project's root"),
@@ -41,6 +58,10 @@ def check_ready(spec: ClusterSpec, provider: str, root: Path, state: Path) -> No
     ):
         if not file.is_file():
             raise NotFoundError(str(file), f"is sent to every node, and is not there; {way_out}")
+    if spec.tls_folder is not None:
+        known = [spec.local.head, *spec.local.workers] if provider == "local" else []
+        check_certificates(Path(spec.tls_folder).expanduser(), known)
+        _check_private("tls_folder", Path(spec.tls_folder) / "node.key", "run farspan infra certs again")
     check_space(state)
 
 
@@ -55,15 +76,55 @@ def check_space(folder: Path) -> None:
 
 
 def _check_aws(spec: ClusterSpec) -> None:
-    regions = botocore.session.get_session().get_available_regions("ec2")
+    _check_package("boto3", "boto3", spec.software.boto3)
+    session = botocore.session.get_session()
+    try:
+        regions = session.get_available_regions("ec2")
+        credentials = session.get_credentials()
+    except BotoCoreError as problem:
+        way_out = "correct AWS_PROFILE and ~/.aws, or run aws configure"
+        raise ConfigError("AWS credentials", "must be whole", str(problem), way_out) from None
     if spec.aws.region not in regions:
         raise ConfigError("aws.region", "must be a region of EC2", spec.aws.region, nearest(spec.aws.region, regions))
-    for field in ("account", "image", "subnet", "security_group"):
-        value = getattr(spec.aws, field)
-        if _ZEROS.search(value):
-            raise ConfigError(f"aws.{field}", "must be yours, not zeros", value, f"set aws.{field} in the spec")
-    if botocore.session.get_session().get_credentials() is None:
+    for role in ROLES:
+        if (machine := getattr(spec, role).aws) not in ec2_machines():
+            raise ConfigError(f"{role}.aws", "must be an instance type of EC2", machine, no_machine(machine))
+    if credentials is None:
         raise ConfigError("AWS credentials", "must be there", None, "run aws configure, or aws sso login")
+
+
+def _check_google(spec: ClusterSpec) -> None:
+    if not _GOOGLE_REGION.fullmatch(spec.gcp.region):
+        raise ConfigError(
+            "gcp.region", "must be a region of Compute Engine", spec.gcp.region, "write it as us-central1"
+        )
+    _check_package("googleapiclient", "google-api-python-client", spec.software.google_api)
+    named = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
+    if named is not None and not Path(named).is_file():
+        raise ConfigError("GOOGLE_APPLICATION_CREDENTIALS", "must name a file", named, "correct it, or unset it")
+    if named is None and not _GOOGLE_KEY.expanduser().is_file() and not _is_googles():
+        way_out = "run gcloud auth application-default login"
+        raise ConfigError("Google credentials", "must be there", None, way_out)
+
+
+def _is_googles() -> bool:
+    try:
+        return _PRODUCT.read_text(encoding="utf-8").startswith("Google")
+    except OSError:
+        return False
+
+
+def _check_package(module: str, package: str, version: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        rule = "must be installed here: Ray's launcher asks the cloud by it"
+        raise ConfigError(package, rule, None, f"run pip install {package}=={version}")
+
+
+def _check_commands() -> None:
+    for command, package in (("ssh", "openssh-client"), ("rsync", "rsync")):
+        if shutil.which(command) is None:
+            rule = "must be installed here: Ray's launcher reaches nodes by it"
+            raise ConfigError(command, rule, None, f"run apt-get install {package}")
 
 
 def _check_private(field: str, path: Path, way_out: str) -> None:

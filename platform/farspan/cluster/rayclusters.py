@@ -147,7 +147,7 @@ def _role(role: str, nodes: NodesConfig) -> dict[str, Any]:
 
 def _sizing(config: ServeConfig) -> dict[str, Any]:
     """Serve's policy for the whole application, where the number of workers is open."""
-    if all(role.min_replicas == role.max_replicas for role in (config.prefill, config.decode)):
+    if all(role.least == role.most for role in (config.prefill, config.decode)):
         return {}
     objectives = {"": [config.objectives.first_token_s, config.objectives.token_s]}
     return {"autoscaling_policy": {"policy_function": _SIZING, "policy_kwargs": {"objectives": objectives}}}

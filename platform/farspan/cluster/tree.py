@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from farspan.cluster.diagnose import cannot_write
 from farspan.cluster.kubernetes import render_kubernetes
 from farspan.cluster.launcher import render_launcher
 from farspan.config.cluster import ClusterSpec
@@ -33,8 +34,7 @@ def write_tree(files: dict[str, str], root: Path) -> list[str]:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text, encoding="utf-8")
         except OSError as problem:
-            reason = problem.strerror or str(problem)
-            raise StorageError(str(target), f"could not be written: {reason}; free space or choose --root") from None
+            raise StorageError(str(target), f"{cannot_write(problem)}, or choose another --root") from None
         written.append(path)
     return written
 

@@ -368,6 +368,9 @@ def check_engine(engine: EngineConfig) -> None:
     at_least("engine.offload_bytes", engine.offload_bytes, 0)
     at_least("engine.host_cache_bytes", engine.host_cache_bytes, 0)
     at_least("engine.draft_tokens", engine.draft_tokens, 0)
+    if engine.draft_model is not None and engine.draft_tokens == 0:
+        rule, way_out = "needs engine.draft_tokens of at least 1", "use engine.draft_tokens=4 or leave it out"
+        raise ConfigError("engine.draft_model", rule, engine.draft_model, way_out)
     for field in ("prefill_tokens", "decode_tokens"):
         if (quota := getattr(engine, field)) is not None:
             at_least(f"engine.{field}", quota, 1)
@@ -387,6 +390,7 @@ def check_ranks(engine: EngineConfig) -> None:
         ("engine.offload_bytes", engine.offload_bytes, 0, "each rank has pages of its own heads alone"),
         ("engine.host_cache_bytes", engine.host_cache_bytes, 0, "each rank has pages of its own heads alone"),
         ("engine.adapters", dict(engine.adapters), {}, "adapters are not cut over ranks"),
+        ("engine.draft_model", engine.draft_model, None, "a draft model is not cut over ranks"),
     ):
         if value != legal:
             raise ConfigError(

@@ -67,15 +67,17 @@ class AwsConfig:
     zone: str = "us-east-1a"
     """One zone: KV pages and gradients stay on its network."""
     account: str = "000000000000"
-    """Account that owns the instance profile."""
+    """Account that owns the instance profiles."""
     image: str = "ami-00000000000000000"
     """Ubuntu 24.04 with an NVIDIA driver that runs CUDA 13 on GPU types."""
     subnet: str = "subnet-00000000000000000"
     """With a way out to a package index, and reachable from where you type."""
     security_group: str = "sg-00000000000000000"
     """All TCP from itself, port 22 from where you type, nothing else."""
-    instance_profile: str = "farspan-node"
-    """Role of the nodes."""
+    instance_profile: str = "farspan-head"
+    """Role of the head, which starts and ends machines."""
+    worker_instance_profile: str = "farspan-worker"
+    """Role of every other node, which may read and write your buckets and nothing of EC2; never the head's."""
     key_name: str = "farspan"
     """EC2 key pair."""
     ssh_user: str = "ubuntu"
@@ -98,8 +100,10 @@ class GcpConfig:
     """Ubuntu 24.04 with an NVIDIA driver."""
     subnet: str = "farspan"
     """Subnetwork of the region; nodes get no public address."""
-    service_account: str = "farspan-node"
-    """Account of the nodes, in the project."""
+    service_account: str = "farspan-head"
+    """Account of the head in the project, without what follows the @; it starts and ends machines."""
+    worker_service_account: str = "farspan-worker"
+    """Account of every other node, which may start no machine; never the head's."""
     ssh_user: str = "ubuntu"
     """User whose public key is in the project's metadata."""
     ssh_private_key: str = "~/.ssh/farspan.pem"
@@ -181,6 +185,9 @@ class ClusterSpec:
     environment: str | None = None
     """Folder of a Python environment that the machines' image holds, with farspan and the versions below: nothing is
     then downloaded, each node's own stands on it. None: each node makes one with pip."""
+    tls_folder: str | None = None
+    """Folder that `farspan infra certs` made, on this machine: launcher files then send its certificates to every node,
+    and Ray's processes speak TLS. None: they do not."""
     head: NodesConfig = field(default_factory=NodesConfig)
     cpu: NodesConfig = field(default_factory=NodesConfig)
     train: NodesConfig = field(default_factory=NodesConfig)

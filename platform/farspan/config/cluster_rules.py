@@ -10,7 +10,18 @@ from farspan.errors import ConfigError
 ROLES = ("head", "cpu", "train", "prefill", "decode")
 _VERSION = re.compile(r"\d+(\.\d+)*((a|b|rc|\.post)\d+)?")
 _FOLDER = re.compile(r"(/[\w.+-]+)+")
+_PLAIN_PATH = re.compile(r"(~?/)?[\w.+-]+(/[\w.+-]+)*", re.ASCII)
+_PROJECT = re.compile(r"[a-z][a-z0-9-]{4,28}[a-z0-9]")
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.:-]*[A-Za-z0-9])?")
+_AWS_IDS = {
+    "account": (r"\d{12}", "12 digits; in YAML write them in quotes"),
+    "image": (r"ami-[0-9a-f]+", "an id that begins with ami-"),
+    "subnet": (r"subnet-[0-9a-f]+", "an id that begins with subnet-"),
+    "security_group": (r"sg-[0-9a-f]+", "an id that begins with sg-"),
+}
 _PORTS = range(1024, 65536)
+_PROFILE = re.compile(r"[\w+=,.@/-]{1,128}", re.ASCII)
+_ACCOUNT = re.compile(r"[a-z][a-z0-9-]{4,28}[a-z0-9]")
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 
 
@@ -28,9 +39,12 @@ def check_cluster(spec: ClusterSpec) -> None:
         raise ConfigError("head", "must offer no CPU and no GPU: a task there could end the cluster", value, "use 0")
     if spec.environment is not None and not _FOLDER.fullmatch(spec.environment):
         raise ConfigError("environment", "must be a folder from / on, of plain letters", spec.environment, "use /opt/x")
+    if spec.tls_folder is not None and not _PLAIN_PATH.fullmatch(spec.tls_folder):
+        raise ConfigError("tls_folder", "must be a folder, of plain letters", spec.tls_folder, "use tls_folder=~/tls")
     _check_software(spec)
     _check_here(spec.here)
     _check_places(spec)
+    _check_accounts(spec)
 
 
 def _check_nodes(role: str, nodes: NodesConfig) -> None:
@@ -74,10 +88,23 @@ def _check_here(here: HereConfig) -> None:
 
 
 def _check_places(spec: ClusterSpec) -> None:
-    for cloud, zone, region in (("aws", spec.aws.zone, spec.aws.region), ("gcp", spec.gcp.zone, spec.gcp.region)):
-        if not zone.startswith(region):
-            way_out = f"use {cloud}.zone={region}{'a' if cloud == 'aws' else '-a'}"
+    # AWS also has zones outside of the region's place, like us-west-2-lax-1a.
+    for cloud, ending, usual in (("aws", r"(-[a-z0-9-]+)?[a-z]", "a"), ("gcp", "-[a-z]", "-a")):
+        zone, region = getattr(spec, cloud).zone, getattr(spec, cloud).region
+        if not re.fullmatch(re.escape(region) + ending, zone):
+            way_out = f"use {cloud}.zone={region}{usual}"
             raise ConfigError(f"{cloud}.zone", f"must be a zone of {cloud}.region={region}", zone, way_out)
+    for field, (legal, rule) in _AWS_IDS.items():
+        if not re.fullmatch(legal, value := getattr(spec.aws, field)):
+            raise ConfigError(f"aws.{field}", f"must be {rule}", value, "the console of EC2 tells it")
+    if not _PROJECT.fullmatch(spec.gcp.project):
+        rule = "must be the id of a project: 6 to 30 of a-z, 0-9 and -, from a letter on"
+        raise ConfigError("gcp.project", rule, spec.gcp.project, "gcloud projects list tells it")
+    for field, hosts in (("head", [spec.local.head]), ("workers", spec.local.workers)):
+        for host in hosts:
+            if not _HOST.fullmatch(host):
+                rule = "must be addresses or names of machines"
+                raise ConfigError(f"local.{field}", rule, host, "write it as 10.0.0.4, without user, port or slash")
     if len(set(spec.local.workers)) < len(spec.local.workers) or spec.local.head in spec.local.workers:
         raise ConfigError(
             "local.workers", "must name each machine once, without the head", spec.local.workers, "fix it"
@@ -86,6 +113,22 @@ def _check_places(spec: ClusterSpec) -> None:
         image = getattr(spec.kubernetes, field)
         if not is_fixed(image):
             raise ConfigError(f"kubernetes.{field}", "must name a fixed tag or digest", image, "write NAME:0.1.0")
+
+
+def _check_accounts(spec: ClusterSpec) -> None:
+    """Who a node is to its cloud: the head may start machines, and what runs on a worker must not be able to."""
+    for cloud, field, legal, rule in (
+        ("aws", "instance_profile", _PROFILE, "the name of an instance profile, not its ARN"),
+        ("gcp", "service_account", _ACCOUNT, "the id of a service account, without @ and what follows"),
+    ):
+        section, other = getattr(spec, cloud), f"worker_{field}"
+        for name in (field, other):
+            value = getattr(section, name)
+            if not legal.fullmatch(value):
+                raise ConfigError(f"{cloud}.{name}", f"must be {rule}", value, f"write {cloud}.{name}=farspan-worker")
+        if (value := getattr(section, other)) == getattr(section, field):
+            rule = f"must not be {cloud}.{field}, the head's: its rights would be every worker's"
+            raise ConfigError(f"{cloud}.{other}", rule, value, "make one without rights on machines and name it")
 
 
 def is_fixed(image: str) -> bool:

@@ -331,6 +331,11 @@ class RoleConfig:
     """Further resources each of them asks for, such as farspan-decode=1, which nodes of that type alone have."""
 
     @property
+    def least(self) -> int:
+        """Fewest workers of this kind at any time."""
+        return self.replicas if self.min_replicas is None else self.min_replicas
+
+    @property
     def most(self) -> int:
         """Most workers of this kind at any time."""
         return max(1, self.replicas) if self.max_replicas is None else self.max_replicas
@@ -345,7 +350,7 @@ class EngineConfig:
     page_tokens: int = 16
     """Tokens of one KV page."""
     kv_bytes: int = 256 * 1024 * 1024
-    """Memory for KV pages in each worker, or in each rank of it; never exceeded."""
+    """Memory for KV pages in each worker, or in each rank of it, those of a draft model included; never exceeded."""
     tensor_parallel: int = 1
     """Ranks of each worker: processes of one machine that share its weights and KV pages, some heads each."""
     max_batch_tokens: int = 2048
@@ -372,6 +377,9 @@ class EngineConfig:
     draft_tokens: int = 0
     """Tokens guessed ahead in each sequence and checked in one go; changes no answer. 0, or a model with a state per
     sequence: none."""
+    draft_model: str | None = None
+    """Hugging Face folder of a smaller model with the same tokens that guesses them, local or s3://; none: guessed is
+    what followed the same words before."""
     adapters: dict[str, str] = field(default_factory=dict)
     """LoRA adapters a request may name: name -> folder in peft's format, local or s3://."""
     adapter_bytes: int = 256 * 1024 * 1024

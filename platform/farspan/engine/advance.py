@@ -17,6 +17,7 @@ from torch import Tensor
 
 from farspan.engine.logprobs import token_logprobs
 from farspan.engine.request import SequenceState, TokenEvent
+from farspan.engine.runner import Piece
 from farspan.engine.sampler import Choice, SampleRow, choose_tokens
 from farspan.errors import RequestError
 
@@ -55,6 +56,40 @@ class Advanced:
     @property
     def finished(self) -> bool:
         return bool(self.events) and self.events[-1].finish is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What an iteration has computed of one sequence."""
+
+    sequence: SequenceState
+    rows: range
+    """Its logits, from which tokens are chosen; none while its prompt is not over."""
+    sound: bool
+    """Whether its last logits, or those that guesses are checked by, are numbers."""
+
+
+def take_rows(sequences: Sequence[SequenceState], pieces: Sequence[Piece], logits_RV: Tensor) -> list[Computed]:
+    """Whose logits are whose. What was asked about tokens of prompts is kept, and counted what is computed."""
+    # Where a token is chosen, soundness is found with it; guesses and parts of prompts are looked at here.
+    ahead = any(
+        sequence.draft or sequence.num_computed + len(piece.tokens) < len(sequence.tokens)
+        for sequence, piece in zip(sequences, pieces, strict=True)
+    )
+    sound_R = sound_rows(logits_RV) if ahead else [True] * len(logits_RV)
+    found: list[Computed] = []
+    end = 0
+    for sequence, piece in zip(sequences, pieces, strict=True):
+        if wants_prompt_logprobs(sequence):
+            collect_prompt_logprobs(sequence, piece.past, logits_RV[end : end + piece.num_logits])
+        end += piece.num_logits
+        sequence.num_computed += len(piece.tokens)
+        if sequence.num_computed >= len(sequence.tokens):
+            rows = range(end - 1 - len(sequence.draft), end)
+            found.append(Computed(sequence, rows, all(sound_R[rows.start : end])))
+        else:
+            found.append(Computed(sequence, range(0), sound_R[end - 1]))
+    return found
 
 
 def advance(

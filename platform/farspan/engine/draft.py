@@ -7,11 +7,14 @@ Source: speculative decoding (Leviathan et al. 2023, https://arxiv.org/abs/2211.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from farspan.engine.request import SamplingParams, SequenceState
+
+# How far back a sequence is looked through: text that repeats itself does so within a few thousand tokens.
+WINDOW_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,31 @@ class Ask:
     tokens: Sequence[int]
     most: int
     params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class DraftUse:
+    """What came of guesses."""
+
+    proposed: int = 0
+    """Guessed tokens that were checked."""
+    accepted: int = 0
+    """Of those, the ones that were chosen: each saves its sequence an iteration."""
+
+    def after(self, draft: Sequence[int], chosen: Sequence[int]) -> DraftUse:
+        """With those of one sequence in one iteration, which chose no token after its first wrong guess."""
+        right = sum(guess == token for guess, token in zip(draft, chosen, strict=False))
+        return DraftUse(self.proposed + len(draft), self.accepted + right)
+
+    def since(self, before: DraftUse) -> DraftUse:
+        """What came after `before`."""
+        return DraftUse(self.proposed - before.proposed, self.accepted - before.accepted)
+
+    def __add__(self, other: DraftUse) -> DraftUse:
+        return DraftUse(self.proposed + other.proposed, self.accepted + other.accepted)
+
+
+NO_GUESSES = DraftUse()
 
 
 class Drafter(Protocol):
@@ -39,14 +67,16 @@ class Drafter(Protocol):
 class SuffixDrafter:
     """Guesses that what followed the last words before follows them again.
 
-    Of all places where the end of a sequence stood before, the one counts that agrees with it the longest, and of
-    those the latest. Each token is indexed once.
+    Of all places among the last `window` tokens where the end of a sequence stood before, the one counts that agrees
+    with it the longest, and of those the latest. Each token is indexed once and forgotten once, so that the index of a
+    sequence has at most `window` entries for each number of tokens that may agree, however long it gets.
     """
 
-    def __init__(self, shortest: int = 2, longest: int = 8) -> None:
+    def __init__(self, shortest: int = 2, longest: int = 8, window: int = WINDOW_TOKENS) -> None:
         """`shortest`, `longest`: how many tokens must, and may, agree."""
         assert 1 <= shortest <= longest
-        self._sizes = range(longest, shortest - 1, -1)
+        assert window >= 1
+        self._sizes, self._window = range(longest, shortest - 1, -1), window
         self._places: dict[str, _Places] = {}
 
     def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
@@ -55,9 +85,14 @@ class SuffixDrafter:
     def forget(self, request_id: str) -> None:
         self._places.pop(request_id, None)
 
+    @property
+    def num_entries(self) -> int:
+        """Of the indices of all sequences."""
+        return sum(places.num_entries for places in self._places.values())
+
     def _guess(self, ask: Ask) -> list[int]:
-        places = self._places.setdefault(ask.request_id, _Places())
-        places.index(ask.tokens, self._sizes)
+        places = self._places.setdefault(ask.request_id, _Places(self._sizes, self._window))
+        places.index(ask.tokens)
         for size in self._sizes:
             if place := places.find(ask.tokens, size):
                 return list(ask.tokens[place : place + ask.most])
@@ -65,22 +100,37 @@ class SuffixDrafter:
 
 
 class _Places:
-    """Where each run of tokens of one sequence was last followed by something."""
+    """Where each run of tokens of one sequence was last followed by something, not too long ago."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: range, window: int) -> None:
+        self._sizes, self._window = sizes, window
         self._after: dict[tuple[int, ...], int] = {}
-        self._num_indexed = 0
+        # The places from the first to the next one are indexed.
+        self._first = self._next = 1
 
-    def index(self, tokens: Sequence[int], sizes: range) -> None:
+    @property
+    def num_entries(self) -> int:
+        return len(self._after)
+
+    def index(self, tokens: Sequence[int]) -> None:
+        first = max(self._first, len(tokens) - self._window)
+        for place in range(self._first, min(first, self._next)):
+            for run in self._runs(tokens, place):
+                # Where it came again, the later place counts.
+                if self._after.get(run) == place:
+                    del self._after[run]
         # The end itself is left out: nothing follows it yet.
-        for place in range(self._num_indexed + 1, len(tokens)):
-            for size in sizes:
-                if size <= place:
-                    self._after[tuple(tokens[place - size : place])] = place
-        self._num_indexed = max(self._num_indexed, len(tokens) - 1)
+        for place in range(max(first, self._next), len(tokens)):
+            for run in self._runs(tokens, place):
+                self._after[run] = place
+        self._first, self._next = first, max(self._next, len(tokens))
 
     def find(self, tokens: Sequence[int], size: int) -> int | None:
         return self._after.get(tuple(tokens[-size:])) if size <= len(tokens) else None
+
+    def _runs(self, tokens: Sequence[int], place: int) -> Iterator[tuple[int, ...]]:
+        """The tokens before a place, as many as may agree."""
+        return (tuple(tokens[place - size : place]) for size in self._sizes if size <= place)
 
 
 def draft_limit(sequence: SequenceState, max_context_tokens: int) -> int:

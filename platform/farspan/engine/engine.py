@@ -17,35 +17,21 @@ from transformers import PreTrainedModel
 from farspan.config.schema import EngineConfig
 from farspan.engine.adapters import Adapters
 from farspan.engine.admission import Admission
-from farspan.engine.advance import (
-    Advanced,
-    Ends,
-    advance,
-    collect_prompt_logprobs,
-    sound_rows,
-    wants_prompt_logprobs,
-)
+from farspan.engine.advance import Advanced, Computed, Ends, advance, take_rows, wants_prompt_logprobs
 from farspan.engine.beyond import host_traffic, page_offload, prefix_cache
 from farspan.engine.burden import Burden, burden_of
 from farspan.engine.cut import Share
-from farspan.engine.draft import Drafter, SuffixDrafter
-from farspan.engine.fairness import Claim, Service, crowds_out, fair_order
+from farspan.engine.draft import NO_GUESSES, Drafter
+from farspan.engine.draft_folder import open_drafter
+from farspan.engine.fairness import Claim, Service, fair_order
 from farspan.engine.faster import speed_up
+from farspan.engine.generate import generate
 from farspan.engine.guesses import Guesses
 from farspan.engine.history import Recall
 from farspan.engine.holdings import Holdings, owner_of
 from farspan.engine.lead import Leader
 from farspan.engine.path import capture_decode, open_path
-from farspan.engine.request import (
-    Completion,
-    Event,
-    FailedEvent,
-    SamplingParams,
-    SequenceState,
-    TokenEvent,
-    choices,
-    whole_answer,
-)
+from farspan.engine.request import Completion, Event, FailedEvent, SamplingParams, SequenceState
 from farspan.engine.runner import Piece, Runner
 from farspan.engine.sampler import UNSOUND
 from farspan.engine.scheduler import Chunk, Limits, Row, schedule
@@ -82,35 +68,36 @@ class Engine:
 
         With `share`, of the leader, the model is its part of one that other ranks compute with it (`engine/lead.py`).
 
-        `tokenizer`, a fast one of transformers, is needed for stop strings and grammars only. `drafter` guesses
-        tokens; none: from the sequence's own text when engine.draft_tokens is not 0. `host_cache` opens what keeps
-        pages beyond the pool where engine.host_cache_bytes is not 0; none: memory of this process. `ahead`: whether a
-        decode step in one launch is launched before the one before it was looked at; none: on CUDA.
+        `tokenizer`, a fast one of transformers, is needed for stop strings and grammars only. `drafter` guesses tokens
+        where engine.draft_tokens is not 0; none: engine.draft_model, or who looks for them in the sequence's own text.
+        `host_cache` opens what keeps pages beyond the pool where engine.host_cache_bytes is not 0; none: memory of this
+        process. `ahead`: whether a decode step in one launch is launched before the one before it was looked at; none:
+        on CUDA.
 
         Raises ModelError when the model cannot be run exactly, EngineError when no page fits into kv_bytes,
         ConfigError when pages that are moved out would not be all that a sequence of this model needs, TierError when
-        the host has less memory than engine.host_cache_bytes, and what `Adapters.add` raises.
+        the host has less memory than engine.host_cache_bytes, and what `open_drafter` and `Adapters.add` raise.
         """
+        if config.draft_model is not None and drafter is None and share is None:
+            drafter, config = open_drafter(model, config, tokenizer)
         path = open_path(model, config, share)
         speed_up(model)
         self.leader = None if share is None else Leader(path.runner, path.pool, share.gang)
         """Where other ranks compute with this one."""
-        text = model.config.get_text_config(decoder=True)
         self.path, self.pool, self.states, self._runner = path.name, path.pool, path.states, self.leader or path.runner
         self.adapters = Adapters(model, path, config)
         self.pages_are_all = path.pages_are_all
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
-        known = getattr(text, "max_position_embeddings", None) or 2**31
+        known = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**31
         self.max_context_tokens = min(known, config.max_context_tokens or known)
         if share is None:
             # Last of what changes the model: a graph remembers its kernels.
             capture_decode(path, min(config.graph_rows, config.max_sequences), self.max_context_tokens)
         self.eos_token_ids = eos_token_ids_of(model)
         self._ends = Ends(self.eos_token_ids, self.max_context_tokens)
-        # A state that went on with a wrong guess cannot be set back.
-        most_guesses = config.draft_tokens if path.states is None else 0
-        self._drafter = drafter or SuffixDrafter()
-        self._guesses = Guesses(self._drafter, most_guesses, self.vocab_size, self.max_context_tokens, path.pool.layout)
+        self._guesses = Guesses.of(path, config, drafter, self.vocab_size, self.max_context_tokens)
+        self.drafted = NO_GUESSES
+        """What came of all guesses since the engine began."""
         self._limits = Limits(
             config.max_batch_tokens,
             config.max_sequences if path.states is None else path.states.num_slots,
@@ -151,6 +138,7 @@ class Engine:
                 self._service,
                 self._ends,
                 partial(self._settle, sound=True),
+                clock,
                 ahead=on_cuda if ahead is None else ahead,
             )
 
@@ -267,7 +255,7 @@ class Engine:
                 if sequence.request_id == request_id:
                     group.remove(sequence)
                     self._holdings.release(sequence)
-                    self._drafter.forget(request_id)
+                    self._guesses.drafter.forget(request_id)
                     if self._steady is not None and not self._running:
                         # Nobody would ask for what it was one step ahead of.
                         self._steady.land(self._running, self._step)
@@ -310,8 +298,11 @@ class Engine:
         events = self._expire()
         self._step += 1
         self._holdings.forget_matches()
-        if (found := self._go_on(events)) is not None:
-            return found
+        if self._steady is not None and not self._guesses.most:
+            found = self._steady.iterate(self._running, self._waiting, self._limits, self._step, events)
+            if found is not None:
+                self._stalled = False
+                return found
         held_back = self._holdings.held_back(self._running, self._in_line())
         rows = {s.request_id: s for s in (*self._running, *self._waiting)}
         decision = schedule(
@@ -336,42 +327,6 @@ class Engine:
         events += self._after(sequences, pieces, self.adapters.run(self._runner, pieces))
         self._holdings.learn_pace(self._clock() - started, sum(len(piece.tokens) for piece in pieces))
         return events
-
-    def _go_on(self, events: list[Event]) -> list[Event] | None:
-        """The iteration in which nobody comes or goes, with `events` before it; none where it is another one.
-
-        What the last one was ahead of is among `events` then.
-        """
-        if self._steady is None:
-            return None
-        if not (self._is_steady and self._steady.goes_on(self._running)):
-            events += self._steady.land(self._running, self._step)
-        if not self._is_steady:
-            return None
-        started, num_running = self._clock(), len(self._running)
-        found = self._steady.step(self._running, self._step)
-        if found is None:
-            return None
-        self._holdings.learn_pace(self._clock() - started, num_running)
-        self._stalled = False
-        return [*events, *found]
-
-    @property
-    def _is_steady(self) -> bool:
-        """Whether the scheduler could only give every running sequence its next token, if all of them decode."""
-        limits, most = self._limits, len(self._running)
-        if not most or self._guesses.most or self._holdings.num_fetching:
-            return False
-        if most > limits.max_batch_tokens or (limits.decode_tokens is not None and most > limits.decode_tokens):
-            return False
-        if not self._waiting:
-            return True
-        # Who waits stays out while everybody stays in.
-        full = most >= limits.max_sequences and self.host is None
-        lowest = self._running[-1].terms.priority
-        if not full or any(sequence.terms.priority > lowest for sequence in self._waiting):
-            return False
-        return not crowds_out([s.terms.tenant for s in self._running], {s.terms.tenant for s in self._waiting})
 
     def _expire(self) -> list[Event]:
         """Fail every request whose deadline has passed."""
@@ -413,7 +368,7 @@ class Engine:
             decoding = len(sequence.tokens) - sequence.num_computed == 1
             self._service.charge(sequence.terms.tenant, chunk.num_tokens, decode=decoding)
             sequence.last_step = self._step
-        self._running.sort(key=_rank)
+        self._running.sort(key=lambda s: s.rank)
         tokens_left = self._limits.max_batch_tokens - sum(chunk.num_tokens for chunk in chunks)
         for sequence in self._guesses.draft(sequences, tokens_left, self.pool.num_free):
             needed = self.pool.layout.num_pages(len(sequence.tokens) + len(sequence.draft))
@@ -433,26 +388,7 @@ class Engine:
 
         Raises RequestError when one cannot be answered.
         """
-        collected: dict[str, list[TokenEvent]] = {}
-        try:
-            for index, prompt in enumerate(prompts):
-                for request_id, each in choices(f"prompt-{index}", replace(params, request=params.request + index)):
-                    self.add(request_id, prompt, each)
-                    collected[request_id] = []
-            num_open = len(collected)
-            while num_open:
-                events = self.step()
-                if self.stalled:
-                    raise EngineError("the KV pages are held elsewhere; nothing can be computed")
-                for event in events:
-                    if isinstance(event, FailedEvent):
-                        raise event.error
-                    collected[event.request_id].append(event)
-                    num_open -= event.finish is not None
-        finally:
-            for request_id in collected:
-                self.cancel(request_id)
-        return [whole_answer(events) for events in collected.values()]
+        return generate(self, prompts, params)
 
     def close(self) -> None:
         """Let the other ranks end, where there are any."""
@@ -475,9 +411,11 @@ class Engine:
         self.pool.check_integrity()
         if self.states is not None:
             self.states.check_integrity([s.request_id for s in self._running])
-        alive = (*self._running, *self._waiting, *(self._taken.values() if untaken else ()))
+        here = (*self._running, *self._waiting)
+        alive = (*here, *(self._taken.values() if untaken else ()))
         ahead = () if self._steady is None else self._steady.owned()
-        return self.pool.forgotten((*self._holdings.owned(alive), *ahead, *elsewhere))
+        found = self.pool.forgotten((*self._holdings.owned(alive), *ahead, *elsewhere))
+        return found + self._guesses.forgotten({sequence.request_id for sequence in here})
 
     def _enqueue(
         self,
@@ -507,46 +445,36 @@ class Engine:
 
     def _after(self, sequences: Sequence[SequenceState], pieces: Sequence[Piece], logits_RV: Tensor) -> list[Event]:
         """Choose tokens for the sequences whose every token is computed; the others go on with their prompts."""
-        # Where a token is chosen, soundness is found with it; guesses and parts of prompts are looked at here.
-        ahead = any(
-            sequence.draft or sequence.num_computed + len(piece.tokens) < len(sequence.tokens)
-            for sequence, piece in zip(sequences, pieces, strict=True)
-        )
-        sound_R = sound_rows(logits_RV) if ahead else [True] * len(logits_RV)
-        ready: list[SequenceState] = []
-        first_rows: list[int] = []
+        ready: list[Computed] = []
         events: list[Event] = []
-        row = 0
-        for sequence, piece in zip(sequences, pieces, strict=True):
-            if wants_prompt_logprobs(sequence):
-                collect_prompt_logprobs(sequence, piece.past, logits_RV[row : row + piece.num_logits])
-            row += piece.num_logits
-            sequence.num_computed += len(piece.tokens)
-            if sequence.num_computed >= len(sequence.tokens):
-                ready.append(sequence)
-                first_rows.append(row - 1 - len(sequence.draft))
-            elif sound_R[row - 1]:
+        for computed in take_rows(sequences, pieces, logits_RV):
+            sequence = computed.sequence
+            if computed.rows:
+                ready.append(computed)
+            elif computed.sound:
                 # Only now: nobody may find keys and values that made logits unsound.
                 self._holdings.remember(sequence, tail=sequence.num_computed == sequence.num_prompt)
                 self._holdings.trim(sequence)
             else:
                 events += self._fail(sequence, UNSOUND)
-        ends = [first + len(sequence.draft) + 1 for sequence, first in zip(ready, first_rows, strict=True)]
-        for result, first, end in zip(advance(ready, first_rows, logits_RV, self._ends), first_rows, ends, strict=True):
-            events += self._settle(result, sound=all(sound_R[first:end]))
+        results = advance([c.sequence for c in ready], [c.rows.start for c in ready], logits_RV, self._ends)
+        for result, computed in zip(results, ready, strict=True):
+            events += self._settle(result, sound=computed.sound)
         return events
 
     def _settle(self, result: Advanced, *, sound: bool) -> list[Event]:
         """Give pages back or keep them, as the sequence is over or goes on. `sound`: the logits of every guess are."""
         sequence, events = result.sequence, list[Event](result.events)
-        drafted, sequence.draft = bool(sequence.draft), []
-        if result.problem is not None and not drafted:
+        draft, sequence.draft = sequence.draft, []
+        if draft:
+            self.drafted = self.drafted.after(draft, [event.token for event in result.events])
+        if result.problem is not None and not draft:
             return [*events, *self._fail(sequence, result.problem)]
         # The last token chosen is not computed; what wrong guesses left behind is overwritten by the next tokens.
         sequence.num_computed = len(sequence.tokens) - 1
         if result.finished or sequence.prefill_only:
             self._running.remove(sequence)
-            self._drafter.forget(sequence.request_id)
+            self._guesses.drafter.forget(sequence.request_id)
             if sound:
                 self._holdings.remember(sequence, tail=True)
             if sequence.prefill_only:
@@ -568,8 +496,3 @@ class Engine:
     def _fail(self, sequence: SequenceState, reason: str) -> list[Event]:
         self.cancel(sequence.request_id)
         return [FailedEvent(sequence.request_id, RequestError(sequence.request_id, reason))]
-
-
-def _rank(sequence: SequenceState) -> tuple[int, int]:
-    """The first in this order is never preempted for another."""
-    return -sequence.terms.priority, sequence.arrival

@@ -61,7 +61,8 @@ def too_many(tenant: str, running: Iterable[str]) -> str | None:
 
 def crowds_out(running: Sequence[str], waiting: Collection[str]) -> bool:
     """Whether a tenant has several running while another waits for its first."""
-    return any(too_many(tenant, running) is not None for tenant in waiting)
+    present = set(running)
+    return len(present) < len(running) and not present.issuperset(waiting)
 
 
 def fair_order(claims: Iterable[Claim], given: Mapping[str, float]) -> Iterator[str]:

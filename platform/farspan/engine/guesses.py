@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
-from farspan.engine.draft import Ask, Drafter, DraftRoom, allowed_draft, draft_limit, split_room
+from farspan.config.schema import EngineConfig
+from farspan.engine.draft import Ask, Drafter, DraftRoom, SuffixDrafter, allowed_draft, draft_limit, split_room
+from farspan.engine.draft_folder import unfit_target
+from farspan.engine.draft_model import ModelDrafter
+from farspan.engine.path import Path
 from farspan.engine.request import SequenceState
 from farspan.kv.layout import KvLayout
+from farspan.kv.ownership import Forgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +24,24 @@ class Guesses:
     vocab_size: int
     max_context_tokens: int
     layout: KvLayout
+
+    @classmethod
+    def of(
+        cls, path: Path, config: EngineConfig, drafter: Drafter | None, vocab_size: int, max_context_tokens: int
+    ) -> Guesses:
+        """Those of `drafter`, or from the text. Raises ConfigError for a draft model that could not be of use."""
+        if config.draft_model is not None and path.states is not None:
+            raise unfit_target(f"it runs {path.name}", config.draft_model)
+        # A state that went on with a wrong guess cannot be set back.
+        most = config.draft_tokens if path.states is None else 0
+        return cls(drafter or SuffixDrafter(), most, vocab_size, max_context_tokens, path.pool.layout)
+
+    def forgotten(self, alive: Container[str]) -> list[Forgotten]:
+        """Pages that a draft model holds for no request that is `alive`.
+
+        Raises EngineError when one of its pages is lost or doubly owned.
+        """
+        return self.drafter.forgotten(alive) if isinstance(self.drafter, ModelDrafter) else []
 
     def draft(self, sequences: Sequence[SequenceState], tokens_left: int, num_free: int) -> list[SequenceState]:
         """Guess tokens of the sequences that decode; those that were asked, for which pages are to be found."""

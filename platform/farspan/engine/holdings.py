@@ -107,6 +107,11 @@ class Holdings:
             self._host.wait(seconds)
 
     @property
+    def fetches(self) -> bool:
+        """Whether pages may come from host memory."""
+        return self._host is not None
+
+    @property
     def num_fetching(self) -> int:
         """Pages held for content on its way from host memory."""
         return 0 if self._host is None else self._host.num_fetching

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from farspan.config.schema import EngineConfig
 from farspan.engine.answer_file import AnswerFile
 from farspan.engine.detokenize import whole_text
+from farspan.engine.draft import NO_GUESSES, DraftUse
 from farspan.engine.engine import Engine
 from farspan.engine.groups import group_by_prefix
 from farspan.engine.origin import Origin, origin_of
@@ -42,6 +43,8 @@ class Progress:
     """Answered by an earlier run."""
     tokens: int = 0
     """Of the answers of this run."""
+    drafted: DraftUse = NO_GUESSES
+    """What came of guesses in this run."""
 
     @property
     def done(self) -> int:
@@ -214,9 +217,11 @@ def run_offline(
     try:
         progress, lines = open_lines(prompts, answers, params, offline.origin, offline.tokenizer)
         tell(progress)
+        before = offline.engine.drafted
         for answer in offline.answers(lines):
             answers.append([answer])
             progress.count(answer)
+            progress.drafted = offline.engine.drafted.since(before)
             tell(progress)
     finally:
         answers.close()

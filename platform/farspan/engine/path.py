@@ -29,6 +29,7 @@ from farspan.engine.continuity import ContinuityTrial
 from farspan.engine.cut import Share
 from farspan.engine.lowrank import LowRank
 from farspan.engine.probe import (
+    CHECK_TOKENS,
     attention_of,
     check_prompts,
     exact_experts,
@@ -175,6 +176,33 @@ def needed_kv_bytes(model: PreTrainedModel, config: EngineConfig, num_tokens: in
     return max(1, slots + max(slots, pages) if pages else slots)
 
 
+def page_layout(model: PreTrainedModel, config: EngineConfig) -> KvLayout:
+    """The pages of a model that runs packed and keeps no state, before there are any. Leaves it as it was.
+
+    Raises ModelError for one that does not.
+    """
+    refuse_config(model.config)
+    own = attention_of(model)
+    exact_experts(model)
+    try:
+        found = _look_over(model, config)
+    except ModelError:
+        raise
+    # Whatever the code of a model raises when it meets what it does not expect.
+    except Exception as problem:
+        raise ModelError(f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}") from None
+    finally:
+        set_attention(model, own)
+    if found.mixers:
+        raise ModelError(f"{model.config.model_type} keeps a recurrent state")
+    return _layout("", model, config, found)
+
+
+def trial_pages(layout: KvLayout) -> int:
+    """Pages that a path is tried out with."""
+    return sum(map(layout.num_pages, CHECK_TOKENS))
+
+
 def tolerance(dtype: torch.dtype, recurrent: bool) -> float:
     """Largest error of the logits, as a part of their norm, between two ways to compute them."""
     return max(_TOLERANCE.get(dtype, 1e-1), _RECURRENT_TOLERANCE if recurrent else 0.0)
@@ -198,29 +226,14 @@ def _longest(model: PreTrainedModel, config: EngineConfig) -> int:
 
 
 def _open_packed(model: PreTrainedModel, config: EngineConfig, reasons: tuple[str, ...], share: Share | None) -> Path:
-    refuse_packing(model, config)
     own = attention_of(model)
-    register_attention()
-    set_attention(model, ATTENTION_NAME)
-    if attention_of(model) != ATTENTION_NAME:
-        raise ModelError(f"{model.config.model_type} does not compute attention through transformers' registry")
-    found = survey(model, forward)
+    found = _look_over(model, config)
     if share is not None and found.mixers:
         raise ModelError("recurrent layers are not cut over ranks; use engine.tensor_parallel=1")
     for mixer in found.mixers:
         swap_forward(mixer)
-    dtype = str(model.dtype).removeprefix("torch.")
-    page_tokens = config.page_tokens if found.layers else _ONE_PAGE
-    layout = KvLayout(
-        fingerprint_model(model) if share is None else share.fingerprint,
-        tuple(found.layers),
-        dtype,
-        page_tokens,
-        state=found.states.fingerprint() if found.mixers else "",
-        state_bytes=found.states.slot_bytes,
-        grouped=found.page_groups(_longest(model, config)),
-        num_ranks=1 if share is None else share.gang.size,
-    )
+    fingerprint = fingerprint_model(model) if share is None else share.fingerprint
+    layout = _layout(fingerprint, model, config, found, 1 if share is None else share.gang.size)
     stepwise = bool(_begins_anew(model, found))
     pool, states = _pools(layout, found.states if found.mixers else None, config, model.device)
     lowrank = LowRank()
@@ -231,6 +244,31 @@ def _open_packed(model: PreTrainedModel, config: EngineConfig, reasons: tuple[st
     plain = "eager" if found.capped else own
     _check(model, plain, runner, pool, states, "packed and paged", share)
     return Path("packed stepwise" if stepwise else "packed", runner, pool, states, lowrank, reasons)
+
+
+def _look_over(model: PreTrainedModel, config: EngineConfig) -> Survey:
+    """What a model does whose attention is over pages from now on. Raises ModelError where it cannot be packed."""
+    refuse_packing(model, config)
+    register_attention()
+    set_attention(model, ATTENTION_NAME)
+    if attention_of(model) != ATTENTION_NAME:
+        raise ModelError(f"{model.config.model_type} does not compute attention through transformers' registry")
+    return survey(model, forward)
+
+
+def _layout(
+    fingerprint: str, model: PreTrainedModel, config: EngineConfig, found: Survey, num_ranks: int = 1
+) -> KvLayout:
+    return KvLayout(
+        fingerprint,
+        tuple(found.layers),
+        str(model.dtype).removeprefix("torch."),
+        config.page_tokens if found.layers else _ONE_PAGE,
+        state=found.states.fingerprint() if found.mixers else "",
+        state_bytes=found.states.slot_bytes,
+        grouped=found.page_groups(_longest(model, config)),
+        num_ranks=num_ranks,
+    )
 
 
 def _open_alone(model: PreTrainedModel, config: EngineConfig, reasons: tuple[str, ...], _: Share | None) -> Path:

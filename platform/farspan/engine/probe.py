@@ -18,7 +18,8 @@ from farspan.engine.attention import KEYWORD
 from farspan.errors import ModelError
 
 _SAMPLED_ELEMENTS = 4096
-_CHECK_TOKENS = (23, 17)
+# Prompts that a way to run a model is tried out on.
+CHECK_TOKENS = (23, 17)
 
 
 def refuse_config(config: PretrainedConfig) -> None:
@@ -46,7 +47,7 @@ def check_prompts(model: PreTrainedModel) -> list[Tensor]:
     """What a way to run the model is tried out on."""
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.get_input_embeddings().num_embeddings
-    return [torch.randint(0, vocab_size, (count,), generator=generator) for count in _CHECK_TOKENS]
+    return [torch.randint(0, vocab_size, (count,), generator=generator) for count in CHECK_TOKENS]
 
 
 def rope_types(text: PretrainedConfig) -> set[str]:

@@ -126,6 +126,11 @@ class SequenceState:
     def num_answered(self) -> int:
         return len(self.tokens) - self.num_prompt
 
+    @property
+    def rank(self) -> tuple[int, int]:
+        """The first in this order is never preempted for another."""
+        return -self.terms.priority, self.arrival
+
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:

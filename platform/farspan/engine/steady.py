@@ -15,12 +15,13 @@ import numpy as np
 
 from farspan.engine.advance import Advanced, End, Ends, accept
 from farspan.engine.ahead import Course, Launched
-from farspan.engine.fairness import Service
+from farspan.engine.fairness import Service, crowds_out
 from farspan.engine.holdings import Holdings
 from farspan.engine.lowrank import BASE
 from farspan.engine.request import Event, SequenceState, TokenEvent
 from farspan.engine.runner import Piece, Runner
 from farspan.engine.sampler import UNSOUND
+from farspan.engine.scheduler import Limits
 from farspan.kv.ownership import Owned
 from farspan.kv.pages import PagePool
 
@@ -58,14 +59,55 @@ class Steady:
         service: Service,
         ends: Ends,
         settle: Callable[[Advanced], list[Event]],
+        clock: Callable[[], float],
         *,
         ahead: bool,
     ) -> None:
         """`settle` takes who ended or failed out of what runs. `ahead`: launch a step before the last is looked at."""
         self._runner, self._pool, self._holdings, self._service = runner, pool, holdings, service
-        self._ends, self._settle, self._ahead = ends, settle, ahead
+        self._ends, self._settle, self._clock, self._ahead = ends, settle, clock, ahead
         self._rows: _Rows | None = None
         self._flight: _Flight | None = None
+
+    def iterate(
+        self,
+        running: Sequence[SequenceState],
+        waiting: Sequence[SequenceState],
+        limits: Limits,
+        step: int,
+        events: list[Event],
+    ) -> list[Event] | None:
+        """The iteration in which nobody comes or goes, with `events` before it; none where it is another one.
+
+        What the last one was ahead of is among `events` then.
+        """
+        if not (self._is_due(running, waiting, limits) and self.goes_on(running)):
+            events += self.land(running, step)
+        # Whoever ended with what has landed is gone.
+        if not self._is_due(running, waiting, limits):
+            return None
+        started, num_running = self._clock(), len(running)
+        found = self.step(running, step)
+        if found is None:
+            return None
+        self._holdings.learn_pace(self._clock() - started, num_running)
+        return [*events, *found]
+
+    def _is_due(self, running: Sequence[SequenceState], waiting: Sequence[SequenceState], limits: Limits) -> bool:
+        """Whether the scheduler could only give every running sequence its next token, if all of them decode."""
+        most = len(running)
+        if not most or self._holdings.num_fetching:
+            return False
+        if most > limits.max_batch_tokens or (limits.decode_tokens is not None and most > limits.decode_tokens):
+            return False
+        if not waiting:
+            return True
+        # Who waits stays out while everybody stays in.
+        full = most >= limits.max_sequences and not self._holdings.fetches
+        lowest = running[-1].terms.priority
+        if not full or any(sequence.terms.priority > lowest for sequence in waiting):
+            return False
+        return not crowds_out([s.terms.tenant for s in running], {s.terms.tenant for s in waiting})
 
     def goes_on(self, running: Sequence[SequenceState]) -> bool:
         """Whether the sequences are those of the last step, and nothing else was computed since."""

@@ -42,6 +42,8 @@ class Along:
         self._workers, self._guide, self._route = workers, guide, route
         self._weights = route.weights
         self._lost: set[str] = set()
+        self._rerouted = False
+        """From then on times say nothing of the way that was chosen."""
         self._num_tokens, self._first_at_s, self._last_at_s = 0, 0.0, 0.0
 
     async def prefill(self, request: GenerationRequest) -> Prefilled | Failed:
@@ -49,7 +51,7 @@ class Along:
         answer = await self._workers.prefill(self._bound(request), self._route.prefill, self._route.decode)
         if isinstance(answer, Failed):
             self._lose(self._route.prefill, answer)
-        else:
+        elif self._num_tokens == 0:
             self._guide.first_token(self._route, len(request.prompt), answer.num_cached, time.monotonic() - asked_at_s)
             self._count(1)
         return answer
@@ -57,10 +59,7 @@ class Along:
     async def resume(
         self, request: GenerationRequest, answered: tuple[int, ...], ticket: KvTicket | None
     ) -> AsyncGenerator[StreamItem]:
-        if not answered:
-            # Nothing was said yet: any model may say it.
-            self._weights = self._route.weights if not self._lost else ""
-        place, failed = self._place(request), False
+        place, failed = self._route.decode, False
         asked_at_s = time.monotonic()
         try:
             async with aclosing(self._workers.resume(self._bound(request), answered, ticket, place)) as items:
@@ -73,19 +72,18 @@ class Along:
             if not failed:
                 self._end(request)
 
+    def reroute(self, request: GenerationRequest, *, begun: bool) -> bool:
+        """By what is predicted: where its pages are cached, on one worker, or again on two."""
+        weights = self._weights if begun else ""
+        self._route = self._guide.route(replace(request, weights=weights), self._lost)
+        self._weights, self._rerouted = weights or self._route.weights, True
+        return self._route.split
+
     def release(self, ticket_id: str) -> None:
         self._workers.release(ticket_id, self._route.prefill)
 
     def cancel(self, request_id: str) -> None:
         self._workers.cancel(request_id)
-
-    def _place(self, request: GenerationRequest) -> Place | None:
-        if not self._lost:
-            return self._route.decode
-        again = self._guide.route(replace(request, weights=self._weights), self._lost)
-        self._weights = self._weights or again.weights
-        # Prompt and tokens so far are computed where it goes on.
-        return again.decode
 
     def _bound(self, request: GenerationRequest) -> GenerationRequest:
         return replace(request, weights=self._weights)
@@ -104,7 +102,7 @@ class Along:
         elif isinstance(item, Pulled):
             self._guide.pulled(item.num_bytes, item.seconds)
         else:
-            if self._num_tokens == 0 and not self._lost:
+            if self._num_tokens == 0 and not self._rerouted:
                 seconds = time.monotonic() - asked_at_s
                 self._guide.first_token(self._route, len(request.prompt), item.num_cached, seconds)
             self._count(len(item.tokens))
@@ -117,5 +115,5 @@ class Along:
         self._guide.tokens(count)
 
     def _end(self, request: GenerationRequest) -> None:
-        if self._num_tokens and not self._lost:
+        if self._num_tokens and not self._rerouted:
             self._guide.answered(self._route, len(request.prompt), self._num_tokens, self._last_at_s - self._first_at_s)

@@ -19,11 +19,11 @@ from starlette.requests import ClientDisconnect
 from farspan.config.schema import ServeConfig
 from farspan.errors import ClusterError, FarspanError
 from farspan.models.checkpoint import load_tokenizer
+from farspan.models.folder import open_model_folder
 from farspan.serve.answering import Answering, Question, Surroundings
 from farspan.serve.body import Body, ignored_header, read_body
 from farspan.serve.choices import ClientGoneError, unless_gone
 from farspan.serve.conversation import ChatRequest, TokenizeRequest
-from farspan.serve.folder import open_model_folder
 from farspan.serve.keys import ApiKey, find_key
 from farspan.serve.limits import Limits
 from farspan.serve.messages import Caller, WorkerInfo
@@ -87,7 +87,7 @@ class Api:
         self._tokenizer: Any = load_tokenizer(open_model_folder(config.model))
         self._token_names = TokenNames(self._tokenizer)
         self._limits, self._metrics = limits or Limits(keys), Metrics()
-        self._needed = sum(role.min_replicas != 0 for role in (config.prefill, config.decode))
+        self._needed = sum(role.least > 0 for role in (config.prefill, config.decode))
         self._traces, self._readiness = TraceBook(), Readiness(workers.info, needed=self._needed)
         collector = config.telemetry.otlp_endpoint
         self._spans = Spans(None if collector is None else exporter_to(collector))

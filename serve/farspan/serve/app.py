@@ -19,12 +19,13 @@ from ray.serve.exceptions import RayServeException
 from farspan.config.check import check_serve
 from farspan.config.schema import RoleConfig, ServeConfig
 from farspan.engine.cut_plan import check_cut
+from farspan.engine.draft_folder import check_draft
 from farspan.engine.probe import refuse_config
 from farspan.errors import ClusterError, ConfigError
-from farspan.models.checkpoint import open_config
+from farspan.models.checkpoint import load_tokenizer, open_config
+from farspan.models.folder import open_model_folder
 from farspan.serve.agent import end_agents
 from farspan.serve.api import Api
-from farspan.serve.folder import open_model_folder
 from farspan.serve.keys import ApiKey, read_keys
 from farspan.serve.limits import Limits
 from farspan.serve.lineup import Place, line_up
@@ -84,6 +85,8 @@ def _checked_folders(configs: Sequence[ServeConfig]) -> list[Path]:
         refuse_config(model)
         if config.engine.tensor_parallel > 1:
             check_cut(model, config.engine.tensor_parallel)
+        if config.engine.draft_model is not None:
+            check_draft(config.engine.draft_model, model, load_tokenizer(folder))
     return folders
 
 

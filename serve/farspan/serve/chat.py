@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from farspan.engine.detokenize import AnswerText
 from farspan.engine.request import TokenLogprobs
-from farspan.errors import ClusterError, FarspanError, RequestError
+from farspan.errors import ClusterError, FarspanError, RequestError, TransferError
 from farspan.kv.ticket import KvTicket
 from farspan.serve.messages import Failed, GenerationRequest, Prefilled, Pulled, Tokens
 from farspan.serve.policy import Route
@@ -17,6 +17,8 @@ from farspan.serve.trace import RequestTrace
 
 # Transfers fail and workers die without the client noticing, until so many attempts in a row brought no token.
 _ATTEMPTS = 3
+# Of those, prompts that are computed on a worker of their own: the last way depends on one worker alone.
+_PREFILLS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,27 +87,33 @@ async def answer_tokens(
     answered: tuple[int, ...] = ()
     ticket: KvTicket | None = None
     asking = _Asking(request, workers, trace)
+    split, prefills, attempts = route.split, 0, 0
     try:
-        if route.split:
-            prefilled = await workers.prefill(asking.now)
-            if isinstance(prefilled, Failed):
-                asking.again(prefilled.error)
-            else:
-                ticket, trace.prefill_s = prefilled.ticket, prefilled.seconds
-                answered = (prefilled.token,)
-                asking.over = prefilled.finish is not None
-                yield _first_token(prefilled)
-                if asking.over:
-                    return
-        fetched, attempts = ticket, 0
         while attempts < _ATTEMPTS:
+            if split and prefills < _PREFILLS:
+                prefills += 1
+                prefilled = await workers.prefill(asking.now)
+                if isinstance(prefilled, Failed):
+                    split = asking.again(prefilled.error, begun=bool(answered))
+                    continue
+                ticket = prefilled.ticket
+                if not answered:
+                    trace.prefill_s, answered = prefilled.seconds, (prefilled.token,)
+                    asking.over = prefilled.finish is not None
+                    yield _first_token(prefilled)
+                    if asking.over:
+                        return
             attempts += 1
-            async with aclosing(workers.resume(asking.now, answered, fetched)) as items:
+            async with aclosing(workers.resume(asking.now, answered, ticket)) as items:
                 async for item in items:
                     if isinstance(item, Failed):
-                        asking.again(item.error)
-                        if attempts == _ATTEMPTS:
-                            asking.over = True
+                        if ticket is not None:
+                            # They stay cached there, for whoever computes the prompt again.
+                            workers.release(ticket.ticket_id)
+                            ticket = None
+                        asking.over = attempts == _ATTEMPTS
+                        split = asking.again(item.error, begun=bool(answered))
+                        if asking.over:
                             raise item.error
                         break
                     if ticket is not None:
@@ -115,13 +123,11 @@ async def answer_tokens(
                     if isinstance(item, Pulled):
                         _note(trace, item)
                         continue
-                    answered, attempts = answered + item.tokens, 0
+                    answered, attempts, prefills = answered + item.tokens, 0, 0
                     asking.over = item.finish is not None
                     yield item
                     if asking.over:
                         return
-            # Pages are fetched once; every further attempt computes them where it decodes.
-            fetched = None
         raise ClusterError(f"request {request.request_id}: the decode worker ended without an answer")
     finally:
         if ticket is not None:
@@ -139,17 +145,21 @@ class _Asking:
         self.now, self._request, self._workers, self._trace = request, request, workers, trace
         self._failures, self.over = 0, False
 
-    def again(self, error: FarspanError) -> None:
-        """Remember a failure that another attempt can mend; a request nobody could answer fails here."""
+    def again(self, error: FarspanError, *, begun: bool) -> bool:
+        """Choose another way after a failure that one can mend; a request nobody could answer fails here.
+
+        Whether its prompt is computed on a worker of its own next. `begun`: something was said already.
+        """
         if isinstance(error, RequestError):
             raise error
         self._trace.recovered = True
         self._trace.recoveries.append(str(error))
-        if isinstance(error, ClusterError):
+        if not isinstance(error, TransferError):
             # It may live on, behind a connection that broke, or wake.
             self._workers.cancel(self.now.request_id)
             self._failures += 1
             self.now = replace(self._request, request_id=f"{self._request.request_id}~{self._failures}")
+        return self._workers.reroute(self.now, begun=begun)
 
     def end(self) -> None:
         """A stop string, or a client that went away: the workers must not go on."""

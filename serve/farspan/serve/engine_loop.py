@@ -405,6 +405,7 @@ class EngineLoop:
             num_forgotten=len(self._forgotten),
             num_requests=len(self._clients),
             open_leases=self._leases.num_open,
+            drafted=self._engine.drafted,
             host=self._engine.host.use if self._engine.host is not None else None,
             transport=self._transport.name,
         )

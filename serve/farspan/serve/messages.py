@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from farspan.engine.draft import NO_GUESSES, DraftUse
 from farspan.engine.request import SamplingParams, TokenLogprobs
 from farspan.errors import FarspanError
 from farspan.kv.host_index import HostUse
@@ -152,6 +153,8 @@ class WorkerInfo:
     open_leases: int
     num_forgotten: int = 0
     """Pages that were held for nobody when it had nothing to do last."""
+    drafted: DraftUse = NO_GUESSES
+    """What came of its guesses since it started."""
     host: HostUse | None = None
     """None: nothing is kept in host memory."""
     transport: str = ""

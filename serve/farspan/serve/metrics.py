@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from itertools import accumulate
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.core import HistogramMetricFamily
 
+from farspan.engine.draft import NO_GUESSES, DraftUse
 from farspan.errors import RequestError
 from farspan.serve.messages import WorkerInfo
 from farspan.serve.reply import Counted
@@ -22,6 +24,8 @@ _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120,
 _GAP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _TRANSFER_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _WHOLE_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+# More workers than an endpoint has at a time: one that says nothing for a while is not counted anew.
+_MOST_WORKERS = 1024
 
 
 class Metrics:
@@ -35,6 +39,14 @@ class Metrics:
         self._tokens = Counter(
             "farspan_request_tokens", "Tokens: of prompts, found of them, of answers.", ["kind"], registry=registry
         )
+        self._drafted = Counter(
+            "farspan_draft_tokens",
+            "Tokens that workers guessed ahead: proposed, and accepted of those.",
+            ["kind"],
+            registry=registry,
+        )
+        self._told: OrderedDict[tuple[str, int], DraftUse] = OrderedDict()
+        """Of each worker, by replica and process, what it said of its guesses last."""
         self._recoveries = Counter(
             "farspan_recoveries", "Failures of workers that no client noticed.", registry=registry
         )
@@ -103,7 +115,18 @@ class Metrics:
             for what, count in ({} if info.host is None else asdict(info.host)).items():
                 self._host.labels(info.role, what).inc(count)
             self._open.labels(info.role).inc(info.num_requests)
+            self._count_guesses(info)
         return list(self._registry.collect())
+
+    def _count_guesses(self, info: WorkerInfo) -> None:
+        """What is new since a worker was asked last; what was guessed by those that are gone stays counted."""
+        name = (info.worker, info.pid)
+        new = info.drafted.since(self._told.pop(name, NO_GUESSES))
+        self._drafted.labels("proposed").inc(new.proposed)
+        self._drafted.labels("accepted").inc(new.accepted)
+        self._told[name] = info.drafted
+        while len(self._told) > _MOST_WORKERS:
+            self._told.popitem(last=False)
 
     def _measure(self, trace: RequestTrace, counted: Counted) -> None:
         kinds = {"prompt": counted.prompt_tokens, "answer": counted.answer_tokens, "cached": counted.cached_tokens}

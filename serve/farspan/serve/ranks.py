@@ -23,7 +23,7 @@ from farspan.engine.follow import follow
 from farspan.engine.gang import Gang
 from farspan.errors import ClusterError, EngineError, FarspanError
 from farspan.models.checkpoint import load_causal_lm
-from farspan.serve.folder import open_model_folder
+from farspan.models.folder import open_model_folder
 from farspan.serve.object_store import open_transport
 
 # Ranks compute the same at the same time: one that is so far behind is lost.

@@ -26,7 +26,7 @@ class Relay:
     """
 
     def __init__(self, decode: Any, request: GenerationRequest) -> None:
-        """`decode`: the handle of the decode workers, for calls that stream."""
+        """`decode`: the handle of the decode workers."""
         self._decode, self._request = decode, request
         self._offers: asyncio.Queue[KvOffer] = asyncio.Queue()
         self._told: str | None = None
@@ -56,7 +56,7 @@ class Relay:
 
     async def _tell(self) -> None:
         try:
-            async with self._decode.resume.choose_replica(self._request) as chosen:
+            async with self._decode.options(stream=True).resume.choose_replica(self._request) as chosen:
                 self._told = chosen.replica_id
         except LOST as problem:
             logger.warning("no decode worker could be chosen early: %s", type(problem).__name__)
@@ -65,13 +65,12 @@ class Relay:
 
     async def _tell_all(self, replica_id: str) -> None:
         """One offer after the other, as long as the worker wants them."""
+        worker = self._decode.options(session_id=replica_id, stream=False)
         try:
             while True:
                 offer = await self._offers.get()
-                # To all, as Serve has no call of a worker by its name: only the one that is meant does anything.
-                told = self._decode.broadcast("follow", replica_id, offer)
-                taken = await told.results_async(timeout_s=_TELL_TIMEOUT_S, return_exceptions=True)
-                if True not in taken:
+                # Where it is gone another takes the call, and does nothing.
+                if not await asyncio.wait_for(worker.follow.remote(replica_id, offer), _TELL_TIMEOUT_S):
                     return
         except (TimeoutError, *LOST) as problem:
             logger.warning("an offer was not delivered: %s", type(problem).__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager
 from contextvars import Context
 from dataclasses import dataclass, replace
@@ -47,6 +47,13 @@ class Workers(Protocol):
         self, request: GenerationRequest, answered: tuple[int, ...], ticket: KvTicket | None
     ) -> AsyncGenerator[StreamItem]: ...
 
+    def reroute(self, request: GenerationRequest, *, begun: bool) -> bool:
+        """Choose another way after a failure; whether the prompt is computed on a worker of its own again.
+
+        `begun`: something was said already, and no other model goes on with it.
+        """
+        ...
+
     def release(self, ticket_id: str) -> None:
         """Say that the pages are not needed any more; returns at once."""
         ...
@@ -66,7 +73,7 @@ class _Heard:
 
 
 class Router:
-    """`Workers` over the deployments' handles. A lost worker is a `Failed` value like any other failure.
+    """Workers over the deployments' handles. A lost worker is a `Failed` value like any other failure.
 
     Calls are begun in contexts of their own. What was begun in that of an HTTP request, Serve cancels when its client
     goes, also what gives back what it held; here each is given up by whoever made it.
@@ -89,7 +96,7 @@ class Router:
         self, request: GenerationRequest, place: Place | None = None, answering: Place | None = None
     ) -> Prefilled | Failed:
         """While the prompt is computed, the worker that will answer fetches the pages that are there."""
-        decode = self._at(answering, self._decode_stream, stream=True)
+        decode = self._at(answering, self._decode)
         relay = self._relays[request.request_id] = Relay(decode, request)
         handle = self._at(place, self._prefill_stream, stream=True)
         try:
@@ -148,8 +155,15 @@ class Router:
         with line.rider(request_id) as inbox:
             yield line.name, inbox
 
+    def reroute(self, request: GenerationRequest, *, begun: bool) -> bool:
+        """Without a guide: whoever is free computes it where it decodes."""
+        return False
+
     def release(self, ticket_id: str, place: Place | None = None) -> None:
-        self._send(self._at(place, self._prefill), "release", ticket_id)
+        if place is None:
+            self._send(self._prefill, "release", ticket_id)
+        else:
+            self._begin(_released(self._at(place, None), ticket_id))
 
     def cancel(self, request_id: str) -> None:
         if relay := self._relays.pop(request_id, None):
@@ -229,7 +243,10 @@ class Router:
 
     def _send(self, handle: Any, method: str, argument: str) -> None:
         # To all replicas: which one holds the request or the ticket is their business, and repeating is harmless.
-        errand = asyncio.get_running_loop().create_task(_delivered(handle, method, argument), context=Context())
+        self._begin(_delivered(handle, method, argument))
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        errand = asyncio.get_running_loop().create_task(work, context=Context())
         self._errands.add(errand)
         errand.add_done_callback(self._errands.discard)
 
@@ -351,6 +368,15 @@ async def _plain(response: Any) -> Any:
         if being_cancelled():
             raise
         raise ClusterError("a call of a worker was given up") from None
+
+
+async def _released(worker: Any, ticket_id: str) -> None:
+    """Tell the one worker that handed a ticket out; of one that is gone, nobody has it."""
+    try:
+        await asyncio.wait_for(_plain(worker.release.remote(ticket_id)), _CONTROL_TIMEOUT_S)
+    except (TimeoutError, ClusterError, *LOST) as problem:
+        # A lease ends by itself.
+        logger.warning("a ticket was not given back: %s", type(problem).__name__)
 
 
 async def _delivered(handle: Any, method: str, argument: str) -> None:

@@ -28,22 +28,21 @@ _KEPT = 5
 def is_scaled(*configs: ServeConfig) -> bool:
     """Whether the number of workers may change, of any of the models."""
     roles = [role for config in configs for role in (config.prefill, config.decode)]
-    return any(least != most for least, most in map(_bounds, roles))
+    return any(role.least != role.most for role in roles)
 
 
 def replicas_of(role: RoleConfig, config: ServeConfig, *, scaled: bool | None = None) -> dict[str, Any]:
     """The options of a deployment that say how many replicas it has. `scaled`: none where its model is alone."""
     if not (is_scaled(config) if scaled is None else scaled):
         return {"num_replicas": role.replicas}
-    least, most = _bounds(role)
     scaling = config.scaling
     with warnings.catch_warnings():
         # The environment variable that shall replace it holds for whole processes, not for an application.
         warnings.filterwarnings("ignore", message=".*metrics_interval_s", category=DeprecationWarning)
         autoscaling = AutoscalingConfig(
-            min_replicas=least,
+            min_replicas=role.least,
             initial_replicas=role.replicas,
-            max_replicas=most,
+            max_replicas=role.most,
             metrics_interval_s=scaling.measure_s,
             look_back_period_s=scaling.measure_s * _KEPT,
             upscale_delay_s=scaling.up_s,
@@ -82,7 +81,3 @@ def apply(schema: ServeDeploySchema, name: str, deadline_s: float) -> None:
             raise ClusterError(found.message.strip().splitlines()[-1] if found.message.strip() else found.status.value)
         time.sleep(_POLL_S)
     raise TimeoutError
-
-
-def _bounds(role: RoleConfig) -> tuple[int, int]:
-    return role.replicas if role.min_replicas is None else role.min_replicas, role.most

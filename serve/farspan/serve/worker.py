@@ -23,8 +23,8 @@ from farspan.errors import ClusterError, ModelError
 from farspan.kv.ticket import KvOffer, KvTicket
 from farspan.kv.transports.choose import Chosen
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
+from farspan.models.folder import open_model_folder
 from farspan.serve.agent import open_host_cache
-from farspan.serve.folder import open_model_folder
 from farspan.serve.host import EngineHost
 from farspan.serve.life import PULSE_S
 from farspan.serve.load import Identity, WorkerLoad

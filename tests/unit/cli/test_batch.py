@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import peft
@@ -45,7 +46,7 @@ def test_a_file_is_answered_and_what_the_user_got_wrong_is_one_sentence(
         assert reason in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_model_on_s3_gives_the_answers_of_the_local_folder(
+def test_a_model_and_a_draft_model_on_s3_give_the_answers_of_the_local_folder(
     s3: S3Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -55,13 +56,50 @@ def test_a_model_on_s3_gives_the_answers_of_the_local_folder(
         s3.put(f"model/{file.name}", file.read_bytes())
     prompts.write_text('{"id": "a", "prompt": "import os"}\n{"id": "b", "prompt": "def f(x):"}\n')
     answers = []
-    for uri in (str(model), f"{s3.uri}/model"):
+    remote = f"{s3.uri}/model"
+    for uri, more in ((str(model), []), (remote, [f"engine.draft_model={remote}", "engine.draft_tokens=3"])):
         output = tmp_path / f"out-{len(answers)}.jsonl"
         line = ["batch", str(prompts), "--model", uri, "--output", str(output), "--max-tokens", "12"]
-        assert run([*line, "engine.dtype=float64", "engine.kv_bytes=4194304"]) == 0
+        assert run([*line, "engine.dtype=float64", "engine.kv_bytes=4194304", *more]) == 0
         answers.append(sorted(output.read_text().splitlines()))
     assert answers[0] == answers[1]
     assert all(len(set(json.loads(line)["tokens"])) >= 6 for line in answers[0])
+
+
+def test_a_draft_model_is_named_by_a_folder_relative_to_where_it_is_typed_and_changes_no_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_model(tmp_path / "model")
+    (tmp_path / "in.jsonl").write_text(
+        '{"id": "a", "prompt": "import os"}\n{"id": "b", "prompt": "def f(x):", "temperature": 1.0}\n'
+        '{"id": "c", "tokens": [5, 6, 7], "temperature": 0.7, "top_k": 40}\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    line = ["batch", "in.jsonl", "--model", "model", "--max-tokens", "20", "engine.dtype=float64"]
+    assert run([*line, "--output", "plain.jsonl", "engine.kv_bytes=4194304"]) == 0
+    assert "guessed" not in capsys.readouterr().out
+    drafted = [*line, "engine.draft_model=model", "engine.draft_tokens=4", "engine.kv_bytes=4194304"]
+    assert run([*drafted, "--output", "drafted.jsonl"]) == 0
+    told = re.search(r"3 answers, 60 tokens: .*; (\d+) of (\d+) guessed tokens were right", capsys.readouterr().out)
+    assert told is not None
+    # It is the model itself: of 5 tokens of an iteration 4 were guessed.
+    assert int(told[1]) == int(told[2]) >= 3 * 15
+    answers, plain = (sorted(Path(name).read_text().splitlines()) for name in ("drafted.jsonl", "plain.jsonl"))
+    assert answers == plain
+    assert len({token for record in map(json.loads, answers) for token in record["tokens"]}) >= 12
+    # Answers are the same: a file goes on with or without guesses.
+    assert run([*drafted, "--output", "plain.jsonl"]) == 0
+    assert "3 were there already" in capsys.readouterr().out
+    write_tiny_model(tmp_path / "other", vocab_size=380)
+    for wrong, reason in (
+        (["engine.draft_tokens=0"], "engine.draft_model: needs engine.draft_tokens of at least 1"),
+        (["engine.draft_model=nowhere"], f"{tmp_path / 'nowhere'}: no such model folder"),
+        (["engine.draft_model=other"], "engine.draft_model: must have the model's tokens, but token 380 is none"),
+        (["engine.kv_bytes=4096"], "bytes are missing, got 4096; use at least engine.kv_bytes="),
+        (["engine.tensor_parallel=2"], "engine.draft_model: does not go with engine.tensor_parallel=2"),
+    ):
+        assert run([*drafted, *wrong, "--output", "wrong.jsonl"]) != 0
+        assert reason in " ".join(capsys.readouterr().err.split())
 
 
 def test_adapters_are_named_on_the_command_line_by_folders_relative_to_where_it_is_typed(

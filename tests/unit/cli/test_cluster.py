@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from tests.support.commands import stand_ins
 from tests.support.corpus import REPOSITORY
 
 from farspan.cli import launch
@@ -89,6 +91,56 @@ def test_a_wrong_input_is_one_sentence(
     assert len(text.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("available_node_types: 3", "available_node_types must hold `key: value` lines, got 3"),
+        ("provider: [aws]", "provider must hold `key: value` lines, got ['aws']"),
+        ("available_node_types: {cpu: {node_config: x}}", "cpu.node_config must hold `key: value` lines, got 'x'"),
+        ("setup_commands: ls", "setup_commands must be a list, got 'ls'"),
+    ],
+)
+def test_a_launcher_file_of_another_shape_is_told_where(
+    text: str, wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file.yaml").write_text(text, encoding="utf-8")
+    assert wanted in said(capsys, "cluster", "validate", SPEC, "--file", str(tmp_path / "file.yaml"), code=2)
+
+
+@pytest.mark.parametrize("verb", ["plan", "validate"])
+@pytest.mark.parametrize(("on", "fields"), [("aws", "aws.account, aws.image"), ("gcp", "gcp.project, gcp.image")])
+def test_examples_are_told_before_up_refuses_them(
+    verb: str, on: str, fields: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["cluster", verb, SPEC, "--on", on]) == 0
+    warned = capsys.readouterr().err
+    assert warned.startswith(f"warning: still examples, which farspan cluster up refuses: {fields}")
+    assert len(warned.splitlines()) == 1
+
+
+def test_a_file_without_a_crd_of_kuberay_checks_nothing_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "some.yaml").write_text("kind: List\nitems: []\n", encoding="utf-8")
+    for path in (tmp_path, tmp_path / "some.yaml"):
+        text = said(capsys, "infra", "validate", "--crds", str(path), code=2)
+        assert text.startswith(
+            f"error: --crds: must hold CRDs of KubeRay, got '{path}'; make it by kubectl get crd ray"
+        )
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed: overlays are not composed")
+def test_a_tree_that_kustomize_cannot_compose_is_told_by_its_last_cause(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said(capsys, "infra", "render", SPEC, "--root", str(tmp_path))
+    (tmp_path / "infra/k8s/base/common/account.yaml").unlink()
+    text = said(capsys, "infra", "validate", str(tmp_path / "infra/k8s"), code=2)
+    cause = f"got 'lstat {tmp_path}/infra/k8s/base/common/account.yaml: no such file or directory'; run farspan infra"
+    assert cause in text
+    assert len(text.splitlines()) == 1
+
+
 @pytest.fixture
 def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project and a home from which a cluster of machines can be started; gives where its record lies.
@@ -106,6 +158,7 @@ def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "*@dead*) echo Connection refused >&2; exit 255;;\n*@slow*) exec sleep 60;;\nesac\n"
     )
     ssh.chmod(0o755)
+    stand_ins(ssh.parent, ("rsync",))
     monkeypatch.setenv("PATH", f"{ssh.parent}:/bin:/usr/bin")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "ray"))
@@ -129,12 +182,13 @@ def sent(record: Path) -> list[str]:
     return [line.partition("ubuntu@")[2].split()[0] for line in lines]
 
 
-@pytest.mark.parametrize("changed", ["local.head=192.0.2.99", "local.workers=[192.0.2.11]"])
+@pytest.mark.parametrize("changed", ["local.head=10.9.0.99", "local.workers=[10.9.0.11]"])
 def test_a_cluster_that_runs_is_not_forgotten_for_another_of_its_name(
     changed: str, local: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = remember(local)
-    told = said(capsys, "cluster", "up", SPEC, changed, "--on", "local", "--yes", "--timeout", "1", code=1)
+    mine = ["local.head=10.9.0.10", "local.workers=[10.9.0.11,10.9.0.12]"]
+    text = remember(local, *mine)
+    told = said(capsys, "cluster", "up", SPEC, *mine, changed, "--on", "local", "--yes", "--timeout", "1", code=1)
     (error,) = [line for line in told.splitlines() if line.startswith("error: ")]
     assert "its machines would be forgotten: run farspan cluster down first" in error
     assert local.read_text(encoding="utf-8") == text

@@ -1,6 +1,8 @@
 """Certificates made here are taken by a real TLS handshake, and by nothing weaker."""
 
 import contextlib
+import datetime
+import shutil
 import socket
 import ssl
 import stat
@@ -9,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from farspan.cluster.certs import make_certificates, ray_variables
+from farspan.cluster import certs
+from farspan.cluster.certs import check_certificates, make_certificates
+from farspan.cluster.environment import tls_switches
 from farspan.errors import ConfigError, StorageError
 
 _DEADLINE_S = 30.0
@@ -65,6 +69,21 @@ def test_two_nodes_of_one_authority_trust_each_other(made: Path) -> None:
     assert handshake(server, context(made, ssl.Purpose.SERVER_AUTH), "node.example") == b"hello"
 
 
+def test_a_network_stands_for_every_address_in_it_and_for_no_other(tmp_path: Path) -> None:
+    make_certificates(tmp_path / "net", ["10.0.0.0/30", "fd00::/127"], 30)
+    server = context(tmp_path / "net", ssl.Purpose.CLIENT_AUTH)
+    for address in ("10.0.0.0", "10.0.0.3", "fd00::1", "127.0.0.1"):
+        assert handshake(server, context(tmp_path / "net", ssl.Purpose.SERVER_AUTH), address) == b"hello"
+    with pytest.raises(ssl.SSLCertVerificationError):
+        handshake(server, context(tmp_path / "net", ssl.Purpose.SERVER_AUTH), "10.0.0.4")
+
+
+def test_a_handshake_holds_as_many_addresses_as_may_be_named(tmp_path: Path) -> None:
+    make_certificates(tmp_path / "most", ["10.1.0.0/23", "10.2.0.0/24", "10.3.0.0/25"], 30)
+    server = context(tmp_path / "most", ssl.Purpose.CLIENT_AUTH)
+    assert handshake(server, context(tmp_path / "most", ssl.Purpose.SERVER_AUTH), "10.3.0.127") == b"hello"
+
+
 def test_a_stranger_is_refused(made: Path, tmp_path: Path) -> None:
     server = context(made, ssl.Purpose.CLIENT_AUTH)
     make_certificates(tmp_path / "other", ["127.0.0.1"], 30)
@@ -88,10 +107,34 @@ def test_a_second_call_keeps_the_authority_and_replaces_the_nodes_key(made: Path
     assert handshake(server, context(made, ssl.Purpose.SERVER_AUTH), "10.0.0.9") == b"hello"
 
 
+def test_a_folder_of_certificates_is_checked_before_it_is_sent(made: Path, tmp_path: Path) -> None:
+    check_certificates(made, ["10.0.0.1", "node.example", "127.0.0.1"])
+    with pytest.raises(
+        ConfigError, match=r"tls_folder: must hold a certificate with every node's address, got 'other'"
+    ):
+        check_certificates(made, ["other"])
+    make_certificates(tmp_path / "strange", ["10.0.0.1"], 30)
+    for file, said in (("ca.crt", "of one authority"), ("node.key", "the key of node.crt")):
+        mixed = tmp_path / f"mixed-{file}"
+        shutil.copytree(made, mixed)
+        shutil.copy(tmp_path / "strange" / file, mixed / file)
+        with pytest.raises(ConfigError, match=f"tls_folder: must hold .*{said}"):
+            check_certificates(mixed, [])
+
+
+def test_certificates_that_have_ended_are_refused(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(certs, "_EARLIER", datetime.timedelta(days=31))
+    make_certificates(made, ["10.0.0.1"], 30)
+    with pytest.raises(ConfigError, match=r"must hold certificates that are good now: node.crt ended, got '20"):
+        check_certificates(made, [])
+
+
 def test_keys_are_readable_by_their_owner_alone(made: Path) -> None:
     assert {stat.S_IMODE(file.stat().st_mode) for file in made.iterdir()} == {0o600}
     assert stat.S_IMODE(made.stat().st_mode) == 0o700
-    assert {Path(value) for name, value in ray_variables(made).items() if name != "RAY_USE_TLS"} < set(made.iterdir())
+    assert {Path(value) for name, value in tls_switches(str(made)).items() if name != "RAY_USE_TLS"} < set(
+        made.iterdir()
+    )
 
 
 def test_what_cannot_be_signed_is_one_sentence(made: Path, tmp_path: Path) -> None:
@@ -99,6 +142,14 @@ def test_what_cannot_be_signed_is_one_sentence(made: Path, tmp_path: Path) -> No
         make_certificates(tmp_path / "x", [], 30)
     with pytest.raises(ConfigError, match=r"--days: must lie in 1\.\.3650"):
         make_certificates(tmp_path / "x", ["a"], 0)
+    for host, said in (
+        ("10.0.0.4/24", "must be a network"),
+        ("10.0.0.0/8", "must name at most 1024 addresses in all, got '10.0.0.0/8'"),
+        ("node one", "must be an address, a network or a name, got 'node one'"),
+    ):
+        with pytest.raises(ConfigError, match=f"--host: {said}"):
+            make_certificates(tmp_path / "x", [host], 30)
+    assert not (tmp_path / "x").exists()
     (made / "ca.key").unlink()
     with pytest.raises(StorageError, match="half an authority"):
         make_certificates(made, ["a"], 30)

@@ -5,8 +5,10 @@ import socket
 from pathlib import Path
 
 import pytest
+from tests.support.commands import stand_ins
 
 from farspan.cluster import preflight
+from farspan.cluster.certs import make_certificates
 from farspan.cluster.cost import plan_cluster
 from farspan.cluster.diagnose import diagnose
 from farspan.cluster.environment import wheel
@@ -16,6 +18,7 @@ from farspan.config.load import load_config
 from farspan.errors import ConfigError, FarspanError, NotFoundError, StorageError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+LOCAL = ["local.head=10.9.0.1", "local.workers=[10.9.0.2]"]
 FILLED = ["aws.account=123456789012", "aws.image=ami-1", "aws.subnet=subnet-1", "aws.security_group=sg-1"]
 
 
@@ -50,6 +53,8 @@ def test_a_sum_that_is_not_whole_is_not_shown() -> None:
         ("(InvalidAMIID.NotFound) The image id '[ami-1]' does not exist", "set aws.image"),
         ("(InvalidSubnetID.NotFound)", "set aws.subnet"),
         ("(InvalidKeyPair.NotFound) The key pair 'x'", "set aws.key_name"),
+        ("(InvalidParameterValue) Invalid value 'm7i.x' for InstanceType.", "no such machine; set aws of that kind"),
+        ("ProfileNotFound: The config profile (x) could not be found", "no such AWS profile"),
         ("(InsufficientInstanceCapacity) We currently do not", "no such machine free"),
         ("(VcpuLimitExceeded) You have requested", "quota"),
         ("EndpointConnectionError: Could not connect", "API cannot be reached"),
@@ -85,12 +90,13 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text("x", encoding="utf-8")
         (tmp_path / file).chmod(0o600)
+    monkeypatch.setenv("PATH", str(stand_ins(tmp_path / "bin")))
     return tmp_path
 
 
 def test_what_is_ready_is_let_through(ready: Path) -> None:
     check_ready(spec(*FILLED), "aws", ready, ready / "state")
-    check_ready(spec(), "local", ready, ready / "state")
+    check_ready(spec(*LOCAL), "local", ready, ready / "state")
 
 
 @pytest.mark.parametrize(
@@ -134,12 +140,77 @@ def test_a_taken_port_on_this_machine_is_refused(ready: Path, monkeypatch: pytes
         taken.listen()
         monkeypatch.setattr(preflight, "GCS_PORT", taken.getsockname()[1])
         with pytest.raises(ConfigError, match=r"local\.head: must have port"):
-            check_ready(spec("local.head=127.0.0.1"), "local", ready, ready / "state")
+            check_ready(spec("local.head=127.0.0.1", LOCAL[1]), "local", ready, ready / "state")
 
 
-def test_a_project_on_google_cloud_must_be_named(ready: Path) -> None:
-    with pytest.raises(ConfigError, match=r"gcp\.project: must be your project"):
-        check_ready(spec(), "gcp", ready, ready / "state")
+@pytest.mark.parametrize(
+    ("provider", "settings", "field"),
+    [
+        ("gcp", [], "gcp.project"),
+        ("gcp", ["gcp.project=mine-123"], "gcp.image"),
+        ("local", [], "local.head"),
+        ("local", ["local.head=10.9.0.1"], "local.workers"),
+    ],
+)
+def test_examples_are_refused_on_every_provider(provider: str, settings: list[str], field: str, ready: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"{field}: must be yours, and this is only an example, .*; set {field} in"):
+        check_ready(spec(*settings), provider, ready, ready / "state")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (lambda home, env: env.delenv("GOOGLE_APPLICATION_CREDENTIALS"), "Google credentials: must be there"),
+        (lambda home, env: env.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/no"), "CREDENTIALS: must name a file"),
+        (
+            lambda home, env: env.setattr(preflight.importlib.util, "find_spec", lambda name: None),
+            "google-api-python-client: must be installed here",
+        ),
+    ],
+)
+def test_what_google_cloud_needs_is_one_sentence(
+    break_it: object, said: str, ready: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert callable(break_it)
+    monkeypatch.setattr(preflight, "_PRODUCT", ready / "none")
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(ready / "requirements.lock"))
+    filled = spec("gcp.project=mine-123", "gcp.image=projects/mine-123/global/images/node")
+    check_ready(filled, "gcp", ready, ready / "state")
+    break_it(ready, monkeypatch)
+    with pytest.raises(ConfigError) as refusal:
+        check_ready(filled, "gcp", ready, ready / "state")
+    assert said in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_region_of_google_cloud_has_its_form(ready: Path) -> None:
+    wrong = ["gcp.project=mine-123", "gcp.image=projects/mine-123/global/images/node", "gcp.region=us-east-1"]
+    with pytest.raises(ConfigError, match=r"gcp\.region: must be a region of Compute Engine, got 'us-east-1'"):
+        check_ready(spec(*wrong, "gcp.zone=us-east-1-a"), "gcp", ready, ready / "state")
+
+
+def test_certificates_that_nodes_would_refuse_are_refused_before_a_node_is_started(ready: Path) -> None:
+    known = [*LOCAL, f"tls_folder={ready}/tls"]
+    with pytest.raises(ConfigError, match=r"tls_folder: must hold ca.crt, node.crt, node.key, got 'no ca.crt in "):
+        check_ready(spec(*known), "local", ready, ready / "state")
+    make_certificates(ready / "tls", ["10.9.0.1"], 30)
+    with pytest.raises(ConfigError, match=r"with every node's address, got '10.9.0.2'; run farspan infra certs"):
+        check_ready(spec(*known), "local", ready, ready / "state")
+    make_certificates(ready / "tls", ["10.9.0.0/28"], 30)
+    check_ready(spec(*known), "local", ready, ready / "state")
+    # A cloud gives addresses later.
+    check_ready(spec(*FILLED, known[-1]), "aws", ready, ready / "state")
+    (ready / "tls" / "node.key").chmod(0o644)
+    with pytest.raises(ConfigError, match=r"tls_folder: must be readable by you alone"):
+        check_ready(spec(*known), "local", ready, ready / "state")
+
+
+@pytest.mark.parametrize("command", ["ssh", "rsync"])
+def test_commands_that_reach_nodes_must_be_there(command: str, ready: Path) -> None:
+    (ready / "bin" / command).unlink()
+    with pytest.raises(ConfigError, match=rf"{command}: must be installed here: .*; run apt-get install "):
+        check_ready(spec(*FILLED), "aws", ready, ready / "state")
 
 
 def test_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,4 +222,4 @@ def test_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_missing_wheel_is_not_found(ready: Path) -> None:
     (ready / "dist" / wheel(spec().software)).unlink()
     with pytest.raises(NotFoundError):
-        check_ready(spec(), "local", ready, ready / "state")
+        check_ready(spec(*LOCAL), "local", ready, ready / "state")

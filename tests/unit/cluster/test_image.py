@@ -40,8 +40,9 @@ def test_the_nodes_environment_sees_the_wheel_first_and_then_the_image(tmp_path:
     for _ in range(2):
         assert main([str(folder), str(wheel), f"jinja2=={version('jinja2')}"]) is None
     script = "import farspan.errors, jinja2, sys; print(farspan.errors.SHIPPED, jinja2.__name__, sys.prefix)"
+    # Isolated: no PYTHONPATH of whoever runs the tests goes before the wheel.
     answer = subprocess.run(
-        [folder / "bin" / "python", "-c", script], capture_output=True, text=True, timeout=60, check=False
+        [folder / "bin" / "python", "-I", "-c", script], capture_output=True, text=True, timeout=60, check=False
     )
     assert answer.stdout.split() == ["yes", "jinja2", str(folder)], answer.stderr
     assert (folder / "bin" / "ray").read_text().startswith(f"#!{folder}/bin/python\n")

@@ -90,6 +90,19 @@ def test_settings_reach_the_files() -> None:
     assert groups == {"prefill": 4, "decode": 7}
 
 
+def test_no_worker_is_to_its_cloud_who_the_head_is() -> None:
+    files = render_tree(spec("aws.worker_instance_profile=plain", "gcp.worker_service_account=plain-worker"))
+    for path, key, head, worker in (
+        ("ray_cluster.yaml", "IamInstanceProfile", "instance-profile/farspan-head", "instance-profile/plain"),
+        ("infra/clusters/gcp.yaml", "serviceAccounts", "farspan-head@your", "plain-worker@your"),
+    ):
+        types = yaml.safe_load(files[path])["available_node_types"]
+        given = {name: str(node["node_config"][key]) for name, node in types.items()}
+        assert head in given.pop("head")
+        assert len(given) == 4
+        assert all(worker in account and head not in account for account in given.values())
+
+
 def test_the_job_and_the_service_read_configs_that_farspan_takes() -> None:
     run = parse_config(RunConfig, training_config(spec())["data"]["run.yaml"])
     check_run(run)
@@ -190,6 +203,17 @@ def test_the_head_and_the_job_that_clears_redis_reach_it_and_workers_do_not() ->
         ("kubernetes.image=registry/farspan:latest", "kubernetes.image: must name a fixed tag"),
         ("kubernetes.image=registry:5000/farspan", "kubernetes.image: must name a fixed tag"),
         ("up_timeout_s=0", "up_timeout_s: must be above 0"),
+        (
+            "aws.zone=us-east-12a",
+            "aws.zone: must be a zone of aws.region=us-east-1, got 'us-east-12a'; use aws.zone=us",
+        ),
+        ("gcp.zone=us-central1", "gcp.zone: must be a zone of gcp.region=us-central1, got 'us-central1'; use gcp.zone"),
+        ("gcp.project=My Project", "gcp.project: must be the id of a project"),
+        ("tls_folder=my tls", "tls_folder: must be a folder, of plain letters, got 'my tls'"),
+        ("aws.worker_instance_profile=farspan-head", "aws.worker_instance_profile: must not be aws.instance_profile"),
+        ("gcp.service_account=farspan-worker", "gcp.worker_service_account: must not be gcp.service_account, the head"),
+        ("aws.instance_profile=arn:aws:iam::1:instance-profile/x", "must be the name of an instance profile, not its"),
+        ("gcp.worker_service_account=a@p.iam.gserviceaccount.com", "must be the id of a service account, without @"),
     ],
 )
 def test_a_wrong_spec_is_refused_in_one_sentence(override: str, said: str) -> None:

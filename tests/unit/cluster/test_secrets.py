@@ -16,7 +16,7 @@ SECRETS = [
     "RAY_AUTH_" + "TOKEN=x",
 ]
 PLAIN = [
-    "arn:aws:iam::000000000000:instance-profile/farspan-node",
+    "arn:aws:iam::000000000000:instance-profile/farspan-head",
     "projects/your-project/global/images/farspan-node",
     "registry.example.com/farspan@sha256:" + "0123456789abcdef" * 4,
     "s3://your-bucket/runs/farspan-train/checkpoints/step-000100",

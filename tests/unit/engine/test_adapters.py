@@ -8,7 +8,7 @@ import gc
 import pytest
 import torch
 from tests.support.double import DoublePrecision
-from tests.support.zoo import zoo_model
+from tests.support.zoo import VOCAB, zoo_model
 from tests.unit.engine.adapted import (
     PROMPT_SEEDS,
     TARGETS,
@@ -25,6 +25,7 @@ from tests.unit.engine.adapted import (
 from tests.unit.engine.oracle import chunked_logits
 from tests.unit.engine.tiny import engine_config
 
+from farspan.engine.draft_model import ModelDrafter
 from farspan.engine.engine import Engine
 from farspan.engine.request import SamplingParams
 from farspan.engine.terms import Terms
@@ -161,8 +162,14 @@ def test_guessed_tokens_are_checked_with_the_adapter_of_their_request(folders):
         engine._runner.run = lambda pieces: steps.append(len(pieces)) or run(pieces)
         assert ask(engine, asked) == plain
         assert_greedy(opened("llama", folders("llama")["law"]), prompt, plain["law"])
+        # A draft model knows no adapter: it is right for the model alone, which it is, and at times for the others.
+        alone = ModelDrafter(zoo_model("llama"), engine_config(), VOCAB)
+        by_model = Engine(base_of("llama"), config, drafter=alone)
+        assert ask(by_model, asked) == plain
+        by_model.check_integrity()
     assert drafter.asked
     assert len(steps) < 16, "no guess was right"
+    assert 9 <= by_model.drafted.accepted < by_model.drafted.proposed
 
 
 def test_adapters_share_no_pages_and_a_request_finds_those_of_its_own(folders):

@@ -127,8 +127,8 @@ class World:
         {"prefix_cache": False},
         {"window": 9, "num_pages": 62, "offload_bytes": 64 * 4096},
         {"window": 9, "num_pages": 62, "draft_tokens": 3},
-        {"offload_bytes": 64 * 4096, "steps": "in one launch"},
-        {"offload_bytes": 64 * 4096, "steps": "ahead"},
+        {"offload_bytes": 64 * 4096, "steps": "in one launch", "num_pages": 60},
+        {"offload_bytes": 64 * 4096, "steps": "ahead", "num_pages": 60},
     ],
     ids=["offload", "recompute", "no cache", "windows, offload", "windows, guesses", "in one launch", "ahead"],
 )
@@ -143,7 +143,7 @@ def test_random_events_leave_no_page_lost_and_answer_everyone_once(num_events, s
     for what in ("finished", "cancelled", "late", "preempted"):
         assert world.counts[what] > num_events / 500, f"too few {what} to prove anything: {world.counts}"
     if settings.get("steps"):
-        assert world.ledger.steps.num_launched > num_events / 100, "too few to prove anything"
+        assert world.ledger.steps.num_launched > num_events / 20, "too few to prove anything"
     if settings.get("offload_bytes"):
         assert world.counts["offloaded"] > num_events / 500, world.counts
     assert world.counts["finished"] + world.counts["cancelled"] + world.counts["late"] == len(world.closed)

@@ -63,8 +63,9 @@ def test_recorded_logits_equal_the_others_while_rows_join_leave_and_grow(archite
     for turn in range(40):
         size = (1, 3, 5)[turn % 3]
         pieces = rows.next(chance.sample(range(5), size))
-        # The same kernels in the same order.
-        assert torch.equal(steps.run(pieces), plain.run(pieces))
+        got, want = steps.run(pieces), plain.run(pieces)
+        # The same kernels in the same order; torch's own in fp32 may sum by where their numbers lie in memory.
+        assert torch.equal(got, want) if dtype == torch.bfloat16 else torch.allclose(got, want, rtol=0, atol=1e-5)
     assert steps.graphs == [1, 3, 5]
 
 
@@ -255,5 +256,5 @@ def test_compiled_calls_in_a_row_are_made_by_one(monkeypatch: pytest.MonkeyPatch
     model = tiny_model().bfloat16()
     steps, _, _ = one_row_recorded(model)
     assert steps.graphs == [1]
-    # Of each layer what is before attention, attention, and what is after it; the last normalization and the head.
-    assert together == [3 * model.config.num_hidden_layers + 2]
+    # Angles; of each layer what is before attention, attention, and what is after it; the last normalization, the head.
+    assert together == [3 * model.config.num_hidden_layers + 3]

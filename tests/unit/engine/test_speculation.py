@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections import Counter
 
 import numpy as np
@@ -14,7 +15,7 @@ from tests.unit.engine.tiny import VOCAB, engine_config, prompts, reference, tin
 from tests.unit.engine.worded import worded_model
 
 from farspan.engine.attention import register_attention
-from farspan.engine.draft import Ask, DraftRoom, SuffixDrafter, split_room
+from farspan.engine.draft import WINDOW_TOKENS, Ask, DraftRoom, SuffixDrafter, split_room
 from farspan.engine.draft_model import ModelDrafter
 from farspan.engine.engine import Engine
 from farspan.engine.probe import plain_logits
@@ -78,6 +79,10 @@ def test_tokens_with_guesses_equal_tokens_without_however_often_the_guesses_are_
     tokens, steps = answer_of(engine, prompt, params)
     assert tokens == expected
     assert drafter.asked > 0
+    # Every iteration brings a token, and every guess that was right one more.
+    assert steps + engine.drafted.accepted == len(tokens)
+    assert engine.drafted.proposed >= engine.drafted.accepted
+    assert wrong != 0.0 or engine.drafted.proposed == engine.drafted.accepted == len(tokens) - steps
     if wrong == 0.0:
         assert steps == -(-(len(expected) - 1) // (draft_tokens + 1)) + 1
     if wrong == 1.0:
@@ -115,18 +120,23 @@ def test_text_that_repeats_itself_is_answered_in_fewer_iterations():
     assert steps < plain_steps / 3
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_draft_model_that_is_the_model_itself_is_always_right(temperature):
+@pytest.mark.parametrize(("temperature", "architecture"), [(0.0, "llama"), (1.0, "llama"), (1.0, "gemma3_text")])
+def test_a_draft_model_that_is_the_model_itself_is_always_right(temperature, architecture):
+    # Of one of them some layers have windows, whose pages the draft model keeps.
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    more = {"layer_types": kinds, "sliding_window": 9} if architecture != "llama" else {}
     params = SamplingParams(max_tokens=30, temperature=temperature, seed=2, top_k=50)
     asked = prompts(13, 40, 7)
-    plain = Engine(tiny_model(), engine_config()).generate(asked, params)
-    drafter = ModelDrafter(tiny_model(), engine_config(max_batch_tokens=8), VOCAB)
-    engine = Engine(tiny_model(), engine_config(draft_tokens=4, prefix_cache=False), drafter=drafter)
+    plain = Engine(tiny_model(architecture, **more), engine_config()).generate(asked, params)
+    drafter = ModelDrafter(tiny_model(architecture, **more), engine_config(max_batch_tokens=8), VOCAB)
+    config = engine_config(draft_tokens=4, prefix_cache=False)
+    engine = Engine(tiny_model(architecture, **more), config, drafter=drafter)
     assert engine.generate(asked, params) == plain
     drafter.check_integrity()
     assert drafter.num_held == 0
     _, steps = answer_of(engine, asked[0], params)
-    assert steps == 1 + -(-29 // 5)
+    # One for the first token, one while the draft model has read 8 of 13 tokens.
+    assert steps == 2 + -(-28 // 5)
 
 
 def test_another_model_as_drafter_changes_no_token_of_a_busy_engine():
@@ -234,7 +244,7 @@ def test_a_client_that_goes_away_between_guesses_leaves_no_page_and_disturbs_nob
     asked = prompts(13, 9)
     expected, _ = answer_of(Engine(tiny_model(), engine_config()), asked[0], SAMPLED, "stays")
     drafter = ModelDrafter(tiny_model(seed=1), engine_config(), VOCAB)
-    for num_steps in range(1, 8):
+    for num_steps in (1, 2, 4, 7):
         engine = Engine(tiny_model(), engine_config(draft_tokens=3), drafter=drafter)
         engine.add("stays", asked[0], SAMPLED)
         engine.add("leaves", asked[1], SAMPLED)
@@ -278,6 +288,49 @@ def test_the_longest_and_then_the_latest_earlier_place_is_what_is_guessed_from()
     assert guess(text, most=2) == [10, 7]
     drafter.forget("r")
     assert guess([5, 6, 5, 6]) == [5, 6]
+
+
+def test_the_index_of_a_sequence_that_goes_on_and_on_stays_that_of_its_last_tokens():
+    window, sizes = 64, range(2, 9)
+    chance, drafter = random.Random(4), SuffixDrafter(window=window)
+
+    def by_hand(tokens: list[int]) -> list[int]:
+        """The longest end that stood among the last tokens before, the latest of those."""
+        for size in reversed(sizes):
+            for place in range(len(tokens) - 1, max(size, len(tokens) - window) - 1, -1):
+                if tokens[place - size : place] == tokens[-size:]:
+                    return tokens[place : place + 5]
+        return []
+
+    tokens: list[int] = [chance.randrange(6) for _ in range(400)]
+    asked_bytes = num_found = num_found_nothing = 0
+    for _ in range(1500):
+        guess = drafter.propose([Ask("r", tokens, 5, GREEDY)])[0]
+        assert guess == by_hand(tokens)
+        num_found, num_found_nothing = num_found + bool(guess), num_found_nothing + (not guess)
+        # Whatever is forgotten is forgotten whole: each entry is of a place in the window.
+        places = drafter._places["r"]
+        assert drafter.num_entries <= window * len(sizes)
+        assert min(places._after.values()) >= len(tokens) - window
+        asked_bytes = max(asked_bytes, sys.getsizeof(places._after))
+        # Now and then many at once, as where guesses were right or others had the batch.
+        tokens += [chance.randrange(40) for _ in range(chance.choice([1, 1, 1, 4, 150]))]
+    assert min(num_found, num_found_nothing) > 50
+    assert asked_bytes <= sys.getsizeof(dict.fromkeys(range(2 * window * len(sizes))))
+    drafter.forget("r")
+    assert drafter.num_entries == 0
+
+
+def test_a_prompt_longer_than_the_window_costs_no_more_than_the_window_and_its_end_is_found():
+    drafter, chance = SuffixDrafter(), random.Random(5)
+    told = [chance.randrange(50_000) for _ in range(30)]
+    # What stood once long ago is out of sight, what stood once lately is not.
+    tokens = [*told, *(chance.randrange(50_000) for _ in range(WINDOW_TOKENS)), *told]
+    assert drafter.propose([Ask("r", tokens, 4, GREEDY)]) == [[]]
+    assert WINDOW_TOKENS * 6 < drafter.num_entries <= WINDOW_TOKENS * 7
+    tokens += [*(chance.randrange(50_000) for _ in range(500)), *told[:9]]
+    assert drafter.propose([Ask("r", tokens, 4, GREEDY)]) == [told[9:13]]
+    assert WINDOW_TOKENS * 6 < drafter.num_entries <= WINDOW_TOKENS * 7
 
 
 def test_guesses_get_only_what_the_others_leave():

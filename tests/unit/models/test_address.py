@@ -17,7 +17,7 @@ from farspan.engine.request import SamplingParams
 from farspan.errors import CheckpointError
 from farspan.models.address import fetch_model, files_of_model
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
-from farspan.serve.folder import open_model_folder
+from farspan.models.folder import open_model_folder
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

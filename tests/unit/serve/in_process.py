@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,9 @@ class LocalWorkers:
         finally:
             await stream.aclose()
 
+    def reroute(self, request, *, begun):
+        return False
+
     def release(self, ticket_id):
         self._errand(self.hosts[0].release(ticket_id))
 
@@ -95,7 +99,7 @@ class LocalWorkers:
             self._errand(host.cancel(request_id))
 
     async def info(self):
-        return [await host.info() for host in self.hosts]
+        return [replace(await host.info(), worker=str(number)) for number, host in enumerate(self.hosts)]
 
     def stop(self) -> None:
         for host in self.hosts:

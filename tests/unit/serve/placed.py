@@ -34,6 +34,8 @@ class PlacedWorkers(LocalWorkers):
         self.dies_of: FarspanError = ClusterError("the decode worker was lost: ActorDiedError")
         self.resumed: list[tuple[str | None, int]] = []
         """(who was asked for, tokens given before) of every stream."""
+        self.fetched: list[bool] = []
+        """Whether each had a ticket."""
         self.quotas: dict[str, Orders] = {}
 
     async def prefill(
@@ -53,6 +55,7 @@ class PlacedWorkers(LocalWorkers):
     ) -> AsyncGenerator[StreamItem]:
         name = "d" if place is None else place.worker
         self.resumed.append((place and name, len(answered)))
+        self.fetched.append(ticket is not None)
         stream = self._host(name).stream(request, answered, ticket)
         try:
             async for item in stream:

@@ -34,17 +34,26 @@ class Words:
 
 
 class FakeWorkers:
-    """Answers `ANSWER`; attempt i fails with failures[i] after `lengths[i]` more tokens."""
+    """Answers `ANSWER`; attempt i fails with failures[i] after `lengths[i]` more tokens.
 
-    def __init__(self, failures=(), lengths=(), prefill_failure=None) -> None:
+    `apart`: after a failure a prompt is computed on a worker of its own again.
+    """
+
+    def __init__(self, failures=(), lengths=(), prefill_failure=None, apart=False) -> None:
         self.failures, self.lengths, self.prefill_failure = failures, lengths, prefill_failure
+        self.apart, self.num_prefills = apart, 0
         self.attempts: list[tuple[int, bool]] = []
         self.names: list[str] = []
         self.released: list[str] = []
         self.cancelled: list[str] = []
 
     async def prefill(self, request):
+        self.num_prefills += 1
         return self.prefill_failure or Prefilled(ANSWER[0], None, TICKET, 0.5)
+
+    def reroute(self, request, *, begun):
+        assert begun == bool(self.attempts or not self.prefill_failure)
+        return self.apart
 
     async def resume(self, request, answered, ticket):
         number = len(self.attempts)
@@ -116,6 +125,26 @@ def test_a_failure_at_any_point_leaves_the_answer_exact_and_the_ticket_given_bac
     assert (text, finish, trace.recovered) == (WHOLE, "length", True)
     assert workers.attempts == attempts
     assert workers.released == released
+
+
+@pytest.mark.parametrize(
+    ("workers", "attempts", "num_prefills"),
+    [
+        (FakeWorkers([BROKEN], [0], apart=True), [(1, True), (1, True)], 2),
+        (FakeWorkers([LOST], [4], apart=True), [(1, True), (5, True)], 2),
+        # Twice without a token in between: then where it decodes.
+        (FakeWorkers([BROKEN, LOST], [0, 0], apart=True), [(1, True), (1, True), (1, False)], 2),
+        (FakeWorkers([LOST, LOST], [2, 2], apart=True), [(1, True), (3, True), (5, True)], 3),
+        (FakeWorkers(prefill_failure=LOST, apart=True), [(0, False)], 2),
+    ],
+)
+def test_a_prompt_is_computed_apart_again_where_that_is_chosen_and_the_answer_stays_exact(
+    workers, attempts, num_prefills
+):
+    text, finish, trace = tell(workers)
+    assert (text, finish, trace.recovered) == (WHOLE, "length", True)
+    assert (workers.attempts, workers.num_prefills) == (attempts, num_prefills)
+    assert workers.released == ["t"] * sum(fetched for _, fetched in attempts)
 
 
 def test_a_worker_that_was_lost_is_told_to_stop_and_the_next_attempt_has_another_name():

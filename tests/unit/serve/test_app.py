@@ -21,9 +21,9 @@ from farspan.config.load import config_of, load_config
 from farspan.config.schema import EngineConfig, RoleConfig, ServeConfig
 from farspan.engine.request import SamplingParams
 from farspan.errors import CheckpointError, ClusterError, ConfigError, ModelError
+from farspan.models.folder import open_model_folder
 from farspan.serve import app
 from farspan.serve.app import check_app, num_cpus, run_app
-from farspan.serve.folder import open_model_folder
 from farspan.serve.lineup import line_up, model_name
 from farspan.serve.messages import Failed, GenerationRequest, WorkerInfo
 from farspan.serve.ranks import rank_options

@@ -101,6 +101,20 @@ def test_an_answer_whose_worker_is_lost_goes_on_with_another_that_was_not(guided
     assert ask(guided, "after")[1]["decode_worker"] != first
 
 
+@pytest.mark.parametrize("problem", [ClusterError("it was silent"), TransferError("lost-apart", "the source broke")])
+def test_a_prompt_is_computed_apart_again_and_its_pages_go_to_whoever_answers_next(guided, expected, problem):
+    guided.renew(replace(guided.config, transfer=TransferConfig(split="always")))
+    guided.workers.die_in, guided.workers.dies_of = 5, problem
+    text, trace = ask(guided, "lost-apart")
+    assert text == expected
+    assert trace["recoveries"] == [str(problem)]
+    (first, _), (second, given) = guided.workers.resumed[-2:]
+    # A worker that only failed to fetch is not avoided.
+    assert second != first or isinstance(problem, TransferError)
+    assert 0 < given <= 5
+    assert guided.workers.fetched[-2:] == [True, True]
+
+
 def test_several_answers_to_a_prompt_go_one_way_and_compute_it_once(guided):
     prompt = TEXT[5000:6000]
     answer = guided.post(

@@ -11,6 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from tests.unit.serve.in_process import Served
 
+from farspan.engine.draft import DraftUse
 from farspan.kv.host_index import HostUse
 from farspan.serve.messages import WorkerInfo
 from farspan.serve.metrics import Gaps, Metrics
@@ -39,6 +40,24 @@ def test_every_number_of_the_dashboard_is_exported_by_an_endpoint_that_answered(
     assert told['farspan_transfer_seconds_sum{transport="memory"}'] == pytest.approx(trace["transfer_s"])
     assert told["farspan_transfer_room_seconds_count"] == 1
     assert told["farspan_transfer_room_seconds_sum"] == trace["page_wait_s"] == 0
+
+
+def test_guessed_tokens_are_counted_once_however_often_workers_are_asked_and_whoever_is_gone():
+    metrics = Metrics()
+    first = WorkerInfo("decode", 1, "layout", 97, 512, 400, 9, 9, 0, 0, 0, worker="a", drafted=DraftUse(10, 4))
+    second = replace(first, worker="b", drafted=DraftUse(3, 0))
+
+    def counted(*infos: WorkerInfo) -> tuple[float, float]:
+        samples = [sample for family in metrics.families(infos) for sample in family.samples]
+        found = {s.labels["kind"]: s.value for s in samples if s.name == "farspan_draft_tokens_total"}
+        return found["proposed"], found["accepted"]
+
+    assert counted(first, second) == (13, 4)
+    first = replace(first, drafted=DraftUse(16, 9))
+    assert counted(first, second) == counted(second, first) == (19, 9)
+    # One that does not answer once is not counted anew, one in the place of another is counted from its beginning.
+    assert counted(second) == counted(first) == (19, 9)
+    assert counted(replace(first, pid=2, drafted=DraftUse(5, 5)), second) == (24, 14)
 
 
 def test_gaps_are_counted_where_they_belong_and_their_sum_is_the_time_from_first_to_last():

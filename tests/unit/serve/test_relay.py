@@ -51,8 +51,17 @@ class Handle:
         self.calls: list[str] = []
 
     def options(self, session_id=None, **_):
-        self.named = session_id
+        self.named = session_id or self.named
         return self
+
+    @property
+    def follow(self):
+        async def told(replica_id, offer):
+            assert replica_id == self.named == "replica"
+            self.told.append(offer)
+            return len(self.told) <= self.wants
+
+        return SimpleNamespace(remote=told)
 
     @property
     def resume(self):
@@ -83,14 +92,10 @@ class Handle:
         return SimpleNamespace(remote=lambda *_: Stream([]))
 
     def broadcast(self, verb, *arguments):
-        if verb != "follow":
-            self.calls.append(verb)
-        else:
-            assert arguments[0] == "replica"
-            self.told.append(arguments[1])
+        self.calls.append(verb)
 
         async def results(**_):
-            return [len(self.told) <= self.wants]
+            return [True]
 
         return SimpleNamespace(results_async=results)
 

@@ -112,8 +112,8 @@ class Deployment:
     def __init__(self, *replicas: Replica, named: str = "") -> None:
         self.replicas, self._named = replicas, named
 
-    def options(self, session_id: str = "", **_: Any) -> Deployment:
-        return Deployment(*self.replicas, named=session_id)
+    def options(self, session_id: str | None = None, **_: Any) -> Deployment:
+        return Deployment(*self.replicas, named=self._named if session_id is None else session_id)
 
     def __getattr__(self, method: str) -> Any:
         return SimpleNamespace(

@@ -95,6 +95,15 @@ run "no_role_may_do_everything" {
   }
 }
 
+run "add_ons_take_the_place_of_what_a_new_cluster_has_and_keep_what_was_changed" {
+  command = plan
+
+  assert {
+    condition     = alltrue([for addon in concat([aws_eks_addon.network, aws_eks_addon.volumes], values(aws_eks_addon.others)) : addon.resolve_conflicts_on_create == "OVERWRITE" && addon.resolve_conflicts_on_update == "PRESERVE"])
+    error_message = "an add-on fails where a new cluster has its own, or undoes what was changed"
+  }
+}
+
 run "a_gpu_group_that_never_sleeps_is_refused" {
   command = plan
   variables {

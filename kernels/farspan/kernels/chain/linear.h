@@ -1,11 +1,11 @@
-// Linear layers of bf16 weights on a CPU that has no bf16 arithmetic.
+// Linear layers of bf16 weights on a CPU: by matrix tiles (tiles.h), or where there is no bf16 arithmetic.
 //
-// Weights are read as they lie, 16 bits each, and widened on the way; sums are fp32. Few rows are bound by the memory
+// There weights are read as they lie, 16 bits each, and widened on the way; sums are fp32. Few rows are bound by the memory
 // that holds the weights, many rows by multiplications: four outputs by three rows share what is loaded. An output
 // is summed in one order however many rows there are: it does not depend on the rows beside it.
 #pragma once
 
-#include "vectors.h"
+#include "tiles.h"
 
 namespace {
 
@@ -21,12 +21,13 @@ constexpr int64_t kTile = kTileOuts * kTileRows;
 // Floats of a thread for many rows: widened weights, and the sums of all tiles of its rows.
 constexpr int64_t kOwn = kTileOuts * kBlock + (kRows / kTileRows) * kTile * kLanes;
 
-// Strides count elements; inputs are widened already.
+// Strides count elements; inputs are widened already, or laid out for tiles.
 struct Linear {
   const float* x;
   const uint16_t *weights, *bias;
   uint16_t* y;
   int64_t rows, outs, ins, weight_row, y_row;
+  bool tiled;
 };
 
 typedef float eight __attribute__((vector_size(32)));
@@ -162,14 +163,16 @@ struct Cut {
 
 INLINE bool is_few(int64_t rows) { return rows <= kFewRows; }
 
-INLINE Cut cut_linear(int64_t rows, int64_t outs, int64_t threads) {
-  int64_t each = is_few(rows) ? kOuts : kTileOuts, groups = (outs + each - 1) / each;
+INLINE Cut cut_linear(int64_t rows, int64_t outs, int64_t threads, bool tiled) {
+  int64_t each = tiled ? kSide : is_few(rows) ? kOuts : kTileOuts, groups = (outs + each - 1) / each;
   // Memory is read fastest in long stretches; a thread that is held up by another process leaves the last shares, which
   // are small, to the others.
-  int64_t large_size = is_few(rows) ? groups * kLargePart / (4 * threads) : 0, large = large_size > 1 ? threads : 0;
+  bool reads = rows <= (tiled ? kSums * kSide : kFewRows);
+  int64_t large_size = reads ? groups * kLargePart / (4 * threads) : 0, large = large_size > 1 ? threads : 0;
   int64_t left = groups - large * large_size;
   int64_t size = left / (threads * kSmall) + 1, shares = large + (left + size - 1) / size;
-  return {groups, size, shares, large, large_size, (rows + kRows - 1) / kRows * shares};
+  int64_t block = tiled ? kTiledRows : kRows;
+  return {groups, size, shares, large, large_size, (rows + block - 1) / block * shares};
 }
 
 struct Groups {
@@ -182,24 +185,52 @@ INLINE Groups groups_of(const Cut& cut, int64_t share) {
   return {begin, begin + cut.size < cut.groups ? begin + cut.size : cut.groups};
 }
 
-// Few rows: where the weights of a share end.
-INLINE const uint16_t* end_of(const Linear& c, const Groups& part) {
-  return c.weights + (part.end * kOuts < c.outs ? part.end * kOuts : c.outs) * c.weight_row;
+// Where the weights of a share end.
+INLINE const uint16_t* end_of(const Linear& c, const Groups& part, int64_t each) {
+  return c.weights + (part.end * each < c.outs ? part.end * each : c.outs) * c.weight_row;
 }
 
 // The weights that a share of few rows begins with.
 void ask_ahead(const Linear& c, const Cut& cut, int64_t index) {
-  if (!is_few(c.rows)) return;
-  Groups part = groups_of(cut, index);
-  const uint16_t *w = c.weights + part.begin * kOuts * c.weight_row, *end = end_of(c, part);
+  if (!c.tiled && !is_few(c.rows)) return;
+  Groups part = groups_of(cut, index % cut.shares);
+  const int64_t each = c.tiled ? kSide : kOuts;
+  const uint16_t *w = c.weights + part.begin * each * c.weight_row, *end = end_of(c, part, each);
   for (int64_t i = 0; i < kAhead && w + i < end; i += kLine) __builtin_prefetch(w + i);
 }
 
+// Rows begin..end of 16 outputs. `more`: the weights of the next 16 follow.
+void tile_outs(const Linear& c, int64_t first, int64_t begin, int64_t end, bool more) {
+  const int64_t outs = c.outs - first < kSide ? c.outs - first : kSide, apart = words_of(c.ins);
+  const Outs w{c.weights + first * c.weight_row, c.weight_row, outs, c.ins};
+  const uint32_t* laid = reinterpret_cast<const uint32_t*>(c.x);
+  alignas(64) float sums[kSums * kSide * kSide];
+  for (int64_t from = begin; from < end; from += kSums * kSide) {
+    const int64_t count = end - from < kSums * kSide ? end - from : kSums * kSide;
+    // Rows after the first read weights that are in the cache.
+    const uint16_t* ahead = more && from == begin ? w.weights + kSide * w.weight_row : nullptr;
+    kTiled[(count + kSide - 1) / kSide](w, laid + from / kSide * apart, ahead, sums);
+    for (int64_t row = 0; row < count; row += kSide)
+      put_tile(sums + row * kSide, c.bias ? c.bias + first : nullptr, count - row < kSide ? count - row : kSide, outs,
+               c.y + (from + row) * c.y_row + first, c.y_row);
+  }
+}
+
+void tile_share(const Linear& c, const Cut& cut, int64_t index) {
+  const int64_t begin = index / cut.shares * kTiledRows, end = begin + kTiledRows < c.rows ? begin + kTiledRows : c.rows;
+  const Groups part = groups_of(cut, index % cut.shares);
+  open_tiles();
+  for (int64_t group = part.begin; group < part.end; group++)
+    tile_outs(c, group * kSide, begin, end, (group + 2) * kSide <= c.outs && group + 1 < part.end);
+  close_tiles();
+}
+
 void linear_share(const Linear& c, const Cut& cut, int64_t index) {
+  if (c.tiled) return tile_share(c, cut, index);
   int64_t begin = index / cut.shares * kRows, end = begin + kRows < c.rows ? begin + kRows : c.rows;
   Groups part = groups_of(cut, index % cut.shares);
   if (is_few(c.rows)) {
-    for (int64_t group = part.begin; group < part.end; group++) kFew[c.rows](c, group * kOuts, end_of(c, part));
+    for (int64_t group = part.begin; group < part.end; group++) kFew[c.rows](c, group * kOuts, end_of(c, part, kOuts));
     return;
   }
   alignas(64) float mine[kOwn];

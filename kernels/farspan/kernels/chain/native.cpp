@@ -1,4 +1,4 @@
-// A chain of steps over the same rows in one call, on a CPU without bf16 arithmetic. Contract: contract.py.
+// A chain of steps over the same rows in one call, on a CPU. Contract: contract.py.
 //
 // Steps of a level read what earlier levels made; the team shares the work of a level. No Python and no torch in here:
 // numbers and addresses come in, and nothing is allocated.
@@ -13,8 +13,8 @@ typedef void (*farspan_ahead)(const void* context, int64_t level, int64_t index)
 typedef void (*farspan_team)(farspan_work, farspan_ahead, const void* context, int64_t levels, const int64_t* counts,
                              int64_t threads);
 
-// Field for field the Structures in native.py. a, b, c, y and wide are numbers of buffers; `wide` gets what y gets in
-// fp32, -1: nothing does.
+// Field for field the Structures in native.py. a, b, c, y and wide are numbers of buffers; `wide` gets what y gets as
+// linear layers read it: in fp32, or laid out for tiles; -1: nothing does.
 struct Step {
   int64_t kind, level, a, b, c, y, wide, width, size, turned, form, weight_row;
   const uint16_t *weights, *bias;
@@ -30,7 +30,7 @@ struct Run {
   const Step* steps;
   char* scratch;
   farspan_team team;
-  int64_t num_steps, num_buffers, rows, threads;
+  int64_t num_steps, num_buffers, rows, threads, tiled;
 };
 }
 
@@ -40,6 +40,8 @@ enum Kind { kWiden, kMultiply, kNormalize, kGate, kAdd, kRotate };
 
 // Rows of a share, where a row is little work.
 constexpr int64_t kSome = 8;
+// Buffers have room for so many rows at least: rows are laid out by 16, in half as many bytes.
+constexpr int64_t kLeast = 8;
 
 struct Shared {
   const Run& run;
@@ -68,7 +70,12 @@ void one_step(const Shared& s, const Step& step, int64_t row) {
       rotate_row(at(step.a), at(step.b), at(step.c), at(step.y), step.width, step.size, step.turned);
       break;
   }
-  if (step.wide >= 0) widen_row(at(step.kind == kWiden ? step.a : step.y), step.width, reinterpret_cast<float*>(at(step.wide)));
+  if (step.wide < 0) return;
+  const uint16_t* made = at(step.kind == kWiden ? step.a : step.y);
+  if (s.run.tiled)
+    lay_row(made, step.width, row, s.at[step.wide]);
+  else
+    widen_row(made, step.width, reinterpret_cast<float*>(at(step.wide)));
 }
 
 // Which step of a level a share is of; `index` is then one of the step's own.
@@ -80,7 +87,7 @@ INLINE int64_t find_step(const Shared& s, int64_t level, int64_t* index) {
 
 INLINE Linear linear_of(const Shared& s, const Step& step) {
   return {reinterpret_cast<const float*>(s.at[step.a]), step.weights, step.bias, reinterpret_cast<uint16_t*>(s.at[step.y]),
-          s.run.rows, step.size, step.width, step.weight_row, s.run.apart[step.y] / 2};
+          s.run.rows, step.size, step.width, step.weight_row, s.run.apart[step.y] / 2, s.run.tiled != 0};
 }
 
 void work(const void* context, int64_t level, int64_t index, int64_t) {
@@ -106,18 +113,24 @@ extern "C" {
 // Bytes of a widened row.
 int64_t farspan_wide_bytes(int64_t width) { return padded(width) * 4; }
 
+// Whether linear layers may be computed by tiles in this process.
+int64_t farspan_has_tiles() {
+  static const bool given = ask_for_tiles();
+  return given;
+}
+
 void farspan_chain(const Run* given) {
   const Run& run = *given;
   Shared s{run, {}, {}, {}};
   char* next = run.scratch;
   for (int64_t i = 0; i < run.num_buffers; i++) {
     s.at[i] = run.at[i] ? run.at[i] : next;
-    if (!run.at[i]) next += (run.rows * run.apart[i] + 63) / 64 * 64;
+    if (!run.at[i]) next += ((run.rows < kLeast ? kLeast : run.rows) * run.apart[i] + 63) / 64 * 64;
   }
   int64_t counts[kSteps] = {}, levels = 0;
   for (int64_t i = 0; i < run.num_steps; i++) {
     const Step& step = run.steps[i];
-    if (step.kind == kMultiply) s.cuts[i] = cut_linear(run.rows, step.size, run.threads);
+    if (step.kind == kMultiply) s.cuts[i] = cut_linear(run.rows, step.size, run.threads, run.tiled);
     if (step.level == levels) s.first[levels++] = i;
     counts[step.level] += count_shares(s, i);
   }

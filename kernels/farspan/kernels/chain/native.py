@@ -35,6 +35,8 @@ _SOURCE = Path(__file__).with_name("native.cpp")
 _MOST_BUFFERS, _MOST_STEPS = 40, 32
 _KINDS = (None, Multiply, Normalize, Gate, Add, Rotate)
 _BYTES = 2
+# The kLeast of native.cpp.
+_LEAST_ROWS = 8
 
 
 class _Step(ctypes.Structure):
@@ -55,7 +57,7 @@ class _Run(ctypes.Structure):
         ("at", ctypes.c_void_p * _MOST_BUFFERS),
         ("apart", ctypes.c_int64 * _MOST_BUFFERS),
         *((name, ctypes.c_void_p) for name in ("steps", "scratch", "team")),
-        *((name, ctypes.c_int64) for name in ("num_steps", "num_buffers", "rows", "threads")),
+        *((name, ctypes.c_int64) for name in ("num_steps", "num_buffers", "rows", "threads", "tiled")),
     )
 
 
@@ -65,7 +67,8 @@ def load_native() -> _Bind:
     library, team = load_library(_SOURCE), load_team()
     library.farspan_chain.restype, library.farspan_chain.argtypes = None, [ctypes.c_void_p]
     library.farspan_wide_bytes.restype, library.farspan_wide_bytes.argtypes = ctypes.c_int64, [ctypes.c_int64]
-    return _Bind(library.farspan_chain, library.farspan_wide_bytes, team)
+    library.farspan_has_tiles.restype, library.farspan_has_tiles.argtypes = ctypes.c_int64, []
+    return _Bind(library.farspan_chain, library.farspan_wide_bytes, team, bool(library.farspan_has_tiles()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,8 @@ class _Bind:
     run: Any
     wide_bytes: Callable[[int], int]
     team: int
+    tiled: bool
+    """Whether this processor multiplies by matrix tiles."""
 
     def __call__(self, steps: Sequence[Step], given: Mapping[str, int], wanted: Sequence[str]) -> Chain:
         return _bound(self, steps, given, wanted)
@@ -151,6 +156,7 @@ def _bound(bind: _Bind, steps: Sequence[Step], given: Mapping[str, int], wanted:
     made = (_Step * len(plan.made))(*sorted(plan.made, key=lambda step: int(step.level)))
     # Filled in once: a decode step is many small calls, whose cost is what Python does around them.
     run = _Run(steps=ctypes.addressof(made), team=bind.team, num_steps=len(made), num_buffers=len(plan.apart))
+    run.tiled = bind.tiled
     run.apart[: len(plan.apart)] = plan.apart
     inner = [row for place, row in enumerate(plan.apart) if place not in {p for p, _ in (*inputs, *outputs)}]
     row_bytes, slack = sum(inner), 64 * len(inner)
@@ -171,7 +177,7 @@ def _bound(bind: _Bind, steps: Sequence[Step], given: Mapping[str, int], wanted:
         for y, (place, _) in zip(made_rows, outputs, strict=True):
             at[place] = y.data_ptr()
         if num_rows:
-            scratch = torch.empty(num_rows * row_bytes + slack, dtype=torch.uint8)
+            scratch = torch.empty(max(num_rows, _LEAST_ROWS) * row_bytes + slack, dtype=torch.uint8)
             call.scratch, call.rows, call.threads = scratch.data_ptr(), num_rows, torch.get_num_threads()
             run_compiled(bind.run, call, scratch, *rows, *made_rows, keeps)
         return made_rows

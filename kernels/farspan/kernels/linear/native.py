@@ -1,6 +1,7 @@
-"""A bf16 linear layer on a CPU without bf16 arithmetic: a chain of one step. Contract: contract.py.
+"""A bf16 linear layer on a CPU: a chain of one step. Contract: contract.py.
 
-There torch widens the weights of every call into memory first, and computes several times slower than in fp32.
+Without bf16 arithmetic torch widens the weights of every call into memory first, and computes several times slower than
+in fp32; with it, torch lays the weights of every call out anew.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ def load_native() -> BindLinear:
     """The kernel, compiled now if this machine has not done it before. Raises ImportError where it cannot be made."""
     bind = load_chain()
     return lambda w_NK, b_N: _bind(bind, w_NK, b_N)
+
+
+def has_tiles() -> bool:
+    """Whether this processor multiplies by matrix tiles. Raises as `load_native` does."""
+    return load_chain().tiled
 
 
 def _bind(bind: BindChain, w_NK: Tensor, b_N: Tensor | None) -> Linear:

@@ -1,4 +1,4 @@
-"""The model folder a deployment serves, on whichever machine asks."""
+"""A model with its tokenizer, as a local folder of whichever machine asks."""
 
 from __future__ import annotations
 

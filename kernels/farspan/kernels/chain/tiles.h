@@ -1,0 +1,180 @@
+// Linear layers by the matrix tiles of processors that have them (AMX), in bf16.
+//
+// Weights are read as they lie: a tile is 16 outputs by 32 inputs. Rows are what has to be laid out for it, once for all
+// outputs of a layer: pairs of inputs of 16 rows side by side. An output is summed in one order however many rows there
+// are: it does not depend on the rows beside it.
+#pragma once
+
+#include "vectors.h"
+
+#if defined(__clang__)
+#define COMPILES_TILES (__clang_major__ >= 12)
+#else
+#define COMPILES_TILES (__GNUC__ >= 11)
+#endif
+
+#if defined(__AVX512F__) && defined(__linux__) && COMPILES_TILES
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define TILES __attribute__((target("amx-tile,amx-bf16")))
+
+namespace {
+
+constexpr int64_t kSide = 16, kDepth = 32, kWords = kSide * kDepth / 2;
+// Tiles of rows whose sums stay in registers, and rows over which the weights of a group stay in the second cache.
+constexpr int64_t kSums = 4, kTiledRows = 128;
+
+// Compilers do not know that loads of tiles read memory.
+INLINE void written() { __asm__ volatile("" ::: "memory"); }
+
+// Each process has to ask once for the registers.
+bool ask_for_tiles() {
+  constexpr long kAsk = 0x1023, kTileData = 18;
+  unsigned a, b, c, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool tiles = d >> 24 & 1, bf16 = d >> 22 & 1;
+  return tiles && bf16 && syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+}
+
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// All tiles are whole: what is missing is zero.
+TILES void open_tiles() {
+  TileShapes shapes;
+  for (int64_t i = 0; i < 8; i++) shapes.bytes[i] = 64, shapes.rows[i] = kSide;
+  written();
+  _tile_loadconfig(&shapes);
+}
+
+TILES void close_tiles() { _tile_release(); }
+
+// Words of 16 rows that are laid out.
+INLINE int64_t words_of(int64_t ins) { return padded(ins) / kDepth * kWords; }
+
+// One row of a layer's inputs to its place.
+void lay_row(const uint16_t* from, int64_t ins, int64_t row, char* at) {
+  uint32_t* to = reinterpret_cast<uint32_t*>(at) + row / kSide * words_of(ins) + row % kSide;
+  const int64_t pairs = ins / 2, all = padded(ins) / 2;
+  for (int64_t i = 0; i < pairs; i++) std::memcpy(to + i * kSide, from + 2 * i, 4);
+  for (int64_t i = pairs; i < all; i++) to[i * kSide] = 0;
+  if (ins % 2) to[pairs * kSide] = from[ins - 1];
+}
+
+// Weights of 16 outputs; those that are not there, and what lies behind the last input, are zero.
+struct Outs {
+  const uint16_t* weights;
+  int64_t weight_row, outs, ins;
+};
+
+INLINE void copy_edge(const Outs& w, int64_t block, uint16_t* to) {
+  const int64_t first = block * kDepth, size = w.ins - first < kDepth ? w.ins - first : kDepth;
+  std::memset(to, 0, kSide * kDepth * sizeof *to);
+  for (int64_t j = 0; j < w.outs; j++) std::memcpy(to + j * kDepth, w.weights + j * w.weight_row + first, size * 2);
+}
+
+// Sums of 16 outputs for `Tiles` times 16 rows, each tile output by output. `ahead`: weights that are asked for meanwhile.
+template <int64_t Tiles>
+TILES void sum_tiles(const Outs& w, const uint32_t* rows, const uint16_t* ahead, float* sums) {
+  const int64_t blocks = padded(w.ins) / kDepth, whole = w.outs == kSide ? w.ins / kDepth : 0, apart = words_of(w.ins);
+  alignas(64) uint16_t edge[kSide * kDepth];
+  _tile_zero(0);
+  if constexpr (Tiles > 1) _tile_zero(1);
+  if constexpr (Tiles > 2) _tile_zero(2);
+  if constexpr (Tiles > 3) _tile_zero(3);
+  for (int64_t block = 0; block < blocks; block++, rows += kWords) {
+    if (block < whole) {
+      if (ahead)
+        for (int64_t j = 0; j < kSide; j++) __builtin_prefetch(ahead + j * w.weight_row + block * kDepth);
+      _tile_loadd(4, w.weights + block * kDepth, w.weight_row * 2);
+    } else {
+      copy_edge(w, block, edge);
+      written();
+      _tile_loadd(4, edge, 64);
+    }
+    _tile_loadd(5, rows, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    if constexpr (Tiles > 1) {
+      _tile_loadd(6, rows + apart, 64);
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    if constexpr (Tiles > 2) {
+      _tile_loadd(7, rows + 2 * apart, 64);
+      _tile_dpbf16ps(2, 4, 7);
+    }
+    if constexpr (Tiles > 3) {
+      _tile_loadd(5, rows + 3 * apart, 64);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+  _tile_stored(0, sums, 64);
+  if constexpr (Tiles > 1) _tile_stored(1, sums + 256, 64);
+  if constexpr (Tiles > 2) _tile_stored(2, sums + 512, 64);
+  if constexpr (Tiles > 3) _tile_stored(3, sums + 768, 64);
+  written();
+}
+
+// 16 by 16 numbers, rows for columns: places that differ in one bit change sides, bit by bit.
+template <int Bit>
+INLINE void turn_bit(lanes* x) {
+  typedef int32_t places __attribute__((vector_size(64)));
+  places low, high;
+  for (int32_t i = 0; i < 16; i++) low[i] = i & Bit ? i - Bit + 16 : i, high[i] = i & Bit ? i + 16 : i + Bit;
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) {
+    if (i & Bit) continue;
+    const lanes a = x[i], b = x[i + Bit];
+#ifdef __clang__
+    for (int j = 0; j < 16; j++) x[i][j] = j & Bit ? b[j - Bit] : a[j], x[i + Bit][j] = j & Bit ? b[j] : a[j + Bit];
+#else
+    x[i] = __builtin_shuffle(a, b, low), x[i + Bit] = __builtin_shuffle(a, b, high);
+#endif
+  }
+}
+
+// Sums of 16 outputs, output by output, to rows of bf16. `bias` may be null.
+void put_tile(const float* sums, const uint16_t* bias, int64_t rows, int64_t outs, uint16_t* y, int64_t y_row) {
+  lanes x[kSide];
+  for (int64_t j = 0; j < kSide; j++) x[j] = load(sums + j * kSide) + (bias && j < outs ? widen_one(bias[j]) : 0.0f);
+  turn_bit<1>(x), turn_bit<2>(x), turn_bit<4>(x), turn_bit<8>(x);
+  for (int64_t row = 0; row < rows; row++) {
+    alignas(64) float wide[kSide];
+    uint16_t made[kSide];
+    std::memcpy(wide, x + row, sizeof wide);
+#pragma omp simd
+    for (int64_t j = 0; j < kSide; j++) made[j] = narrow(wide[j]);
+    std::memcpy(y + row * y_row, made, outs * 2);
+  }
+}
+
+typedef void (*tiled)(const Outs&, const uint32_t*, const uint16_t*, float*);
+constexpr tiled kTiled[] = {nullptr, sum_tiles<1>, sum_tiles<2>, sum_tiles<3>, sum_tiles<4>};
+
+}  // namespace
+
+#else
+// Nothing asks for them then.
+namespace {
+
+constexpr int64_t kSide = 16, kTiledRows = 128, kSums = 4;
+struct Outs {
+  const uint16_t* weights;
+  int64_t weight_row, outs, ins;
+};
+INLINE bool ask_for_tiles() { return false; }
+INLINE void open_tiles() {}
+INLINE void close_tiles() {}
+INLINE int64_t words_of(int64_t) { return 0; }
+INLINE void lay_row(const uint16_t*, int64_t, int64_t, char*) {}
+INLINE void put_tile(const float*, const uint16_t*, int64_t, int64_t, uint16_t*, int64_t) {}
+typedef void (*tiled)(const Outs&, const uint32_t*, const uint16_t*, float*);
+constexpr tiled kTiled[kSums + 1] = {};
+
+}  // namespace
+#endif
