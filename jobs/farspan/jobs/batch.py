@@ -53,7 +53,7 @@ class _Crew:
         self._arguments = (model, dump_config(config))
         self._engines = [self._make.remote(*self._arguments) for _ in range(num_engines)]
         self.drafted = NO_GUESSES
-        """What came of all guesses but those for shares that were lost with their engine."""
+        """What came of all guesses but those for prompts that were lost with their engine."""
         self._working: dict[ray.ObjectRef, tuple[int, list[Prompt], int]] = {}
         # What each engine has still to do of its share.
         self._rest: list[list[Prompt]] = [[] for _ in self._engines]

@@ -34,24 +34,27 @@ class Drawing:
         self.draws = bool(drawn)
         """Whether random numbers are needed."""
         by_torch = [i for i in drawn if kernel is None or not (kernel.cuts or _is_plain(params[i]))]
+        if kernel is not None and not kernel.cuts and len(by_torch) == len(drawn):
+            # Nothing is left for it to draw, and torch finds what is highest in one launch.
+            kernel = None
         self._by_torch = self._laid_out(by_torch) if by_torch else None
         # To the kernel those are greedy.
         asked = list(params)
         for i in by_torch:
             asked[i] = _GREEDY
-        self._kernel, self._draws = kernel, draws_of(asked, like.device)
+        self._by_kernel = None if kernel is None else (kernel.sample, draws_of(asked, like.device))
         self._none_N = torch.zeros(len(params), dtype=torch.float64, device=like.device)
 
     def choose(self, logits_NV: Tensor, points_N: Tensor | None, told: Sequence[int] = ()) -> Chosen:
         """`points_N`: the random numbers; none where nothing is drawn. `told`: rows whose lse is wanted, where a kernel
-        gives it on the way."""
+        gives it."""
         points_N = self._none_N if points_N is None else points_N
-        if self._kernel is None:
+        if self._by_kernel is None:
             best_N, tokens_N = _best(logits_NV)
-            chosen = Chosen(tokens_N, best_N, self._none_N, None)
+            chosen = Chosen(tokens_N, best_N, self._none_N, lse_of(logits_NV, told))
         else:
-            told_N = _mask(told, logits_NV) if told else None
-            chosen = self._kernel.sample(logits_NV, self._draws, points_N, told_N)
+            sample, draws = self._by_kernel
+            chosen = sample(logits_NV, draws, points_N, _mask(told, logits_NV) if told else None)
             # On a GPU that would be to wait for it.
             if self.draws and self._device.type == "cpu":
                 unsure = (chosen.margin_N < SURE).nonzero()[:, 0].tolist()
@@ -67,7 +70,7 @@ class Drawing:
 
 
 def lse_of(logits_NV: Tensor, rows: Sequence[int]) -> Tensor | None:
-    """What `Drawing.choose` tells of these rows, of logits of which nothing is chosen."""
+    """The lse of these rows; none where there is no kernel for it. The same whether anything is chosen beside it."""
     kernel = choose_sampling(logits_NV.device.type, logits_NV.dtype, logits_NV.shape[-1]) if rows else None
     if kernel is None:
         return None

@@ -96,6 +96,28 @@ def test_a_log_probability_is_the_same_alone_and_beside_a_row_that_is_steered() 
     assert beside[1].logprobs.logprob == pytest.approx(float(want), abs=1e-12), "of the model, not of the bias"
 
 
+def test_a_kernel_that_cannot_cut_is_not_asked_for_what_torch_finds_in_one_launch_and_tells_of_it_alike(use) -> None:
+    asked: list[int] = []
+
+    def counted(logits_NV, draws, points_N, told_N=None):
+        asked.append(int((draws.temperature_N > 0).sum()))
+        return load_native().sample(logits_NV, draws, points_N, told_N)
+
+    use(Sampling(counted, cuts=False))
+    logits = logits_of(3, VOCAB, torch.float32)
+    greedy = SampleRow(SamplingParams(), 3, 1)
+    told = SampleRow(SamplingParams(logprobs=0), 3, 1)
+    cut = SampleRow(SamplingParams(temperature=1.0, top_p=0.5), 3, 1)
+    drawn = SampleRow(SamplingParams(temperature=1.0), 3, 1)
+    plain = choose_tokens(logits, [greedy, cut, greedy], NO_END)
+    assert asked == []
+    alone = choose_tokens(logits, [told, cut, greedy], NO_END)
+    beside = choose_tokens(logits, [told, cut, drawn], NO_END)
+    assert asked == [0, 1]
+    assert alone[0] == beside[0]
+    assert [choice.token for choice in plain] == [choice.token for choice in alone]
+
+
 @pytest.mark.parametrize("kernel", [None, "native", "native without cuts"])
 def test_steady_rows_get_the_tokens_that_they_get_step_by_step(kernel, use) -> None:
     use(None if kernel is None else Sampling(load_native().sample, cuts=kernel == "native"))
