@@ -86,7 +86,7 @@ class _Attempts:
         # What there is to go on from is this run's own.
         config.train.resume = True
         self._ladder = Ladder(config)
-        self._budget = RestartBudget(config.train.max_restarts)
+        self._budget, self._restarts = RestartBudget(config.train.max_restarts), 0
         self._trouble: OutOfMemoryError | None = None
         self._workers = config.parallel.workers
         self._begun = False
@@ -152,4 +152,6 @@ class _Attempts:
                 f"training stopped after step {failure.step}: {failure.reason}; not started again: {why_not}"
             )
         step = self._newest_step()
-        self._hear(RunRestarted(step=step, redone=max(0, failure.step - step), reason=failure.reason))
+        self._restarts += 1
+        redone = max(0, failure.step - step)
+        self._hear(RunRestarted(step=step, redone=redone, reason=failure.reason, restarts=self._restarts))

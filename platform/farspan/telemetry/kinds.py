@@ -159,6 +159,8 @@ class RunRestarted:
     redone: int
     """Steps that had been told of and are done again."""
     reason: str
+    restarts: int = 0
+    """How often its driver has started it again, this time included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

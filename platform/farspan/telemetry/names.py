@@ -75,6 +75,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "farspan_restarted_step", "steps", "Restarted after", "run_restarted.step", "Where a run goes on after a loss."
     ),
+    Metric("farspan_restarts", "1", "Restarts", "run_restarted.restarts", "After losses, since the driver began."),
     Metric("farspan_redone_steps", "steps", "Steps done again", "run_restarted.redone", "After a loss."),
     Metric("farspan_preempted_step", "steps", "Stopped after", "run_preempted.step", "With a checkpoint."),
     Metric("farspan_resized_step", "steps", "Resized after", "run_resized.step", "With another number of workers."),

@@ -11,7 +11,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from farspan.cluster.certs import make_certificates, ray_variables
+from farspan.cluster.certs import make_certificates
+from farspan.cluster.environment import tls_switches
 from farspan.errors import ClusterError
 from farspan.jobs.knock import knock, silent
 from farspan.jobs.launch import joined_ray
@@ -90,7 +91,7 @@ def test_only_the_right_token_over_the_right_wire_gets_in(
     if token is not None:
         told.setenv("RAY_AUTH_TOKEN", token)
     if ours is not None:
-        variables = ray_variables(folders.get(ours, folders["other"]))
+        variables = tls_switches(str(folders.get(ours, folders["other"])))
         if ours not in folders:
             variables["RAY_TLS_CA_CERT"] = str(folders["ours"] / "ca.crt")
         for name, value in variables.items():
@@ -131,7 +132,7 @@ def test_only_what_lives_answers(folders: dict[str, Path], told: pytest.MonkeyPa
         doors = [("127.0.0.1", number) for number in (frozen.getsockname()[1], port, gone.getsockname()[1])]
         # This server knows no health call: that it says so is an answer.
         assert silent(doors, 2.0) == [doors[0], doors[2]]
-    for name, value in ray_variables(folders["ours"]).items():
+    for name, value in tls_switches(str(folders["ours"])).items():
         told.setenv(name, value)
     with head(folders["ours"]) as port:
         assert silent([("127.0.0.1", port)], 20.0) == []

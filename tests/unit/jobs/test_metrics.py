@@ -52,8 +52,8 @@ def test_an_event_exports_its_own_numbers_under_the_name_of_the_run(ray: Ray) ->
         return {name: value for name, value, _ in ray.told}
 
     assert exported(PlanPredicted(step_s=0.5, device_bytes=7)) == PLANNED
-    lost = {"farspan_restarted_step": 3, "farspan_redone_steps": 2}
-    assert exported(RunRestarted(step=3, redone=2, reason="lost")) == lost
+    lost = {"farspan_restarted_step": 3, "farspan_redone_steps": 2, "farspan_restarts": 4}
+    assert exported(RunRestarted(step=3, redone=2, reason="lost", restarts=4)) == lost
     size = {"farspan_resized_step": 3, "farspan_train_workers": 1, "farspan_train_accumulation": 2}
     assert exported(RunResized(step=3, workers=1, accumulation=2, reason="room")) == size
     assert exported(Note(text="nothing")) == {}
