@@ -25,7 +25,7 @@ from farspan.errors import ConfigError, NotFoundError, StorageError
 GCS_PORT = 6379
 _LEAST_FREE_BYTES = 1 << 30
 _GOOGLE_REGION = re.compile(r"[a-z]+-[a-z]+\d{1,2}")
-_GOOGLE_KEY = Path("~/.config/gcloud/application_default_credentials.json")
+_GOOGLE_KEY = "application_default_credentials.json"
 # Addresses of the smallest subnet there is.
 _LEAST_ADDRESSES = {"aws": 16, "gcp": 8}
 # What a machine of Google's calls itself; its credentials come from the network.
@@ -101,10 +101,12 @@ def _check_google(spec: ClusterSpec) -> None:
             "gcp.region", "must be a region of Compute Engine", spec.gcp.region, "write it as us-central1"
         )
     _check_package("googleapiclient", "google-api-python-client", spec.software.google_api)
-    named = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
+    # As Google's own libraries read them: empty is unset.
+    named = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS") or None
+    folder = Path(os.environ.get("CLOUDSDK_CONFIG", Path("~/.config/gcloud").expanduser()))
     if named is not None and not Path(named).is_file():
         raise ConfigError("GOOGLE_APPLICATION_CREDENTIALS", "must name a file", named, "correct it, or unset it")
-    if named is None and not _GOOGLE_KEY.expanduser().is_file() and not _is_googles():
+    if named is None and not (folder / _GOOGLE_KEY).is_file() and not _is_googles():
         way_out = "run gcloud auth application-default login"
         raise ConfigError("Google credentials", "must be there", None, way_out)
 

@@ -185,6 +185,21 @@ def test_what_google_cloud_needs_is_one_sentence(
     assert "\n" not in str(refusal.value)
 
 
+def test_googles_credentials_are_looked_for_where_gcloud_keeps_them(
+    ready: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "_PRODUCT", ready / "none")
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "")
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(ready / "gcloud"))
+    filled = spec("gcp.project=mine-123", "gcp.image=projects/mine-123/global/images/node")
+    with pytest.raises(ConfigError, match="Google credentials: must be there"):
+        check_ready(filled, "gcp", ready, ready / "state")
+    (ready / "gcloud").mkdir()
+    (ready / "gcloud" / "application_default_credentials.json").write_text("{}", encoding="ascii")
+    check_ready(filled, "gcp", ready, ready / "state")
+
+
 def test_a_region_of_google_cloud_has_its_form(ready: Path) -> None:
     wrong = ["gcp.project=mine-123", "gcp.image=projects/mine-123/global/images/node", "gcp.region=us-east-1"]
     with pytest.raises(ConfigError, match=r"gcp\.region: must be a region of Compute Engine, got 'us-east-1'"):
