@@ -69,7 +69,7 @@ def test_the_module_is_formatted_and_valid(module: Path) -> None:
 @pytest.mark.soak
 def test_the_modules_own_tests_pass(module: Path) -> None:
     said = terraform(module, "test", "-no-color")
-    assert "Success! 10 passed, 0 failed." in said
+    assert "Success! 12 passed, 0 failed." in said
 
 
 @pytest.mark.soak

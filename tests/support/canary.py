@@ -39,18 +39,27 @@ class ProcessWatch(threading.Thread):
     def look(self) -> None:
         """Once over all processes."""
         for folder in Path("/proc").glob("[0-9]*"):
+            line = _read(folder / "cmdline")
+            # Of another user's process a user reads the command line alone.
+            environment = _read(folder / "environ")
             # It may have ended by now.
             with suppress(OSError):
-                line, environment = ((folder / name).read_bytes() for name in ("cmdline", "environ"))
                 self.namespaces.add(os.readlink(folder / "ns" / "pid"))
-                if any(word in line for word in self._words):
-                    self.seen.add(f"command line: {line!r}")
-                if any(word in environment for word in self._in_environments):
-                    self.seen.add(f"environment of {line[:200]!r}")
+            if any(word in line for word in self._words):
+                self.seen.add(f"command line: {line!r}")
+            if any(word in environment for word in self._in_environments):
+                self.seen.add(f"environment of {line[:200]!r}")
 
     def stop(self) -> None:
         self._over.set()
         self.join(30)
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""
 
 
 def files_with(words: Iterable[str], folder: Path) -> set[str]:

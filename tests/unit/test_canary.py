@@ -29,6 +29,26 @@ def test_a_word_in_a_process_is_seen_and_one_in_none_is_not(where: str) -> None:
     assert ProcessWatch([word]).seen == set()
 
 
+def test_a_process_whose_environment_cannot_be_read_is_judged_by_its_command_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    word, read = "".join(("canary", "-of-another-user")), Path.read_bytes
+
+    def refuse(file: Path) -> bytes:
+        if file.name == "environ":
+            raise PermissionError(file)
+        return read(file)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with subprocess.Popen([*SLEEP, word], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        watch = ProcessWatch([word])
+        watch.look()
+        process.communicate(b"")
+    assert ["command line" in seen for seen in watch.seen] == [True]
+
+
 def test_a_word_in_a_file_is_found_in_its_bytes_and_in_its_name(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "bytes").write_bytes(b"\xff\0a-canary\n")

@@ -139,6 +139,10 @@ HEADS = load()["available_node_types"]["head"]["node_config"]["IamInstanceProfil
         (_drop("available_node_types|head|node_config|IamInstanceProfile"), "head: IamInstanceProfile is left"),
         (_drop("available_node_types|decode|node_config|SecurityGroupIds"), "decode: SecurityGroupIds is left"),
         (_set("available_node_types|cpu|node_config|IamInstanceProfile", HEADS), "cpu: it has the head's IamInstanceP"),
+        (
+            _set("available_node_types|cpu|node_config|IamInstanceProfile", {"Name": "farspan-head"}),
+            "it has the head's",
+        ),
         (_set("available_node_types|cpu|node_config|InstanceTyp", "m7i.large"), "EC2 has no InstanceTyp"),
         (_set("available_node_types|cpu|node_config|InstanceType", 7), "EC2 refuses it"),
         (_set("available_node_types|cpu|node_config|MetadataOptions", {"HttpTokens": "optional"}), "without a session"),
@@ -165,6 +169,14 @@ def test_a_cluster_file_with_one_mistake_is_refused(mutate: Callable[[Config], N
     assert [problem for problem in problems(config) if said in problem] != [], problems(config)
 
 
+def test_a_worker_of_google_cloud_with_one_of_the_heads_accounts_is_refused() -> None:
+    config = load(LAUNCHER_FILES["gcp"])
+    node_types = config["available_node_types"]
+    head = node_types["head"]["node_config"]["serviceAccounts"][0]["email"]
+    node_types["cpu"]["node_config"]["serviceAccounts"] = [{"email": head, "scopes": ["other"]}]
+    assert problems(config) == ["cpu: it has the head's serviceAccounts, which may start and end machines"]
+
+
 SECURE = yaml.safe_load(render_launcher(load_config(ClusterSpec, SPEC_FILE, ["tls_folder=~/tls"]), "aws"))
 
 
@@ -180,6 +192,10 @@ def test_certificates_are_sent_without_the_authoritys_key_and_switched_on() -> N
     [
         (_drop("file_mounts|~/farspan-tls/ca.crt"), "ca.crt is not sent to the nodes"),
         (_set("file_mounts|~/farspan-tls/ca.key", "~/tls/ca.key"), "the authority's key (ca.key) is sent"),
+        (_set("file_mounts|~/farspan-tls", "~/farspan-tls"), "~/farspan-tls is sent to the nodes, where only"),
+        (_set("file_mounts|/home/ubuntu/farspan-tls/", "~/x"), "/home/ubuntu/farspan-tls/ is sent to the nodes, where"),
+        (_set("file_mounts|~/other", "~/tls"), "~/tls is sent to the nodes, and holds the authority's key"),
+        (_set("file_mounts|~/farspan-tls/key", "~/tls/key"), "~/farspan-tls/key is sent to the nodes, where only"),
         (_replace("setup_commands", "RAY_USE_TLS=1", "RAY_USE_TLS=0"), "RAY_USE_TLS=1 is not set"),
         (_replace("setup_commands", "RAY_TLS_CA_CERT", "RAY_TLS_CA"), "RAY_TLS_CA_CERT=$HOME/farspan-tls/ca.crt is"),
     ],

@@ -2,6 +2,8 @@
 # start and end machines of its cluster, a worker may not. Both read and write the bucket.
 
 locals {
+  launcher_clusters = coalesce(var.launcher_clusters, [var.name])
+
   machines = {
     Version = "2012-10-17"
     Statement = [
@@ -30,7 +32,7 @@ locals {
         Effect    = "Allow"
         Action    = ["ec2:TerminateInstances", "ec2:CreateTags"]
         Resource  = "*"
-        Condition = { StringEquals = { "ec2:ResourceTag/ray-cluster-name" = var.name } }
+        Condition = { StringEquals = { "ec2:ResourceTag/ray-cluster-name" = local.launcher_clusters } }
       },
       # Machines it starts are workers, never heads.
       {

@@ -19,11 +19,11 @@ output "private_subnet" {
 }
 
 output "instance_profile" {
-  description = "aws.instance_profile of the spec: of the head of Ray's cluster launcher."
+  description = "aws.instance_profile of the spec: of the head of Ray's cluster launcher. The spec's `name` must be in launcher_clusters."
   value       = aws_iam_instance_profile.launched["head"].name
 }
 
 output "worker_instance_profile" {
-  description = "aws.worker_instance_profile of the spec: of every other node."
+  description = "aws.worker_instance_profile of the spec: of every other node. The spec's `name` must be in launcher_clusters."
   value       = aws_iam_instance_profile.launched["worker"].name
 }

@@ -60,6 +60,17 @@ variable "namespace" {
   default     = "farspan"
 }
 
+variable "launcher_clusters" {
+  description = "Values of `name` in the specs of Ray's launcher: the head may name and end machines of these clusters alone. null: the one called `name`."
+  type        = list(string)
+  default     = null
+
+  validation {
+    condition     = var.launcher_clusters == null ? true : length(var.launcher_clusters) > 0
+    error_message = "launcher_clusters must name a cluster, or be null."
+  }
+}
+
 variable "node_groups" {
   description = "Kinds of nodes; all start at zero but `system`, which holds the operators."
   type = map(object({

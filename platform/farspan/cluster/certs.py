@@ -6,7 +6,7 @@ import datetime
 import ipaddress
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -22,8 +22,10 @@ from farspan.errors import ConfigError, StorageError
 _CA_DAYS = 3650
 _EARLIER = datetime.timedelta(minutes=5)
 _ALWAYS = ("127.0.0.1", "localhost")
-# A certificate travels in every handshake; this many addresses are 8 KiB of it.
+# A certificate travels in every handshake, and gRPC, which Ray speaks, ends one of more than some 8 KiB of it unsaid.
 _MOST_ADDRESSES = 1024
+# Of an address and its header in a certificate; IPv6 takes three times that, a name its letters and two.
+_ADDRESS_BYTES = 6
 # A name does not end in a number: that would be a mistyped address.
 _HOST_NAME = re.compile(r"(?!-)([A-Za-z0-9-]{1,63}\.)*(?!\d+$)[A-Za-z0-9-]{1,63}")
 
@@ -54,8 +56,12 @@ def make_certificates(folder: Path, hosts: list[str], days: int) -> list[Path]:
     return written
 
 
-def check_certificates(folder: Path, hosts: Sequence[str]) -> None:
-    """Refuse a folder whose certificates would not be taken by the nodes at `hosts`. Raises ConfigError."""
+def check_certificates(folder: Path, nodes: Mapping[str, str], least: int = 0) -> None:
+    """Refuse a folder whose certificates would not be taken by the nodes; raises ConfigError.
+
+    `nodes` holds the address of each host that is known. Where addresses are given later, the certificate must hold at
+    least `least` of them, a network's.
+    """
     again = f"run farspan infra certs {folder} with --host for each node"
     if missing := [name for name in TLS_FILES if not (folder / name).is_file()]:
         raise ConfigError("tls_folder", f"must hold {', '.join(TLS_FILES)}", f"no {missing[0]} in {folder}", again)
@@ -72,9 +78,19 @@ def check_certificates(folder: Path, hosts: Sequence[str]) -> None:
             ended = f"{certificate.not_valid_after_utc:%Y-%m-%d}"
             raise ConfigError("tls_folder", f"must hold certificates that are good now: {name} ended", ended, again)
     names = node.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    for host in hosts:
-        if _alternative(host) not in names:
-            raise ConfigError("tls_folder", "must hold a certificate with every node's address", host, again)
+    for host, address in nodes.items():
+        if _alternative(address) not in names:
+            missing_one = address if host == address else f"{address} ({host})"
+            raise ConfigError("tls_folder", "must hold a certificate with every node's address", missing_one, again)
+    addresses = [address for address in names.get_values_for_type(x509.IPAddress) if not _is_loopback(address)]
+    if len(addresses) < least:
+        rule = f"must hold a certificate of the network that nodes get addresses from, {least} or more of them"
+        way_out = f"run farspan infra certs {folder} --host NETWORK, as 10.0.0.0/26"
+        raise ConfigError("tls_folder", rule, f"{len(addresses)} addresses", way_out)
+
+
+def _is_loopback(address: object) -> bool:
+    return getattr(address, "is_loopback", False)
 
 
 def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey, list[Path]]:
@@ -155,14 +171,24 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 
 def _alternatives(hosts: Sequence[str]) -> list[x509.GeneralName]:
     """What a certificate says of these hosts and of this machine itself, each once."""
-    found: dict[x509.GeneralName, None] = {}
-    for host in (*_ALWAYS, *hosts):
+    found = {_alternative(host): None for host in _ALWAYS}
+    room = _MOST_ADDRESSES * _ADDRESS_BYTES
+    for host in hosts:
         named = _network(host) if "/" in host else [_alternative(host)]
-        if len(found) + len(named) > _MOST_ADDRESSES:
-            rule = f"must name at most {_MOST_ADDRESSES} addresses in all"
+        fresh = dict.fromkeys(name for name in named if name not in found)
+        room -= sum(map(_bytes_of, fresh))
+        if room < 0:
+            rule = f"must name at most {_MOST_ADDRESSES} addresses in all, a /22, a third of that of IPv6"
             raise ConfigError("--host", rule, host, "keep a smaller subnet for the cluster, and name that")
-        found |= dict.fromkeys(named)
+        found |= fresh
     return list(found)
+
+
+def _bytes_of(name: x509.GeneralName) -> int:
+    """What a name or address takes of a certificate."""
+    if isinstance(name, x509.IPAddress):
+        return _ADDRESS_BYTES * (3 if name.value.version == 6 else 1)
+    return len(str(name.value)) + 2
 
 
 def _network(written: str) -> list[x509.GeneralName]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import posixpath
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -114,11 +115,21 @@ def _node_problems(config: Config, kind: str) -> Iterator[str]:
 def _account_problems(config: Config, kind: str) -> Iterator[str]:
     """Workers that are to their cloud who the head is."""
     key = {"aws": "IamInstanceProfile", "gcp": "serviceAccounts"}[kind]
-    accounts = {name: node.get("node_config", {}).get(key) for name, node in config["available_node_types"].items()}
+    accounts = {
+        name: _accounts(node.get("node_config", {}).get(key)) for name, node in config["available_node_types"].items()
+    }
     heads = accounts.pop(config["head_node_type"])
     for name, account in accounts.items():
-        if account is not None and account == heads:
+        if account & heads:
             yield f"{name}: it has the head's {key}, which may start and end machines"
+
+
+def _accounts(written: Any) -> set[str]:
+    """Who a node is: names of its instance profile, also by its ARN, or the addresses of its service accounts."""
+    if isinstance(written, dict):
+        return {str(value).rpartition("/")[2] for name, value in written.items() if name in ("Arn", "Name")}
+    accounts = written if isinstance(written, list) else []
+    return {str(account.get("email")) for account in accounts if isinstance(account, dict)}
 
 
 def ec2_machines() -> frozenset[str]:
@@ -202,6 +213,12 @@ def _tls_problems(mounts: Config, exports: dict[str, str]) -> Iterator[str]:
     """A node with half of what TLS needs cannot speak to the others; one with the authority's key could make nodes."""
     if any(str(source).endswith("ca.key") for source in mounts.values()):
         yield "the authority's key (ca.key) is sent to the nodes"
+    for target, source in mounts.items():
+        _, folder, file = posixpath.normpath(str(target)).partition("/farspan-tls")
+        if folder and file[:1] in ("", "/") and file[1:] not in TLS_FILES:
+            yield f"{target} is sent to the nodes, where only {', '.join(TLS_FILES)} may be: a folder holds ca.key too"
+        if any(posixpath.dirname(str(mounts.get(f"~/farspan-tls/{name}"))) == str(source) for name in TLS_FILES):
+            yield f"{source} is sent to the nodes, and holds the authority's key (ca.key)"
     wanted = tls_switches("$HOME/farspan-tls")
     if not set(wanted) & set(exports):
         return

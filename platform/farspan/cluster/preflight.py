@@ -25,7 +25,9 @@ from farspan.errors import ConfigError, NotFoundError, StorageError
 GCS_PORT = 6379
 _LEAST_FREE_BYTES = 1 << 30
 _GOOGLE_REGION = re.compile(r"[a-z]+-[a-z]+\d{1,2}")
-_GOOGLE_KEY = Path("~/.config/gcloud/application_default_credentials.json")
+_GOOGLE_KEY = "application_default_credentials.json"
+# Addresses of the smallest subnet there is.
+_LEAST_ADDRESSES = {"aws": 16, "gcp": 8}
 # What a machine of Google's calls itself; its credentials come from the network.
 _PRODUCT = Path("/sys/class/dmi/id/product_name")
 
@@ -43,6 +45,7 @@ def check_ready(spec: ClusterSpec, provider: str, root: Path, state: Path) -> No
         _check_google(spec)
     else:
         _check_free_port(spec.local.head)
+    nodes = _addresses(spec) if provider == "local" else {}
     _check_commands()
     section = getattr(spec, provider)
     key = Path(section.ssh_private_key)
@@ -59,8 +62,7 @@ def check_ready(spec: ClusterSpec, provider: str, root: Path, state: Path) -> No
         if not file.is_file():
             raise NotFoundError(str(file), f"is sent to every node, and is not there; {way_out}")
     if spec.tls_folder is not None:
-        known = [spec.local.head, *spec.local.workers] if provider == "local" else []
-        check_certificates(Path(spec.tls_folder).expanduser(), known)
+        check_certificates(Path(spec.tls_folder).expanduser(), nodes, _LEAST_ADDRESSES.get(provider, 0))
         _check_private("tls_folder", Path(spec.tls_folder) / "node.key", "run farspan infra certs again")
     check_space(state)
 
@@ -99,10 +101,12 @@ def _check_google(spec: ClusterSpec) -> None:
             "gcp.region", "must be a region of Compute Engine", spec.gcp.region, "write it as us-central1"
         )
     _check_package("googleapiclient", "google-api-python-client", spec.software.google_api)
-    named = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
+    # As Google's own libraries read them: empty is unset.
+    named = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS") or None
+    folder = Path(os.environ.get("CLOUDSDK_CONFIG", Path("~/.config/gcloud").expanduser()))
     if named is not None and not Path(named).is_file():
         raise ConfigError("GOOGLE_APPLICATION_CREDENTIALS", "must name a file", named, "correct it, or unset it")
-    if named is None and not _GOOGLE_KEY.expanduser().is_file() and not _is_googles():
+    if named is None and not (folder / _GOOGLE_KEY).is_file() and not _is_googles():
         way_out = "run gcloud auth application-default login"
         raise ConfigError("Google credentials", "must be there", None, way_out)
 
@@ -140,6 +144,20 @@ def _check_private(field: str, path: Path, way_out: str) -> None:
         raise ConfigError(field, f"must not be empty: {path}", "0 bytes", way_out)
     if not os.access(file, os.R_OK):
         raise ConfigError(field, f"must be readable: {path}", f"{mode:o}", f"run chmod 600 {path}")
+
+
+def _addresses(spec: ClusterSpec) -> dict[str, str]:
+    """The address of each machine of one's own, found as Ray's launcher finds it: IPv4 alone."""
+    found = {}
+    for field, hosts in (("head", [spec.local.head]), ("workers", spec.local.workers)):
+        for host in hosts:
+            try:
+                found[host] = socket.gethostbyname(host)
+            except (OSError, UnicodeError):
+                rule = "must be IPv4 addresses, or names that this machine can look up"
+                way_out = "correct it, add it to /etc/hosts, or write its address"
+                raise ConfigError(f"local.{field}", rule, host, way_out) from None
+    return found
 
 
 def _check_free_port(head: str) -> None:

@@ -11,11 +11,12 @@ ROLES = ("head", "cpu", "train", "prefill", "decode")
 _VERSION = re.compile(r"\d+(\.\d+)*((a|b|rc|\.post)\d+)?")
 _FOLDER = re.compile(r"(/[\w.+-]+)+")
 _PLAIN_PATH = re.compile(r"(~?/)?[\w.+-]+(/[\w.+-]+)*", re.ASCII)
-_PROJECT = re.compile(r"[a-z][a-z0-9-]{4,28}[a-z0-9]")
-_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.:-]*[A-Za-z0-9])?")
+# Old projects stand in a domain: example.com:my-project.
+_PROJECT = re.compile(r"([a-z0-9-]+(\.[a-z0-9-]+)+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]")
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._:-]*[A-Za-z0-9])?")
 _AWS_IDS = {
     "account": (r"\d{12}", "12 digits; in YAML write them in quotes"),
-    "image": (r"ami-[0-9a-f]+", "an id that begins with ami-"),
+    "image": (r"ami-[0-9a-f]+|resolve:ssm:[\w.:/-]+", "an id that begins with ami-, or resolve:ssm:PARAMETER"),
     "subnet": (r"subnet-[0-9a-f]+", "an id that begins with subnet-"),
     "security_group": (r"sg-[0-9a-f]+", "an id that begins with sg-"),
 }
@@ -88,8 +89,10 @@ def _check_here(here: HereConfig) -> None:
 
 
 def _check_places(spec: ClusterSpec) -> None:
-    # AWS also has zones outside of the region's place, like us-west-2-lax-1a.
-    for cloud, ending, usual in (("aws", r"(-[a-z0-9-]+)?[a-z]", "a"), ("gcp", "-[a-z]", "-a")):
+    # AWS also has zones outside of the region's place, like us-west-2-lax-1a and us-east-1-wl1-bos-wlz-1; Google some
+    # of a kind, like us-central1-ai1a.
+    endings = (("aws", r"([a-z]|(-[a-z0-9]+){2,})", "a"), ("gcp", r"-([a-z]+\d+)?[a-z]", "-a"))
+    for cloud, ending, usual in endings:
         zone, region = getattr(spec, cloud).zone, getattr(spec, cloud).region
         if not re.fullmatch(re.escape(region) + ending, zone):
             way_out = f"use {cloud}.zone={region}{usual}"

@@ -7,8 +7,10 @@ import socket
 import ssl
 import stat
 import threading
+from concurrent import futures
 from pathlib import Path
 
+import grpc
 import pytest
 
 from farspan.cluster import certs
@@ -78,10 +80,33 @@ def test_a_network_stands_for_every_address_in_it_and_for_no_other(tmp_path: Pat
         handshake(server, context(tmp_path / "net", ssl.Purpose.SERVER_AUTH), "10.0.0.4")
 
 
-def test_a_handshake_holds_as_many_addresses_as_may_be_named(tmp_path: Path) -> None:
-    make_certificates(tmp_path / "most", ["10.1.0.0/23", "10.2.0.0/24", "10.3.0.0/25"], 30)
+def spoken_by_grpc(folder: Path) -> bool:
+    """Whether gRPC, which Ray speaks, gets through a handshake with a node's certificate on both sides."""
+    key, node, authority = ((folder / name).read_bytes() for name in ("node.key", "node.crt", "ca.crt"))
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(key, node)], authority, True))
+    server.start()
+    client = grpc.ssl_channel_credentials(authority, key, node)
+    with grpc.secure_channel(f"127.0.0.1:{port}", client) as channel, pytest.raises(grpc.RpcError) as answer:
+        channel.unary_unary("/no/method")(b"", timeout=_DEADLINE_S)
+    server.stop(None).wait(_DEADLINE_S)
+    return answer.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize("hosts", [["10.1.0.0/22", "127.0.0.1", "localhost"], ["fd00::/120", "10.1.0.0/24"]])
+def test_grpcs_handshake_holds_as_many_addresses_as_may_be_named(hosts: list[str], tmp_path: Path) -> None:
+    make_certificates(tmp_path / "most", hosts, 30)
     server = context(tmp_path / "most", ssl.Purpose.CLIENT_AUTH)
-    assert handshake(server, context(tmp_path / "most", ssl.Purpose.SERVER_AUTH), "10.3.0.127") == b"hello"
+    assert handshake(server, context(tmp_path / "most", ssl.Purpose.SERVER_AUTH), "10.1.0.255") == b"hello"
+    assert spoken_by_grpc(tmp_path / "most")
+    with pytest.raises(ConfigError, match=r"--host: must name at most 1024 addresses .*, got 'one\.more'"):
+        make_certificates(tmp_path / "most", [*hosts, "one.more"], 30)
+
+
+def test_grpcs_handshake_does_not_hold_twice_as_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(certs, "_MOST_ADDRESSES", 2048)
+    make_certificates(tmp_path / "more", ["10.0.0.0/21"], 30)
+    assert not spoken_by_grpc(tmp_path / "more")
 
 
 def test_a_stranger_is_refused(made: Path, tmp_path: Path) -> None:
@@ -108,25 +133,26 @@ def test_a_second_call_keeps_the_authority_and_replaces_the_nodes_key(made: Path
 
 
 def test_a_folder_of_certificates_is_checked_before_it_is_sent(made: Path, tmp_path: Path) -> None:
-    check_certificates(made, ["10.0.0.1", "node.example", "127.0.0.1"])
+    check_certificates(made, {"10.0.0.1": "10.0.0.1", "here": "127.0.0.1"})
     with pytest.raises(
-        ConfigError, match=r"tls_folder: must hold a certificate with every node's address, got 'other'"
+        ConfigError,
+        match=r"tls_folder: must hold a certificate with every node's address, got '10\.0\.0\.2 \(node\.example\)'",
     ):
-        check_certificates(made, ["other"])
+        check_certificates(made, {"node.example": "10.0.0.2"})
     make_certificates(tmp_path / "strange", ["10.0.0.1"], 30)
     for file, said in (("ca.crt", "of one authority"), ("node.key", "the key of node.crt")):
         mixed = tmp_path / f"mixed-{file}"
         shutil.copytree(made, mixed)
         shutil.copy(tmp_path / "strange" / file, mixed / file)
         with pytest.raises(ConfigError, match=f"tls_folder: must hold .*{said}"):
-            check_certificates(mixed, [])
+            check_certificates(mixed, {})
 
 
 def test_certificates_that_have_ended_are_refused(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(certs, "_EARLIER", datetime.timedelta(days=31))
     make_certificates(made, ["10.0.0.1"], 30)
     with pytest.raises(ConfigError, match=r"must hold certificates that are good now: node.crt ended, got '20"):
-        check_certificates(made, [])
+        check_certificates(made, {})
 
 
 def test_keys_are_readable_by_their_owner_alone(made: Path) -> None:
@@ -144,7 +170,7 @@ def test_what_cannot_be_signed_is_one_sentence(made: Path, tmp_path: Path) -> No
         make_certificates(tmp_path / "x", ["a"], 0)
     for host, said in (
         ("10.0.0.4/24", "must be a network"),
-        ("10.0.0.0/8", "must name at most 1024 addresses in all, got '10.0.0.0/8'"),
+        ("10.0.0.0/8", "must name at most 1024 addresses in all, a /22, a third of that of IPv6, got '10.0.0.0/8'"),
         ("node one", "must be an address, a network or a name, got 'node one'"),
     ):
         with pytest.raises(ConfigError, match=f"--host: {said}"):

@@ -3,6 +3,7 @@
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests.support.commands import stand_ins
@@ -184,6 +185,21 @@ def test_what_google_cloud_needs_is_one_sentence(
     assert "\n" not in str(refusal.value)
 
 
+def test_googles_credentials_are_looked_for_where_gcloud_keeps_them(
+    ready: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "_PRODUCT", ready / "none")
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "")
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(ready / "gcloud"))
+    filled = spec("gcp.project=mine-123", "gcp.image=projects/mine-123/global/images/node")
+    with pytest.raises(ConfigError, match="Google credentials: must be there"):
+        check_ready(filled, "gcp", ready, ready / "state")
+    (ready / "gcloud").mkdir()
+    (ready / "gcloud" / "application_default_credentials.json").write_text("{}", encoding="ascii")
+    check_ready(filled, "gcp", ready, ready / "state")
+
+
 def test_a_region_of_google_cloud_has_its_form(ready: Path) -> None:
     wrong = ["gcp.project=mine-123", "gcp.image=projects/mine-123/global/images/node", "gcp.region=us-east-1"]
     with pytest.raises(ConfigError, match=r"gcp\.region: must be a region of Compute Engine, got 'us-east-1'"):
@@ -201,9 +217,31 @@ def test_certificates_that_nodes_would_refuse_are_refused_before_a_node_is_start
     check_ready(spec(*known), "local", ready, ready / "state")
     # A cloud gives addresses later.
     check_ready(spec(*FILLED, known[-1]), "aws", ready, ready / "state")
+    make_certificates(ready / "tls", ["10.9.0.0/29", "10.9.1.1", "127.0.0.0/28"], 30)
+    with pytest.raises(ConfigError, match=r"of the network that .*, got '9 addresses'; run .*/tls --host NETWORK"):
+        check_ready(spec(*FILLED, known[-1]), "aws", ready, ready / "state")
     (ready / "tls" / "node.key").chmod(0o644)
     with pytest.raises(ConfigError, match=r"tls_folder: must be readable by you alone"):
         check_ready(spec(*known), "local", ready, ready / "state")
+
+
+def test_names_are_looked_up_as_ray_does_and_certificates_hold_what_is_found(
+    ready: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {"10.9.0.1": "10.9.0.1", "worker.example": "10.9.0.2"}
+    monkeypatch.setattr(preflight, "socket", SimpleNamespace(**vars(socket) | {"gethostbyname": known.__getitem__}))
+    named = ["local.head=10.9.0.1", "local.workers=[worker.example]", f"tls_folder={ready}/tls"]
+    make_certificates(ready / "tls", ["10.9.0.1", "worker.example"], 30)
+    with pytest.raises(ConfigError, match=r"with every node's address, got '10\.9\.0\.2 \(worker\.example\)'"):
+        check_ready(spec(*named), "local", ready, ready / "state")
+    make_certificates(ready / "tls", ["10.9.0.1", "10.9.0.2"], 30)
+    check_ready(spec(*named), "local", ready, ready / "state")
+
+
+@pytest.mark.parametrize("host", ["no.such.invalid", "a..b", "fd00::1"])
+def test_a_machine_that_cannot_be_looked_up_is_one_sentence(host: str, ready: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"local\.workers: must be IPv4 addresses, or names that .*, got '{host}'; "):
+        check_ready(spec(LOCAL[0], f"local.workers=['{host}']"), "local", ready, ready / "state")
 
 
 @pytest.mark.parametrize("command", ["ssh", "rsync"])

@@ -8,8 +8,10 @@ import yaml
 from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
 from tests.support.disk import small_disk
 
+from farspan.cluster.check_launcher import launcher_problems
 from farspan.cluster.environment import HABITS
 from farspan.cluster.examples import examples_in
+from farspan.cluster.launcher import render_launcher
 from farspan.cluster.rayclusters import serve_config, training_config
 from farspan.cluster.secrets import holds_secret
 from farspan.cluster.tree import render_tree, stale_files, write_tree
@@ -221,6 +223,22 @@ def test_a_wrong_spec_is_refused_in_one_sentence(override: str, said: str) -> No
         spec(override)
     assert said in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("provider", "override", "written"),
+    [
+        ("aws", "aws.zone=us-east-1-wl1-bos-wlz-1", "availability_zone: us-east-1-wl1-bos-wlz-1 "),
+        ("aws", "aws.image=resolve:ssm:/nodes/newest:3", "ImageId: resolve:ssm:/nodes/newest:3 "),
+        ("gcp", "gcp.zone=us-central1-ai1a", "availability_zone: us-central1-ai1a\n"),
+        ("gcp", "gcp.project=example.com:my-proj", "farspan-worker@my-proj.example.com.iam.gserviceaccount.com\n"),
+        ("local", "local.workers=[gpu_1]", "gpu_1"),
+    ],
+)
+def test_rare_names_of_clouds_and_machines_are_legal(provider: str, override: str, written: str) -> None:
+    text = render_launcher(spec(override), provider)
+    assert written in text
+    assert launcher_problems(yaml.safe_load(text), spec().software) == []
 
 
 def test_a_full_disk_and_a_missing_folder_are_one_sentence(small_disk: Path) -> None:

@@ -35,7 +35,30 @@ run "a_launched_worker_may_start_no_machine_and_a_head_only_workers" {
     error_message = "a head may start other machines than workers"
   }
   assert {
-    condition     = alltrue([for statement in jsondecode(aws_iam_role_policy.launched_machines.policy).Statement : statement.Condition.StringEquals["ec2:ResourceTag/ray-cluster-name"] == var.name if contains(flatten([statement.Action]), "ec2:TerminateInstances")])
+    condition     = alltrue([for statement in jsondecode(aws_iam_role_policy.launched_machines.policy).Statement : statement.Condition.StringEquals["ec2:ResourceTag/ray-cluster-name"] == [var.name] if contains(flatten([statement.Action]), "ec2:TerminateInstances")])
     error_message = "a head may end machines of others"
   }
+}
+
+run "a_head_ends_machines_of_the_named_clusters" {
+  command = apply
+
+  variables {
+    launcher_clusters = ["tests", "trial"]
+  }
+
+  assert {
+    condition     = [for statement in jsondecode(aws_iam_role_policy.launched_machines.policy).Statement : statement.Condition.StringEquals["ec2:ResourceTag/ray-cluster-name"] if contains(flatten([statement.Action]), "ec2:TerminateInstances")] == [["tests", "trial"]]
+    error_message = "a head may not end what it starts"
+  }
+}
+
+run "no_cluster_is_no_answer" {
+  command = plan
+
+  variables {
+    launcher_clusters = []
+  }
+
+  expect_failures = [var.launcher_clusters]
 }
