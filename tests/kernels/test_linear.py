@@ -55,8 +55,8 @@ def test_the_compiled_linear_layer_equals_the_reference(shape, biased, num_threa
     bias = b if biased else None
     got, want = load_native()(w, bias)(x), bind_linear_reference(w, bias)(x)
     assert got.dtype == torch.bfloat16
-    # One rounding to bf16 apart, where the fp32 sums, of up to 4000 products, differ in their last bits.
-    torch.testing.assert_close(got.float(), want.float(), rtol=2**-7, atol=5e-5)
+    # One rounding to bf16 apart, where the fp32 sums, longer ones by more, differ in their last bits.
+    torch.testing.assert_close(got.float(), want.float(), rtol=2**-7, atol=1e-5 + 1e-8 * shape[2])
 
 
 @needs_compiler

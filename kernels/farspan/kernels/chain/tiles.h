@@ -13,6 +13,22 @@
 #define COMPILES_TILES (__GNUC__ >= 11)
 #endif
 
+namespace {
+
+constexpr int64_t kSide = 16;
+// Tiles of rows whose sums stay in registers, and rows over which the weights of a group stay in the second cache.
+constexpr int64_t kSums = 4, kTiledRows = 128;
+
+// Weights of 16 outputs; those that are not there, and what lies behind the last input, are zero.
+struct Outs {
+  const uint16_t* weights;
+  int64_t weight_row, outs, ins;
+};
+
+typedef void (*tiled)(const Outs&, const uint32_t*, const uint16_t*, float*);
+
+}  // namespace
+
 #if defined(__AVX512F__) && defined(__linux__) && COMPILES_TILES
 #include <cpuid.h>
 #include <immintrin.h>
@@ -23,9 +39,7 @@
 
 namespace {
 
-constexpr int64_t kSide = 16, kDepth = 32, kWords = kSide * kDepth / 2;
-// Tiles of rows whose sums stay in registers, and rows over which the weights of a group stay in the second cache.
-constexpr int64_t kSums = 4, kTiledRows = 128;
+constexpr int64_t kDepth = 32, kWords = kSide * kDepth / 2;
 
 // Compilers do not know that loads of tiles read memory.
 INLINE void written() { __asm__ volatile("" ::: "memory"); }
@@ -66,12 +80,6 @@ void lay_row(const uint16_t* from, int64_t ins, int64_t row, char* at) {
   for (int64_t i = pairs; i < all; i++) to[i * kSide] = 0;
   if (ins % 2) to[pairs * kSide] = from[ins - 1];
 }
-
-// Weights of 16 outputs; those that are not there, and what lies behind the last input, are zero.
-struct Outs {
-  const uint16_t* weights;
-  int64_t weight_row, outs, ins;
-};
 
 INLINE void copy_edge(const Outs& w, int64_t block, uint16_t* to) {
   const int64_t first = block * kDepth, size = w.ins - first < kDepth ? w.ins - first : kDepth;
@@ -153,7 +161,6 @@ void put_tile(const float* sums, const uint16_t* bias, int64_t rows, int64_t out
   }
 }
 
-typedef void (*tiled)(const Outs&, const uint32_t*, const uint16_t*, float*);
 constexpr tiled kTiled[] = {nullptr, sum_tiles<1>, sum_tiles<2>, sum_tiles<3>, sum_tiles<4>};
 
 }  // namespace
@@ -162,18 +169,12 @@ constexpr tiled kTiled[] = {nullptr, sum_tiles<1>, sum_tiles<2>, sum_tiles<3>, s
 // Nothing asks for them then.
 namespace {
 
-constexpr int64_t kSide = 16, kTiledRows = 128, kSums = 4;
-struct Outs {
-  const uint16_t* weights;
-  int64_t weight_row, outs, ins;
-};
 INLINE bool ask_for_tiles() { return false; }
 INLINE void open_tiles() {}
 INLINE void close_tiles() {}
 INLINE int64_t words_of(int64_t) { return 0; }
 INLINE void lay_row(const uint16_t*, int64_t, int64_t, char*) {}
 INLINE void put_tile(const float*, const uint16_t*, int64_t, int64_t, uint16_t*, int64_t) {}
-typedef void (*tiled)(const Outs&, const uint32_t*, const uint16_t*, float*);
 constexpr tiled kTiled[kSums + 1] = {};
 
 }  // namespace
