@@ -5,7 +5,7 @@
 // is summed in one order however many rows there are: it does not depend on the rows beside it.
 #pragma once
 
-#include "tiles.h"
+#include "products.h"
 
 namespace {
 
@@ -18,15 +18,18 @@ constexpr int64_t kLargePart = 3, kSmall = 8;
 // tile stay in the first cache; rows at once, so that their inputs stay in the second.
 constexpr int64_t kTileOuts = 4, kTileRows = 3, kBlock = 2048, kRows = 60;
 constexpr int64_t kTile = kTileOuts * kTileRows;
+// By tiles: rows up to which they are laid out and the weights are read as they lie.
+constexpr int64_t kLaidRows = 32;
 // Floats of a thread for many rows: widened weights, and the sums of all tiles of its rows.
 constexpr int64_t kOwn = kTileOuts * kBlock + (kRows / kTileRows) * kTile * kLanes;
 
-// Strides count elements; inputs are widened already, or laid out for tiles.
+// Strides count elements; inputs are widened already, or laid out for few rows by tiles; `rows_x` has them as they lie.
 struct Linear {
   const float* x;
+  const uint16_t* rows_x;
   const uint16_t *weights, *bias;
   uint16_t* y;
-  int64_t rows, outs, ins, weight_row, y_row;
+  int64_t rows, outs, ins, x_row, weight_row, y_row;
   bool tiled;
 };
 
@@ -158,12 +161,29 @@ void many_rows(const Linear& c, int64_t first, int64_t begin, int64_t end, float
 struct Cut {
   // Groups of outputs, groups in a share, shares of a block of rows. The first `large` shares have `large_size` groups.
   int64_t groups, size, shares, large, large_size;
-  int64_t count;
+  // All of them, and rows of a block.
+  int64_t count, block;
 };
 
 INLINE bool is_few(int64_t rows) { return rows <= kFewRows; }
 
-INLINE Cut cut_linear(int64_t rows, int64_t outs, int64_t threads, bool tiled) {
+// Whether so many rows are read as they lie, and by whoever lays out the weights instead.
+INLINE bool lays_weights(int64_t rows, bool tiled) { return tiled && rows > kLaidRows; }
+
+// Rows of a share: as many as leave some shares to every thread.
+INLINE int64_t rows_of_share(int64_t rows, int64_t groups, int64_t threads) {
+  int64_t most = kMostRows;
+  while (most > kLeastRows && (rows + most - 1) / most * groups < 3 * threads) most /= 2;
+  return most;
+}
+
+INLINE Cut cut_products(int64_t rows, int64_t outs, int64_t ins, int64_t threads) {
+  const int64_t each = outs_at_once(ins), groups = (outs + each - 1) / each, block = rows_of_share(rows, groups, threads);
+  return {groups, 1, groups, 0, 0, (rows + block - 1) / block * groups, block};
+}
+
+INLINE Cut cut_linear(int64_t rows, int64_t outs, int64_t ins, int64_t threads, bool tiled) {
+  if (lays_weights(rows, tiled)) return cut_products(rows, outs, ins, threads);
   int64_t each = tiled ? kSide : is_few(rows) ? kOuts : kTileOuts, groups = (outs + each - 1) / each;
   // Memory is read fastest in long stretches; a thread that is held up by another process leaves the last shares, which
   // are small, to the others.
@@ -172,7 +192,7 @@ INLINE Cut cut_linear(int64_t rows, int64_t outs, int64_t threads, bool tiled) {
   int64_t left = groups - large * large_size;
   int64_t size = left / (threads * kSmall) + 1, shares = large + (left + size - 1) / size;
   int64_t block = tiled ? kTiledRows : kRows;
-  return {groups, size, shares, large, large_size, (rows + block - 1) / block * shares};
+  return {groups, size, shares, large, large_size, (rows + block - 1) / block * shares, block};
 }
 
 struct Groups {
@@ -192,7 +212,7 @@ INLINE const uint16_t* end_of(const Linear& c, const Groups& part, int64_t each)
 
 // The weights that a share of few rows begins with.
 void ask_ahead(const Linear& c, const Cut& cut, int64_t index) {
-  if (!c.tiled && !is_few(c.rows)) return;
+  if (c.tiled ? lays_weights(c.rows, true) : !is_few(c.rows)) return;
   Groups part = groups_of(cut, index % cut.shares);
   const int64_t each = c.tiled ? kSide : kOuts;
   const uint16_t *w = c.weights + part.begin * each * c.weight_row, *end = end_of(c, part, each);
@@ -217,7 +237,7 @@ void tile_outs(const Linear& c, int64_t first, int64_t begin, int64_t end, bool 
 }
 
 void tile_share(const Linear& c, const Cut& cut, int64_t index) {
-  const int64_t begin = index / cut.shares * kTiledRows, end = begin + kTiledRows < c.rows ? begin + kTiledRows : c.rows;
+  const int64_t begin = index / cut.shares * cut.block, end = begin + cut.block < c.rows ? begin + cut.block : c.rows;
   const Groups part = groups_of(cut, index % cut.shares);
   open_tiles();
   for (int64_t group = part.begin; group < part.end; group++)
@@ -225,9 +245,16 @@ void tile_share(const Linear& c, const Cut& cut, int64_t index) {
   close_tiles();
 }
 
-void linear_share(const Linear& c, const Cut& cut, int64_t index) {
+// `own`: memory of this thread for layers that lay out weights.
+void linear_share(const Linear& c, const Cut& cut, int64_t index, char* own) {
+  int64_t begin = index / cut.shares * cut.block, end = begin + cut.block < c.rows ? begin + cut.block : c.rows;
+  if (lays_weights(c.rows, c.tiled)) {
+    const int64_t each = outs_at_once(c.ins), first = index % cut.shares * each;
+    const int64_t last = first + each < c.outs ? first + each : c.outs;
+    return product_share({c.rows_x, c.weights, c.bias, c.y, c.x_row, c.weight_row, c.y_row, c.ins, first, last, begin, end},
+                         reinterpret_cast<uint16_t*>(own));
+  }
   if (c.tiled) return tile_share(c, cut, index);
-  int64_t begin = index / cut.shares * kRows, end = begin + kRows < c.rows ? begin + kRows : c.rows;
   Groups part = groups_of(cut, index % cut.shares);
   if (is_few(c.rows)) {
     for (int64_t group = part.begin; group < part.end; group++) kFew[c.rows](c, group * kOuts, end_of(c, part, kOuts));

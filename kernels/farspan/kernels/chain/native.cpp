@@ -14,7 +14,8 @@ typedef void (*farspan_team)(farspan_work, farspan_ahead, const void* context, i
                              int64_t threads);
 
 // Field for field the Structures in native.py. a, b, c, y and wide are numbers of buffers; `wide` gets what y gets as
-// linear layers read it: in fp32, or laid out for tiles; -1: nothing does.
+// linear layers read it: in fp32, or laid out for tiles; -1: nothing does. Linear layers read a, and where there are many
+// rows for tiles b, the rows as they lie: then nothing is left anywhere else.
 struct Step {
   int64_t kind, level, a, b, c, y, wide, width, size, turned, form, weight_row;
   const uint16_t *weights, *bias;
@@ -30,7 +31,7 @@ struct Run {
   const Step* steps;
   char* scratch;
   farspan_team team;
-  int64_t num_steps, num_buffers, rows, threads, tiled;
+  int64_t num_steps, num_buffers, rows, threads, tiled, own_bytes;
 };
 }
 
@@ -48,10 +49,14 @@ struct Shared {
   char* at[kBuffers];
   Cut cuts[kSteps];
   int64_t first[kSteps + 1];
+  bool plain;
+  char* own;
 };
 
 INLINE int64_t count_shares(const Shared& s, int64_t step) {
-  return s.run.steps[step].kind == kMultiply ? s.cuts[step].count : (s.run.rows + kSome - 1) / kSome;
+  const int64_t kind = s.run.steps[step].kind;
+  if (kind == kMultiply) return s.cuts[step].count;
+  return kind == kWiden && s.plain ? 0 : (s.run.rows + kSome - 1) / kSome;
 }
 
 void one_step(const Shared& s, const Step& step, int64_t row) {
@@ -70,7 +75,7 @@ void one_step(const Shared& s, const Step& step, int64_t row) {
       rotate_row(at(step.a), at(step.b), at(step.c), at(step.y), step.width, step.size, step.turned);
       break;
   }
-  if (step.wide < 0) return;
+  if (step.wide < 0 || s.plain) return;
   const uint16_t* made = at(step.kind == kWiden ? step.a : step.y);
   if (s.run.tiled)
     lay_row(made, step.width, row, s.at[step.wide]);
@@ -86,15 +91,17 @@ INLINE int64_t find_step(const Shared& s, int64_t level, int64_t* index) {
 }
 
 INLINE Linear linear_of(const Shared& s, const Step& step) {
-  return {reinterpret_cast<const float*>(s.at[step.a]), step.weights, step.bias, reinterpret_cast<uint16_t*>(s.at[step.y]),
-          s.run.rows, step.size, step.width, step.weight_row, s.run.apart[step.y] / 2, s.run.tiled != 0};
+  return {reinterpret_cast<const float*>(s.at[step.a]), reinterpret_cast<const uint16_t*>(s.at[step.b]), step.weights, step.bias, reinterpret_cast<uint16_t*>(s.at[step.y]),
+          s.run.rows, step.size, step.width, s.run.apart[step.b] / 2, step.weight_row, s.run.apart[step.y] / 2,
+          s.run.tiled != 0};
 }
 
-void work(const void* context, int64_t level, int64_t index, int64_t) {
+void work(const void* context, int64_t level, int64_t index, int64_t thread) {
   const Shared& s = *static_cast<const Shared*>(context);
   int64_t number = find_step(s, level, &index);
   const Step& step = s.run.steps[number];
-  if (step.kind == kMultiply) return linear_share(linear_of(s, step), s.cuts[number], index);
+  if (step.kind == kMultiply)
+    return linear_share(linear_of(s, step), s.cuts[number], index, s.own + thread * s.run.own_bytes);
   const int64_t end = (index + 1) * kSome;
   for (int64_t row = index * kSome; row < end && row < s.run.rows; row++) one_step(s, step, row);
 }
@@ -113,6 +120,9 @@ extern "C" {
 // Bytes of a widened row.
 int64_t farspan_wide_bytes(int64_t width) { return padded(width) * 4; }
 
+// Bytes of a thread for a linear layer of so many inputs over many rows, by tiles.
+int64_t farspan_own_bytes(int64_t width) { return (own_bytes(width) + 63) / 64 * 64; }
+
 // Whether linear layers may be computed by tiles in this process.
 int64_t farspan_has_tiles() {
   static const bool given = ask_for_tiles();
@@ -121,16 +131,20 @@ int64_t farspan_has_tiles() {
 
 void farspan_chain(const Run* given) {
   const Run& run = *given;
-  Shared s{run, {}, {}, {}};
+  Shared s{run, {}, {}, {}, lays_weights(run.rows, run.tiled), nullptr};
+  bool unused[kBuffers] = {};
+  for (int64_t i = 0; i < run.num_steps; i++)
+    if (s.plain && run.steps[i].wide >= 0) unused[run.steps[i].wide] = true;
   char* next = run.scratch;
   for (int64_t i = 0; i < run.num_buffers; i++) {
     s.at[i] = run.at[i] ? run.at[i] : next;
-    if (!run.at[i]) next += ((run.rows < kLeast ? kLeast : run.rows) * run.apart[i] + 63) / 64 * 64;
+    if (!run.at[i] && !unused[i]) next += ((run.rows < kLeast ? kLeast : run.rows) * run.apart[i] + 63) / 64 * 64;
   }
+  s.own = next;
   int64_t counts[kSteps] = {}, levels = 0;
   for (int64_t i = 0; i < run.num_steps; i++) {
     const Step& step = run.steps[i];
-    if (step.kind == kMultiply) s.cuts[i] = cut_linear(run.rows, step.size, run.threads, run.tiled);
+    if (step.kind == kMultiply) s.cuts[i] = cut_linear(run.rows, step.size, step.width, run.threads, run.tiled);
     if (step.level == levels) s.first[levels++] = i;
     counts[step.level] += count_shares(s, i);
   }

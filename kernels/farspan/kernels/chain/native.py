@@ -37,6 +37,10 @@ _KINDS = (None, Multiply, Normalize, Gate, Add, Rotate)
 _BYTES = 2
 # The kLeast of native.cpp.
 _LEAST_ROWS = 8
+# The kLaidRows of linear.h.
+_LAID_ROWS = 32
+# Rows of a call: what is between its steps stays in the caches, and its memory is what was freed by the call before.
+_MOST_ROWS = 1024
 
 
 class _Step(ctypes.Structure):
@@ -57,7 +61,7 @@ class _Run(ctypes.Structure):
         ("at", ctypes.c_void_p * _MOST_BUFFERS),
         ("apart", ctypes.c_int64 * _MOST_BUFFERS),
         *((name, ctypes.c_void_p) for name in ("steps", "scratch", "team")),
-        *((name, ctypes.c_int64) for name in ("num_steps", "num_buffers", "rows", "threads", "tiled")),
+        *((name, ctypes.c_int64) for name in ("num_steps", "num_buffers", "rows", "threads", "tiled", "own_bytes")),
     )
 
 
@@ -67,8 +71,10 @@ def load_native() -> _Bind:
     library, team = load_library(_SOURCE), load_team()
     library.farspan_chain.restype, library.farspan_chain.argtypes = None, [ctypes.c_void_p]
     library.farspan_wide_bytes.restype, library.farspan_wide_bytes.argtypes = ctypes.c_int64, [ctypes.c_int64]
+    library.farspan_own_bytes.restype, library.farspan_own_bytes.argtypes = ctypes.c_int64, [ctypes.c_int64]
     library.farspan_has_tiles.restype, library.farspan_has_tiles.argtypes = ctypes.c_int64, []
-    return _Bind(library.farspan_chain, library.farspan_wide_bytes, team, bool(library.farspan_has_tiles()))
+    tiled = bool(library.farspan_has_tiles())
+    return _Bind(library.farspan_chain, library.farspan_wide_bytes, library.farspan_own_bytes, team, tiled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,8 @@ class _Bind:
 
     run: Any
     wide_bytes: Callable[[int], int]
+    own_bytes: Callable[[int], int]
+    """Of a thread, for a linear layer of so many inputs over many rows, by tiles."""
     team: int
     tiled: bool
     """Whether this processor multiplies by matrix tiles."""
@@ -115,6 +123,7 @@ class _Plan:
         made = _Step(kind=_KINDS.index(type(step)), level=level, y=self.place(step.y), wide=-1, width=width, **numbers)
         match step:
             case Multiply():
+                made.b = self.place(step.x)
                 made.size, made.weights, made.weight_row = len(step.w_NK), step.w_NK.data_ptr(), step.w_NK.stride(0)
                 made.bias = None if step.b_N is None else step.b_N.data_ptr()
             case Normalize():
@@ -158,28 +167,42 @@ def _bound(bind: _Bind, steps: Sequence[Step], given: Mapping[str, int], wanted:
     run = _Run(steps=ctypes.addressof(made), team=bind.team, num_steps=len(made), num_buffers=len(plan.apart))
     run.tiled = bind.tiled
     run.apart[: len(plan.apart)] = plan.apart
-    inner = [row for place, row in enumerate(plan.apart) if place not in {p for p, _ in (*inputs, *outputs)}]
-    row_bytes, slack = sum(inner), 64 * len(inner)
+    outer, laid = {place for place, _ in (*inputs, *outputs)}, {step.wide for step in made}
+    few = [row for place, row in enumerate(plan.apart) if place not in outer]
+    many = [row for place, row in enumerate(plan.apart) if place not in outer | laid]
+    run.own_bytes = max((bind.own_bytes(step.w_NK.shape[1]) for step in steps if isinstance(step, Multiply)), default=0)
 
-    def chain_native(*rows: Tensor) -> tuple[Tensor, ...]:
+    def some_rows(rows: Sequence[Tensor], made_rows: Sequence[Tensor]) -> None:
         # Alive as long as the chain: steps and weights are known by their addresses.
         keeps = made, steps
-        assert keeps, "a chain without a step"
-        num_rows, call = rows[0].shape[0], _Run.from_buffer_copy(run)
+        num_rows, call, threads = rows[0].shape[0], _Run.from_buffer_copy(run), torch.get_num_threads()
         at, apart = call.at, call.apart
-        for x, (place, width) in zip(rows, inputs, strict=True):
+        for x, (place, _) in zip((*rows, *made_rows), (*inputs, *outputs), strict=True):
+            # A single row is as far from the next as it likes.
+            at[place], apart[place] = x.data_ptr(), _BYTES * x.stride(0)
+        if bind.tiled and num_rows > _LAID_ROWS:
+            size = num_rows * sum_many + threads * run.own_bytes
+        else:
+            size = max(num_rows, _LEAST_ROWS) * sum_few
+        scratch = torch.empty(size + slack, dtype=torch.uint8)
+        call.scratch, call.rows, call.threads = scratch.data_ptr(), num_rows, threads
+        run_compiled(bind.run, call, scratch, *rows, *made_rows, keeps)
+
+    sum_few, sum_many, slack = sum(few), sum(many), 64 * len(few)
+
+    def chain_native(*rows: Tensor) -> tuple[Tensor, ...]:
+        num_rows = rows[0].shape[0]
+        for x, (_, width) in zip(rows, inputs, strict=True):
             assert x.shape == (num_rows, width), f"rows of {width} numbers"
             assert x.dtype == torch.bfloat16, f"not compiled for {x.dtype}"
-            # A single row is as far from the next as it likes.
             assert x.stride(1) == 1 or width == 1, "the numbers of a row lie side by side"
-            at[place], apart[place] = x.data_ptr(), _BYTES * x.stride(0)
         made_rows = tuple([torch.empty((num_rows, width), dtype=torch.bfloat16) for _, width in outputs])
-        for y, (place, _) in zip(made_rows, outputs, strict=True):
-            at[place] = y.data_ptr()
-        if num_rows:
-            scratch = torch.empty(max(num_rows, _LEAST_ROWS) * row_bytes + slack, dtype=torch.uint8)
-            call.scratch, call.rows, call.threads = scratch.data_ptr(), num_rows, torch.get_num_threads()
-            run_compiled(bind.run, call, scratch, *rows, *made_rows, keeps)
+        if 0 < num_rows <= _MOST_ROWS:
+            some_rows(rows, made_rows)
+        else:
+            for begin in range(0, num_rows, _MOST_ROWS):
+                here = slice(begin, begin + _MOST_ROWS)
+                some_rows([x[here] for x in rows], [y[here] for y in made_rows])
         return made_rows
 
     return chain_native

@@ -30,6 +30,7 @@ typedef void (*tiled)(const Outs&, const uint32_t*, const uint16_t*, float*);
 }  // namespace
 
 #if defined(__AVX512F__) && defined(__linux__) && COMPILES_TILES
+#define HAS_TILES
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -146,11 +147,13 @@ INLINE void turn_bit(lanes* x) {
   }
 }
 
+INLINE void turn_tile(lanes* x) { turn_bit<1>(x), turn_bit<2>(x), turn_bit<4>(x), turn_bit<8>(x); }
+
 // Sums of 16 outputs, output by output, to rows of bf16. `bias` may be null.
 void put_tile(const float* sums, const uint16_t* bias, int64_t rows, int64_t outs, uint16_t* y, int64_t y_row) {
   lanes x[kSide];
   for (int64_t j = 0; j < kSide; j++) x[j] = load(sums + j * kSide) + (bias && j < outs ? widen_one(bias[j]) : 0.0f);
-  turn_bit<1>(x), turn_bit<2>(x), turn_bit<4>(x), turn_bit<8>(x);
+  turn_tile(x);
   for (int64_t row = 0; row < rows; row++) {
     alignas(64) float wide[kSide];
     uint16_t made[kSide];
