@@ -18,7 +18,7 @@ from farspan.kernels.processor import has_bf16_arithmetic
 logger = logging.getLogger(__name__)
 
 # More rows than these are bound by multiplications, and torch's have been tuned for longer.
-_MOST_TILED_ROWS = 128
+_MOST_TILED_ROWS = 10**9
 
 
 @cache

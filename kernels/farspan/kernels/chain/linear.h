@@ -18,18 +18,17 @@ constexpr int64_t kLargePart = 3, kSmall = 8;
 // tile stay in the first cache; rows at once, so that their inputs stay in the second.
 constexpr int64_t kTileOuts = 4, kTileRows = 3, kBlock = 2048, kRows = 60;
 constexpr int64_t kTile = kTileOuts * kTileRows;
-// By tiles: rows up to which they are laid out and the weights are read as they lie.
-constexpr int64_t kLaidRows = 32;
+// By tiles: rows up to which weights are read as they lie.
+constexpr int64_t kLaidRows = 128;
 // Floats of a thread for many rows: widened weights, and the sums of all tiles of its rows.
 constexpr int64_t kOwn = kTileOuts * kBlock + (kRows / kTileRows) * kTile * kLanes;
 
-// Strides count elements; inputs are widened already, or laid out for few rows by tiles; `rows_x` has them as they lie.
+// Strides count elements; inputs are widened already, or laid out for tiles.
 struct Linear {
   const float* x;
-  const uint16_t* rows_x;
   const uint16_t *weights, *bias;
   uint16_t* y;
-  int64_t rows, outs, ins, x_row, weight_row, y_row;
+  int64_t rows, outs, ins, weight_row, y_row;
   bool tiled;
 };
 
@@ -167,7 +166,7 @@ struct Cut {
 
 INLINE bool is_few(int64_t rows) { return rows <= kFewRows; }
 
-// Whether so many rows are read as they lie, and by whoever lays out the weights instead.
+// Whether rows are so many that weights are laid out for them, and not the other way round.
 INLINE bool lays_weights(int64_t rows, bool tiled) { return tiled && rows > kLaidRows; }
 
 // Rows of a share: as many as leave some shares to every thread.
@@ -251,7 +250,8 @@ void linear_share(const Linear& c, const Cut& cut, int64_t index, char* own) {
   if (lays_weights(c.rows, c.tiled)) {
     const int64_t each = outs_at_once(c.ins), first = index % cut.shares * each;
     const int64_t last = first + each < c.outs ? first + each : c.outs;
-    return product_share({c.rows_x, c.weights, c.bias, c.y, c.x_row, c.weight_row, c.y_row, c.ins, first, last, begin, end},
+    const uint16_t* x = reinterpret_cast<const uint16_t*>(c.x);
+    return product_share({x, c.weights, c.bias, c.y, c.weight_row, c.y_row, c.ins, first, last, begin, end},
                          reinterpret_cast<uint16_t*>(own));
   }
   if (c.tiled) return tile_share(c, cut, index);

@@ -3,6 +3,7 @@
 // Steps of a level read what earlier levels made; the team shares the work of a level. No Python and no torch in here:
 // numbers and addresses come in, and nothing is allocated.
 
+#include "gate.h"
 #include "linear.h"
 #include "rows.h"
 
@@ -14,8 +15,7 @@ typedef void (*farspan_team)(farspan_work, farspan_ahead, const void* context, i
                              int64_t threads);
 
 // Field for field the Structures in native.py. a, b, c, y and wide are numbers of buffers; `wide` gets what y gets as
-// linear layers read it: in fp32, or laid out for tiles; -1: nothing does. Linear layers read a, and where there are many
-// rows for tiles b, the rows as they lie: then nothing is left anywhere else.
+// linear layers read it: in fp32, or laid out for tiles; -1: nothing does.
 struct Step {
   int64_t kind, level, a, b, c, y, wide, width, size, turned, form, weight_row;
   const uint16_t *weights, *bias;
@@ -39,8 +39,9 @@ namespace {
 
 enum Kind { kWiden, kMultiply, kNormalize, kGate, kAdd, kRotate };
 
-// Rows of a share, where a row is little work.
+// Rows of a share, where a row is little work; as many as are laid out together for tiles, where there are more.
 constexpr int64_t kSome = 8;
+INLINE int64_t some_of(const Run& run) { return run.tiled && run.rows > kSide ? kSide : kSome; }
 // Buffers have room for so many rows at least: rows are laid out by 16, in half as many bytes.
 constexpr int64_t kLeast = 8;
 
@@ -49,14 +50,14 @@ struct Shared {
   char* at[kBuffers];
   Cut cuts[kSteps];
   int64_t first[kSteps + 1];
-  bool plain;
+  bool many;
   char* own;
 };
 
 INLINE int64_t count_shares(const Shared& s, int64_t step) {
-  const int64_t kind = s.run.steps[step].kind;
-  if (kind == kMultiply) return s.cuts[step].count;
-  return kind == kWiden && s.plain ? 0 : (s.run.rows + kSome - 1) / kSome;
+  if (s.run.steps[step].kind == kMultiply) return s.cuts[step].count;
+  const int64_t some = some_of(s.run);
+  return (s.run.rows + some - 1) / some;
 }
 
 void one_step(const Shared& s, const Step& step, int64_t row) {
@@ -66,7 +67,7 @@ void one_step(const Shared& s, const Step& step, int64_t row) {
       norm_row(at(step.a), step.weights, at(step.y), step.width, step.size, static_cast<float>(step.eps), step.form);
       break;
     case kGate:
-      gate_row(at(step.a), at(step.b), at(step.y), step.width, step.form);
+      (s.run.tiled ? gate_many : gate_row)(at(step.a), at(step.b), at(step.y), step.width, step.form);
       break;
     case kAdd:
       add_row(at(step.a), at(step.b), at(step.y), step.width);
@@ -75,12 +76,25 @@ void one_step(const Shared& s, const Step& step, int64_t row) {
       rotate_row(at(step.a), at(step.b), at(step.c), at(step.y), step.width, step.size, step.turned);
       break;
   }
-  if (step.wide < 0 || s.plain) return;
-  const uint16_t* made = at(step.kind == kWiden ? step.a : step.y);
-  if (s.run.tiled)
-    lay_row(made, step.width, row, s.at[step.wide]);
-  else
-    widen_row(made, step.width, reinterpret_cast<float*>(at(step.wide)));
+}
+
+// What a step made, as linear layers read it.
+void leave_wide(const Shared& s, const Step& step, int64_t begin, int64_t end) {
+  const int64_t made = step.kind == kWiden ? step.a : step.y, apart = s.run.apart[made];
+  const char* from = s.at[made] + begin * apart;
+  char* to = s.at[step.wide];
+  if (s.run.tiled && !s.many && end - begin > kSome)
+    return lay_rows(reinterpret_cast<const uint16_t*>(from), apart / 2, end - begin, step.width,
+                    to + begin / kSide * words_of(step.width) * 4, false);
+  for (int64_t row = begin; row < end; row++, from += apart) {
+    const uint16_t* numbers = reinterpret_cast<const uint16_t*>(from);
+    if (s.many)
+      place_row(numbers, step.width, row, to);
+    else if (s.run.tiled)
+      lay_row(numbers, step.width, row, to);
+    else
+      widen_row(numbers, step.width, reinterpret_cast<float*>(to + row * s.run.apart[step.wide]));
+  }
 }
 
 // Which step of a level a share is of; `index` is then one of the step's own.
@@ -91,8 +105,8 @@ INLINE int64_t find_step(const Shared& s, int64_t level, int64_t* index) {
 }
 
 INLINE Linear linear_of(const Shared& s, const Step& step) {
-  return {reinterpret_cast<const float*>(s.at[step.a]), reinterpret_cast<const uint16_t*>(s.at[step.b]), step.weights, step.bias, reinterpret_cast<uint16_t*>(s.at[step.y]),
-          s.run.rows, step.size, step.width, s.run.apart[step.b] / 2, step.weight_row, s.run.apart[step.y] / 2,
+  return {reinterpret_cast<const float*>(s.at[step.a]), step.weights, step.bias, reinterpret_cast<uint16_t*>(s.at[step.y]),
+          s.run.rows, step.size, step.width, step.weight_row, s.run.apart[step.y] / 2,
           s.run.tiled != 0};
 }
 
@@ -102,8 +116,9 @@ void work(const void* context, int64_t level, int64_t index, int64_t thread) {
   const Step& step = s.run.steps[number];
   if (step.kind == kMultiply)
     return linear_share(linear_of(s, step), s.cuts[number], index, s.own + thread * s.run.own_bytes);
-  const int64_t end = (index + 1) * kSome;
-  for (int64_t row = index * kSome; row < end && row < s.run.rows; row++) one_step(s, step, row);
+  const int64_t some = some_of(s.run), begin = index * some, end = begin + some < s.run.rows ? begin + some : s.run.rows;
+  for (int64_t row = begin; row < end; row++) one_step(s, step, row);
+  if (step.wide >= 0) leave_wide(s, step, begin, end);
 }
 
 void ahead(const void* context, int64_t level, int64_t index) {
@@ -132,13 +147,11 @@ int64_t farspan_has_tiles() {
 void farspan_chain(const Run* given) {
   const Run& run = *given;
   Shared s{run, {}, {}, {}, lays_weights(run.rows, run.tiled), nullptr};
-  bool unused[kBuffers] = {};
-  for (int64_t i = 0; i < run.num_steps; i++)
-    if (s.plain && run.steps[i].wide >= 0) unused[run.steps[i].wide] = true;
+  const int64_t rows = s.many ? (run.rows + kSide - 1) / kSide * kSide : run.rows < kLeast ? kLeast : run.rows;
   char* next = run.scratch;
   for (int64_t i = 0; i < run.num_buffers; i++) {
     s.at[i] = run.at[i] ? run.at[i] : next;
-    if (!run.at[i] && !unused[i]) next += ((run.rows < kLeast ? kLeast : run.rows) * run.apart[i] + 63) / 64 * 64;
+    if (!run.at[i]) next += (rows * run.apart[i] + 63) / 64 * 64;
   }
   s.own = next;
   int64_t counts[kSteps] = {}, levels = 0;

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -35,10 +36,10 @@ _SOURCE = Path(__file__).with_name("native.cpp")
 _MOST_BUFFERS, _MOST_STEPS = 40, 32
 _KINDS = (None, Multiply, Normalize, Gate, Add, Rotate)
 _BYTES = 2
-# The kLeast of native.cpp.
-_LEAST_ROWS = 8
+# So many more than there are have room, at most: the kSide and kLeast of native.cpp.
+_MORE_ROWS = 15
 # The kLaidRows of linear.h.
-_LAID_ROWS = 32
+_LAID_ROWS = 128
 # Rows of a call: what is between its steps stays in the caches, and its memory is what was freed by the call before.
 _MOST_ROWS = 1024
 
@@ -78,6 +79,28 @@ def load_native() -> _Bind:
 
 
 @dataclass(frozen=True, slots=True)
+class _Spare:
+    """Scratch of calls with many rows, kept for the next: memory that is new to a process costs more than the sums.
+
+    Calls of few rows are made again from a recording, and their scratch is their own.
+    """
+
+    kept: list[Tensor] = field(default_factory=list)
+
+    def take(self, size: int) -> Tensor:
+        """Of at least `size` bytes, and nobody else's until it is put back."""
+        # Two threads never pop the same one.
+        with suppress(IndexError):
+            if (scratch := self.kept.pop()).nbytes >= size:
+                return scratch
+        return torch.empty(size, dtype=torch.uint8)
+
+    def put(self, scratch: Tensor) -> None:
+        if not self.kept:
+            self.kept.append(scratch)
+
+
+@dataclass(frozen=True, slots=True)
 class _Bind:
     """Makes chains. Contract: BindChain."""
 
@@ -88,6 +111,7 @@ class _Bind:
     team: int
     tiled: bool
     """Whether this processor multiplies by matrix tiles."""
+    spare: _Spare = field(default_factory=_Spare)
 
     def __call__(self, steps: Sequence[Step], given: Mapping[str, int], wanted: Sequence[str]) -> Chain:
         return _bound(self, steps, given, wanted)
@@ -123,7 +147,6 @@ class _Plan:
         made = _Step(kind=_KINDS.index(type(step)), level=level, y=self.place(step.y), wide=-1, width=width, **numbers)
         match step:
             case Multiply():
-                made.b = self.place(step.x)
                 made.size, made.weights, made.weight_row = len(step.w_NK), step.w_NK.data_ptr(), step.w_NK.stride(0)
                 made.bias = None if step.b_N is None else step.b_N.data_ptr()
             case Normalize():
@@ -167,9 +190,9 @@ def _bound(bind: _Bind, steps: Sequence[Step], given: Mapping[str, int], wanted:
     run = _Run(steps=ctypes.addressof(made), team=bind.team, num_steps=len(made), num_buffers=len(plan.apart))
     run.tiled = bind.tiled
     run.apart[: len(plan.apart)] = plan.apart
-    outer, laid = {place for place, _ in (*inputs, *outputs)}, {step.wide for step in made}
-    few = [row for place, row in enumerate(plan.apart) if place not in outer]
-    many = [row for place, row in enumerate(plan.apart) if place not in outer | laid]
+    outer = {place for place, _ in (*inputs, *outputs)}
+    inner = [row for place, row in enumerate(plan.apart) if place not in outer]
+    row_bytes, slack = sum(inner), 64 * len(inner)
     run.own_bytes = max((bind.own_bytes(step.w_NK.shape[1]) for step in steps if isinstance(step, Multiply)), default=0)
 
     def some_rows(rows: Sequence[Tensor], made_rows: Sequence[Tensor]) -> None:
@@ -180,15 +203,13 @@ def _bound(bind: _Bind, steps: Sequence[Step], given: Mapping[str, int], wanted:
         for x, (place, _) in zip((*rows, *made_rows), (*inputs, *outputs), strict=True):
             # A single row is as far from the next as it likes.
             at[place], apart[place] = x.data_ptr(), _BYTES * x.stride(0)
-        if bind.tiled and num_rows > _LAID_ROWS:
-            size = num_rows * sum_many + threads * run.own_bytes
-        else:
-            size = max(num_rows, _LEAST_ROWS) * sum_few
-        scratch = torch.empty(size + slack, dtype=torch.uint8)
+        many = bind.tiled and num_rows > _LAID_ROWS
+        size = (num_rows + _MORE_ROWS) * row_bytes + slack + many * threads * run.own_bytes
+        scratch = bind.spare.take(size) if many else torch.empty(size, dtype=torch.uint8)
         call.scratch, call.rows, call.threads = scratch.data_ptr(), num_rows, threads
         run_compiled(bind.run, call, scratch, *rows, *made_rows, keeps)
-
-    sum_few, sum_many, slack = sum(few), sum(many), 64 * len(few)
+        if many:
+            bind.spare.put(scratch)
 
     def chain_native(*rows: Tensor) -> tuple[Tensor, ...]:
         num_rows = rows[0].shape[0]

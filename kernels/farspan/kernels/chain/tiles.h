@@ -82,6 +82,49 @@ void lay_row(const uint16_t* from, int64_t ins, int64_t row, char* at) {
   if (ins % 2) to[pairs * kSide] = from[ins - 1];
 }
 
+// 16 by 16 numbers, rows for columns: four by four inside each quarter of the vectors, then the quarters.
+INLINE void turn_tile(lanes* x) {
+  __m512i a[kSide], b[kSide];
+  std::memcpy(a, x, sizeof a);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]), a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]), a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const __m512i even_low = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88), odd_low = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+    const __m512i even_high = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+    const __m512i odd_high = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    b[i] = _mm512_shuffle_i32x4(even_low, even_high, 0x88), b[i + 8] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+    b[i + 4] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88), b[i + 12] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+  }
+  std::memcpy(x, b, sizeof b);
+}
+
+// 32 inputs of up to 16 rows as a tile: pairs of inputs of the rows side by side; what is not there is zero.
+INLINE void lay_some(const uint16_t* from, int64_t apart, int64_t rows, int64_t size, char* at) {
+  lanes x[kSide] = {};
+  for (int64_t j = 0; j < rows; j++) std::memcpy(x + j, from + j * apart, size * 2);
+  turn_tile(x);
+  std::memcpy(at, x, sizeof x);
+}
+
+// The inputs of up to 16 rows to their place, as lay_row does it row by row; rows that are not there are zero. `more`: 16
+// follow that will be read next; rows lie too far apart for the processor to foresee them.
+void lay_rows(const uint16_t* from, int64_t apart, int64_t rows, int64_t ins, char* at, bool more) {
+  const int64_t whole = rows == kSide ? ins / kDepth * kDepth : 0;
+  for (int64_t first = 0; first < whole; first += kDepth, at += kWords * 4) {
+    if (more)
+      for (int64_t j = 0; j < kSide; j++) __builtin_prefetch(from + (kSide + j) * apart + first);
+    lay_some(from + first, apart, kSide, kDepth, at);
+  }
+  for (int64_t first = whole; first < ins; first += kDepth, at += kWords * 4)
+    lay_some(from + first, apart, rows, ins - first < kDepth ? ins - first : kDepth, at);
+}
+
 INLINE void copy_edge(const Outs& w, int64_t block, uint16_t* to) {
   const int64_t first = block * kDepth, size = w.ins - first < kDepth ? w.ins - first : kDepth;
   std::memset(to, 0, kSide * kDepth * sizeof *to);
@@ -129,26 +172,6 @@ TILES void sum_tiles(const Outs& w, const uint32_t* rows, const uint16_t* ahead,
   written();
 }
 
-// 16 by 16 numbers, rows for columns: places that differ in one bit change sides, bit by bit.
-template <int Bit>
-INLINE void turn_bit(lanes* x) {
-  typedef int32_t places __attribute__((vector_size(64)));
-  places low, high;
-  for (int32_t i = 0; i < 16; i++) low[i] = i & Bit ? i - Bit + 16 : i, high[i] = i & Bit ? i + 16 : i + Bit;
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) {
-    if (i & Bit) continue;
-    const lanes a = x[i], b = x[i + Bit];
-#ifdef __clang__
-    for (int j = 0; j < 16; j++) x[i][j] = j & Bit ? b[j - Bit] : a[j], x[i + Bit][j] = j & Bit ? b[j] : a[j + Bit];
-#else
-    x[i] = __builtin_shuffle(a, b, low), x[i + Bit] = __builtin_shuffle(a, b, high);
-#endif
-  }
-}
-
-INLINE void turn_tile(lanes* x) { turn_bit<1>(x), turn_bit<2>(x), turn_bit<4>(x), turn_bit<8>(x); }
-
 // Sums of 16 outputs, output by output, to rows of bf16. `bias` may be null.
 void put_tile(const float* sums, const uint16_t* bias, int64_t rows, int64_t outs, uint16_t* y, int64_t y_row) {
   lanes x[kSide];
@@ -177,6 +200,7 @@ INLINE void open_tiles() {}
 INLINE void close_tiles() {}
 INLINE int64_t words_of(int64_t) { return 0; }
 INLINE void lay_row(const uint16_t*, int64_t, int64_t, char*) {}
+INLINE void lay_rows(const uint16_t*, int64_t, int64_t, int64_t, char*, bool) {}
 INLINE void put_tile(const float*, const uint16_t*, int64_t, int64_t, uint16_t*, int64_t) {}
 constexpr tiled kTiled[kSums + 1] = {};
 
