@@ -36,7 +36,7 @@ def threads():
 
 @needs_compiler
 @pytest.mark.parametrize("num_threads", [1, 3])
-@pytest.mark.parametrize("count", [0, 1, 2, 9, 130])
+@pytest.mark.parametrize("count", [0, 1, 2, 9, 40, 130, 1100])
 @pytest.mark.parametrize(
     ("kind", "activation"), [(Kind.SCALED, Activation.SILU), (Kind.ONE_MORE, Activation.GELU_TANH)]
 )
@@ -88,10 +88,11 @@ def test_rotation_gives_the_bits_that_transformers_gives(bind, load_native) -> N
 
 @needs_compiler
 def test_a_row_gives_the_same_bits_alone_and_among_others(threads, load_native) -> None:
-    chain, given = load_native()(block(Kind.SCALED, Activation.SILU), GIVEN, WANTED), rows(70)
+    chain, given = load_native()(block(Kind.SCALED, Activation.SILU), GIVEN, WANTED), rows(1100)
     whole = chain(*given)
     threads(1)
-    parts = [chain(*(x[i : i + size] for x in given)) for i, size in [(0, 1), (1, 1), (2, 7), (9, 61)]]
+    sizes = [(0, 1), (1, 1), (2, 7), (9, 61), (70, 130), (200, 900)]
+    parts = [chain(*(x[i : i + size] for x in given)) for i, size in sizes]
     for together, apart in zip(whole, zip(*parts, strict=True), strict=True):
         assert torch.equal(together, torch.cat(apart))
 

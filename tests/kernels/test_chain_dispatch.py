@@ -33,14 +33,12 @@ def test_a_gpu_gets_the_triton_kernels_and_a_processor_without_bf16_the_compiled
 
 
 @pytest.mark.parametrize("tiled", [False, True])
-def test_a_processor_with_bf16_arithmetic_keeps_torch_but_for_few_rows_by_tiles(tiled, monkeypatch) -> None:
+def test_a_processor_with_bf16_arithmetic_keeps_torch_where_it_has_no_tiles(tiled, monkeypatch) -> None:
     dispatch.choose_chain.cache_clear()
     compiled = SimpleNamespace(tiled=tiled)
     monkeypatch.setattr(dispatch, "load_native", lambda: compiled)
     monkeypatch.setattr(dispatch, "has_bf16_arithmetic", lambda: True)
     assert dispatch.choose_chain("cpu", torch.bfloat16) is (compiled if tiled else None)
-    assert dispatch.most_rows("cpu") == (128 if tiled else None)
-    assert dispatch.most_rows("cuda") is None
 
 
 @pytest.mark.parametrize(("hip", "capability"), [("6.4", (9, 4)), (None, (7, 5))])

@@ -16,6 +16,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ 
 # Rows, outputs, inputs: whole vectors and not, few and many rows, more than a cache holds, fewer outputs than a group.
 SHAPES = [(1, 64, 32), (1, 9, 51), (2, 3, 8), (3, 100, 767), (4, 7, 33), (7, 50, 64), (8, 30, 100)]
 SHAPES += [(1, 1001, 96), (2, 1003, 4000), (9, 30, 100), (17, 8, 64), (130, 65, 1000), (5, 1, 1), (0, 4, 8)]
+SHAPES += [(129, 16, 64), (300, 300, 100), (1030, 40, 33), (144, 70, 17001)]
 
 
 @pytest.fixture(params=["as it is", "no tiles"], autouse=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from farspan.engine.parts import Guard, Parts, attention_parts, mlp_parts
 from farspan.engine.probe import attention_of, forward
 from farspan.engine.survey import WatchedAttention
 from farspan.kernels.chain.contract import BindChain, Chain
-from farspan.kernels.chain.dispatch import choose_chain, joins_weights, most_rows
+from farspan.kernels.chain.dispatch import choose_chain, joins_weights
 
 # Largest difference as a part of the norm: that of bf16 numbers summed in another order.
 _TOLERANCE = 2e-2
@@ -37,18 +37,7 @@ def switch_blocks(model: PreTrainedModel) -> int:
         return 0
     if joins_weights(model.device.type):
         _lay_together(model)
-    bound = _Bound(bind, most_rows(model.device.type))
-    return _switch_mlps(model, bound) + (_switch_layers(model, bound) if attention_of(model) == ATTENTION_NAME else 0)
-
-
-class _Bound(NamedTuple):
-    """What makes chains, and rows up to which they are faster; none: always."""
-
-    bind: BindChain
-    most_rows: int | None
-
-    def holds(self, num_rows: int) -> bool:
-        return self.most_rows is None or num_rows <= self.most_rows
+    return _switch_mlps(model, bind) + (_switch_layers(model, bind) if attention_of(model) == ATTENTION_NAME else 0)
 
 
 def _lay_together(model: PreTrainedModel) -> None:
@@ -69,28 +58,27 @@ class _Gated:
     module: nn.Module
     chain: Chain
     width: int
-    bound: _Bound
     guard: Guard
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.bfloat16 or not self.bound.holds(x.numel() // self.width) or not self.guard.holds():
+        if x.dtype != torch.bfloat16 or not self.guard.holds():
             return cast(Tensor, type(self.module).forward(self.module, x))
         rows_TE = x.reshape(-1, self.width)
         return self.chain(rows_TE)[0].view(x.shape)
 
 
-def _switch_mlps(model: PreTrainedModel, bound: _Bound) -> int:
+def _switch_mlps(model: PreTrainedModel, bind: BindChain) -> int:
     count = 0
     for module in model.modules():
         parts = mlp_parts(module)
         if parts is None:
             continue
-        chain = bound.bind(parts.steps("x", "y"), {"x": parts.width}, ["y"])
+        chain = bind(parts.steps("x", "y"), {"x": parts.width}, ["y"])
         x_TE = _rows(_TRIAL_TOKENS, parts.width, parts.gate.weight.device)
         with torch.inference_mode():
             own = module(x_TE)
         if isinstance(own, Tensor) and _near(chain(x_TE)[0], own):
-            module.forward = _Gated(module, chain, parts.width, bound, Guard.of(module))
+            module.forward = _Gated(module, chain, parts.width, Guard.of(module))
             count += 1
     return count
 
@@ -105,7 +93,6 @@ class _Block:
     after: Chain
     window: int | None
     asked: Asked
-    bound: _Bound
     guard: Guard
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -125,15 +112,15 @@ class _Block:
     def _fits(self, hidden_states: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         plain = not args and hidden_states.dtype == torch.bfloat16 and hidden_states.shape[0] == 1
         cached = kwargs.get("past_key_values") is not None or kwargs.get("attention_mask") is not None
-        return plain and not cached and self.bound.holds(hidden_states.shape[1]) and self.guard.holds()
+        return plain and not cached and self.guard.holds()
 
 
-def _switch_layers(model: PreTrainedModel, bound: _Bound) -> int:
+def _switch_layers(model: PreTrainedModel, bind: BindChain) -> int:
     layers = {module: parts for module in model.modules() if (parts := attention_parts(module)) is not None}
     given = _given_to(model, list(layers))
     count = 0
     for layer, parts in layers.items():
-        block = _fitting(layer, parts, bound, *given[layer]) if layer in given else None
+        block = _fitting(layer, parts, bind, *given[layer]) if layer in given else None
         if block is not None:
             layer.forward = block
             count += 1
@@ -172,7 +159,7 @@ class _Heard:
 
 
 def _fitting(
-    layer: nn.Module, parts: Parts, bound: _Bound, args: tuple[Any, ...], kwargs: dict[str, Any]
+    layer: nn.Module, parts: Parts, bind: BindChain, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> _Block | None:
     """The block that does what the layer does; none: nothing that is known here does."""
     turns = kwargs.get(_TURNS)
@@ -187,9 +174,9 @@ def _fitting(
     for turned in (True, False):
         variant = parts.with_turns(turned)
         try:
-            before = bound.bind(variant.before(), variant.given(turns[0].shape[-1]), variant.heads)
-            after = bound.bind(variant.after(), {"a": variant.attended, "x": parts.width}, ["y"])
-            block = _Block(layer, variant, before, after, window, asked, bound, Guard.of(layer))
+            before = bind(variant.before(), variant.given(turns[0].shape[-1]), variant.heads)
+            after = bind(variant.after(), {"a": variant.attended, "x": parts.width}, ["y"])
+            block = _Block(layer, variant, before, after, window, asked, Guard.of(layer))
             ours, got_1TE = _heard(block, x_1TE, kwargs)
         except (AssertionError, RuntimeError):
             # Its parts do not fit together the usual way, or its numbers are of another type.

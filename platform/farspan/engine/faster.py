@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from farspan.engine.blocks import switch_blocks
 from farspan.engine.norms import known_norm
 from farspan.engine.turns import switch_turns
-from farspan.kernels.chain.dispatch import most_rows
 from farspan.kernels.linear.dispatch import choose_linear
 from farspan.kernels.rms_norm.dispatch import choose_rms_norm
 from farspan.kernels.sampling.dispatch import choose_sampling
@@ -42,13 +41,10 @@ class _Switched:
     rows: Callable[[Tensor], Tensor]
     num_inputs: int
     num_outputs: int
-    most_rows: int | None = None
-    """None: any number."""
 
     def __call__(self, x: Tensor) -> Tensor:
         weight = cast(Tensor, self.module.weight)
-        many = self.most_rows is not None and x.numel() > self.most_rows * self.num_inputs
-        if many or x.dtype != self.weight.dtype or weight.data_ptr() != self.weight.data_ptr():
+        if x.dtype != self.weight.dtype or weight.data_ptr() != self.weight.data_ptr():
             # Or a residual of another type, or weights that were exchanged since.
             return cast(Tensor, type(self.module).forward(self.module, x))
         return self.rows(x.reshape(-1, self.num_inputs)).view(*x.shape[:-1], self.num_outputs)
@@ -58,7 +54,6 @@ def _switch_linears(model: PreTrainedModel) -> int:
     bind, count = choose_linear(model.device.type, model.dtype), 0
     if bind is None:
         return 0
-    most = most_rows(model.device.type)
     for module in model.modules():
         # Subclasses compute something else.
         if type(module) is not nn.Linear or module.weight.dtype != model.dtype or not _has_own_forward(module):
@@ -69,7 +64,7 @@ def _switch_linears(model: PreTrainedModel) -> int:
         # Some outputs are near zero, which sums in another order change by a large part of themselves.
         want, got = nn.functional.linear(x_TK, weight, bias).float(), own(x_TK).float()
         if float((got - want).norm()) <= 1e-2 * float(want.norm()):
-            module.forward = _Switched(module, weight, own, module.in_features, module.out_features, most)  # type: ignore[assignment]
+            module.forward = _Switched(module, weight, own, module.in_features, module.out_features)  # type: ignore[assignment]
             count += 1
     return count
 

@@ -14,7 +14,6 @@ from farspan.engine.engine import Engine
 from farspan.engine.norms import known_norm
 from farspan.engine.request import SamplingParams
 from farspan.kernels.chain.native import load_native as load_chain
-from farspan.kernels.chain.reference import bind_chain_reference
 from farspan.kernels.linear.native import load_native
 from farspan.kernels.linear.reference import bind_linear_reference
 from farspan.kernels.rms_norm.contract import Kind
@@ -28,7 +27,6 @@ def references(monkeypatch):
     """The kernels' references, which every machine has."""
     monkeypatch.setattr(faster, "choose_linear", lambda device, dtype: bind_linear_reference)
     monkeypatch.setattr(faster, "choose_rms_norm", lambda device, dtype: bind_rms_norm_reference)
-    monkeypatch.setattr(faster, "most_rows", lambda device: None)
     monkeypatch.setattr(turns, "choose_angles", lambda device, dtype: None)
     monkeypatch.setattr(blocks, "choose_chain", lambda device, dtype: None)
 
@@ -75,28 +73,6 @@ def test_rows_of_another_type_no_rows_and_exchanged_weights_go_to_the_module_its
         for module, own in ((norm, plain.model.norm), (linear, plain.lm_head)):
             own.weight.data = module.weight.data = torch.randn_like(own.weight)
             assert torch.equal(module(x.bfloat16()), own(x.bfloat16()))
-
-
-def test_more_rows_than_a_kernel_is_faster_for_go_to_the_module_itself(monkeypatch) -> None:
-    asked = []
-
-    def bind_noting(*given):
-        rows = bind_chain_reference(*given)
-        return lambda *x: asked.append(len(x[0])) or rows(*x)
-
-    monkeypatch.setattr(faster, "choose_linear", lambda device, dtype: bind_linear_reference)
-    monkeypatch.setattr(faster, "choose_rms_norm", lambda device, dtype: None)
-    monkeypatch.setattr(blocks, "choose_chain", lambda device, dtype: bind_noting)
-    for module in (faster, blocks):
-        monkeypatch.setattr(module, "most_rows", lambda device: 8)
-    engine = Engine(tiny_model().bfloat16(), engine_config(dtype="bfloat16", prefix_cache=False))
-    params = SamplingParams(max_tokens=3, temperature=0.0)
-    asked.clear()
-    engine.generate(prompts(13), params)
-    # The prompt at once, then a token a step: two layers, before and after attention.
-    assert set(asked) == {1}
-    engine.generate(prompts(7), params)
-    assert set(asked) == {1, 7}
 
 
 def test_a_normalization_that_rounds_elsewhere_keeps_its_own_forward() -> None:

@@ -1,7 +1,6 @@
 """Choose how chains of steps are computed, in bf16: by torch (None) where nothing of ours is faster.
 
-On CPUs ours is, where the processor has no bf16 arithmetic, or for some rows where it has matrix tiles; on GPUs
-wherever Triton is.
+On CPUs ours is, where the processor has no bf16 arithmetic, or matrix tiles; on GPUs wherever Triton is.
 """
 
 from __future__ import annotations
@@ -17,9 +16,6 @@ from farspan.kernels.processor import has_bf16_arithmetic
 
 logger = logging.getLogger(__name__)
 
-# More rows than these are bound by multiplications, and torch's have been tuned for longer.
-_MOST_TILED_ROWS = 10**9
-
 
 @cache
 def choose_chain(device_type: str, dtype: torch.dtype) -> BindChain | None:
@@ -34,11 +30,6 @@ def choose_chain(device_type: str, dtype: torch.dtype) -> BindChain | None:
     except ImportError as problem:
         logger.info("chains of steps by torch: %s", problem)
         return None
-
-
-def most_rows(device_type: str) -> int | None:
-    """Rows up to which what was chosen is faster than torch; none: it always is. Torch sums in another order."""
-    return _MOST_TILED_ROWS if device_type == "cpu" and load_native().tiled else None
 
 
 def load_triton() -> BindChain:
