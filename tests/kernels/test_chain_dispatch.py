@@ -41,6 +41,16 @@ def test_a_processor_with_bf16_arithmetic_keeps_torch_where_it_has_no_tiles(tile
     assert dispatch.choose_chain("cpu", torch.bfloat16) is (compiled if tiled else None)
 
 
+def test_a_machine_without_a_compiler_keeps_torch(monkeypatch) -> None:
+    def no_compiler():
+        raise ImportError("no C++ compiler is installed")
+
+    dispatch.choose_chain.cache_clear()
+    monkeypatch.setattr(dispatch, "has_bf16_arithmetic", lambda: False)
+    monkeypatch.setattr(dispatch, "load_native", no_compiler)
+    assert dispatch.choose_chain("cpu", torch.bfloat16) is None
+
+
 @pytest.mark.parametrize(("hip", "capability"), [("6.4", (9, 4)), (None, (7, 5))])
 def test_a_gpu_that_the_kernels_were_not_written_for_keeps_torch(hip, capability, monkeypatch) -> None:
     dispatch.choose_chain.cache_clear()

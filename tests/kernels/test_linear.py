@@ -97,31 +97,14 @@ def test_a_process_that_gives_torch_matrix_tiles_gives_them_to_the_kernel(proces
     version = subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True, timeout=60, check=True).stdout
     if processor != "as it is" or int(version.split(".")[0]) < 11 or not torch.cpu._init_amx():
         pytest.skip("no matrix tiles here")
-    assert native.has_tiles()
+    assert load_chain().tiled
 
 
-@pytest.mark.parametrize(("arithmetic", "tiled"), [(False, False), (True, True)])
-def test_only_bf16_without_its_arithmetic_or_with_tiles_leaves_torch(arithmetic, tiled, monkeypatch) -> None:
-    dispatch.choose_linear.cache_clear()
-    monkeypatch.setattr(dispatch, "has_bf16_arithmetic", lambda: arithmetic)
-    monkeypatch.setattr(dispatch, "has_tiles", lambda: tiled)
+@pytest.mark.parametrize("chosen", [None, "compiled"])
+def test_linear_layers_leave_torch_where_chains_on_a_cpu_do(chosen, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(dispatch, "choose_chain", lambda *asks: asked.append(asks) or chosen)
     monkeypatch.setattr(dispatch, "load_native", lambda: bind_linear_reference)
-    assert dispatch.choose_linear("cpu", torch.bfloat16) is bind_linear_reference
-    assert dispatch.choose_linear("cpu", torch.float32) is None
+    assert dispatch.choose_linear("cpu", torch.bfloat16) is (bind_linear_reference if chosen else None)
     assert dispatch.choose_linear("cuda", torch.bfloat16) is None
-    dispatch.choose_linear.cache_clear()
-    monkeypatch.setattr(dispatch, "has_bf16_arithmetic", lambda: True)
-    monkeypatch.setattr(dispatch, "has_tiles", lambda: False)
-    assert dispatch.choose_linear("cpu", torch.bfloat16) is None
-    dispatch.choose_linear.cache_clear()
-
-
-def test_a_machine_without_a_compiler_keeps_torch(monkeypatch) -> None:
-    def no_compiler():
-        raise ImportError("no C++ compiler is installed")
-
-    dispatch.choose_linear.cache_clear()
-    monkeypatch.setattr(dispatch, "has_bf16_arithmetic", lambda: False)
-    monkeypatch.setattr(dispatch, "load_native", no_compiler)
-    assert dispatch.choose_linear("cpu", torch.bfloat16) is None
-    dispatch.choose_linear.cache_clear()
+    assert asked == [("cpu", torch.bfloat16)]

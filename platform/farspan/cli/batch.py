@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farspan.cli.progress import BatchProgressBar
-from farspan.config.check import check_engine
 from farspan.config.load import load_config
 from farspan.config.schema import BatchConfig
+from farspan.config.serve_rules import check_engine
 from farspan.errors import ConfigError
 from farspan.storage.paths import LocalPlace, absolute_uri, parse_uri
 

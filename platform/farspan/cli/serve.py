@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Console
 
-from farspan.config.check import check_serve
 from farspan.config.load import dump_config, load_config, written_keys
 from farspan.config.schema import ServeConfig
+from farspan.config.serve_rules import check_serve
 from farspan.errors import FarspanError
 from farspan.storage.paths import absolute_uri
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from farspan.config.check import check_serve
 from farspan.config.load import config_of
 from farspan.config.schema import ServeConfig
+from farspan.config.serve_rules import check_serve
 from farspan.errors import ConfigError
 
 if TYPE_CHECKING:

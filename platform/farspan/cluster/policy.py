@@ -11,10 +11,10 @@ import yaml
 from farspan.cluster.pods import Manifest
 from farspan.cluster.rayclusters import API
 from farspan.cluster.secrets import holds_secret
-from farspan.config.check import check_serve, is_loopback
 from farspan.config.cluster_rules import is_fixed
 from farspan.config.load import config_of
 from farspan.config.schema import ServeConfig
+from farspan.config.serve_rules import check_serve, is_loopback
 from farspan.errors import ConfigError
 
 _CLUSTERS = {"RayCluster": (), "RayJob": ("rayClusterSpec",), "RayService": ("rayClusterConfig",)}

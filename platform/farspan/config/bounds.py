@@ -47,3 +47,11 @@ def divides(field: str, value: int, total_field: str, total: int) -> None:
     if total % value != 0:
         legal = max(d for d in range(1, value + 1) if total % d == 0)
         raise ConfigError(field, f"must divide {total_field} ({total})", value, f"use {field}={legal}")
+
+
+def custom_resources(field: str, custom: dict[str, float]) -> None:
+    """Amounts of resources that are not Ray's own."""
+    for name, amount in custom.items():
+        above(f"{field}.{name}", amount, 0)
+        if name in ("CPU", "GPU", "memory", "object_store_memory"):
+            raise ConfigError(f"{field}.{name}", "is not a custom resource", name, f"leave it out of {field}")

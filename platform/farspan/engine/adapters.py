@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from farspan.config.check import check_adapter_name
 from farspan.config.schema import EngineConfig
+from farspan.config.serve_rules import check_adapter_name
 from farspan.engine.adapter_folder import AdapterFile, read_adapter
 from farspan.engine.adapter_trial import try_layers
 from farspan.engine.lowrank import BASE

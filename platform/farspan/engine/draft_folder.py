@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from farspan.config.check import check_engine
 from farspan.config.schema import EngineConfig
+from farspan.config.serve_rules import check_engine
 from farspan.engine.draft_model import ModelDrafter
 from farspan.engine.path import page_layout, trial_pages
 from farspan.engine.probe import refuse_config

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from farspan.config.check import check_ranks
 from farspan.config.schema import EngineConfig
+from farspan.config.serve_rules import check_ranks
 from farspan.engine.alone import AloneRunner, Manner, measure_cache
 from farspan.engine.attention import ATTENTION_NAME, register_attention
 from farspan.engine.capture import Capture, CudaCapture

@@ -16,8 +16,8 @@ from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 
-from farspan.config.check import check_serve
 from farspan.config.schema import RoleConfig, ServeConfig
+from farspan.config.serve_rules import check_serve
 from farspan.engine.cut_plan import check_cut
 from farspan.engine.draft_folder import check_draft
 from farspan.engine.probe import refuse_config

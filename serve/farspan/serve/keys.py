@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from farspan.config.check import is_loopback
 from farspan.config.load import nearest
 from farspan.config.schema import ServeConfig
+from farspan.config.serve_rules import is_loopback
 from farspan.errors import ConfigError
 
 _HASHED = re.compile(r"sha256:([0-9a-f]{64})")

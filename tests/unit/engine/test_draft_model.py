@@ -14,8 +14,8 @@ from tests.unit.engine.tiny import VOCAB, engine_config, prompts, tiny_model
 from tests.unit.serve.tiny_folder import write_tiny_model
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
-from farspan.config.check import check_engine
 from farspan.config.schema import EngineConfig
+from farspan.config.serve_rules import check_engine
 from farspan.engine.draft import Ask
 from farspan.engine.draft_folder import check_draft
 from farspan.engine.draft_model import ModelDrafter

@@ -16,9 +16,9 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 from tests.unit.serve.tiny_folder import write_tiny_model
 
-from farspan.config.check import check_serve
 from farspan.config.load import config_of, load_config
 from farspan.config.schema import EngineConfig, RoleConfig, ServeConfig
+from farspan.config.serve_rules import check_serve
 from farspan.engine.request import SamplingParams
 from farspan.errors import CheckpointError, ClusterError, ConfigError, ModelError
 from farspan.models.folder import open_model_folder

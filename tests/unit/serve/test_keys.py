@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from farspan.config.check import is_loopback
 from farspan.config.schema import ServeConfig
+from farspan.config.serve_rules import is_loopback
 from farspan.errors import ConfigError
 from farspan.serve.keys import Allowance, find_key, hashed_lines, keys_of, parse_key, read_keys
 

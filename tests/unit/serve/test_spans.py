@@ -16,8 +16,8 @@ from opentelemetry.trace import SpanKind, StatusCode
 from tests.unit.serve.in_process import Served
 from tests.unit.serve.tiny_folder import TEXT
 
-from farspan.config.check import check_serve
 from farspan.config.schema import ServeConfig, TracesConfig, TransferConfig
+from farspan.config.serve_rules import check_serve
 from farspan.errors import ConfigError
 from farspan.serve.spans import Spans, phases
 from farspan.serve.trace import RequestTrace

@@ -23,11 +23,6 @@ def load_native() -> BindLinear:
     return lambda w_NK, b_N: _bind(bind, w_NK, b_N)
 
 
-def has_tiles() -> bool:
-    """Whether this processor multiplies by matrix tiles. Raises as `load_native` does."""
-    return load_chain().tiled
-
-
 def _bind(bind: BindChain, w_NK: Tensor, b_N: Tensor | None) -> Linear:
     assert w_NK.dtype == torch.bfloat16, f"not compiled for {w_NK.dtype}"
     bias = None if b_N is None else b_N.contiguous()
