@@ -117,7 +117,7 @@ def test_five_training_steps_equal_those_of_the_static_mesh(ranks: RankPool, cor
         config = hybrid_run(corpus, place, *same, f"parallel.hdp={hdp}")
         found[hdp] = ranks.run(steps_to_end, 4, config, str(tmp_path / "cache"))[0]
     assert list(found["false"]) == [1, 2, 3, 4, 5]
-    assert len({step.loss for step in found["false"].values()}) == 5
+    assert found["false"][5].loss < found["false"][1].loss
     for step, static in found["false"].items():
         hybrid = found["true"][step]
         assert hybrid.num_labels == static.num_labels

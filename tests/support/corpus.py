@@ -8,6 +8,7 @@ from pathlib import Path
 from farspan.config.schema import CorpusConfig
 from farspan.data.corpus import build_corpus
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 _SUBJECTS = ("the river", "a tall ship", "her brother", "the old clock", "every winter", "a stranger", "the city")
 _VERBS = ("remembers", "carries", "follows", "never finds", "waits for", "returns to", "writes about")
 _OBJECTS = ("the sea", "a letter", "seven stones", "the road north", "a quiet house", "its own name", "the first light")
@@ -33,6 +34,8 @@ def _sentence(draw: random.Random, number: int) -> str:
 
 def small_corpus(folder: Path, *, vocab_size: int = 300) -> str:
     """Publish a corpus of a few short documents under `folder`; gives its URI."""
-    config = CorpusConfig(sources=[str(small_texts(folder))], output=str(folder / "corpus"), vocab_size=vocab_size)
+    config = CorpusConfig(
+        sources=[str(small_texts(folder))], pattern="*.txt", output=str(folder / "corpus"), vocab_size=vocab_size
+    )
     build_corpus(config, lambda progress: None)
     return config.output
