@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from farspan.engine.request import SamplingParams
+
 _REPLACEMENT = "\ufffd"
 
 
@@ -48,16 +50,17 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Ends a text before the first of some strings, wherever the deltas cut them.
+    """Ends a text before the first of some strings, or with it, wherever the deltas cut them.
 
     First is the one that is complete first; of two that end together, the one that begins first. Each character is
     looked at once for each stop string, however long they are.
     Source: Knuth, Morris, Pratt 1977, https://doi.org/10.1137/0206024.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, shown: bool = False) -> None:
+        """`shown`: the text ends with the string."""
         self._searches = [_Search(stop) for stop in stops if stop]
-        self._held = ""
+        self._held, self._shown = "", shown
         self.stopped = False
 
     def push(self, delta: str) -> str:
@@ -71,7 +74,7 @@ class StopStrings:
             found = [search.length for search in self._searches if search.feed(letter)]
             if found:
                 self.stopped, self._held = True, ""
-                return text[: end - max(found)]
+                return text[: end if self._shown else end - max(found)]
         kept = len(text) - max((search.matched for search in self._searches), default=0)
         self._held = text[kept:]
         return text[:kept]
@@ -129,10 +132,14 @@ class Words:
 
 
 class AnswerText:
-    """Ends an answer exactly where the engine does: before the first stop string, not looked for before min_tokens."""
+    """Ends an answer exactly where the engine does: at the first stop string, not looked for before min_tokens."""
 
-    def __init__(self, detokenizer: TextSource, stops: Sequence[str] = (), min_tokens: int = 0) -> None:
-        self._detokenizer, self._stops, self._min_tokens = detokenizer, StopStrings(stops), min_tokens
+    def __init__(
+        self, detokenizer: TextSource, stops: Sequence[str] = (), min_tokens: int = 0, *, shows_stop: bool = False
+    ) -> None:
+        """`shows_stop`: the text ends with the stop string, not before it."""
+        self._detokenizer, self._stops = detokenizer, StopStrings(stops, shown=shows_stop)
+        self._min_tokens = min_tokens
         self._num_tokens = self._length = 0
 
     def push(self, tokens: Sequence[int], finish: str | None) -> Words:
@@ -154,13 +161,12 @@ class AnswerText:
         return text if self._num_tokens < self._min_tokens else self._stops.push(text)
 
 
-def whole_text(
-    tokenizer: Any, tokens: Sequence[int], finish: str, stops: Sequence[str], min_tokens: int
-) -> tuple[str, str]:
+def whole_text(tokenizer: Any, tokens: Sequence[int], finish: str, params: SamplingParams) -> tuple[str, str]:
     """(text, finish) of an answer whose tokens are all there: what its deltas would have added up to."""
     detokenizer = Detokenizer(tokenizer)
-    if not stops:
+    if not params.stop:
         # In one go: token by token costs a decode each.
         return detokenizer.push(tokens) + detokenizer.finish(), finish
-    words = AnswerText(detokenizer, stops, min_tokens).push(tokens, finish)
+    text = AnswerText(detokenizer, params.stop, params.min_tokens, shows_stop=params.include_stop_str_in_output)
+    words = text.push(tokens, finish)
     return words.text, words.finish or finish

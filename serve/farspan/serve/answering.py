@@ -105,7 +105,8 @@ class Answering:
             # The engine's id is ours alone: a client that repeats its own cannot reach another request.
             for request_id, params in choices(uuid.uuid4().hex, replace(self._params(prompt), n=asked.n)):
                 telling = self._question.telling or self._around.tokenizer
-                text = AnswerText(Detokenizer(telling), asked.stop, asked.min_tokens)
+                shows_stop = asked.include_stop_str_in_output
+                text = AnswerText(Detokenizer(telling), asked.stop, asked.min_tokens, shows_stop=shows_stop)
                 yield prompt, GenerationRequest(request_id, prompt.tokens, params, self._caller), text
 
     def _params(self, prompt: Prompted) -> SamplingParams:
