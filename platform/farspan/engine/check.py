@@ -28,7 +28,7 @@ def _broken_prompt(tokens: Sequence[int], num_prompt: int, vocab_size: int) -> s
     if min(tokens) >= 0 and max(tokens) < vocab_size:
         return None
     outside = next(token for token in tokens if not 0 <= token < vocab_size)
-    return f"token {outside} is outside the vocabulary 0..{vocab_size - 1}"
+    return f"prompt must hold tokens of the model, but {outside} is outside the vocabulary 0..{vocab_size - 1}"
 
 
 def broken_params(params: SamplingParams, vocab_size: int) -> str | None:

@@ -61,7 +61,12 @@ class StopStrings:
         """`shown`: the text ends with the string."""
         self._searches = [_Search(stop) for stop in stops if stop]
         self._held, self._shown = "", shown
-        self.stopped = False
+        self.found: str | None = None
+        """The one that was complete first."""
+
+    @property
+    def stopped(self) -> bool:
+        return self.found is not None
 
     def push(self, delta: str) -> str:
         """The part of the text that cannot belong to a stop string; sets `stopped` once one is complete."""
@@ -71,10 +76,10 @@ class StopStrings:
             return delta
         text, before = self._held + delta, len(self._held)
         for end, letter in enumerate(delta, before + 1):
-            found = [search.length for search in self._searches if search.feed(letter)]
+            found = [search.wanted for search in self._searches if search.feed(letter)]
             if found:
-                self.stopped, self._held = True, ""
-                return text[: end if self._shown else end - max(found)]
+                self.found, self._held = max(found, key=len), ""
+                return text[: end if self._shown else end - len(self.found)]
         kept = len(text) - max((search.matched for search in self._searches), default=0)
         self._held = text[kept:]
         return text[:kept]
@@ -89,7 +94,7 @@ class _Search:
     """One string looked for in a text that comes letter by letter."""
 
     def __init__(self, wanted: str) -> None:
-        self._wanted = wanted
+        self.wanted = wanted
         self.matched = 0
         """Length of the longest end of the text that begins the string."""
         # For each beginning of the string: the longest shorter beginning that also ends it.
@@ -99,19 +104,15 @@ class _Search:
             size = self._next(size, letter)
             self._shorter.append(size)
 
-    @property
-    def length(self) -> int:
-        return len(self._wanted)
-
     def feed(self, letter: str) -> bool:
         """Whether the string is complete with this letter; nothing may be fed after that."""
         self.matched = self._next(self.matched, letter)
-        return self.matched == self.length
+        return self.matched == len(self.wanted)
 
     def _next(self, size: int, letter: str) -> int:
-        while size and self._wanted[size] != letter:
+        while size and self.wanted[size] != letter:
             size = self._shorter[size]
-        return size + 1 if self._wanted[size] == letter else 0
+        return size + 1 if self.wanted[size] == letter else 0
 
 
 class TextSource(Protocol):
@@ -129,6 +130,8 @@ class Words:
     text: str
     finish: str | None
     offsets: tuple[int, ...]
+    stop: str | None = None
+    """The stop string that ended the answer."""
 
 
 class AnswerText:
@@ -150,11 +153,11 @@ class AnswerText:
             self._num_tokens += 1
             text += self._kept(self._detokenizer.push([token]))
             if self._stops.stopped:
-                return Words(text, "stop", tuple(offsets))
+                return Words(text, "stop", tuple(offsets), self._stops.found)
         if finish is not None:
             text += self._kept(self._detokenizer.finish())
             text += self._stops.finish()
-        return Words(text, "stop" if self._stops.stopped else finish, tuple(offsets))
+        return Words(text, "stop" if self._stops.stopped else finish, tuple(offsets), self._stops.found)
 
     def _kept(self, text: str) -> str:
         self._length += len(text)

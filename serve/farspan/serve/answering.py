@@ -12,7 +12,7 @@ from typing import Any
 
 from farspan.engine.detokenize import AnswerText, Detokenizer
 from farspan.engine.request import Grammar, SamplingParams, choices
-from farspan.errors import FarspanError, RequestError
+from farspan.errors import FarspanError
 from farspan.serve.admission import wait_before_asking_again_s
 from farspan.serve.calls import PlainReader, Reader, joined
 from farspan.serve.chat import Delta, answer
@@ -24,6 +24,7 @@ from farspan.serve.metrics import Metrics
 from farspan.serve.params import sampling
 from farspan.serve.policy import Route
 from farspan.serve.reply import Counted, Prompted, Step, Style
+from farspan.serve.shape import ApiError
 from farspan.serve.trace import RequestTrace
 from farspan.serve.ways import Ways
 from farspan.serve.wire import GenerationFields
@@ -95,9 +96,16 @@ class Answering:
             # Before it travels: the engine's thread would look at every token first.
             if len(prompt.tokens) >= info.max_context_tokens:
                 most = info.max_context_tokens - 1
-                raise RequestError("", f"the prompt has {len(prompt.tokens)} tokens, the model takes at most {most}")
+                message = f"the prompt has {len(prompt.tokens)} tokens, the model takes at most {most}"
+                # Agents that shorten their conversation look for this code of OpenAI's.
+                raise self._refused(message, code="context_length_exceeded")
+            if not prompt.tokens:
+                raise self._refused("the prompt is empty; give at least one token", code="invalid_value")
         self.counted.prompt_tokens = self._trace.prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
         self._meter.charge(self.counted.prompt_tokens)
+
+    def _refused(self, message: str, code: str) -> ApiError:
+        return ApiError(400, message, code=code, param="messages" if self._question.style.chat else "prompt")
 
     def _branches(self, prompts: Sequence[Prompted]) -> Iterator[tuple[Prompted, GenerationRequest, AnswerText]]:
         asked = self._question.asked
@@ -125,7 +133,13 @@ class Answering:
         trace = self._trace.choice(number)
         trace.note(route)
         deltas = answer(request, route, self._around.ways.workers(request, route), text, trace)
-        return _read(number, deltas, _Reading(prompted, self._question.reader()), trace)
+        return _read(number, deltas, _Reading(prompted, self._question.reader(), self._stop_tokens), trace)
+
+    @property
+    def _stop_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer because the client says so."""
+        asked = self._question.asked
+        return frozenset(asked.stop_token_ids) - (set() if asked.ignore_eos else {self._around.tokenizer.eos_token_id})
 
     def _route(self, request: GenerationRequest) -> Route:
         """The same way for all answers to a prompt: they share its pages. Raises ApiError when it would be too late."""
@@ -163,8 +177,8 @@ async def _read(
 class _Reading:
     """One answer while it is read."""
 
-    def __init__(self, prompted: Prompted, reader: Reader) -> None:
-        self._prompted, self._reader = prompted, reader
+    def __init__(self, prompted: Prompted, reader: Reader, stop_tokens: frozenset[int]) -> None:
+        self._prompted, self._reader, self._stop_tokens = prompted, reader, stop_tokens
         self._first, self._called = True, False
 
     def step(self, delta: Delta) -> Step:
@@ -175,7 +189,12 @@ class _Reading:
         self._called = self._called or bool(said.calls)
         over = self._reader.over
         finish = "tool_calls" if over or (self._called and delta.finish == "stop") else delta.finish
-        return Step(delta, said, self._prompted, first, finish)
+        return Step(delta, said, self._prompted, first, finish, self._stop_reason(delta))
+
+    def _stop_reason(self, delta: Delta) -> str | int | None:
+        if delta.stop is not None or delta.finish != "stop":
+            return delta.stop
+        return next((token for token in delta.tokens[-1:] if token in self._stop_tokens), None)
 
 
 @contextmanager

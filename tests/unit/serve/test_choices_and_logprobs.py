@@ -285,6 +285,40 @@ def test_tokens_and_words_that_cannot_be_kept_to_are_refused_by_name(served, fie
     assert len(error["message"]) < 300
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_ended_an_answer_is_told_where_the_client_asked_for_it(served, oracle, stream):
+    _, tokenizer = oracle
+    end = tokenizer.eos_token_id
+
+    def reason(**fields: Any) -> Any:
+        body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 40, "seed": 2, "stream": stream, "logprobs": 0}
+        answer = served.post("/v1/completions", {**body, **fields})
+        assert answer.status_code == 200, answer.text
+        lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
+        parts = [json.loads(line) for line in lines] if stream else [answer.json()]
+        *before, last = [part["choices"][0] for part in parts]
+        assert all(choice["stop_reason"] is None for choice in before)
+        return last["finish_reason"], last["stop_reason"]
+
+    assert reason(max_tokens=3, stop_token_ids=[5]) == ("length", None)
+    assert reason(stop=["e", "t"]) in (("stop", "e"), ("stop", "t"))
+    assert reason(stop=["zz", "%"], logit_bias={"5": 100}) == ("stop", "%")
+    assert reason(stop=["%%%", "%%"], logit_bias={"5": 100}) == ("stop", "%%")
+    assert reason(stop_token_ids=[7, 5], logit_bias={"5": 100}) == ("stop", 5)
+    # The end of the text is nothing the client asked for, unless nothing else ends at it.
+    ends = {"logit_bias": {str(end): 100}, "stop_token_ids": [end]}
+    assert reason(**ends) == ("stop", None)
+    assert reason(**ends, ignore_eos=True) == ("stop", end)
+
+
+def test_a_prompt_that_is_only_looked_at_ends_by_its_length_whatever_would_have_come(served, oracle):
+    end = oracle[1].eos_token_id
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 0, "echo": True, "logit_bias": {str(end): 100}}
+    for more in ({}, {"stop_token_ids": [5], "logit_bias": {"5": 100}}, {"stop": "%", "logit_bias": {"5": 100}}):
+        choice = served.post("/v1/completions", {**body, **more}).json()["choices"][0]
+        assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("x", "length", None)
+
+
 def test_fields_of_other_servers_reach_the_engine_by_their_names(served):
     body = {
         "model": "tiny",
