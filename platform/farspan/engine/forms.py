@@ -88,7 +88,7 @@ def _named(name: str, value: Any) -> Grammar:
         case "json", dict():
             return _json("structured_outputs", value)
         case "json", str():
-            return _named(name, json.loads(value))
+            return _json("structured_outputs", _loaded(value))
         case "json_object", True:
             return Grammar("json_object", "")
         case "regex", str():
@@ -101,6 +101,16 @@ def _named(name: str, value: Any) -> Grammar:
         "structured_outputs: must hold json (a schema), json_object (true), regex, choice (some texts) or grammar, "
         f"got {name} with {type(value).__name__}"
     )
+
+
+def _loaded(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError("structured_outputs: json must be a JSON schema, an object or its text")
+    return found
 
 
 def _json(field: str, schema: dict[str, Any]) -> Grammar:

@@ -20,7 +20,7 @@ from farspan.engine.words import BadWords, WordWatch, spell
 from farspan.errors import RequestError
 
 # Answers to one prompt, and lines of a batch, have the same words: they are spelled once.
-_WORDS_KEPT = 16
+_WORDS_KEPT = 8
 
 
 @dataclass(slots=True)

@@ -19,18 +19,22 @@ class BadWords:
     def __init__(self, spellings: Iterable[Sequence[int]]) -> None:
         """`spellings`: the tokens of each word, at least one."""
         self._ends: dict[tuple[int, ...], set[int]] = {}
+        # The last token of a beginning -> how long such beginnings are: most answers end with none.
+        self._sizes: dict[int, set[int]] = {}
         for spelling in spellings:
-            self._ends.setdefault(tuple(spelling[:-1]), set()).add(spelling[-1])
-        self._sizes = sorted({len(beginning) for beginning in self._ends})
-        self.num_looked_at = self._sizes[-1] if self._sizes else 0
+            beginning, last = tuple(spelling[:-1]), spelling[-1]
+            self._ends.setdefault(beginning, set()).add(last)
+            if beginning:
+                self._sizes.setdefault(beginning[-1], set()).add(len(beginning))
+        self.num_looked_at = max(map(len, self._ends), default=0)
         """No more of an answer matters than its last so many tokens."""
 
     def after(self, answered: Sequence[int]) -> set[int]:
         """The tokens that may not follow."""
-        found: set[int] = set()
-        for size in self._sizes:
+        found = set(self._ends.get((), ()))
+        for size in self._sizes.get(answered[-1], ()) if answered else ():
             if size <= len(answered):
-                found |= self._ends.get(tuple(answered[len(answered) - size :]), set())
+                found |= self._ends.get(tuple(answered[-size:]), set())
         return found
 
 

@@ -136,6 +136,11 @@ def test_a_form_that_is_none_is_refused_in_a_sentence():
         ({"structured_outputs": {"json": deep}}, "not deeper than"),
         ({"grammar": "x"}, "grammar: is not a known key"),
         ({"structured_outputs": {"regexp": False}}, "got regexp with bool"),
+        (
+            {"structured_outputs": {"json": "{"}},
+            "structured_outputs: json must be a JSON schema, an object or its text",
+        ),
+        ({"structured_outputs": {"json": '"{}"'}}, "structured_outputs: json must be a JSON schema, an object or its"),
         ({"structured_outputs": {"regex": "a", "disable_additional_properties": True}}, "got disable_additional_prop"),
         ({"response_format": {"type": "json_object", "schema": {}}}, "only the type json_schema has a schema"),
         ({"response_format": {"type": "text", "json_schema": {"schema": {}}}}, "only the type json_schema has a"),
