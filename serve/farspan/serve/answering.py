@@ -35,8 +35,8 @@ class Question:
     """What a request comes down to, whichever endpoint it came by."""
 
     asked: GenerationFields
-    read: Callable[[], list[Prompted]]
-    """Its prompts as tokens; slow for long ones."""
+    read: Callable[[int], list[Prompted]]
+    """Its prompts as tokens, given how long they may be where the answer is to fit, too; slow for long ones."""
     max_tokens: int | None
     style: Style
     grammar: Grammar | None
@@ -80,7 +80,7 @@ class Answering:
         admitted = self._meter.admitted(self._question.asked.num_answers)
         with counting, admitted, _told_as_late(self._caller.deadline_at_s):
             # In a thread: millions of characters take seconds, and other answers are on their way.
-            prompts = await asyncio.to_thread(self._question.read)
+            prompts = await asyncio.to_thread(self._question.read, self._prompt_room)
             self._admit(prompts)
             answers = [self._answer(number, *branch) for number, branch in enumerate(self._branches(prompts))]
             async with aclosing(merged(answers) if len(answers) > 1 else answers[0]) as steps:
@@ -104,6 +104,17 @@ class Answering:
         self.counted.prompt_tokens = self._trace.prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
         self._meter.charge(self.counted.prompt_tokens)
 
+    @property
+    def _prompt_room(self) -> int:
+        most, answer = self._most_tokens, self._question.max_tokens
+        # An answer that is longer than anything is as long as there is room.
+        return most - (answer if answer and answer < most else 1)
+
+    @property
+    def _most_tokens(self) -> int:
+        """Of the longest prompt and answer."""
+        return min(self._around.info.max_context_tokens, self._around.info.kv_tokens)
+
     def _refused(self, message: str, code: str) -> ApiError:
         return ApiError(400, message, code=code, param="messages" if self._question.style.chat else "prompt")
 
@@ -118,8 +129,7 @@ class Answering:
                 yield prompt, GenerationRequest(request_id, prompt.tokens, params, self._caller), text
 
     def _params(self, prompt: Prompted) -> SamplingParams:
-        info, question = self._around.info, self._question
-        room = min(info.max_context_tokens, info.kv_tokens) - len(prompt.tokens)
+        question, room = self._question, self._most_tokens - len(prompt.tokens)
         most = max(1, room) if question.max_tokens is None else max(1, question.max_tokens)
         end = self._around.tokenizer.eos_token_id
         # The tokenizer's own end of text, for models whose config does not name it.

@@ -83,7 +83,9 @@ class GenerationFields(Shape):
     stop_token_ids: Items[int] = Field(default_factory=list, max_length=_MOST_STOP_TOKENS)
     ignore_eos: bool = False
     skip_special_tokens: bool = Field(default=True, description="false: the text has special tokens in it")
-    truncate_prompt_tokens: int | None = Field(default=None, ge=1, description="no more of a prompt is read")
+    truncate_prompt_tokens: int | None = Field(
+        default=None, ge=-1, description="no more of a prompt is read; -1: no more than leaves room for the answer"
+    )
     truncation_side: Literal["left", "right"] = Field(default="left", description="where a prompt is cut")
     return_token_ids: bool = False
     response_format: ResponseFormat = Field(default_factory=lambda: ResponseFormat(type="text"))
@@ -108,6 +110,13 @@ class GenerationFields(Shape):
         if isinstance(value, dict) and len(value) > _MOST_BIASES:
             raise ValueError(f"must have at most {_MOST_BIASES} tokens, got {len(value)}")
         return value
+
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _not_nothing(cls, most: int | None) -> int | None:
+        if most == 0:
+            raise ValueError("must be at least 1, or -1 for as much as leaves room for the answer")
+        return most
 
     @field_validator("allowed_token_ids", mode="before")
     @classmethod
