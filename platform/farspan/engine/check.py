@@ -9,6 +9,8 @@ from farspan.engine.request import SamplingParams
 from farspan.errors import RequestError
 
 _MOST_LOGPROBS = 1000
+# The mask of each answer is made of them, and every word is spelled, by the thread all requests share.
+MOST_ALLOWED, MOST_BAD_WORDS, LONGEST_BAD_WORD = 10_000, 1000, 100
 
 
 def check_prompt(
@@ -26,7 +28,7 @@ def _broken_prompt(tokens: Sequence[int], num_prompt: int, vocab_size: int) -> s
     if min(tokens) >= 0 and max(tokens) < vocab_size:
         return None
     outside = next(token for token in tokens if not 0 <= token < vocab_size)
-    return f"token {outside} is outside the vocabulary 0..{vocab_size - 1}"
+    return f"prompt must hold tokens of the model, but {outside} is outside the vocabulary 0..{vocab_size - 1}"
 
 
 def broken_params(params: SamplingParams, vocab_size: int) -> str | None:
@@ -40,6 +42,9 @@ def broken_params(params: SamplingParams, vocab_size: int) -> str | None:
 def _rules(params: SamplingParams, vocab_size: int) -> list[tuple[str, str, object, bool]]:
     p, infinity = params, math.inf
     outside = [token for token, _ in p.logit_bias if not 0 <= token < vocab_size]
+    unknown = [token for token in p.allowed_token_ids if not 0 <= token < vocab_size]
+    odd = [word[:80] for word in p.bad_words if not 1 <= len(word) <= LONGEST_BAD_WORD]
+    num_allowed, num_bad = len(p.allowed_token_ids), len(p.bad_words)
     crooked = [bias for _, bias in p.logit_bias if not -infinity < bias < infinity]
     # Comparisons with NaN are false: written so that NaN breaks each rule.
     return [
@@ -54,6 +59,10 @@ def _rules(params: SamplingParams, vocab_size: int) -> list[tuple[str, str, obje
         ("frequency_penalty", "be a finite number", p.frequency_penalty, math.isfinite(p.frequency_penalty)),
         ("logit_bias", f"name tokens of the vocabulary 0..{vocab_size - 1}", outside[:1], not outside),
         ("logit_bias", "be finite numbers", crooked[:1], not crooked),
+        ("allowed_token_ids", f"name at most {MOST_ALLOWED} tokens", num_allowed, num_allowed <= MOST_ALLOWED),
+        ("allowed_token_ids", f"name tokens of the vocabulary 0..{vocab_size - 1}", unknown[:1], not unknown),
+        ("bad_words", f"hold at most {MOST_BAD_WORDS} words", num_bad, num_bad <= MOST_BAD_WORDS),
+        ("bad_words", f"hold words of 1 to {LONGEST_BAD_WORD} characters", odd[:1], not odd),
         ("n", "be 1 in one request of the engine; ask for each of `choices`", p.n, p.n == 1),
         ("choice", "be 0 or more", p.choice, p.choice >= 0),
         ("stop", "not hold an empty string", "''", all(p.stop)),

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from farspan.engine.request import SamplingParams
+
 _REPLACEMENT = "\ufffd"
 
 
@@ -48,17 +50,23 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Ends a text before the first of some strings, wherever the deltas cut them.
+    """Ends a text before the first of some strings, or with it, wherever the deltas cut them.
 
     First is the one that is complete first; of two that end together, the one that begins first. Each character is
     looked at once for each stop string, however long they are.
     Source: Knuth, Morris, Pratt 1977, https://doi.org/10.1137/0206024.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, shown: bool = False) -> None:
+        """`shown`: the text ends with the string."""
         self._searches = [_Search(stop) for stop in stops if stop]
-        self._held = ""
-        self.stopped = False
+        self._held, self._shown = "", shown
+        self.found: str | None = None
+        """The one that was complete first."""
+
+    @property
+    def stopped(self) -> bool:
+        return self.found is not None
 
     def push(self, delta: str) -> str:
         """The part of the text that cannot belong to a stop string; sets `stopped` once one is complete."""
@@ -68,10 +76,10 @@ class StopStrings:
             return delta
         text, before = self._held + delta, len(self._held)
         for end, letter in enumerate(delta, before + 1):
-            found = [search.length for search in self._searches if search.feed(letter)]
+            found = [search.wanted for search in self._searches if search.feed(letter)]
             if found:
-                self.stopped, self._held = True, ""
-                return text[: end - max(found)]
+                self.found, self._held = max(found, key=len), ""
+                return text[: end if self._shown else end - len(self.found)]
         kept = len(text) - max((search.matched for search in self._searches), default=0)
         self._held = text[kept:]
         return text[:kept]
@@ -86,7 +94,7 @@ class _Search:
     """One string looked for in a text that comes letter by letter."""
 
     def __init__(self, wanted: str) -> None:
-        self._wanted = wanted
+        self.wanted = wanted
         self.matched = 0
         """Length of the longest end of the text that begins the string."""
         # For each beginning of the string: the longest shorter beginning that also ends it.
@@ -96,19 +104,15 @@ class _Search:
             size = self._next(size, letter)
             self._shorter.append(size)
 
-    @property
-    def length(self) -> int:
-        return len(self._wanted)
-
     def feed(self, letter: str) -> bool:
         """Whether the string is complete with this letter; nothing may be fed after that."""
         self.matched = self._next(self.matched, letter)
-        return self.matched == self.length
+        return self.matched == len(self.wanted)
 
     def _next(self, size: int, letter: str) -> int:
-        while size and self._wanted[size] != letter:
+        while size and self.wanted[size] != letter:
             size = self._shorter[size]
-        return size + 1 if self._wanted[size] == letter else 0
+        return size + 1 if self.wanted[size] == letter else 0
 
 
 class TextSource(Protocol):
@@ -126,13 +130,19 @@ class Words:
     text: str
     finish: str | None
     offsets: tuple[int, ...]
+    stop: str | None = None
+    """The stop string that ended the answer."""
 
 
 class AnswerText:
-    """Ends an answer exactly where the engine does: before the first stop string, not looked for before min_tokens."""
+    """Ends an answer exactly where the engine does: at the first stop string, not looked for before min_tokens."""
 
-    def __init__(self, detokenizer: TextSource, stops: Sequence[str] = (), min_tokens: int = 0) -> None:
-        self._detokenizer, self._stops, self._min_tokens = detokenizer, StopStrings(stops), min_tokens
+    def __init__(
+        self, detokenizer: TextSource, stops: Sequence[str] = (), min_tokens: int = 0, *, shows_stop: bool = False
+    ) -> None:
+        """`shows_stop`: the text ends with the stop string, not before it."""
+        self._detokenizer, self._stops = detokenizer, StopStrings(stops, shown=shows_stop)
+        self._min_tokens = min_tokens
         self._num_tokens = self._length = 0
 
     def push(self, tokens: Sequence[int], finish: str | None) -> Words:
@@ -143,24 +153,23 @@ class AnswerText:
             self._num_tokens += 1
             text += self._kept(self._detokenizer.push([token]))
             if self._stops.stopped:
-                return Words(text, "stop", tuple(offsets))
+                return Words(text, "stop", tuple(offsets), self._stops.found)
         if finish is not None:
             text += self._kept(self._detokenizer.finish())
             text += self._stops.finish()
-        return Words(text, "stop" if self._stops.stopped else finish, tuple(offsets))
+        return Words(text, "stop" if self._stops.stopped else finish, tuple(offsets), self._stops.found)
 
     def _kept(self, text: str) -> str:
         self._length += len(text)
         return text if self._num_tokens < self._min_tokens else self._stops.push(text)
 
 
-def whole_text(
-    tokenizer: Any, tokens: Sequence[int], finish: str, stops: Sequence[str], min_tokens: int
-) -> tuple[str, str]:
+def whole_text(tokenizer: Any, tokens: Sequence[int], finish: str, params: SamplingParams) -> tuple[str, str]:
     """(text, finish) of an answer whose tokens are all there: what its deltas would have added up to."""
     detokenizer = Detokenizer(tokenizer)
-    if not stops:
+    if not params.stop:
         # In one go: token by token costs a decode each.
         return detokenizer.push(tokens) + detokenizer.finish(), finish
-    words = AnswerText(detokenizer, stops, min_tokens).push(tokens, finish)
+    text = AnswerText(detokenizer, params.stop, params.min_tokens, shows_stop=params.include_stop_str_in_output)
+    words = text.push(tokens, finish)
     return words.text, words.finish or finish

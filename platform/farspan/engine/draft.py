@@ -145,8 +145,8 @@ def draft_limit(sequence: SequenceState, max_context_tokens: int) -> int:
 def allowed_draft(sequence: SequenceState, guess: Sequence[int], vocab_size: int) -> list[int]:
     """The beginning of a guess that can be right."""
     inside = next((i for i, token in enumerate(guess) if not 0 <= token < vocab_size), len(guess))
-    matcher = sequence.history.matcher if sequence.history is not None else None
-    return list(guess[: inside if matcher is None else matcher.fits(guess[:inside])])
+    history = sequence.history
+    return list(guess[: inside if history is None else history.fits(guess[:inside])])
 
 
 @dataclass(frozen=True, slots=True)

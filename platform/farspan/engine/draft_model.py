@@ -2,7 +2,8 @@
 
 It reads a sequence once that decodes, a batch of tokens in an iteration, so that nobody waits for a long prompt. What
 it has read stays while the sequence waits, preempted, and goes when the sequence ends or others need the room: then it
-is read again, or not guessed on. Guesses go by the model alone, whatever adapter, grammar or penalties are asked for.
+is read again, or not guessed on. Guesses go by the model alone, whatever adapter, grammar, penalties or words are asked
+for.
 """
 
 from __future__ import annotations
@@ -59,13 +60,16 @@ class _Guess:
     def num_unread(self) -> int:
         return len(self.ask.tokens) + len(self.tokens) - self.reading.num_read
 
-    def read(self, count: int) -> Piece:
-        """The next unread tokens, which are read from now on."""
-        reading, known = self.reading, len(self.ask.tokens)
-        start, end = reading.num_read, reading.num_read + count
+    def unread(self, count: int) -> Piece:
+        """The next so many of them."""
+        known, start, end = len(self.ask.tokens), self.reading.num_read, self.reading.num_read + count
         tokens = [*self.ask.tokens[start:end], *self.tokens[max(0, start - known) : max(0, end - known)]]
-        reading.num_read, reading.guessed = end, self.tokens[: max(0, end - known)]
-        return Piece(tokens, start, reading.pages)
+        return Piece(tokens, start, self.reading.pages)
+
+    def has_read(self, count: int) -> None:
+        """The next so many are in the pages."""
+        self.reading.num_read += count
+        self.reading.guessed = self.tokens[: max(0, self.reading.num_read - len(self.ask.tokens))]
 
 
 class ModelDrafter:
@@ -199,7 +203,11 @@ class ModelDrafter:
 
     def _run(self, guesses: Sequence[_Guess], counts: Sequence[int]) -> Tensor:
         """Read so many tokens of each; logits [N, V] after the last of them."""
-        return self._runner.run([guess.read(count) for guess, count in zip(guesses, counts, strict=True)])
+        logits_NV = self._runner.run([guess.unread(count) for guess, count in zip(guesses, counts, strict=True)])
+        # Only now: of a forward that raised nothing is known.
+        for guess, count in zip(guesses, counts, strict=True):
+            guess.has_read(count)
+        return logits_NV
 
 
 def _owner(request_id: str) -> str:

@@ -12,6 +12,13 @@ from farspan.engine.request import Grammar
 LONGEST_SOURCE, MOST_TEXTS = 200_000, 1000
 # Schemas of tools are the deepest thing anybody sends; more is an attack on whoever walks through it.
 DEEPEST = 100
+IDLE: dict[str, tuple[bool, ...]] = {
+    "disable_additional_properties": (False,),
+    # JSON has no white space between its parts here, and no form is left to another way of keeping to it.
+    "disable_any_whitespace": (True, False),
+    "disable_fallback": (True, False),
+}
+"""What structured outputs may say beside the form, and changes nothing."""
 
 
 def form_of(response_format: Any, structured_outputs: Any) -> Grammar | None:
@@ -54,6 +61,8 @@ def is_deeper(value: Any, most: int) -> bool:
 
 def _formatted(asked: Any) -> list[Grammar]:
     match asked:
+        case {"type": "text" | "json_object", **more} if (more.get("schema"), more.get("json_schema")) != (None, None):
+            raise ValueError("response_format: only the type json_schema has a schema, which is json_schema.schema")
         case {"type": "text"}:
             return []
         case {"type": "json_object"}:
@@ -66,7 +75,12 @@ def _formatted(asked: Any) -> list[Grammar]:
 def _structured(asked: Any) -> list[Grammar]:
     if not isinstance(asked, dict):
         raise ValueError(f"structured_outputs: must be a JSON object, got {type(asked).__name__}")
-    return [_named(name, value) for name, value in asked.items() if value is not None and value is not False]
+    return [_named(name, value) for name, value in asked.items() if not _is_idle(name, value)]
+
+
+def _is_idle(name: str, value: Any) -> bool:
+    harmless = (False,) if name == "json_object" else IDLE.get(name, ())
+    return value is None or (isinstance(value, bool) and value in harmless)
 
 
 def _named(name: str, value: Any) -> Grammar:
@@ -74,7 +88,7 @@ def _named(name: str, value: Any) -> Grammar:
         case "json", dict():
             return _json("structured_outputs", value)
         case "json", str():
-            return _named(name, json.loads(value))
+            return _json("structured_outputs", _loaded(value))
         case "json_object", True:
             return Grammar("json_object", "")
         case "regex", str():
@@ -87,6 +101,16 @@ def _named(name: str, value: Any) -> Grammar:
         "structured_outputs: must hold json (a schema), json_object (true), regex, choice (some texts) or grammar, "
         f"got {name} with {type(value).__name__}"
     )
+
+
+def _loaded(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError("structured_outputs: json must be a JSON schema, an object or its text")
+    return found
 
 
 def _json(field: str, schema: dict[str, Any]) -> Grammar:

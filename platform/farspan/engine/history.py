@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,7 +16,11 @@ from torch import Tensor
 from farspan.engine.detokenize import Detokenizer, StopStrings
 from farspan.engine.grammar import GrammarCompiler, Matcher
 from farspan.engine.request import Grammar, SamplingParams
+from farspan.engine.words import BadWords, WordWatch, spell
 from farspan.errors import RequestError
+
+# Answers to one prompt, and lines of a batch, have the same words: they are spelled once.
+_WORDS_KEPT = 8
 
 
 @dataclass(slots=True)
@@ -42,13 +47,36 @@ class TextWatch:
         return self._stops.stopped
 
 
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """The only tokens that may be chosen."""
+
+    tokens: frozenset[int]
+    mask_V: Tensor
+    """The same, as bool."""
+
+    def fits(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens`, from the first on, are among them."""
+        return next((place for place, token in enumerate(tokens) if token not in self.tokens), len(tokens))
+
+
 @dataclass(slots=True)
 class History:
-    """One sequence's penalties, place in its grammar, and text so far; each none where nothing asks for it."""
+    """What one sequence's next token depends on besides logits and chance, and its text so far.
+
+    Each part is none where nothing asks for it.
+    """
 
     counts: Counts | None
     matcher: Matcher | None
     text: TextWatch | None
+    allowed: Allowed | None
+    words: WordWatch | None
+
+    @property
+    def steers(self) -> bool:
+        """Whether logits are changed by it."""
+        return any(part is not None for part in (self.counts, self.matcher, self.allowed, self.words))
 
     def accept(self, token: int, may_end: bool) -> bool:
         """Remember a chosen token. Whether the answer ends with it: a stop string or the grammar is complete."""
@@ -57,8 +85,15 @@ class History:
             self.counts.seen_V[token] = True
         if self.matcher is not None:
             self.matcher.accept(token)
+        if self.words is not None:
+            self.words.push(token)
         at_stop_string = self.text is not None and self.text.push(token, may_end)
         return at_stop_string or (self.matcher is not None and self.matcher.ended)
+
+    def fits(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens`, from the first on, nothing here forbids to follow one after the other."""
+        parts = (self.matcher, self.allowed, self.words)
+        return min((part.fits(tokens) for part in parts if part is not None), default=len(tokens))
 
 
 class Recall:
@@ -70,6 +105,7 @@ class Recall:
         self._vocab_size, self._eos_token_ids, self._device = vocab_size, eos_token_ids, device
         self._tokenizer = tokenizer
         self._compiler: GrammarCompiler | None = None
+        self._spelled = lru_cache(maxsize=_WORDS_KEPT)(self._spell)
 
     def recall(
         self, request_id: str, params: SamplingParams, prompt: Sequence[int], answered: Sequence[int]
@@ -81,7 +117,10 @@ class Recall:
         counts = self._count(params, prompt, answered)
         matcher = self._match(request_id, params.grammar, answered) if params.grammar else None
         text = self._watch(request_id, params, answered) if params.stop else None
-        return History(counts, matcher, text) if counts or matcher or text else None
+        allowed = self._allow(params.allowed_token_ids) if params.allowed_token_ids else None
+        words = WordWatch(self._bad_words(request_id, params.bad_words), answered) if params.bad_words else None
+        history = History(counts, matcher, text, allowed, words)
+        return history if text is not None or history.steers else None
 
     def _count(self, params: SamplingParams, prompt: Sequence[int], answered: Sequence[int]) -> Counts | None:
         if params.repetition_penalty == 1 and params.presence_penalty == 0 and params.frequency_penalty == 0:
@@ -107,6 +146,21 @@ class Recall:
         for number, token in enumerate(answered, 1):
             text.push(token, number >= params.min_tokens)
         return text
+
+    def _allow(self, tokens: frozenset[int]) -> Allowed:
+        mask_V = torch.zeros(self._vocab_size, dtype=torch.bool)
+        mask_V[torch.tensor(sorted(tokens))] = True
+        return Allowed(tokens, mask_V.to(self._device))
+
+    def _bad_words(self, request_id: str, words: tuple[str, ...]) -> BadWords:
+        self._needed_tokenizer(request_id, "bad_words")
+        try:
+            return self._spelled(words)
+        except ValueError as problem:
+            raise RequestError(request_id, str(problem)) from None
+
+    def _spell(self, words: tuple[str, ...]) -> BadWords:
+        return spell(self._tokenizer, words, self._vocab_size)
 
     def _needed_tokenizer(self, request_id: str, field: str) -> Any:
         if self._tokenizer is None:

@@ -143,8 +143,7 @@ class OfflineEngine:
         """The answer as HTTP would tell it."""
         text = None
         if self.tokenizer is not None:
-            params = prompt.params
-            text, finish = whole_text(self.tokenizer, tokens, finish, params.stop, params.min_tokens)
+            text, finish = whole_text(self.tokenizer, tokens, finish, prompt.params)
         return Answered(
             prompt.id, prompt.line, tuple(tokens), text, finish, num_prompt=len(prompt.tokens), asked=prompt.asked
         )

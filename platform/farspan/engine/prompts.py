@@ -190,6 +190,8 @@ def _ended(params: SamplingParams, tokenizer: PreTrainedTokenizerBase | None) ->
 
 def _params(record: dict[str, Any], number: int, params: SamplingParams) -> SamplingParams:
     """What a line asks for; it draws by its place in the file, or by its own seed alone."""
+    # As over HTTP, null is the default.
+    record = {key: value for key, value in record.items() if value is not None}
     changed: dict[str, Any] = {"request": 0 if "seed" in record else number}
     forms = [record.pop(key, None) for key in _FORMS]
     if (form := form_of(*forms)) is not None:
@@ -215,9 +217,11 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...]:
 
 
 def _fitting(key: str, value: Any, like: Any) -> Any:
+    if key == "allowed_token_ids" and value == []:
+        raise ValueError(f"{key}: must name at least one token, got []; leave it out to allow all")
     if isinstance(like, frozenset) and isinstance(value, list) and all(type(item) is int for item in value):
         return frozenset(value)
-    if isinstance(like, tuple) and isinstance(value, str):
+    if key == "stop" and isinstance(value, str):
         return (value,)
     if isinstance(like, tuple) and isinstance(value, list) and all(isinstance(item, str) for item in value):
         return tuple(value)

@@ -48,6 +48,10 @@ class SamplingParams:
     """Taken from the logit of a token once for each time it was answered."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token, what is added to its logit) pairs."""
+    allowed_token_ids: frozenset[int] = frozenset()
+    """No other token is chosen, ends of the answer included; none: all are."""
+    bad_words: tuple[str, ...] = ()
+    """Words that the answer does not have; see words.py. The engine needs a tokenizer for them."""
     seed: int = 0
     request: int = 0
     """Tells requests of one seed apart, as the prompts of a batch."""
@@ -57,6 +61,8 @@ class SamplingParams:
     """Which of the n answers this is. With seed, request and position all that a random number depends on."""
     stop: tuple[str, ...] = ()
     """Strings that end the answer; the engine needs a tokenizer for them."""
+    include_stop_str_in_output: bool = False
+    """The text ends with the stop string that ended it, not before. Changes no token."""
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     logprobs: int | None = None

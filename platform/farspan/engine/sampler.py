@@ -67,7 +67,8 @@ def choose_tokens(logits_NV: Tensor, rows: Sequence[SampleRow], eos_token_ids: f
         found.append(logits_NV.gather(-1, chosen.tokens_N[:, None])[:, 0].double() - lse_N)
     told_KN = torch.stack([x_N.double() for x_N in found]).tolist()
     tokens = [int(token) for token in told_KN[0]]
-    problems = [_problem(math.isfinite(high), best > -math.inf) for high, best in zip(*told_KN[1:3], strict=True)]
+    highs = zip(rows, *told_KN[1:3], strict=True)
+    problems = [_problem(row, math.isfinite(high), best > -math.inf) for row, high, best in highs]
     num_top = [row.params.logprobs for row in rows]
     if lse_N is None:
         logprobs = token_logprobs(logits_NV, tokens, num_top)
@@ -118,7 +119,20 @@ class SteadyChoice:
         return self._points.pop()
 
 
-def _problem(finite: bool, allowed: bool) -> str | None:
+def _problem(row: SampleRow, finite: bool, allowed: bool) -> str | None:
     if not finite:
         return UNSOUND
-    return None if allowed else "no token is allowed here: grammar, min_tokens and logit_bias exclude each other"
+    return None if allowed else f"no token is allowed here by {_what_forbids(row)}; leave one of them out"
+
+
+def _what_forbids(row: SampleRow) -> str:
+    """The fields of a row without which more would be allowed."""
+    params = row.params
+    fields = {
+        "grammar": params.grammar is not None,
+        "min_tokens": row.num_answered < params.min_tokens,
+        "allowed_token_ids": bool(params.allowed_token_ids),
+        "bad_words": bool(params.bad_words),
+        "logit_bias": bool(params.logit_bias),
+    }
+    return ", ".join(field for field, asked in fields.items() if asked)

@@ -225,7 +225,7 @@ def _is_plain(sequence: SequenceState) -> bool:
         and sequence.num_answered >= max(1, params.min_tokens)
         and params.logprobs is None
         and not params.logit_bias
-        and (history is None or (history.counts is None and history.matcher is None))
+        and (history is None or not history.steers)
         and sequence.terms.adapter == BASE
         and not sequence.prefill_only
     )

@@ -1,7 +1,7 @@
 """Logits changed by what a request asks for and by the tokens so far. N rows, S rows of one kind, V vocabulary.
 
 In this order: bias, repetition, presence and frequency penalties, then what is forbidden (ends before min_tokens,
-tokens outside the grammar).
+tokens outside the grammar or those that are allowed, last tokens of bad words).
 Source: repetition penalty as in CTRL (Keskar et al. 2019, https://arxiv.org/abs/1909.05858).
 """
 
@@ -26,7 +26,9 @@ def steer(logits_NV: Tensor, rows: Sequence[SampleRow], eos_token_ids: frozenset
     counted = [i for i, row in enumerate(rows) if row.history and row.history.counts]
     early = [i for i, row in enumerate(rows) if row.num_answered < row.params.min_tokens]
     guided = [i for i, row in enumerate(rows) if row.history and row.history.matcher]
-    if not (biased or counted or early or guided):
+    bound = [i for i, row in enumerate(rows) if row.history and row.history.allowed]
+    worded = [i for i, row in enumerate(rows) if row.history and row.history.words]
+    if not (biased or counted or early or guided or bound or worded):
         return logits_NV
     scores_NV = logits_NV.clone() if logits_NV.element_size() >= 4 else logits_NV.float()
     if biased:
@@ -38,6 +40,10 @@ def steer(logits_NV: Tensor, rows: Sequence[SampleRow], eos_token_ids: frozenset
         _forbid_ends(scores_NV, rows, early, eos_token_ids)
     if guided:
         _keep_to_grammar(scores_NV, rows, guided)
+    if bound:
+        _keep_to_allowed(scores_NV, rows, bound)
+    if worded:
+        _forbid_words(scores_NV, rows, worded)
     return scores_NV
 
 
@@ -71,7 +77,19 @@ def _forbid_ends(
     scores_NV: Tensor, rows: Sequence[SampleRow], early: Sequence[int], eos_token_ids: frozenset[int]
 ) -> None:
     vocab_size = scores_NV.shape[-1]
-    cells = [(i, token) for i in early for token in end_tokens(rows[i], eos_token_ids) if 0 <= token < vocab_size]
+    _forbid(
+        scores_NV,
+        [(i, token) for i in early for token in end_tokens(rows[i], eos_token_ids) if 0 <= token < vocab_size],
+    )
+
+
+def _forbid_words(scores_NV: Tensor, rows: Sequence[SampleRow], worded: Sequence[int]) -> None:
+    watches = [(i, row.history.words) for i, row in ((i, rows[i]) for i in worded) if row.history and row.history.words]
+    _forbid(scores_NV, [(i, token) for i, watch in watches for token in watch.forbidden])
+
+
+def _forbid(scores_NV: Tensor, cells: Sequence[tuple[int, int]]) -> None:
+    """`cells`: (row, token) pairs."""
     if cells:
         where, tokens = torch.tensor(cells, device=scores_NV.device).unbind(-1)
         scores_NV[where, tokens] = -torch.inf
@@ -93,6 +111,14 @@ def end_tokens(row: SampleRow, eos_token_ids: frozenset[int]) -> frozenset[int]:
 
 def _keep_to_grammar(scores_NV: Tensor, rows: Sequence[SampleRow], guided: Sequence[int]) -> None:
     matchers = [row.history.matcher for row in (rows[i] for i in guided) if row.history and row.history.matcher]
-    allowed_SV = allowed_tokens(matchers, scores_NV.shape[-1]).to(scores_NV.device)
-    index = torch.tensor(guided, device=scores_NV.device)
+    _keep_to(scores_NV, guided, allowed_tokens(matchers, scores_NV.shape[-1]).to(scores_NV.device))
+
+
+def _keep_to_allowed(scores_NV: Tensor, rows: Sequence[SampleRow], bound: Sequence[int]) -> None:
+    masks = [row.history.allowed.mask_V for row in (rows[i] for i in bound) if row.history and row.history.allowed]
+    _keep_to(scores_NV, bound, torch.stack(masks))
+
+
+def _keep_to(scores_NV: Tensor, places: Sequence[int], allowed_SV: Tensor) -> None:
+    index = torch.tensor(places, device=scores_NV.device)
     scores_NV[index] = scores_NV[index].masked_fill(~allowed_SV, -torch.inf)

@@ -12,7 +12,7 @@ from typing import Any
 
 from farspan.engine.detokenize import AnswerText, Detokenizer
 from farspan.engine.request import Grammar, SamplingParams, choices
-from farspan.errors import FarspanError, RequestError
+from farspan.errors import FarspanError
 from farspan.serve.admission import wait_before_asking_again_s
 from farspan.serve.calls import PlainReader, Reader, joined
 from farspan.serve.chat import Delta, answer
@@ -24,6 +24,7 @@ from farspan.serve.metrics import Metrics
 from farspan.serve.params import sampling
 from farspan.serve.policy import Route
 from farspan.serve.reply import Counted, Prompted, Step, Style
+from farspan.serve.shape import ApiError
 from farspan.serve.trace import RequestTrace
 from farspan.serve.ways import Ways
 from farspan.serve.wire import GenerationFields
@@ -34,8 +35,8 @@ class Question:
     """What a request comes down to, whichever endpoint it came by."""
 
     asked: GenerationFields
-    read: Callable[[], list[Prompted]]
-    """Its prompts as tokens; slow for long ones."""
+    read: Callable[[int], list[Prompted]]
+    """Its prompts as tokens, given how long they may be where the answer is to fit, too; slow for long ones."""
     max_tokens: int | None
     style: Style
     grammar: Grammar | None
@@ -79,7 +80,7 @@ class Answering:
         admitted = self._meter.admitted(self._question.asked.num_answers)
         with counting, admitted, _told_as_late(self._caller.deadline_at_s):
             # In a thread: millions of characters take seconds, and other answers are on their way.
-            prompts = await asyncio.to_thread(self._question.read)
+            prompts = await asyncio.to_thread(self._question.read, self._prompt_room)
             self._admit(prompts)
             answers = [self._answer(number, *branch) for number, branch in enumerate(self._branches(prompts))]
             async with aclosing(merged(answers) if len(answers) > 1 else answers[0]) as steps:
@@ -95,9 +96,27 @@ class Answering:
             # Before it travels: the engine's thread would look at every token first.
             if len(prompt.tokens) >= info.max_context_tokens:
                 most = info.max_context_tokens - 1
-                raise RequestError("", f"the prompt has {len(prompt.tokens)} tokens, the model takes at most {most}")
+                message = f"the prompt has {len(prompt.tokens)} tokens, the model takes at most {most}"
+                # Agents that shorten their conversation look for this code of OpenAI's.
+                raise self._refused(message, code="context_length_exceeded")
+            if not prompt.tokens:
+                raise self._refused("the prompt is empty; give at least one token", code="invalid_value")
         self.counted.prompt_tokens = self._trace.prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
         self._meter.charge(self.counted.prompt_tokens)
+
+    @property
+    def _prompt_room(self) -> int:
+        most, answer = self._most_tokens, self._question.max_tokens
+        # An answer that is longer than anything is as long as there is room.
+        return most - (answer if answer and answer < most else 1)
+
+    @property
+    def _most_tokens(self) -> int:
+        """Of the longest prompt and answer."""
+        return min(self._around.info.max_context_tokens, self._around.info.kv_tokens)
+
+    def _refused(self, message: str, code: str) -> ApiError:
+        return ApiError(400, message, code=code, param="messages" if self._question.style.chat else "prompt")
 
     def _branches(self, prompts: Sequence[Prompted]) -> Iterator[tuple[Prompted, GenerationRequest, AnswerText]]:
         asked = self._question.asked
@@ -105,12 +124,12 @@ class Answering:
             # The engine's id is ours alone: a client that repeats its own cannot reach another request.
             for request_id, params in choices(uuid.uuid4().hex, replace(self._params(prompt), n=asked.n)):
                 telling = self._question.telling or self._around.tokenizer
-                text = AnswerText(Detokenizer(telling), asked.stop, asked.min_tokens)
+                shows_stop = asked.include_stop_str_in_output
+                text = AnswerText(Detokenizer(telling), asked.stop, asked.min_tokens, shows_stop=shows_stop)
                 yield prompt, GenerationRequest(request_id, prompt.tokens, params, self._caller), text
 
     def _params(self, prompt: Prompted) -> SamplingParams:
-        info, question = self._around.info, self._question
-        room = min(info.max_context_tokens, info.kv_tokens) - len(prompt.tokens)
+        question, room = self._question, self._most_tokens - len(prompt.tokens)
         most = max(1, room) if question.max_tokens is None else max(1, question.max_tokens)
         end = self._around.tokenizer.eos_token_id
         # The tokenizer's own end of text, for models whose config does not name it.
@@ -124,7 +143,13 @@ class Answering:
         trace = self._trace.choice(number)
         trace.note(route)
         deltas = answer(request, route, self._around.ways.workers(request, route), text, trace)
-        return _read(number, deltas, _Reading(prompted, self._question.reader()), trace)
+        return _read(number, deltas, _Reading(prompted, self._question.reader(), self._stop_tokens), trace)
+
+    @property
+    def _stop_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer because the client says so."""
+        asked = self._question.asked
+        return frozenset(asked.stop_token_ids) - (set() if asked.ignore_eos else {self._around.tokenizer.eos_token_id})
 
     def _route(self, request: GenerationRequest) -> Route:
         """The same way for all answers to a prompt: they share its pages. Raises ApiError when it would be too late."""
@@ -162,8 +187,8 @@ async def _read(
 class _Reading:
     """One answer while it is read."""
 
-    def __init__(self, prompted: Prompted, reader: Reader) -> None:
-        self._prompted, self._reader = prompted, reader
+    def __init__(self, prompted: Prompted, reader: Reader, stop_tokens: frozenset[int]) -> None:
+        self._prompted, self._reader, self._stop_tokens = prompted, reader, stop_tokens
         self._first, self._called = True, False
 
     def step(self, delta: Delta) -> Step:
@@ -174,7 +199,12 @@ class _Reading:
         self._called = self._called or bool(said.calls)
         over = self._reader.over
         finish = "tool_calls" if over or (self._called and delta.finish == "stop") else delta.finish
-        return Step(delta, said, self._prompted, first, finish)
+        return Step(delta, said, self._prompted, first, finish, self._stop_reason(delta))
+
+    def _stop_reason(self, delta: Delta) -> str | int | None:
+        if delta.stop is not None or delta.finish != "stop":
+            return delta.stop
+        return next((token for token in delta.tokens[-1:] if token in self._stop_tokens), None)
 
 
 @contextmanager

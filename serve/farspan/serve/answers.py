@@ -12,6 +12,7 @@ _SECONDS: Schema = {"type": ["number", "null"], "minimum": 0}
 _TOKENS: Schema = {"type": "array", "items": {"type": "integer"}}
 _LOGPROBS: Schema = {"type": ["object", "null"]}
 _FINISH: Schema = {"enum": ["stop", "length", "tool_calls", None]}
+_STOP: Schema = {"type": ["string", "integer", "null"]}
 
 
 def _object(*, optional: Schema | None = None, **fields: Schema) -> Schema:
@@ -34,7 +35,7 @@ _MESSAGE = _object(
     refusal={"type": "null"},
     optional={"tool_calls": _list(_CALL)},
 )
-_CHOICE: Schema = {"index": _COUNT, "logprobs": _LOGPROBS, "finish_reason": _FINISH}
+_CHOICE: Schema = {"index": _COUNT, "logprobs": _LOGPROBS, "finish_reason": _FINISH, "stop_reason": _STOP}
 _IDS: Schema = {"token_ids": _TOKENS, "prompt_token_ids": _TOKENS}
 _HEAD: Schema = {"id": _TEXT, "created": _COUNT, "model": _TEXT, "usage": _name("Usage")}
 _LATENCY = _object(p50=_SECONDS, p90=_SECONDS, p99=_SECONDS)

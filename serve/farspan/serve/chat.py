@@ -36,6 +36,8 @@ class Delta:
     """Where the text of each token begins in the answer."""
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     num_cached: int = 0
+    stop: str | None = None
+    """With the last one: the stop string that ended the answer."""
     index: int = 0
     """Which answer of the request it belongs to."""
 
@@ -73,6 +75,7 @@ async def answer(
                 words.offsets,
                 batch.prompt_logprobs,
                 batch.num_cached,
+                words.stop,
             )
             if words.finish is not None:
                 return

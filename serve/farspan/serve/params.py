@@ -23,11 +23,14 @@ def sampling(asked: GenerationFields, max_tokens: int, ends: Sequence[int], gram
         frequency_penalty=asked.frequency_penalty,
         repetition_penalty=asked.repetition_penalty,
         logit_bias=tuple(asked.logit_bias.items()),
+        allowed_token_ids=frozenset(asked.allowed_token_ids or ()),
+        bad_words=tuple(asked.bad_words),
         grammar=grammar,
         # One number for all answers: `choice` tells them apart.
         seed=secrets.randbits(63) if asked.seed is None else asked.seed,
         # The engine looks for them in text without special tokens; in any other they are looked for where it is made.
         stop=tuple(asked.stop) if asked.skip_special_tokens else (),
+        include_stop_str_in_output=asked.include_stop_str_in_output,
         stop_token_ids=frozenset((*asked.stop_token_ids, *(() if asked.ignore_eos else ends))),
         ignore_eos=asked.ignore_eos,
         logprobs=asked.num_top_logprobs,

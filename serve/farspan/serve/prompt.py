@@ -24,18 +24,21 @@ def prompt_tokens(tokenizer: Any, prompt: Prompt, *, add_special_tokens: bool = 
     return tokens
 
 
-def completion_prompts(tokenizer: Any, asked: CompletionRequest, telling: Any) -> list[Prompted]:
-    """Each prompt, with its text, as `telling` decodes it, where it is to be told with the answer."""
+def completion_prompts(tokenizer: Any, asked: CompletionRequest, telling: Any, room: int) -> list[Prompted]:
+    """Each prompt, with its text, as `telling` decodes it, where it is to be told with the answer.
+
+    `room`: see `cut`.
+    """
     made = []
     for prompt in asked.prompt:
-        tokens = cut(prompt_tokens(tokenizer, prompt, add_special_tokens=asked.add_special_tokens), asked)
+        tokens = cut(prompt_tokens(tokenizer, prompt, add_special_tokens=asked.add_special_tokens), asked, room)
         made.append(_echoed(tokenizer, telling, tokens) if asked.echo else Prompted(tokens))
     return made
 
 
-def cut(tokens: list[int], asked: GenerationFields) -> tuple[int, ...]:
-    """What is read of a prompt."""
-    most = asked.truncate_prompt_tokens
+def cut(tokens: list[int], asked: GenerationFields, room: int) -> tuple[int, ...]:
+    """What is read of a prompt. `room`: the tokens that may be read where the answer is to fit, too."""
+    most = room if asked.truncate_prompt_tokens == -1 else asked.truncate_prompt_tokens
     if most is None or most >= len(tokens):
         return tuple(tokens)
     return tuple(tokens[-most:] if asked.truncation_side == "left" else tokens[:most])

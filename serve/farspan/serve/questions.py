@@ -36,7 +36,7 @@ def completion_question(tokenizer: Any, asked: CompletionRequest) -> Question:
     )
     return Question(
         asked=asked,
-        read=lambda: completion_prompts(tokenizer, asked, telling),
+        read=lambda room: completion_prompts(tokenizer, asked, telling, room),
         max_tokens=asked.max_tokens,
         style=style,
         grammar=asked.form(),
@@ -49,8 +49,8 @@ def chat_question(tokenizer: Any, asked: ChatRequest, tool_format: str) -> Quest
     style = Style(chat=True, num_top=asked.num_top_logprobs, token_ids=asked.return_token_ids)
     tools = asked.offered_tools
 
-    def read() -> list[Prompted]:
-        return [Prompted(cut(chat_prompt(tokenizer, asked, tools), asked))]
+    def read(room: int) -> list[Prompted]:
+        return [Prompted(cut(chat_prompt(tokenizer, asked, tools), asked, room))]
 
     question = Question(
         asked=asked,

@@ -33,6 +33,8 @@ class Step:
     prompted: Prompted
     first: bool
     finish: str | None
+    stop_reason: str | int | None = None
+    """What was asked to end the answer, and did: a stop string or token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +109,8 @@ class Reply:
 
     def _choice(self, steps: Sequence[Step], *, streamed: bool) -> dict[str, Any]:
         first, last = steps[0], steps[-1]
+        # What the token that is left out would have ended is nobody's.
+        cut = self._style.prompt_only and last.finish is not None
         if self._style.chat:
             content: dict[str, Any] = {"delta": _delta(first)} if streamed else {"message": _message(steps)}
         else:
@@ -115,7 +119,9 @@ class Reply:
             "index": first.delta.index,
             **content,
             "logprobs": self._logprobs(steps),
-            "finish_reason": last.finish,
+            "finish_reason": "length" if cut else last.finish,
+            # Not OpenAI's, but in every choice of vLLM's.
+            "stop_reason": None if cut else last.stop_reason,
             **self._token_ids(steps),
         }
 

@@ -118,10 +118,14 @@ class TagTokenizer:
 
 
 def telling_of(tokenizer: Any, asked: GenerationFields, *, tags: bool = False) -> Any:
-    """The tokenizer whose text is told: with tags of calls in it, or with all special tokens but those that end it."""
+    """The tokenizer whose text is told: with tags of calls in it, or with all special tokens; but those that end it
+    only where what ends it is shown.
+    """
     if asked.skip_special_tokens:
         return showing_tags(tokenizer) if tags else tokenizer
     special = frozenset(_special(tokenizer))
+    if asked.include_stop_str_in_output:
+        return TagTokenizer(tokenizer, special, special)
     ends = () if asked.ignore_eos or tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     return TagTokenizer(tokenizer, special - {*asked.stop_token_ids, *ends}, special)
 

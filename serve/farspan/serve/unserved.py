@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
+from farspan.engine.forms import IDLE
 from farspan.serve.shape import ApiError, Shape
 
 # What each of these fields may say where it is not served: the values that change nothing. null is always one. The
@@ -35,15 +36,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     # vLLM's.
     "add_special_tokens": (False,),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
     "chat_template": (),
     "documents": ([],),
     "ec_transfer_params": ({},),
     "guided_json_object": (False,),
     "guided_whitespace_pattern": (),
     "include_reasoning": (True,),
-    "include_stop_str_in_output": (False,),
     "kv_transfer_params": ({},),
     "length_penalty": (1,),
     "logprob_token_ids": ([],),
@@ -57,9 +55,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "routed_experts_prompt_start": (0,),
     # Only slow tokenizers write them, and only where special tokens are shown.
     "spaces_between_special_tokens": (True, False),
-    "structured_outputs.disable_additional_properties": (False,),
-    # JSON has no white space between its parts here.
-    "structured_outputs.disable_any_whitespace": (True, False),
+    **{f"structured_outputs.{name}": harmless for name, harmless in IDLE.items()},
     "structured_outputs.structural_tag": (),
     "structured_outputs.whitespace_pattern": (),
     "thinking_token_budget": (-1,),

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
+from farspan.engine.check import LONGEST_BAD_WORD, MOST_ALLOWED, MOST_BAD_WORDS
 from farspan.engine.forms import MOST_TEXTS
 from farspan.engine.request import Grammar
 from farspan.serve.forms import JsonForm, ResponseFormat, StructuredOutputs, form_of
@@ -24,6 +25,7 @@ _MOST_TOKENS = 2_097_152
 _LONGEST_DEADLINE_S = 2_419_200.0
 
 StopString = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
+BadWord = Annotated[str, Field(min_length=1, max_length=LONGEST_BAD_WORD)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 # JSON has only strings as names.
 TokenName = Annotated[int, Field(strict=False)]
@@ -68,13 +70,22 @@ class GenerationFields(Shape):
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     repetition_penalty: float = Field(default=1.0, gt=0, le=10)
     logit_bias: dict[TokenName, Bias] = Field(default_factory=dict, max_length=_MOST_BIASES)
+    allowed_token_ids: Items[int] | None = Field(
+        default=None, min_length=1, max_length=MOST_ALLOWED, description="no other token is chosen, ends included"
+    )
+    bad_words: Items[BadWord] = Field(
+        default_factory=list, max_length=MOST_BAD_WORDS, description="not written, with a space before them or without"
+    )
     min_tokens: int = Field(default=0, ge=0)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: Annotated[Items[StopString], WithJsonSchema(_STOPS)] = Field(default_factory=list, max_length=_MOST_STOPS)
+    include_stop_str_in_output: bool = Field(default=False, description="the text ends with the stop that ended it")
     stop_token_ids: Items[int] = Field(default_factory=list, max_length=_MOST_STOP_TOKENS)
     ignore_eos: bool = False
     skip_special_tokens: bool = Field(default=True, description="false: the text has special tokens in it")
-    truncate_prompt_tokens: int | None = Field(default=None, ge=1, description="no more of a prompt is read")
+    truncate_prompt_tokens: int | None = Field(
+        default=None, ge=-1, description="no more of a prompt is read; -1: no more than leaves room for the answer"
+    )
     truncation_side: Literal["left", "right"] = Field(default="left", description="where a prompt is cut")
     return_token_ids: bool = False
     response_format: ResponseFormat = Field(default_factory=lambda: ResponseFormat(type="text"))
@@ -98,6 +109,20 @@ class GenerationFields(Shape):
         # Before its values are looked at: each wrong one would be noted.
         if isinstance(value, dict) and len(value) > _MOST_BIASES:
             raise ValueError(f"must have at most {_MOST_BIASES} tokens, got {len(value)}")
+        return value
+
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _not_nothing(cls, most: int | None) -> int | None:
+        if most == 0:
+            raise ValueError("must be at least 1, or -1 for as much as leaves room for the answer")
+        return most
+
+    @field_validator("allowed_token_ids", mode="before")
+    @classmethod
+    def _some(cls, value: Any) -> Any:
+        if value == []:
+            raise ValueError("must name at least one token; leave it out to allow all")
         return value
 
     @model_validator(mode="after")

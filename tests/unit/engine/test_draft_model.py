@@ -309,3 +309,33 @@ def test_a_long_prompt_is_read_a_batch_in_an_iteration_while_others_are_guessed_
         long = [*long, *guess[:right], (guess[min(right, 2)] + 1) % VOCAB, *more]
         alone.forget("long")
         assert drafter.propose([Ask("long", long, 3, GREEDY)]) == alone.propose([Ask("long", long, 3, GREEDY)])
+
+
+def test_after_a_forward_that_raised_the_guesses_are_those_of_a_draft_model_that_never_failed(monkeypatch):
+    drafter, fresh = (ModelDrafter(tiny_model(), engine_config(max_batch_tokens=16), VOCAB) for _ in range(2))
+    told, run = dict(zip("ab", prompts(20, 5), strict=True)), drafter._runner.run
+    fails = [False]
+
+    def breaking(pieces):
+        logits = run(pieces)
+        if fails[0]:
+            # What it wrote by then is in the pages.
+            raise RuntimeError("out of memory")
+        return logits
+
+    monkeypatch.setattr(drafter._runner, "run", breaking)
+    # While the prompts are read, at the last token, and with guesses that were right and wrong.
+    for turn in range(9):
+        asks = [Ask(name, tokens, 3, GREEDY) for name, tokens in told.items()]
+        fails[0] = turn % 2 == 0
+        if fails[0]:
+            with pytest.raises(RuntimeError):
+                drafter.propose(asks)
+            fails[0] = False
+        found, wanted = drafter.propose(asks), fresh.propose(asks)
+        assert found == wanted
+        drafter.check_integrity()
+        told = {
+            name: [*told[name], *guess[: turn % 4], (turn * 7) % VOCAB] for name, guess in zip(told, found, strict=True)
+        }
+    assert all(found)

@@ -110,6 +110,9 @@ def test_what_an_answer_line_cannot_hold_is_refused_by_name(key):
         ({"structured_outputs": {"json": '{"type":"null"}'}}, Grammar("json_schema", '{"type": "null"}')),
         ({"structured_outputs": {"json_object": True}}, Grammar("json_object", "")),
         ({"structured_outputs": {"regex": "a+"}}, Grammar("regex", "a+")),
+        ({"structured_outputs": {"regex": "a+", "disable_any_whitespace": True}}, Grammar("regex", "a+")),
+        ({"structured_outputs": {"disable_fallback": True, "disable_additional_properties": False}}, None),
+        ({"structured_outputs": {"json_object": False}}, None),
         ({"structured_outputs": {"choice": ["yes", "no"]}}, Grammar("lark", 'start: "yes" | "no"')),
         ({"structured_outputs": {"grammar": 'start: "x"'}}, Grammar("lark", 'start: "x"')),
     ],
@@ -132,6 +135,15 @@ def test_a_form_that_is_none_is_refused_in_a_sentence():
         ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "one form only"),
         ({"structured_outputs": {"json": deep}}, "not deeper than"),
         ({"grammar": "x"}, "grammar: is not a known key"),
+        ({"structured_outputs": {"regexp": False}}, "got regexp with bool"),
+        (
+            {"structured_outputs": {"json": "{"}},
+            "structured_outputs: json must be a JSON schema, an object or its text",
+        ),
+        ({"structured_outputs": {"json": '"{}"'}}, "structured_outputs: json must be a JSON schema, an object or its"),
+        ({"structured_outputs": {"regex": "a", "disable_additional_properties": True}}, "got disable_additional_prop"),
+        ({"response_format": {"type": "json_object", "schema": {}}}, "only the type json_schema has a schema"),
+        ({"response_format": {"type": "text", "json_schema": {"schema": {}}}}, "only the type json_schema has a"),
     ):
         assert reason in refused(**fields), fields
 
@@ -140,6 +152,18 @@ def test_bias_is_of_tokens_as_over_http():
     assert asked(logit_bias={"17": -100, "4": 0.5}).logit_bias == ((17, -100.0), (4, 0.5))
     for wrong in ([17], {"a": 1}, {"1": "2"}, {"1": True}):
         assert refused(logit_bias=wrong).startswith("logit_bias: must be numbers by tokens")
+
+
+def test_tokens_and_words_that_bind_an_answer_are_lists_as_over_http():
+    assert asked(allowed_token_ids=[5, 3, 5]).allowed_token_ids == {3, 5}
+    assert asked(bad_words=["a", "b"], include_stop_str_in_output=True).bad_words == ("a", "b")
+    assert refused(allowed_token_ids=[]).startswith("allowed_token_ids: must name at least one token")
+    assert refused(bad_words="a") == "bad_words: must be a list of texts, got 'a'"
+    assert refused(include_stop_str_in_output=1) == "include_stop_str_in_output: must be of type bool, got 1"
+
+
+def test_null_is_the_default_as_over_http():
+    assert asked(stop=None, seed=None, allowed_token_ids=None, max_tokens=None) == asked()
 
 
 def test_numbers_beyond_a_float_and_halves_of_a_character_are_errors_of_their_line():

@@ -36,6 +36,13 @@ def test_stop_strings_forms_bias_and_seeds_give_the_text_of_http(served, offline
         "stop": {"stop": [stop]},
         "one stop": {"stop": stop},
         "late": {"stop": [stop], "min_tokens": 20},
+        "shown": {"stop": [stop], "include_stop_str_in_output": True},
+        "allowed": {"allowed_token_ids": [40, 41, 42, 43], "temperature": 1.5, "seed": 1},
+        "bad": {"bad_words": [whole[4:7], whole[6:9], " "], "ignore_eos": True},
+        "null": {"bad_words": None, "allowed_token_ids": None, "stop": None, "seed": None, "min_tokens": None},
+        "compact": {
+            "structured_outputs": {"json": {"const": [1]}, "disable_any_whitespace": True, "disable_fallback": True}
+        },
         "many": {"stop": ["never", whole[12:14], whole[9:16]]},
         "object": {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}},
         "words": {"structured_outputs": {"choice": ["yes", "no"]}},
@@ -51,6 +58,11 @@ def test_stop_strings_forms_bias_and_seeds_give_the_text_of_http(served, offline
     told = {name: (answers[name].get("text"), answers[name].get("finish")) for name in asked}
     assert told == {name: over_http(**fields) for name, fields in asked.items()}
     assert told["stop"] == told["one stop"] == (whole[: whole.index(stop)], "stop")
+    assert told["shown"] == (told["stop"][0] + stop, "stop")
+    assert told["bad"][0] != whole
+    assert set(answers["allowed"]["tokens"]) <= {40, 41, 42, 43}
+    assert told["null"] == told["plain"]
+    assert told["compact"][0] == "[1]"
     assert len(told["late"][0]) > len(told["stop"][0])
     assert json.loads(told["object"][0])["a"] in (1, 2)
     assert told["words"][0] in ("yes", "no")

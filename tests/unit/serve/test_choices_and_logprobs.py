@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import llguidance.hf
 import pytest
@@ -45,8 +46,8 @@ def expected(tiny_folder, oracle):
     _, tokenizer = oracle
     engine = Engine(load_causal_lm(tiny_folder, torch.float64), EngineConfig(**ENGINE), tokenizer=tokenizer)
 
-    def answers(n: int, seed: int) -> list[list[int]]:
-        params = SamplingParams(n=n, seed=seed, temperature=1.0, max_tokens=MAX_TOKENS)
+    def answers(n: int, seed: int, **more: Any) -> list[list[int]]:
+        params = SamplingParams(n=n, seed=seed, temperature=1.0, max_tokens=MAX_TOKENS, **more)
         found = [list(done.tokens) for done in engine.generate([tokenizer(PROMPT)["input_ids"]], params)]
         assert len({tuple(tokens) for tokens in found}) == n, "choices that are all the same prove nothing"
         return found
@@ -209,6 +210,115 @@ def test_a_stop_string_ends_each_choice_before_it_and_nothing_more_is_computed(s
     assert whole.startswith(late.choices[0].text)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_that_is_asked_for_ends_each_text_and_changes_no_token_and_no_logprob(served, oracle, stream):
+    _, tokenizer = oracle
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 40, "n": 3, "seed": 2, "logprobs": 1, "stop": ["e", "t"],
+            "return_token_ids": True, "stream": stream}  # fmt: skip
+    cut, shown = (
+        choices_of(served.post("/v1/completions", {**body, "include_stop_str_in_output": wanted}), stream)
+        for wanted in (False, True)
+    )
+    assert [choice["finish"] for choice in cut] == ["stop"] * 3
+    for one, other in zip(cut, shown, strict=True):
+        assert {**other, "text": one["text"]} == one
+        assert other["text"] in (one["text"] + "e", one["text"] + "t")
+        # As the tokens have it, but for what the last of them says after it.
+        assert tokenizer.decode(other["token_ids"]).startswith(other["text"])
+        assert not set("et") & set(one["text"])
+
+
+def choices_of(answer, stream: bool) -> list[dict]:
+    """Text, tokens, log-probabilities and end of each choice."""
+    assert answer.status_code == 200, answer.text
+    events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
+    parts = [json.loads(event) for event in events] if stream else [answer.json()]
+    found = [{"text": "", "token_ids": [], "offsets": [], "logprobs": [], "finish": None} for _ in range(3)]
+    for choice in (choice for part in parts for choice in part["choices"]):
+        one = found[choice["index"]]
+        one["text"] += choice["text"]
+        one["token_ids"] += choice["token_ids"]
+        one["offsets"] += choice["logprobs"]["text_offset"]
+        one["logprobs"] += choice["logprobs"]["token_logprobs"]
+        one["finish"] = choice["finish_reason"]
+    return found
+
+
+@pytest.mark.parametrize("die_after", [None, 3])
+def test_with_allowed_tokens_and_bad_words_choices_are_those_of_one_plain_engine(served, expected, oracle, die_after):
+    _, tokenizer = oracle
+    served.workers.die_after = die_after
+    allowed = list(range(60, 90))
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": MAX_TOKENS, "n": 2, "seed": 3,
+            "allowed_token_ids": allowed, "return_token_ids": True}  # fmt: skip
+    free = [choice["token_ids"] for choice in served.post("/v1/completions", body).json()["choices"]]
+    assert free == expected(2, 3, allowed_token_ids=frozenset(allowed))
+    assert set(free[0] + free[1]) <= set(allowed)
+    word = next(token for token in free[0][4:] if tokenizer(tokenizer.decode([token]))["input_ids"] == [token])
+    asked = {**body, "bad_words": [tokenizer.decode([word])]}
+    held = [choice["token_ids"] for choice in served.post("/v1/completions", asked).json()["choices"]]
+    assert set(held[0] + held[1]) <= set(allowed) - {word}
+    assert held == expected(2, 3, allowed_token_ids=frozenset(allowed), bad_words=tuple(asked["bad_words"]))
+    assert served.workers.deaths == (0 if die_after is None else 4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "rule"),
+    [
+        ({"allowed_token_ids": []}, "allowed_token_ids", "must name at least one token; leave it out to allow all"),
+        ({"allowed_token_ids": [1] * 10_001}, "allowed_token_ids", "at most 10000 items"),
+        ({"allowed_token_ids": [400]}, "allowed_token_ids", "must name tokens of the vocabulary 0..399, got [400]"),
+        ({"allowed_token_ids": [True]}, "allowed_token_ids.0", "valid integer"),
+        ({"bad_words": "word"}, "bad_words", "valid list"),
+        ({"bad_words": [""]}, "bad_words.0", "at least 1 character"),
+        ({"bad_words": ["a" * 101]}, "bad_words.0", "at most 100 characters"),
+        ({"bad_words": ["a"] * 1001}, "bad_words", "at most 1000 items"),
+        ({"include_stop_str_in_output": "yes"}, "include_stop_str_in_output", "valid boolean"),
+        ({"allowed_token_ids": [0], "min_tokens": 2}, None, "no token is allowed here by min_tokens, allowed_token"),
+    ],
+)
+def test_tokens_and_words_that_cannot_be_kept_to_are_refused_by_name(served, fields, param, rule):
+    answer = served.post("/v1/completions", {"model": "tiny", "prompt": "x", "max_tokens": 3, **fields})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param)
+    assert rule in error["message"]
+    assert len(error["message"]) < 300
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_ended_an_answer_is_told_where_the_client_asked_for_it(served, oracle, stream):
+    _, tokenizer = oracle
+    end = tokenizer.eos_token_id
+
+    def reason(**fields: Any) -> Any:
+        body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 40, "seed": 2, "stream": stream, "logprobs": 0}
+        answer = served.post("/v1/completions", {**body, **fields})
+        assert answer.status_code == 200, answer.text
+        lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
+        parts = [json.loads(line) for line in lines] if stream else [answer.json()]
+        *before, last = [part["choices"][0] for part in parts]
+        assert all(choice["stop_reason"] is None for choice in before)
+        return last["finish_reason"], last["stop_reason"]
+
+    assert reason(max_tokens=3, stop_token_ids=[5]) == ("length", None)
+    assert reason(stop=["e", "t"]) in (("stop", "e"), ("stop", "t"))
+    assert reason(stop=["zz", "%"], logit_bias={"5": 100}) == ("stop", "%")
+    assert reason(stop=["%%%", "%%"], logit_bias={"5": 100}) == ("stop", "%%")
+    assert reason(stop_token_ids=[7, 5], logit_bias={"5": 100}) == ("stop", 5)
+    # The end of the text is nothing the client asked for, unless nothing else ends at it.
+    ends = {"logit_bias": {str(end): 100}, "stop_token_ids": [end]}
+    assert reason(**ends) == ("stop", None)
+    assert reason(**ends, ignore_eos=True) == ("stop", end)
+
+
+def test_a_prompt_that_is_only_looked_at_ends_by_its_length_whatever_would_have_come(served, oracle):
+    end = oracle[1].eos_token_id
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 0, "echo": True, "logit_bias": {str(end): 100}}
+    for more in ({}, {"stop_token_ids": [5], "logit_bias": {"5": 100}}, {"stop": "%", "logit_bias": {"5": 100}}):
+        choice = served.post("/v1/completions", {**body, **more}).json()["choices"][0]
+        assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("x", "length", None)
+
+
 def test_fields_of_other_servers_reach_the_engine_by_their_names(served):
     body = {
         "model": "tiny",
@@ -223,6 +333,9 @@ def test_fields_of_other_servers_reach_the_engine_by_their_names(served):
         "min_tokens": 1,
         "stop": "zzz",
         "stop_token_ids": [3],
+        "include_stop_str_in_output": True,
+        "allowed_token_ids": [7, 9, 7],
+        "bad_words": ["import", "os"],
         "seed": -9,
         "ignore_eos": True,
         "top_p": 0.9,
@@ -235,6 +348,8 @@ def test_fields_of_other_servers_reach_the_engine_by_their_names(served):
     assert (params.presence_penalty, params.frequency_penalty, params.seed) == (0.5, -0.5, -9)
     assert dict(params.logit_bias) == {5: 3.0, 6: -2.5}
     assert (params.stop, params.stop_token_ids, params.ignore_eos) == (("zzz",), frozenset({3}), True)
+    assert (params.include_stop_str_in_output, params.bad_words) == (True, ("import", "os"))
+    assert params.allowed_token_ids == {7, 9}
     assert (params.top_p, params.temperature, params.max_tokens) == (0.9, 0.7, 2)
     assert "x-farspan-ignored" not in answer.headers
     assert served.post("/v1/completions", {**body, "top_k": -1}).status_code == 200

@@ -111,10 +111,11 @@ def test_the_effort_of_reasoning_reaches_templates_that_read_it(tokenizer):
 @pytest.mark.parametrize(
     ("fields", "kept"),
     [({}, "123456"), ({"truncate_prompt_tokens": 2}, "56"), ({"truncate_prompt_tokens": 6}, "123456"),
-     ({"truncate_prompt_tokens": 2, "truncation_side": "right"}, "12"), ({"truncate_prompt_tokens": 9}, "123456")],
+     ({"truncate_prompt_tokens": 2, "truncation_side": "right"}, "12"), ({"truncate_prompt_tokens": 9}, "123456"),
+     ({"truncate_prompt_tokens": -1}, "3456")],
 )  # fmt: skip
 def test_no_more_of_a_prompt_is_read_than_asked_for(fields, kept):
-    assert cut([1, 2, 3, 4, 5, 6], asked(USER, **fields)) == tuple(map(int, kept))
+    assert cut([1, 2, 3, 4, 5, 6], asked(USER, **fields), 4) == tuple(map(int, kept))
 
 
 def test_a_truncated_prompt_is_what_is_computed_counted_and_echoed(shared, oracle):
@@ -128,6 +129,17 @@ def test_a_truncated_prompt_is_what_is_computed_counted_and_echoed(shared, oracl
     full = shared.post("/v1/chat/completions", chat).json()["choices"][0]["prompt_token_ids"]
     less = shared.post("/v1/chat/completions", {**chat, "truncate_prompt_tokens": 4}).json()["choices"][0]
     assert less["prompt_token_ids"] == full[-4:]
+
+
+def test_a_prompt_that_is_cut_to_what_the_model_takes_leaves_room_for_the_answer(shared):
+    body = {"model": "tiny", "prompt": [5, 6] * 4200, "truncate_prompt_tokens": -1, "ignore_eos": True}
+    for max_tokens, kept in ((3, 8189), (9000, 8191)):
+        answer = shared.post("/v1/completions", {**body, "max_tokens": max_tokens}).json()
+        assert answer["usage"]["prompt_tokens"] == kept
+        assert answer["usage"]["completion_tokens"] == min(max_tokens, 1 if max_tokens > 8192 else 3)
+    refused = shared.post("/v1/completions", {**body, "truncate_prompt_tokens": 0}).json()["error"]
+    assert refused["param"] == "truncate_prompt_tokens"
+    assert "must be at least 1, or -1" in refused["message"]
 
 
 MISTRAL = "{% for t in tools %}[AVAILABLE_TOOLS]{{ t }}{% endfor %}[TOOL_CALLS]"

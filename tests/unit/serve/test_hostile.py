@@ -110,7 +110,8 @@ def test_messages_that_are_none_are_refused_by_name(served, messages):
 
 @pytest.mark.parametrize("prompt", [[], [5, 10**9], [-1], [[]], [[1], []], [10**30]])
 def test_prompts_that_hold_no_token_of_the_model_are_refused(served, prompt):
-    refused(served.post("/v1/completions", {**TEXT, "prompt": prompt, "echo": True, "logprobs": 1}), 400)
+    answer = served.post("/v1/completions", {**TEXT, "prompt": prompt, "echo": True, "logprobs": 1})
+    assert refused(answer, 400)["param"] == "prompt"
     refused(served.post("/detokenize", {"tokens": [10**9]}), 400)
 
 

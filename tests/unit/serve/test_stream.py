@@ -292,5 +292,10 @@ def test_a_long_prompt_is_tokenized_while_others_are_served(served):
 def test_a_prompt_longer_than_the_model_takes_is_refused_before_it_travels(served):
     answer = served.post("/v1/completions", {"model": "tiny", "prompt": [1] * 8192})
     assert answer.status_code == 400
-    assert "has 8192 tokens, the model takes at most 8191" in answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert error["message"] == "the prompt has 8192 tokens, the model takes at most 8191"
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+    chat = served.post("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "é" * 9000}]})
+    error = chat.json()["error"]
+    assert (chat.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "messages")
     assert served.workers.asked == []

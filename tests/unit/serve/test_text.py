@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from farspan.engine.detokenize import AnswerText, Detokenizer, whole_text
-from farspan.engine.request import TokenLogprobs
+from farspan.engine.request import SamplingParams, TokenLogprobs
 from farspan.serve.logprobs import chat_logprobs, completion_logprobs
 from farspan.serve.text import TokenNames
 from farspan.serve.tools import showing_tags
@@ -88,16 +88,21 @@ def test_text_does_not_depend_on_how_tokens_are_bundled_and_ends_before_the_firs
     for stops in ([], [stop]):
         told = [bundle_by(tokenizer, tokens, cuts, stops), bundle_by(tokenizer, tokens, range(len(tokens)), stops)]
         assert told[0] == told[1]
-        assert told[0][:2] == whole_text(tokenizer, tokens, "length", stops, 0)
+        assert told[0][:2] == whole_text(tokenizer, tokens, "length", SamplingParams(stop=tuple(stops)))
         text, finish, num_tokens = told[0]
         if not stops or "\ufffd" in whole:
             assert stops or (text, finish, num_tokens) == (whole, "length", len(tokens))
         else:
             assert (text, finish) == (whole[: whole.index(stop)], "stop")
+            # Shown, it is all that is more: not a letter after it, and the same tokens.
+            shown = bundle_by(tokenizer, tokens, cuts, stops, shows_stop=True)
+            assert shown == (text + stop, finish, num_tokens)
+            asked = SamplingParams(stop=(stop,), include_stop_str_in_output=True)
+            assert whole_text(tokenizer, tokens, "length", asked) == shown[:2]
 
 
-def bundle_by(tokenizer, tokens, cuts, stops) -> tuple[str, str | None, int]:
-    text, answer, count = "", AnswerText(Detokenizer(tokenizer), stops), 0
+def bundle_by(tokenizer, tokens, cuts, stops, *, shows_stop=False) -> tuple[str, str | None, int]:
+    text, answer, count = "", AnswerText(Detokenizer(tokenizer), stops, shows_stop=shows_stop), 0
     places = [0, *cuts, len(tokens)]
     for start, end in pairwise(places):
         words = answer.push(tokens[start:end], "length" if end == len(tokens) else None)

@@ -443,6 +443,11 @@ def test_special_tokens_are_in_the_text_where_it_is_asked_for_and_can_stop_it(se
     stopped = {**shown, "ignore_eos": True, "stop": ["<|end|>"]}
     message, finish = ask(served, **more, extra_body=stopped)
     assert (message["content"], finish) == ("one", "stop")
+    # Or where what ends an answer is asked for, by whatever it ends.
+    ended = {"include_stop_str_in_output": True}
+    assert ask(served, **more, extra_body={**shown, **ended})[0]["content"] == says
+    assert ask(served, **more, extra_body={**stopped, **ended})[0]["content"] == "one<|end|>"
+    assert ask(served, **more, extra_body=ended)[0]["content"] == "onetwo"
     # The engine, whose text has no special tokens, does not look for it.
     assert served.scripted.asked[0].params.stop == ()
     ask(served, **more, stop=["<|end|>"])

@@ -52,7 +52,7 @@ VLLM = {
     "messages.reasoning_content", "structured_outputs.json", "structured_outputs.regex", "structured_outputs.choice",
     "structured_outputs.grammar", "structured_outputs.json_object", "structured_outputs.disable_any_whitespace",
     "structured_outputs.disable_additional_properties", "structured_outputs.whitespace_pattern",
-    "structured_outputs.structural_tag",
+    "structured_outputs.structural_tag", "structured_outputs.disable_fallback",
 }  # fmt: skip
 # No media is served, chunks are as they come, ids are told by headers, a template's words are for chats.
 VLLM_HINTS = {
