@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -16,6 +17,12 @@ constexpr int64_t kTile = 64;
 constexpr int64_t kLongestHead = 512;
 // Slots computed at once, and lanes of a vector; a row of scores has room for a last step that is not full.
 constexpr int64_t kStep = 8;
+// Numbers that rows are padded to, and slots whose values are added at once.
+#ifdef __AVX512F__
+constexpr int64_t kPadded = 32, kAdded = kTile;
+#else
+constexpr int64_t kPadded = kStep, kAdded = kStep;
+#endif
 constexpr int64_t kScores = kTile + kStep;
 const float kNone = -__builtin_inff();
 
@@ -23,28 +30,7 @@ struct bf16 {
   uint16_t bits;
 };
 
-typedef float lanes __attribute__((vector_size(32)));
-
-// Eight results for eight sums of eight lanes: pairs of neighbours are added in three rounds.
-#ifdef __clang__
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-typedef int32_t places __attribute__((vector_size(32)));
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (places){__VA_ARGS__})
-#endif
-#define ADD_PAIRS(a, b) (SHUFFLE(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + SHUFFLE(a, b, 1, 9, 3, 11, 5, 13, 7, 15))
-#define ADD_FOURS(a, b) (SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15))
-#define ADD_HALVES(a, b) (SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15))
-
-INLINE lanes load(const float* from) {
-  lanes x;
-  std::memcpy(&x, from, sizeof x);
-  return x;
-}
-
-INLINE void store(float* to, lanes x) { std::memcpy(to, &x, sizeof x); }
-
-INLINE int64_t padded(int64_t dim) { return (dim + kStep - 1) / kStep * kStep; }
+INLINE int64_t padded(int64_t dim) { return (dim + kPadded - 1) / kPadded * kPadded; }
 
 INLINE float widen(float x) { return x; }
 
@@ -116,6 +102,9 @@ struct Case {
 };
 }
 
+#include "eight.h"
+#include "sixteen.h"
+
 namespace {
 
 INLINE int64_t first_token(const Case& c, int64_t length) {
@@ -132,80 +121,6 @@ INLINE int64_t count_tiles(const Case& c, int64_t length) {
 
 // Floats of one piece in `parts`: an unnormalised output and (largest score, sum) for each query head of each query.
 INLINE int64_t piece_floats(const Case& c) { return c.queries * c.heads * (padded(c.v_dim) + 2); }
-
-// Up to kStep rows in fp32, each padded with zeros to whole vectors; rows that are not there are zeros.
-template <typename T>
-INLINE void widen_rows(const T* const* rows, int64_t count, int64_t offset, int64_t dim, float* to) {
-  const int64_t width = padded(dim);
-  for (int64_t j = 0; j < kStep; j++, to += width) {
-    if (j >= count) {
-      std::memset(to, 0, sizeof(float) * width);
-      continue;
-    }
-    const T* from = rows[j] + offset;
-#pragma omp simd
-    for (int64_t d = 0; d < dim; d++) to[d] = widen(from[d]);
-    for (int64_t d = dim; d < width; d++) to[d] = 0;
-  }
-}
-
-// Scores of up to kStep slots for all query rows, into columns of scores[row][kScores].
-template <typename T>
-INLINE void score_slots(const Case& c, const float* q, const T* const* slots, int64_t count, float* scores) {
-  const int64_t group = c.heads / c.groups, width = padded(c.qk_dim);
-  float keys[kStep * kLongestHead];
-  for (int64_t g = 0; g < c.groups; g++) {
-    widen_rows(slots, count, g * c.key_group, c.qk_dim, keys);
-    for (int64_t i = 0; i < c.queries; i++)
-      for (int64_t row = i * c.heads + g * group; row < i * c.heads + (g + 1) * group; row++) {
-        const float* query = q + row * width;
-        lanes s0{}, s1{}, s2{}, s3{}, s4{}, s5{}, s6{}, s7{};
-        for (int64_t d = 0; d < width; d += kStep) {
-          const lanes x = load(query + d);
-          const float* key = keys + d;
-          s0 += x * load(key);
-          s1 += x * load(key + width);
-          s2 += x * load(key + 2 * width);
-          s3 += x * load(key + 3 * width);
-          s4 += x * load(key + 4 * width);
-          s5 += x * load(key + 5 * width);
-          s6 += x * load(key + 6 * width);
-          s7 += x * load(key + 7 * width);
-        }
-        const lanes t0 = ADD_PAIRS(s0, s1), t1 = ADD_PAIRS(s2, s3), t2 = ADD_PAIRS(s4, s5), t3 = ADD_PAIRS(s6, s7);
-        const lanes u0 = ADD_FOURS(t0, t1), u1 = ADD_FOURS(t2, t3);
-        store(scores + row * kScores, ADD_HALVES(u0, u1));
-      }
-  }
-}
-
-// out[row] += probabilities * values of up to kStep slots; probabilities of slots that are not there are zero.
-template <typename T>
-INLINE void add_slots(const Case& c, const T* const* slots, int64_t count, const float* probs, float* out) {
-  const int64_t group = c.heads / c.groups, width = padded(c.v_dim);
-  float values[kStep * kLongestHead];
-  for (int64_t g = 0; g < c.groups; g++) {
-    widen_rows(slots, count, g * c.value_group, c.v_dim, values);
-    for (int64_t i = 0; i < c.queries; i++)
-      for (int64_t row = i * c.heads + g * group; row < i * c.heads + (g + 1) * group; row++) {
-        const float* p = probs + row * kScores;
-        const float p0 = p[0], p1 = p[1], p2 = p[2], p3 = p[3], p4 = p[4], p5 = p[5], p6 = p[6], p7 = p[7];
-        float* to = out + row * width;
-        for (int64_t d = 0; d < width; d += kStep) {
-          const float* value = values + d;
-          // Two sums, so that an addition need not wait for the one before.
-          lanes even = load(to + d) + p0 * load(value), odd = p1 * load(value + width);
-          even += p2 * load(value + 2 * width);
-          odd += p3 * load(value + 3 * width);
-          even += p4 * load(value + 4 * width);
-          odd += p5 * load(value + 5 * width);
-          even += p6 * load(value + 6 * width);
-          odd += p7 * load(value + 7 * width);
-          store(to + d, even + odd);
-        }
-      }
-  }
-}
 
 // Soft cap, log weights and masks of a tile's scores; then online softmax. Returns nothing but what it changes.
 INLINE void soften(const Case& c, float* scores, int64_t begin, int64_t count, int64_t length, const float* weights,
@@ -253,54 +168,82 @@ INLINE void soften(const Case& c, float* scores, int64_t begin, int64_t count, i
   }
 }
 
+// The slots of a tile that a row sees. What no query sees is not read: it may be NaN, and its page any number.
+template <typename T>
+struct Tile {
+  int64_t begin, count;
+  const T *keys[kTile], *values[kTile];
+};
+
+template <typename T>
+INLINE void find_slots(const Case& c, int64_t row, int64_t tile, Tile<T>* to) {
+  const int64_t length = c.lengths[row], seen = first_token(c, length);
+  const int32_t* table = c.tables + row * c.table_row;
+  to->begin = tile * kTile < seen ? seen : tile * kTile;
+  to->count = ((tile + 1) * kTile < length ? (tile + 1) * kTile : length) - to->begin;
+  for (int64_t j = 0; j < to->count; j++) {
+    const int64_t page = table[(to->begin + j) / c.slots], slot = (to->begin + j) % c.slots;
+    to->keys[j] = static_cast<const T*>(c.keys) + page * c.key_page + slot * c.key_slot;
+    to->values[j] = static_cast<const T*>(c.values) + page * c.value_page + slot * c.value_slot;
+  }
+}
+
 // Asks for the memory of slots that are read next: pages lie anywhere, which the processor does not foresee.
 template <typename T>
-INLINE void fetch(const T* const* slots, int64_t first, int64_t stop, int64_t elements) {
-  const int64_t bytes = elements * sizeof(T);
-  for (int64_t j = first; j < stop; j++)
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(reinterpret_cast<const char*>(slots[j]) + b, 0, 2);
+INLINE void fetch(const Case& c, const Tile<T>& tile, int64_t first, int64_t stop) {
+  const int64_t key_bytes = ((c.groups - 1) * c.key_group + c.qk_dim) * sizeof(T);
+  const int64_t value_bytes = ((c.groups - 1) * c.value_group + c.v_dim) * sizeof(T);
+  for (int64_t j = first; j < stop && j < tile.count; j++) {
+    for (int64_t b = 0; b < key_bytes; b += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(tile.keys[j]) + b, 0, 2);
+    for (int64_t b = 0; b < value_bytes; b += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(tile.values[j]) + b, 0, 2);
+  }
+}
+
+// Log weights of the slots of a tile, group by group.
+template <typename T>
+void find_weights(const Case& c, int64_t row, const Tile<T>& tile, float* weights) {
+  const int32_t* table = c.tables + row * c.table_row;
+  for (int64_t j = 0; j < tile.count; j++) {
+    const int64_t page = table[(tile.begin + j) / c.slots], slot = (tile.begin + j) % c.slots;
+    const float* of_slot = c.log_weights + page * c.weight_page + slot * c.weight_slot;
+    for (int64_t g = 0; g < c.groups; g++) weights[g * kTile + j] = of_slot[g * c.weight_group];
+  }
 }
 
 // Tiles first..stop of a row into one piece; `scratch` holds the queries in fp32, scores and log weights.
 template <typename T>
 void attend_piece(const Case& c, int64_t row, int64_t first, int64_t stop, float* piece, float* scratch) {
-  const int64_t query_rows = c.queries * c.heads, length = c.lengths[row];
+  const int64_t query_rows = c.queries * c.heads;
   const int64_t qk_width = padded(c.qk_dim), v_width = padded(c.v_dim);
   float *q = scratch, *scores = q + query_rows * qk_width, *weights = scores + query_rows * kScores;
   float *out = piece, *top = piece + query_rows * v_width, *sum = top + query_rows;
   std::memset(q, 0, sizeof(float) * query_rows * qk_width);
   for (int64_t r = 0; r < query_rows; r++) {
     const T* from = static_cast<const T*>(c.q) + row * c.q_row + r / c.heads * c.q_query + r % c.heads * c.q_head;
-    for (int64_t d = 0; d < c.qk_dim; d++) q[r * qk_width + d] = widen(from[d]) * c.scale;
+    widen_row(from, c.qk_dim, c.scale, q + r * qk_width);
     top[r] = kNone, sum[r] = 0;
   }
   std::memset(out, 0, sizeof(float) * query_rows * v_width);
-  const int32_t* table = c.tables + row * c.table_row;
-  const T *keys[kTile], *values[kTile];
-  for (int64_t tile = first; tile < stop; tile++) {
-    // What no query sees is not read: it may be NaN, and its page any number.
-    int64_t begin = tile * kTile, end = begin + kTile;
-    if (begin < first_token(c, length)) begin = first_token(c, length);
-    if (end > length) end = length;
-    const int64_t count = end - begin;
-    for (int64_t j = 0; j < count; j++) {
-      const int64_t page = table[(begin + j) / c.slots], slot = (begin + j) % c.slots;
-      keys[j] = static_cast<const T*>(c.keys) + page * c.key_page + slot * c.key_slot;
-      values[j] = static_cast<const T*>(c.values) + page * c.value_page + slot * c.value_slot;
-      if (!c.log_weights) continue;
-      const float* of_slot = c.log_weights + page * c.weight_page + slot * c.weight_slot;
-      for (int64_t g = 0; g < c.groups; g++) weights[g * kTile + j] = of_slot[g * c.weight_group];
+  // This tile and the next, whose memory is asked for meanwhile.
+  Tile<T> both[2];
+  find_slots(c, row, first, &both[first % 2]);
+  fetch(c, both[first % 2], 0, kTile);
+  for (int64_t number = first; number < stop; number++) {
+    const Tile<T>& tile = both[number % 2];
+    Tile<T>& next = both[(number + 1) % 2];
+    next.count = 0;
+    if (number + 1 < stop) find_slots(c, row, number + 1, &next);
+    if (c.log_weights) find_weights(c, row, tile, weights);
+    for (int64_t j = 0; j < kTile; j += kStep) {
+      fetch(c, next, j, j + kStep);
+      const int64_t left = tile.count - j;
+      if (left > 0) score_slots(c, q, tile.keys + j, left < kStep ? left : kStep, scores + j);
     }
-    const int64_t key_elements = (c.groups - 1) * c.key_group + c.qk_dim;
-    const int64_t value_elements = (c.groups - 1) * c.value_group + c.v_dim;
-    for (int64_t j = 0; j < count; j += kStep) {
-      fetch(keys, j + kStep, j + 2 * kStep < count ? j + 2 * kStep : count, key_elements);
-      fetch(values, j, j + kStep < count ? j + kStep : count, value_elements);
-      score_slots(c, q, keys + j, count - j < kStep ? count - j : kStep, scores + j);
-    }
-    soften(c, scores, begin, count, length, c.log_weights ? weights : nullptr, out, top, sum);
-    for (int64_t j = 0; j < count; j += kStep)
-      add_slots(c, values + j, count - j < kStep ? count - j : kStep, scores + j, out);
+    soften(c, scores, tile.begin, tile.count, c.lengths[row], c.log_weights ? weights : nullptr, out, top, sum);
+    for (int64_t j = 0; j < tile.count; j += kAdded)
+      add_slots(c, tile.values + j, tile.count - j < kAdded ? tile.count - j : kAdded, scores + j, out);
   }
 }
 
@@ -315,18 +258,18 @@ void merge_row(const Case& c, int64_t row, int64_t first, int64_t stop) {
       const float top = c.parts[p * size + tops + r];
       high = top > high ? top : high;
     }
-    for (int64_t d = 0; d < c.v_dim; d++) merged[d] = 0;
+    for (int64_t d = 0; d < width; d++) merged[d] = 0;
     for (int64_t p = first; p < stop; p++) {
       const float* piece = c.parts + p * size;
       const float weight = piece[tops + r] == kNone ? 0.0f : exponential(piece[tops + r] - high);
       sum += weight * piece[tops + query_rows + r];
 #pragma omp simd
-      for (int64_t d = 0; d < c.v_dim; d++) merged[d] += weight * piece[r * width + d];
+      for (int64_t d = 0; d < width; d++) merged[d] += weight * piece[r * width + d];
     }
     const bool blind = high == kNone;
     c.lse[row * query_rows + r] = blind ? kNone : high + __builtin_logf(sum);
-    T* to = static_cast<T*>(c.out) + (row * query_rows + r) * c.v_dim;
-    for (int64_t d = 0; d < c.v_dim; d++) narrow(blind ? 0.0f : merged[d] / sum, to + d);
+    // Sums over nothing are zero.
+    put_row(merged, blind ? 1.0f : sum, c.v_dim, static_cast<T*>(c.out) + (row * query_rows + r) * c.v_dim);
   }
 }
 
