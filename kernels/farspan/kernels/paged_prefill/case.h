@@ -33,18 +33,17 @@ struct Case {
 
 namespace {
 
-// Slots of a block, which begins at a multiple of them, and of a step of a product; query rows of a pass.
-constexpr int64_t kBlock = 128, kStep = 32, kSteps = kBlock / kStep, kPass = 32;
-constexpr int64_t kTile = kSide * kDepth;
-// Values of a block are read until the pass after the next, which may be of another block.
-constexpr int64_t kKept = 3;
+// Query rows of a pass, the columns of a tile; slots of a step, the depth of a product; slots of a block, which are laid
+// out at once. Steps and blocks begin at multiples of their size.
+constexpr int64_t kPass = kSide, kStep = kDepth, kBlock = 256, kSteps = kBlock / kStep;
+constexpr int64_t kTile = kSide * kDepth, kSums = kSide * kSide;
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t depths(int64_t dim) { return (dim + kDepth - 1) / kDepth; }
-INLINE int64_t rows_of(int64_t count, int64_t heads) { return (count * heads + kPass - 1) / kPass; }
+INLINE int64_t passes_of(int64_t count, int64_t heads) { return (count * heads + kPass - 1) / kPass; }
 
-// 32 query rows of one piece.
+// 16 query rows of one piece.
 struct Pass {
   // Visible slots of each row: from first to last.
   alignas(64) int32_t first[kPass], last[kPass];
@@ -53,23 +52,20 @@ struct Pass {
   int64_t piece, row;
 };
 
-// One pass over one block, on its way through three stages.
+// One pass over the steps begin..end of a block.
 struct Turn {
   int64_t pass, block, begin, end;
-  const uint16_t* values;
-  // Some slots between begin and end, in steps, are hidden from some rows.
-  bool edge;
-  // What the rows' outputs so far are multiplied by.
-  bool shrinks;
-  alignas(64) float shrink[kPass];
 };
 
 // The memory of a thread. All of it lies in tiles: keys slots by dims, values dims by slots, queries and probabilities
 // in pairs of dims or slots by rows, scores slots by rows, outputs dims by rows.
 struct Place {
   Pass* passes;
-  uint16_t *queries, *keys, *values[kKept], *probs[2];
-  float *outs, *scores[2];
+  uint16_t *queries, *keys, *values, *probs;
+  // Of two steps: one is computed while the other is used.
+  float *scores[2], *outs;
+  // By what the outputs of each row are multiplied before a step of a block, where they are.
+  float* shrinks;
 };
 
 INLINE int64_t key_depths(const Case& c) { return depths(c.qk_dim); }
@@ -90,9 +86,9 @@ INLINE char* carve(const Case& c, char* at, Place* p) {
   Carver carver{at};
   auto words = [&](int64_t count) { return reinterpret_cast<uint16_t*>(carver.take(count * 2)); };
   auto floats = [&](int64_t count) { return reinterpret_cast<float*>(carver.take(count * 4)); };
-  for (int64_t i = 0; i < 2; i++) p->scores[i] = floats(kBlock * kPass), p->probs[i] = words(kBlock * kPass);
-  p->keys = words(kBlock * key_depths(c) * kDepth);
-  for (int64_t i = 0; i < kKept; i++) p->values[i] = words(kBlock * value_tiles(c) * kSide);
+  for (float*& scores : p->scores) scores = floats(kStep * kPass);
+  p->probs = words(kBlock * kPass), p->shrinks = floats(kSteps * kPass);
+  p->keys = words(kBlock * key_depths(c) * kDepth), p->values = words(kBlock * value_tiles(c) * kSide);
   p->queries = words(c.passes * kPass * key_depths(c) * kDepth);
   p->outs = floats(c.passes * kPass * value_tiles(c) * kSide);
   p->passes = reinterpret_cast<Pass*>(carver.take(c.passes * sizeof(Pass)));

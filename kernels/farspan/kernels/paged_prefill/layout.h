@@ -25,16 +25,13 @@ void lay_queries(const Case& c, const Pass& pass, int64_t group, uint16_t* to) {
     const int64_t query = begin + row / c.heads, head = group * c.heads + row % c.heads;
     from[i] = row < rows ? c.q + query * c.q_row + head * c.q_head : nullptr;
   }
-  for (int64_t half = 0; half < 2; half++)
-    for (int64_t depth = 0; depth < all; depth++, to += kTile) {
-      __m512i x[kSide];
-      for (int64_t i = 0; i < kSide; i++) {
-        const uint16_t* row = from[half * kSide + i];
-        x[i] = row ? load_some(row + depth * kDepth, c.qk_dim - depth * kDepth) : _mm512_setzero_si512();
-      }
-      turn_tile(x);
-      std::memcpy(to, x, sizeof x);
-    }
+  for (int64_t depth = 0; depth < all; depth++, to += kTile) {
+    __m512i x[kPass];
+    for (int64_t i = 0; i < kPass; i++)
+      x[i] = from[i] ? load_some(from[i] + depth * kDepth, c.qk_dim - depth * kDepth) : _mm512_setzero_si512();
+    turn_tile(x);
+    std::memcpy(to, x, sizeof x);
+  }
 }
 
 // Where the slots of a block lie, for a group; those outside begin..end nowhere.
@@ -56,6 +53,16 @@ INLINE void find_slots(const Case& c, const int32_t* table, int64_t group, int64
     slot += count;
   }
   for (; j < kBlock; j++) found->keys[j] = found->values[j] = nullptr;
+}
+
+// Asks for the memory of slots begin..end of a block that is laid out later: pages lie anywhere, which the processor
+// does not foresee.
+INLINE void fetch_slots(const Case& c, const Slots& slots, int64_t begin, int64_t end) {
+  for (int64_t j = begin; j < end; j++) {
+    if (!slots.keys[j]) continue;
+    for (int64_t i = 0; i < c.qk_dim; i += kDepth) __builtin_prefetch(slots.keys[j] + i, 0, 2);
+    for (int64_t i = 0; i < c.v_dim; i += kDepth) __builtin_prefetch(slots.values[j] + i, 0, 2);
+  }
 }
 
 // Steps begin..end of a block.
@@ -102,26 +109,24 @@ void lay_values(const Case& c, const Slots& slots, int64_t begin, int64_t end, u
 // The outputs of a pass, dims by rows, to where they belong.
 HALF void put_outs(const Case& c, const Pass& pass, int64_t group, const float* outs) {
   const int64_t segment = c.piece_segment[pass.piece], begin = c.starts[segment] + c.piece_begin[pass.piece];
-  const int64_t rows = c.piece_count[pass.piece] * c.heads - pass.row, tiles = value_tiles(c), all = c.groups * c.heads;
-  for (int64_t half = 0; half < 2; half++) {
-    float shares[kSide];
-    uint16_t* to[kSide];
-    for (int64_t i = 0; i < kSide && half * kSide + i < rows; i++) {
-      const int64_t at = half * kSide + i, row = pass.row + at;
-      const int64_t place = (begin + row / c.heads) * all + group * c.heads + row % c.heads;
-      const bool blind = pass.sum[at] == 0;
-      shares[i] = blind ? 0 : 1 / pass.sum[at], to[i] = c.out + place * c.v_dim;
-      c.lse[place] = blind ? -__builtin_inff() : pass.top[at] * 0.693147181f + __builtin_logf(pass.sum[at]);
-    }
-    for (int64_t tile = 0; tile < tiles; tile++, outs += kSide * kSide) {
-      __m512 x[kSide];
-      std::memcpy(x, outs, sizeof x);
-      turn_tile(x);
-      const __mmask16 some = static_cast<__mmask16>(first_of(most(least(c.v_dim - tile * kSide, kSide), 0)));
-      for (int64_t i = 0; i < kSide && half * kSide + i < rows; i++) {
-        const __m256bh made = _mm512_cvtneps_pbh(x[i] * shares[i]);
-        _mm256_mask_storeu_epi16(to[i] + tile * kSide, some, reinterpret_cast<const __m256i&>(made));
-      }
+  const int64_t rows = least(c.piece_count[pass.piece] * c.heads - pass.row, kPass);
+  const int64_t tiles = value_tiles(c), all = c.groups * c.heads;
+  float shares[kPass];
+  uint16_t* to[kPass];
+  for (int64_t i = 0; i < rows; i++) {
+    const int64_t row = pass.row + i, place = (begin + row / c.heads) * all + group * c.heads + row % c.heads;
+    const bool blind = pass.sum[i] == 0;
+    shares[i] = blind ? 0 : 1 / pass.sum[i], to[i] = c.out + place * c.v_dim;
+    c.lse[place] = blind ? -__builtin_inff() : pass.top[i] * 0.693147181f + __builtin_logf(pass.sum[i]);
+  }
+  for (int64_t tile = 0; tile < tiles; tile++, outs += kSums) {
+    __m512 x[kPass];
+    std::memcpy(x, outs, sizeof x);
+    turn_tile(x);
+    const __mmask16 some = static_cast<__mmask16>(first_of(most(least(c.v_dim - tile * kSide, kSide), 0)));
+    for (int64_t i = 0; i < rows; i++) {
+      const __m256bh made = _mm512_cvtneps_pbh(x[i] * shares[i]);
+      _mm256_mask_storeu_epi16(to[i] + tile * kSide, some, reinterpret_cast<const __m256i&>(made));
     }
   }
 }

@@ -1,12 +1,11 @@
 // Attention of the tokens of prompts over pages by matrix tiles, on a CPU. Contract: contract.py.
 //
 // A share is one key head and some queries with all heads that read it: keys and values of a block are laid out once
-// for all of them. A pass of 32 rows over a block goes through three stages, scores, probabilities and output, and
-// three turns are on their way at once: tiles multiply for one while vectors compute the probabilities of another.
+// for all of them. A pass of 16 rows goes over a block step by step, its outputs in tiles: while vectors turn the scores
+// of a step into probabilities, tiles multiply for the next one and the one before.
 //
-// Blocks begin at multiples of their size and every row is computed by itself: its bits depend neither on the rows
-// beside it nor on where a prompt was cut. No Python and no torch in here: numbers and addresses come in, nothing is
-// allocated.
+// Steps begin at multiples of their size and every row is computed by itself: its bits depend neither on the rows beside
+// it nor on where a prompt was cut. No Python and no torch in here: numbers and addresses come in, nothing is allocated.
 
 #include "softmax.h"
 
@@ -16,60 +15,65 @@
 
 namespace {
 
-// 32 slots by 32 rows.
+// 32 slots by 16 rows.
 TILES INLINE void score_step(const uint16_t* keys, const uint16_t* queries, int64_t all, float* scores) {
-  const uint16_t *more_keys = keys + all * kTile, *more_queries = queries + all * kTile;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t depth = 0; depth < all; depth++) {
-    _tile_loadd(4, keys + depth * kTile, 64);
-    _tile_loadd(6, queries + depth * kTile, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, more_queries + depth * kTile, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, more_keys + depth * kTile, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+  const uint16_t* more = keys + all * kTile;
+  _tile_zero(4);
+  _tile_zero(5);
+  for (int64_t depth = 0; depth < all; depth++, keys += kTile, more += kTile, queries += kTile) {
+    _tile_loadd(6, queries, 64);
+    _tile_loadd(7, keys, 64);
+    _tile_dpbf16ps(4, 7, 6);
+    _tile_loadd(7, more, 64);
+    _tile_dpbf16ps(5, 7, 6);
   }
-  float* more = scores + kBlock * kSide;
-  _tile_stored(0, scores, 64);
-  _tile_stored(2, scores + kSide * kSide, 64);
-  _tile_stored(1, more, 64);
-  _tile_stored(3, more + kSide * kSide, 64);
+  _tile_stored(4, scores, 64);
+  _tile_stored(5, scores + kSums, 64);
 }
 
-INLINE void shrink_outs(const float* shrink, float* outs) {
-  const __m512 by = _mm512_load_ps(shrink);
-  for (int64_t i = 0; i < 2 * kSide; i++) _mm512_store_ps(outs + i * kSide, _mm512_load_ps(outs + i * kSide) * by);
-}
-
-// 32 dims of the values by 32 rows.
-TILES INLINE void add_values(const Turn& turn, const uint16_t* values, int64_t tiles, const uint16_t* probs,
-                             float* outs) {
-  float* more = outs + tiles * kSide * kSide;
-  if (turn.shrinks) shrink_outs(turn.shrink, outs), shrink_outs(turn.shrink + kSide, more);
+// Outputs of 2 or 4 times 16 dims stay in tiles.
+template <int64_t Tiles>
+TILES INLINE void load_outs(const float* outs) {
   written();
   _tile_loadd(0, outs, 64);
-  _tile_loadd(1, more, 64);
-  _tile_loadd(2, outs + kSide * kSide, 64);
-  _tile_loadd(3, more + kSide * kSide, 64);
-  for (int64_t step = turn.begin; step < turn.end; step++) {
-    const uint16_t *here = values + step * tiles * kTile, *mine = probs + step * kTile;
-    _tile_loadd(4, here, 64);
-    _tile_loadd(6, mine, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, mine + kBlock * kSide, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, here + kTile, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+  _tile_loadd(1, outs + kSums, 64);
+  if constexpr (Tiles > 2) {
+    _tile_loadd(2, outs + 2 * kSums, 64);
+    _tile_loadd(3, outs + 3 * kSums, 64);
   }
+}
+
+template <int64_t Tiles>
+TILES INLINE void store_outs(float* outs) {
   _tile_stored(0, outs, 64);
-  _tile_stored(1, more, 64);
-  _tile_stored(2, outs + kSide * kSide, 64);
-  _tile_stored(3, more + kSide * kSide, 64);
+  _tile_stored(1, outs + kSums, 64);
+  if constexpr (Tiles > 2) {
+    _tile_stored(2, outs + 2 * kSums, 64);
+    _tile_stored(3, outs + 3 * kSums, 64);
+  }
+}
+
+template <int64_t Tiles>
+TILES void shrink_outs(const float* shrink, float* outs) {
+  store_outs<Tiles>(outs);
+  const __m512 by = _mm512_load_ps(shrink);
+  for (int64_t i = 0; i < Tiles * kSide; i++) _mm512_store_ps(outs + i * kPass, _mm512_load_ps(outs + i * kPass) * by);
+  load_outs<Tiles>(outs);
+}
+
+template <int64_t Tiles>
+TILES INLINE void add_values(const uint16_t* values, const uint16_t* probs) {
+  _tile_loadd(6, probs, 64);
+  _tile_loadd(7, values, 64);
+  _tile_dpbf16ps(0, 7, 6);
+  _tile_loadd(5, values + kTile, 64);
+  _tile_dpbf16ps(1, 5, 6);
+  if constexpr (Tiles > 2) {
+    _tile_loadd(4, values + 2 * kTile, 64);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_loadd(7, values + 3 * kTile, 64);
+    _tile_dpbf16ps(3, 7, 6);
+  }
 }
 
 // The passes of a share, and its turns in order.
@@ -78,13 +82,13 @@ class Share {
   Share(const Case& c, int64_t share, int64_t group, const Place& place) : c_(c), p_(place), group_(group) {
     first_piece_ = c.share_pieces[share], end_piece_ = c.share_pieces[share + 1];
     common_ = c.share_common[share] / kBlock;
-    const int64_t queries = kPass * key_depths(c) * kDepth;
+    const int64_t queries = key_depths(c) * kTile;
     for (int64_t piece = first_piece_; piece < end_piece_; piece++)
-      for (int64_t i = 0; i < rows_of(c.piece_count[piece], c.heads); i++, passes_++) {
+      for (int64_t i = 0; i < passes_of(c.piece_count[piece], c.heads); i++, passes_++) {
         begin_pass(piece, i * kPass, p_.passes + passes_);
         lay_queries(c, p_.passes[passes_], group, p_.queries + passes_ * queries);
       }
-    std::memset(p_.outs, 0, passes_ * kPass * value_tiles(c) * kSide * sizeof(float));
+    std::memset(p_.outs, 0, passes_ * value_tiles(c) * kSums * sizeof(float));
     next_piece_ = first_piece_ - (common_ > 0);
     next_run();
   }
@@ -98,7 +102,7 @@ class Share {
         turn->pass = pass_++, turn->block = block_;
         if (!cut(turn)) continue;
         if (!laid_) lay_block();
-        turn->values = p_.values[kept_];
+        fetch_some();
         return true;
       }
     return next_run() && next(turn);
@@ -121,13 +125,13 @@ class Share {
     if (next_piece_ == end_piece_) return false;
     const bool all = next_piece_ < first_piece_;
     first_pass_ = all || next_piece_ == first_piece_ ? 0 : end_pass_;
-    end_pass_ = all ? passes_ : first_pass_ + rows_of(c_.piece_count[next_piece_], c_.heads);
+    end_pass_ = all ? passes_ : first_pass_ + passes_of(c_.piece_count[next_piece_], c_.heads);
     next_piece_++;
     begin_ = p_.passes[first_pass_].first[0], end_ = p_.passes[end_pass_ - 1].last[kPass - 1] + 1;
     table_ = c_.tables + c_.piece_segment[p_.passes[first_pass_].piece] * c_.table_row;
     block_ = all ? begin_ / kBlock : most(begin_ / kBlock, common_);
     end_block_ = all ? common_ : (end_ - 1) / kBlock + 1;
-    pass_ = first_pass_, laid_ = false;
+    pass_ = first_pass_, laid_ = false, found_ = -1;
     return true;
   }
 
@@ -137,62 +141,90 @@ class Share {
     const int64_t from = turn->block * kBlock, low = pass.first[0] - from, high = pass.last[kPass - 1] - from;
     if (high < 0 || low >= kBlock) return false;
     turn->begin = low > 0 ? low / kStep : 0, turn->end = least(high / kStep + 1, kSteps);
-    turn->edge = pass.last[0] - from < turn->end * kStep - 1 || pass.first[kPass - 1] - from > turn->begin * kStep;
     return true;
   }
 
   void lay_block() {
-    kept_ = (kept_ + 1) % kKept, laid_ = true;
-    Slots slots;
-    find_slots(c_, table_, group_, block_, begin_, end_, &slots);
+    if (found_ != block_) find_slots(c_, table_, group_, block_, begin_, end_, &slots_);
     const int64_t from = block_ * kBlock, begin = most(begin_ - from, 0) / kStep;
     const int64_t end = least((end_ - from + kStep - 1) / kStep, kSteps);
-    lay_keys(c_, slots, begin, end, p_.keys);
-    lay_values(c_, slots, begin, end, p_.values[kept_]);
+    lay_keys(c_, slots_, begin, end, p_.keys);
+    lay_values(c_, slots_, begin, end, p_.values);
+    laid_ = true, found_ = block_ + 1 < end_block_ ? block_ + 1 : -1, fetched_ = 0;
+    if (found_ >= 0) find_slots(c_, table_, group_, found_, begin_, end_, &slots_);
+  }
+
+  // Of the next block, as much with every pass that all of it is asked for.
+  void fetch_some() {
+    if (found_ < 0 || fetched_ == kBlock) return;
+    const int64_t count = kBlock / (end_pass_ - first_pass_) + 1, end = least(fetched_ + count, kBlock);
+    fetch_slots(c_, slots_, fetched_, end);
+    fetched_ = end;
   }
 
   const Case& c_;
   const Place& p_;
-  int64_t group_, first_piece_, end_piece_, next_piece_, common_, passes_ = 0, kept_ = 0;
+  int64_t group_, first_piece_, end_piece_, next_piece_, common_, passes_ = 0;
   int64_t first_pass_ = 0, end_pass_ = 0, pass_ = 0, block_ = 0, end_block_ = 0, begin_ = 0, end_ = 0;
+  // The block that `slots_` is of, and how much of it is asked for.
+  int64_t found_ = -1, fetched_ = 0;
   const int32_t* table_ = nullptr;
   bool laid_ = false;
+  Slots slots_;
 };
 
-// One turn in each stage: `ahead` gets its scores, `here` its probabilities, `behind` goes into the outputs.
-BOTH void compute(const Case& c, const Place& p, int64_t number, const Turn* ahead, Turn* here, const Turn* behind) {
-  const int64_t all = key_depths(c), tiles = value_tiles(c), parts = tiles / 2;
+// Scores, probabilities, and the first outputs. Returns at which steps outputs shrink, as bits.
+template <int64_t Tiles>
+BOTH uint32_t compute_turn(const Case& c, const Place& p, const Turn& turn) {
+  const int64_t all = key_depths(c), tiles = value_tiles(c);
   // Scores times `unit` are powers of 2.
   const bool bends = c.softcap > 0 || !(c.scale > 0);
   const float unit = bends ? 1.0f : c.scale * kLog2;
-  float *scores = p.scores[number % 2], *next = p.scores[(number + 1) % 2];
-  uint16_t *probs = p.probs[number % 2], *before = p.probs[(number + 1) % 2];
-  const uint16_t* queries = ahead ? p.queries + ahead->pass * 2 * all * kTile : nullptr;
-  float* outs = behind ? p.outs + behind->pass * 2 * tiles * kSide * kSide : nullptr;
-  written();
-  Pass* pass = here ? p.passes + here->pass : nullptr;
-  int64_t done = 0;
-  for (int64_t step = 0; step < kSteps; step++) {
-    if (ahead && step >= ahead->begin && step < ahead->end)
-      score_step(p.keys + step * 2 * all * kTile, queries, all, next + step * kStep * kSide);
-    if (here && step == 0) {
-      if (bends) bend_scores(c, *here, scores);
-      if (here->edge) hide_scores(*pass, *here, scores);
-      raise_tops(unit, scores, pass, here);
+  Pass& pass = p.passes[turn.pass];
+  const uint16_t* queries = p.queries + turn.pass * all * kTile;
+  float* outs = p.outs + turn.pass * tiles * kSums;
+  __m512 top = _mm512_load_ps(pass.top), sum = _mm512_load_ps(pass.sum);
+  uint32_t shrunk = 0;
+  load_outs<Tiles>(outs);
+  score_step(p.keys + turn.begin * 2 * all * kTile, queries, all, p.scores[turn.begin % 2]);
+  for (int64_t step = turn.begin; step < turn.end; step++) {
+    float* scores = p.scores[step % 2];
+    written();
+    if (step + 1 < turn.end)
+      score_step(p.keys + (step + 1) * 2 * all * kTile, queries, all, p.scores[(step + 1) % 2]);
+    if (step > turn.begin) add_values<Tiles>(p.values + (step - 1) * tiles * kTile, p.probs + (step - 1) * kTile);
+    const int64_t slot = turn.block * kBlock + step * kStep;
+    if (bends) bend_scores(c, scores);
+    if (pass.last[0] < slot + kStep - 1 || pass.first[kPass - 1] > slot) hide_scores(pass, slot, scores);
+    const __m512 high = greatest(scores) * unit;
+    const __mmask16 raised = _mm512_cmp_ps_mask(high, top + kSlack, _CMP_GT_OQ);
+    if (__builtin_expect(raised, 0)) {
+      const __m512 shrink = _mm512_mask_blend_ps(raised, _mm512_set1_ps(1.0f), power(top - high));
+      _mm512_store_ps(p.shrinks + step * kPass, shrink);
+      top = _mm512_mask_blend_ps(raised, top, high), sum *= shrink, shrunk |= 1u << step;
+      shrink_outs<Tiles>(p.shrinks + step * kPass, outs);
     }
-    if (here && step >= here->begin && step < here->end) {
-      const int64_t at = step * kStep * kSide;
-      find_probs(unit, scores + at, pass->top, pass->sum, probs + at);
-    }
-    if (behind)
-      for (; done < (step + 1) * parts / kSteps; done++)
-        add_values(*behind, behind->values + done * 2 * kTile, tiles, before, outs + done * 2 * kSide * kSide);
-    if (here && step >= here->begin && step < here->end) {
-      const int64_t at = step * kStep * kSide, half = kBlock * kSide;
-      find_probs(unit, scores + half + at, pass->top + kSide, pass->sum + kSide, probs + half + at);
-    }
+    sum = find_probs(unit, scores, top, sum, p.probs + step * kTile);
   }
   written();
+  add_values<Tiles>(p.values + (turn.end - 1) * tiles * kTile, p.probs + (turn.end - 1) * kTile);
+  store_outs<Tiles>(outs);
+  _mm512_store_ps(pass.top, top);
+  _mm512_store_ps(pass.sum, sum);
+  return shrunk;
+}
+
+// The outputs from dim 16 * `first` on.
+template <int64_t Tiles>
+BOTH void more_outs(const Case& c, const Place& p, const Turn& turn, uint32_t shrunk, int64_t first) {
+  const int64_t tiles = value_tiles(c);
+  float* outs = p.outs + (turn.pass * tiles + first) * kSums;
+  load_outs<Tiles>(outs);
+  for (int64_t step = turn.begin; step < turn.end; step++) {
+    if (shrunk >> step & 1) shrink_outs<Tiles>(p.shrinks + step * kPass, outs);
+    add_values<Tiles>(p.values + (step * tiles + first) * kTile, p.probs + step * kTile);
+  }
+  store_outs<Tiles>(outs);
 }
 
 void compute_share(const Case& c, int64_t share, int64_t group, char* scratch) {
@@ -203,19 +235,15 @@ void compute_share(const Case& c, int64_t share, int64_t group, char* scratch) {
   const unsigned before = _mm_getcsr();
   _mm_setcsr(before | 0x8040);
   open_tiles();
-  Turn turns[3];
-  Turn *here = nullptr, *behind = nullptr;
-  for (int64_t number = 0;; number++) {
-    Turn* ahead = turns + number % 3;
-    if (!mine.next(ahead)) ahead = nullptr;
-    if (!ahead && !here && !behind) break;
-    compute(c, p, number, ahead, here, behind);
-    behind = here, here = ahead;
+  const int64_t tiles = value_tiles(c);
+  for (Turn turn; mine.next(&turn);) {
+    const uint32_t shrunk = (tiles > 2 ? compute_turn<4> : compute_turn<2>)(c, p, turn);
+    for (int64_t first = 4; first < tiles; first += 4)
+      (tiles - first > 2 ? more_outs<4> : more_outs<2>)(c, p, turn, shrunk, first);
   }
   close_tiles();
   _mm_setcsr(before);
-  const int64_t outs = kPass * value_tiles(c) * kSide;
-  for (int64_t i = 0; i < mine.passes(); i++) put_outs(c, p.passes[i], group, p.outs + i * outs);
+  for (int64_t i = 0; i < mine.passes(); i++) put_outs(c, p.passes[i], group, p.outs + i * tiles * kSums);
 }
 
 struct Shared {

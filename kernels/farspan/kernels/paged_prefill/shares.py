@@ -16,7 +16,7 @@ import numpy.typing as npt
 Numbers = npt.NDArray[np.int32]
 
 # Rows of a pass of the kernel; rows of a share, and the fewest where threads would be without work.
-PASS_ROWS, MOST_ROWS, LEAST_ROWS = 32, 384, 64
+PASS_ROWS, MOST_ROWS, LEAST_ROWS = 16, 384, 64
 # A thread that is held up by another process leaves its later shares to the others.
 _SHARES_PER_THREAD = 6
 # Slots that segments have to have in common to be one share.

@@ -32,75 +32,56 @@ INLINE __m512 rough_power(__m512 x) {
   return _mm512_scalef_ps(sum, x);
 }
 
-// Scores of all rows of a pass over steps begin..end as powers of 2, where more than a multiplication makes them so.
-void bend_scores(const Case& c, const Turn& turn, float* scores) {
+// Scores of a step as powers of 2, where more than a multiplication makes them so.
+void bend_scores(const Case& c, float* scores) {
   const __m512 scale = _mm512_set1_ps(c.scale), cap = _mm512_set1_ps(c.softcap), one = _mm512_set1_ps(1.0f);
-  for (int64_t half = 0; half < 2; half++)
-    for (int64_t j = turn.begin * kStep; j < turn.end * kStep; j++) {
-      float* at = scores + (half * kBlock + j) * kSide;
-      __m512 x = _mm512_load_ps(at) * scale;
-      if (c.softcap > 0) x = cap * (one - 2.0f / (power(x * (2 * kLog2) / cap) + one));
-      _mm512_store_ps(at, x * kLog2);
-    }
-}
-
-void hide_scores(const Pass& pass, const Turn& turn, float* scores) {
-  for (int64_t half = 0; half < 2; half++) {
-    const __m512i first = _mm512_load_si512(pass.first + half * kSide);
-    const __m512i last = _mm512_load_si512(pass.last + half * kSide);
-    for (int64_t j = turn.begin * kStep; j < turn.end * kStep; j++) {
-      float* at = scores + (half * kBlock + j) * kSide;
-      const __m512i slot = _mm512_set1_epi32(static_cast<int32_t>(turn.block * kBlock + j));
-      const __mmask16 hidden = _mm512_cmplt_epi32_mask(slot, first) | _mm512_cmpgt_epi32_mask(slot, last);
-      _mm512_mask_store_ps(at, hidden, _mm512_set1_ps(kNone));
-    }
+  for (int64_t j = 0; j < kStep; j++, scores += kPass) {
+    __m512 x = _mm512_load_ps(scores) * scale;
+    if (c.softcap > 0) x = cap * (one - 2.0f / (power(x * (2 * kLog2) / cap) + one));
+    _mm512_store_ps(scores, x * kLog2);
   }
 }
 
-// The exponent that stands for 1 is raised where a score is far above it.
-void raise_tops(float unit, const float* scores, Pass* pass, Turn* turn) {
-  turn->shrinks = false;
-  for (int64_t half = 0; half < 2; half++) {
-    const float *at = scores + half * kBlock * kSide, *begin = at + turn->begin * kStep * kSide;
-    __m512 most[4];
-    for (__m512& x : most) x = _mm512_set1_ps(kNone);
-    for (const float* from = begin; from < at + turn->end * kStep * kSide; from += 4 * kSide) {
-      most[0] = _mm512_max_ps(_mm512_load_ps(from), most[0]);
-      most[1] = _mm512_max_ps(_mm512_load_ps(from + kSide), most[1]);
-      most[2] = _mm512_max_ps(_mm512_load_ps(from + 2 * kSide), most[2]);
-      most[3] = _mm512_max_ps(_mm512_load_ps(from + 3 * kSide), most[3]);
-    }
-    const __m512 high = _mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3])) * unit;
-    const __m512 top = _mm512_load_ps(pass->top + half * kSide);
-    const __mmask16 raised = _mm512_cmp_ps_mask(high, top + kSlack, _CMP_GT_OQ);
-    __m512 shrink = _mm512_set1_ps(1.0f);
-    if (raised) {
-      turn->shrinks = true;
-      shrink = _mm512_mask_blend_ps(raised, shrink, power(top - high));
-      _mm512_store_ps(pass->top + half * kSide, _mm512_mask_blend_ps(raised, top, high));
-      _mm512_store_ps(pass->sum + half * kSide, _mm512_load_ps(pass->sum + half * kSide) * shrink);
-    }
-    _mm512_store_ps(turn->shrink + half * kSide, shrink);
+// Of the step that begins at slot `begin`.
+void hide_scores(const Pass& pass, int64_t begin, float* scores) {
+  const __m512i first = _mm512_load_si512(pass.first), last = _mm512_load_si512(pass.last);
+  for (int64_t j = 0; j < kStep; j++, scores += kPass) {
+    const __m512i slot = _mm512_set1_epi32(static_cast<int32_t>(begin + j));
+    const __mmask16 hidden = _mm512_cmplt_epi32_mask(slot, first) | _mm512_cmpgt_epi32_mask(slot, last);
+    _mm512_mask_store_ps(scores, hidden, _mm512_set1_ps(kNone));
   }
 }
 
-// Pairs of slots of one step: probabilities in bf16, and their sum as the products will see them.
-HALF INLINE void find_probs(float unit, const float* scores, const float* top, float* sum, uint16_t* probs) {
-  const __m512 scale = _mm512_set1_ps(unit), highest = _mm512_load_ps(top);
+// A row's greatest score of a step.
+INLINE __m512 greatest(const float* scores) {
+  __m512 a = _mm512_load_ps(scores), b = _mm512_load_ps(scores + kPass);
+  __m512 c = _mm512_load_ps(scores + 2 * kPass), d = _mm512_load_ps(scores + 3 * kPass);
+#pragma GCC unroll 8
+  for (int64_t j = 4; j < kStep; j += 4) {
+    a = _mm512_max_ps(_mm512_load_ps(scores + j * kPass), a);
+    b = _mm512_max_ps(_mm512_load_ps(scores + (j + 1) * kPass), b);
+    c = _mm512_max_ps(_mm512_load_ps(scores + (j + 2) * kPass), c);
+    d = _mm512_max_ps(_mm512_load_ps(scores + (j + 3) * kPass), d);
+  }
+  return _mm512_max_ps(_mm512_max_ps(a, b), _mm512_max_ps(c, d));
+}
+
+// Pairs of slots of a step: probabilities in bf16; their sum is that of the numbers that are multiplied.
+HALF INLINE __m512 find_probs(float unit, const float* scores, __m512 top, __m512 sum, uint16_t* probs) {
+  const __m512 scale = _mm512_set1_ps(unit);
   // Rows that have seen nothing yet: all their scores are -inf.
-  const __m512 pivot = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(highest, _mm512_set1_ps(kNone), _CMP_EQ_OQ), highest,
-                                            _mm512_setzero_ps());
+  const __m512 pivot = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(top, _mm512_set1_ps(kNone), _CMP_NEQ_UQ), top);
   const __m512i ones = _mm512_set1_epi32(0x3f803f80);
-  __m512 total = _mm512_load_ps(sum);
-  for (int64_t pair = 0; pair < kStep / 2; pair++, scores += 2 * kSide, probs += 2 * kSide) {
+#pragma GCC unroll 4
+  for (int64_t pair = 0; pair < kStep / 2; pair++, scores += 2 * kPass, probs += 2 * kPass) {
     const __m512 even = rough_power(_mm512_fmsub_ps(_mm512_load_ps(scores), scale, pivot));
-    const __m512 odd = rough_power(_mm512_fmsub_ps(_mm512_load_ps(scores + kSide), scale, pivot));
+    const __m512 odd = rough_power(_mm512_fmsub_ps(_mm512_load_ps(scores + kPass), scale, pivot));
     const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
     const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaau, low, _mm512_castps_si512(odd));
     _mm512_store_si512(probs, both);
-    total = _mm512_dpbf16_ps(total, reinterpret_cast<const __m512bh&>(both), reinterpret_cast<const __m512bh&>(ones));
+    sum = _mm512_dpbf16_ps(sum, reinterpret_cast<const __m512bh&>(both), reinterpret_cast<const __m512bh&>(ones));
   }
-  _mm512_store_ps(sum, total);
+  return sum;
 }
 
 }  // namespace
