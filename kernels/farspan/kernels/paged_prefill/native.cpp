@@ -196,15 +196,26 @@ BOTH uint32_t compute_turn(const Case& c, const Place& p, const Turn& turn) {
     const int64_t slot = turn.block * kBlock + step * kStep;
     if (bends) bend_scores(c, scores);
     if (pass.last[0] < slot + kStep - 1 || pass.first[kPass - 1] > slot) hide_scores(pass, slot, scores);
-    const __m512 high = greatest(scores) * unit;
-    const __mmask16 raised = _mm512_cmp_ps_mask(high, top + kSlack, _CMP_GT_OQ);
-    if (__builtin_expect(raised, 0)) {
+    // The keys of the step after the next, the values of this one.
+    const Next next{p.keys + least(step + 2, kSteps - 1) * 2 * all * kTile, p.values + step * tiles * kTile, 2 * all, Tiles};
+    uint16_t* probs = p.probs + step * kTile;
+    // Most often no score is far above the exponent that stands for 1.
+    __mmask16 far = _mm512_cmp_ps_mask(top, _mm512_set1_ps(kNone), _CMP_EQ_OQ);
+    __m512 total = sum;
+    if (__builtin_expect(!far, 1)) {
+      total = find_probs(unit, scores, top, sum, probs, next);
+      far = _mm512_cmp_ps_mask(total, _mm512_set1_ps(kMost), _CMP_NLT_UQ);
+    }
+    if (__builtin_expect(far, 0)) {
+      const __m512 high = greatest(scores) * unit;
+      const __mmask16 raised = far & _mm512_cmp_ps_mask(high, top, _CMP_GT_OQ);
       const __m512 shrink = _mm512_mask_blend_ps(raised, _mm512_set1_ps(1.0f), power(top - high));
       _mm512_store_ps(p.shrinks + step * kPass, shrink);
       top = _mm512_mask_blend_ps(raised, top, high), sum *= shrink, shrunk |= 1u << step;
       shrink_outs<Tiles>(p.shrinks + step * kPass, outs);
+      total = find_probs(unit, scores, top, sum, probs, next);
     }
-    sum = find_probs(unit, scores, top, sum, p.probs + step * kTile);
+    sum = total;
   }
   written();
   add_values<Tiles>(p.values + (turn.end - 1) * tiles * kTile, p.probs + (turn.end - 1) * kTile);

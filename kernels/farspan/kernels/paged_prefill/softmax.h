@@ -8,8 +8,8 @@
 namespace {
 
 constexpr float kLog2 = 1.44269504f;
-// A row's greatest score may be so much above the exponent that stands for 1: that seldom has to be raised.
-constexpr float kSlack = 8.0f;
+// The exponent that stands for 1 is that of the first scores of a row, and raised where its sum gets beyond this.
+constexpr float kMost = 1.8446744e19f;
 const float kNone = -__builtin_inff();
 
 // 2^x within a millionth; 0 for -inf.
@@ -66,14 +66,25 @@ INLINE __m512 greatest(const float* scores) {
   return _mm512_max_ps(_mm512_max_ps(a, b), _mm512_max_ps(c, d));
 }
 
+// What is read next, each line of it asked for while something else is computed.
+struct Next {
+  const uint16_t *keys, *values;
+  int64_t key_lines, value_lines;
+  inline __attribute__((always_inline)) void fetch() {
+    for (int64_t i = 0; i < key_lines; i++, keys += kDepth) __builtin_prefetch(keys, 0, 3);
+    for (int64_t i = 0; i < value_lines; i++, values += kDepth) __builtin_prefetch(values, 0, 3);
+  }
+};
+
 // Pairs of slots of a step: probabilities in bf16; their sum is that of the numbers that are multiplied.
-HALF INLINE __m512 find_probs(float unit, const float* scores, __m512 top, __m512 sum, uint16_t* probs) {
+HALF INLINE __m512 find_probs(float unit, const float* scores, __m512 top, __m512 sum, uint16_t* probs, Next next) {
   const __m512 scale = _mm512_set1_ps(unit);
   // Rows that have seen nothing yet: all their scores are -inf.
   const __m512 pivot = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(top, _mm512_set1_ps(kNone), _CMP_NEQ_UQ), top);
   const __m512i ones = _mm512_set1_epi32(0x3f803f80);
 #pragma GCC unroll 4
   for (int64_t pair = 0; pair < kStep / 2; pair++, scores += 2 * kPass, probs += 2 * kPass) {
+    next.fetch();
     const __m512 even = rough_power(_mm512_fmsub_ps(_mm512_load_ps(scores), scale, pivot));
     const __m512 odd = rough_power(_mm512_fmsub_ps(_mm512_load_ps(scores + kPass), scale, pivot));
     const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
