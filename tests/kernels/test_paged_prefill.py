@@ -102,7 +102,7 @@ def test_tiles_equal_the_reference_as_far_as_bf16_can_and_never_read_hidden_slot
     want, want_lse = attend_prompts_reference(q.double(), keys.double(), values.double(), prompts, **rule)
     got, lse = load_native()(q, keys, values, prompts, **rule)
     assert error_of(got, want) <= 1.5 * error_of(want.bfloat16(), want)
-    torch.testing.assert_close(lse.double(), want_lse, atol=4e-3, rtol=0)
+    torch.testing.assert_close(lse.double(), want_lse, atol=3e-4, rtol=0)
 
 
 @needs_tiles
@@ -165,7 +165,7 @@ def test_scores_near_and_far_apart_neither_overflow_nor_vanish(factor) -> None:
     want, want_lse = attend_prompts_reference(q.double(), keys.double(), values.double(), prompts, **rule)
     got, lse = load_native()(q, keys, values, prompts, **rule)
     assert error_of(got, want) < 1e-2
-    torch.testing.assert_close(lse.double(), want_lse, atol=4e-3, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), want_lse, atol=3e-4, rtol=1e-5)
 
 
 def test_the_reference_is_the_attention_of_each_segment_over_its_gathered_pages() -> None:

@@ -33,8 +33,8 @@ struct Case {
 
 namespace {
 
-// Query rows of a pass, the columns of a tile; slots of a step, the depth of a product; slots of a block, which are laid
-// out at once. Steps and blocks begin at multiples of their size.
+// Query rows of a pass, the columns of a tile; slots of a step, the depth of a product; slots of a block, which are
+// laid out at once. Steps and blocks begin at multiples of their size.
 constexpr int64_t kPass = kSide, kStep = kDepth, kBlock = 256, kSteps = kBlock / kStep;
 constexpr int64_t kTile = kSide * kDepth, kSums = kSide * kSide;
 

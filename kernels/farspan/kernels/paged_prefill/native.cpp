@@ -1,35 +1,19 @@
 // Attention of the tokens of prompts over pages by matrix tiles, on a CPU. Contract: contract.py.
 //
 // A share is one key head and some queries with all heads that read it: keys and values of a block are laid out once
-// for all of them. A pass of 16 rows goes over a block step by step, its outputs in tiles: while vectors turn the scores
-// of a step into probabilities, tiles multiply for the next one and the one before.
+// for all of them. A pass of 16 rows goes over a block step by step, its outputs in tiles: while vectors turn the
+// scores of a step into probabilities, tiles multiply for the next one and the one before, one product for every few
+// instructions: products one after the other would stop the vectors, which use the same port.
 //
-// Steps begin at multiples of their size and every row is computed by itself: its bits depend neither on the rows beside
-// it nor on where a prompt was cut. No Python and no torch in here: numbers and addresses come in, nothing is allocated.
+// Steps begin at multiples of their size and every row is computed by itself: its bits depend neither on the rows
+// beside it nor on where a prompt was cut. No Python and no torch in here: numbers and addresses come in, nothing is
+// allocated.
 
 #include "softmax.h"
 
 #ifdef HAS_TILES
 
-#define BOTH __attribute__((target("amx-tile,amx-bf16,avx512bf16")))
-
 namespace {
-
-// 32 slots by 16 rows.
-TILES INLINE void score_step(const uint16_t* keys, const uint16_t* queries, int64_t all, float* scores) {
-  const uint16_t* more = keys + all * kTile;
-  _tile_zero(4);
-  _tile_zero(5);
-  for (int64_t depth = 0; depth < all; depth++, keys += kTile, more += kTile, queries += kTile) {
-    _tile_loadd(6, queries, 64);
-    _tile_loadd(7, keys, 64);
-    _tile_dpbf16ps(4, 7, 6);
-    _tile_loadd(7, more, 64);
-    _tile_dpbf16ps(5, 7, 6);
-  }
-  _tile_stored(4, scores, 64);
-  _tile_stored(5, scores + kSums, 64);
-}
 
 // Outputs of 2 or 4 times 16 dims stay in tiles.
 template <int64_t Tiles>
@@ -66,13 +50,81 @@ TILES INLINE void add_values(const uint16_t* values, const uint16_t* probs) {
   _tile_loadd(6, probs, 64);
   _tile_loadd(7, values, 64);
   _tile_dpbf16ps(0, 7, 6);
-  _tile_loadd(5, values + kTile, 64);
-  _tile_dpbf16ps(1, 5, 6);
+  _tile_loadd(7, values + kTile, 64);
+  _tile_dpbf16ps(1, 7, 6);
   if constexpr (Tiles > 2) {
-    _tile_loadd(4, values + 2 * kTile, 64);
-    _tile_dpbf16ps(2, 4, 6);
+    _tile_loadd(7, values + 2 * kTile, 64);
+    _tile_dpbf16ps(2, 7, 6);
     _tile_loadd(7, values + 3 * kTile, 64);
     _tile_dpbf16ps(3, 7, 6);
+  }
+}
+
+// What tiles multiply while vectors compute probabilities: the values of the step before go to the outputs, where
+// there is one, and the keys of the next step to scores.
+struct Products {
+  const uint16_t *probs, *values, *queries, *keys;
+  int64_t depths;
+};
+
+// One product of 32 slots by 16 rows: keys 16 by 16, or 16 dims of values.
+template <int64_t Tiles, int64_t I>
+TILES INLINE void multiply(const Products& m) {
+  if constexpr (I < Tiles) {
+    if (!m.values) return;
+    if constexpr (I == 0) _tile_loadd(6, m.probs, 64);
+    _tile_loadd(7, m.values + I * kTile, 64);
+    if constexpr (I == 0) _tile_dpbf16ps(0, 7, 6);
+    if constexpr (I == 1) _tile_dpbf16ps(1, 7, 6);
+    if constexpr (I == 2) _tile_dpbf16ps(2, 7, 6);
+    if constexpr (I == 3) _tile_dpbf16ps(3, 7, 6);
+  } else {
+    constexpr int64_t depth = (I - Tiles) / 2;
+    if (depth >= m.depths) return;
+    if constexpr ((I - Tiles) % 2 == 0) {
+      _tile_loadd(6, m.queries + depth * kTile, 64);
+      _tile_loadd(7, m.keys + depth * kTile, 64);
+      _tile_dpbf16ps(4, 7, 6);
+    } else {
+      _tile_loadd(7, m.keys + (m.depths + depth) * kTile, 64);
+      _tile_dpbf16ps(5, 7, 6);
+    }
+  }
+}
+
+TILES INLINE void begin_scores() {
+  written();
+  _tile_zero(4);
+  _tile_zero(5);
+}
+
+// Depths from `first` on, and the scores out of their tiles.
+TILES INLINE void finish_scores(const Products& m, int64_t first, float* scores) {
+  for (int64_t depth = first; depth < m.depths; depth++) {
+    _tile_loadd(6, m.queries + depth * kTile, 64);
+    _tile_loadd(7, m.keys + depth * kTile, 64);
+    _tile_dpbf16ps(4, 7, 6);
+    _tile_loadd(7, m.keys + (m.depths + depth) * kTile, 64);
+    _tile_dpbf16ps(5, 7, 6);
+  }
+  if (!m.depths) return;
+  _tile_stored(4, scores, 64);
+  _tile_stored(5, scores + kSums, 64);
+}
+
+constexpr int64_t kPairs = kStep / 2;
+
+// The probabilities of a step, pair by pair, with a product beside each. Returns their sum.
+template <int64_t Tiles, int64_t I = 0>
+TILES INLINE __m512 find_probs(const float* scores, __m512 unit, __m512 pivot, __m512 sum, uint16_t* probs,
+                               const Products& m) {
+  if constexpr (I == kPairs) {
+    return sum;
+  } else {
+    multiply<Tiles, I>(m);
+    const __m512i pair = find_pair(scores + 2 * I * kPass, unit, pivot, &sum);
+    _mm512_store_si512(probs + 2 * I * kPass, pair);
+    return find_probs<Tiles, I + 1>(scores, unit, pivot, sum, probs, m);
   }
 }
 
@@ -173,52 +225,55 @@ class Share {
   Slots slots_;
 };
 
+// What stands for 1; rows that have seen nothing yet have no scores but -inf.
+INLINE __m512 pivot_of(__m512 top) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(top, _mm512_set1_ps(kNone), _CMP_NEQ_UQ), top);
+}
+
+// Rows that have seen nothing before, or whose sum is too large, or no number.
+INLINE __mmask16 is_far(__m512 top, __m512 sum) {
+  return _mm512_cmp_ps_mask(top, _mm512_set1_ps(kNone), _CMP_EQ_OQ) |
+         _mm512_cmp_ps_mask(sum, _mm512_set1_ps(kMost), _CMP_NLT_UQ);
+}
+
 // Scores, probabilities, and the first outputs. Returns at which steps outputs shrink, as bits.
 template <int64_t Tiles>
-BOTH uint32_t compute_turn(const Case& c, const Place& p, const Turn& turn) {
+TILES uint32_t compute_turn(const Case& c, const Place& p, const Turn& turn) {
   const int64_t all = key_depths(c), tiles = value_tiles(c);
   // Scores times `unit` are powers of 2.
   const bool bends = c.softcap > 0 || !(c.scale > 0);
-  const float unit = bends ? 1.0f : c.scale * kLog2;
+  const __m512 unit = _mm512_set1_ps(bends ? 1.0f : c.scale * kLog2);
   Pass& pass = p.passes[turn.pass];
-  const uint16_t* queries = p.queries + turn.pass * all * kTile;
   float* outs = p.outs + turn.pass * tiles * kSums;
   __m512 top = _mm512_load_ps(pass.top), sum = _mm512_load_ps(pass.sum);
   uint32_t shrunk = 0;
+  Products m{nullptr, nullptr, p.queries + turn.pass * all * kTile, p.keys + turn.begin * 2 * all * kTile, all};
   load_outs<Tiles>(outs);
-  score_step(p.keys + turn.begin * 2 * all * kTile, queries, all, p.scores[turn.begin % 2]);
+  begin_scores();
+  finish_scores(m, 0, p.scores[turn.begin % 2]);
   for (int64_t step = turn.begin; step < turn.end; step++) {
-    float* scores = p.scores[step % 2];
-    written();
-    if (step + 1 < turn.end)
-      score_step(p.keys + (step + 1) * 2 * all * kTile, queries, all, p.scores[(step + 1) % 2]);
-    if (step > turn.begin) add_values<Tiles>(p.values + (step - 1) * tiles * kTile, p.probs + (step - 1) * kTile);
     const int64_t slot = turn.block * kBlock + step * kStep;
+    float* scores = p.scores[step % 2];
+    uint16_t* probs = p.probs + step * kTile;
+    m.keys += 2 * all * kTile, m.depths = step + 1 < turn.end ? all : 0;
     if (bends) bend_scores(c, scores);
     if (pass.last[0] < slot + kStep - 1 || pass.first[kPass - 1] > slot) hide_scores(pass, slot, scores);
-    // The keys of the step after the next, the values of this one.
-    const Next next{p.keys + least(step + 2, kSteps - 1) * 2 * all * kTile, p.values + step * tiles * kTile, 2 * all, Tiles};
-    uint16_t* probs = p.probs + step * kTile;
-    // Most often no score is far above the exponent that stands for 1.
-    __mmask16 far = _mm512_cmp_ps_mask(top, _mm512_set1_ps(kNone), _CMP_EQ_OQ);
-    __m512 total = sum;
-    if (__builtin_expect(!far, 1)) {
-      total = find_probs(unit, scores, top, sum, probs, next);
-      far = _mm512_cmp_ps_mask(total, _mm512_set1_ps(kMost), _CMP_NLT_UQ);
-    }
-    if (__builtin_expect(far, 0)) {
+    begin_scores();
+    __m512 total = find_probs<Tiles>(scores, unit, pivot_of(top), sum, probs, m);
+    finish_scores(m, (kPairs - Tiles) / 2, p.scores[(step + 1) % 2]);
+    if (__mmask16 far = is_far(top, total); __builtin_expect(far, 0)) {
       const __m512 high = greatest(scores) * unit;
-      const __mmask16 raised = far & _mm512_cmp_ps_mask(high, top, _CMP_GT_OQ);
-      const __m512 shrink = _mm512_mask_blend_ps(raised, _mm512_set1_ps(1.0f), power(top - high));
+      far &= _mm512_cmp_ps_mask(high, top, _CMP_GT_OQ);
+      const __m512 shrink = _mm512_mask_blend_ps(far, _mm512_set1_ps(1.0f), power(top - high));
       _mm512_store_ps(p.shrinks + step * kPass, shrink);
-      top = _mm512_mask_blend_ps(raised, top, high), sum *= shrink, shrunk |= 1u << step;
+      top = _mm512_mask_blend_ps(far, top, high), sum *= shrink, shrunk |= 1u << step;
       shrink_outs<Tiles>(p.shrinks + step * kPass, outs);
-      total = find_probs(unit, scores, top, sum, probs, next);
+      total = find_probs<Tiles>(scores, unit, pivot_of(top), sum, probs, Products{});
     }
-    sum = total;
+    sum = total, m.probs = probs, m.values = p.values + step * tiles * kTile;
   }
   written();
-  add_values<Tiles>(p.values + (turn.end - 1) * tiles * kTile, p.probs + (turn.end - 1) * kTile);
+  add_values<Tiles>(m.values, m.probs);
   store_outs<Tiles>(outs);
   _mm512_store_ps(pass.top, top);
   _mm512_store_ps(pass.sum, sum);
@@ -227,7 +282,7 @@ BOTH uint32_t compute_turn(const Case& c, const Place& p, const Turn& turn) {
 
 // The outputs from dim 16 * `first` on.
 template <int64_t Tiles>
-BOTH void more_outs(const Case& c, const Place& p, const Turn& turn, uint32_t shrunk, int64_t first) {
+TILES void more_outs(const Case& c, const Place& p, const Turn& turn, uint32_t shrunk, int64_t first) {
   const int64_t tiles = value_tiles(c);
   float* outs = p.outs + (turn.pass * tiles + first) * kSums;
   load_outs<Tiles>(outs);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def load_native() -> AttendPrompts:
         q_THD = q_THD if q_THD.stride(2) == 1 else q_THD.contiguous()
         slots, groups = keys_PSGD.shape[1:3]
         threads = torch.get_num_threads()
-        shares = _shares_of(prompts, num_heads // groups, groups, slots, window, threads)
+        shares = _shares_of(prompts, num_heads // groups, groups, slots, window, threads, 2 * qk_dim + 4 * v_dim)
         out_THC = torch.empty(num_tokens, num_heads, v_dim, dtype=torch.bfloat16)
         lse_TH = torch.empty(num_tokens, num_heads, dtype=torch.float32)
         segments = (prompts.starts_B, prompts.pasts_B, prompts.lows_B, prompts.tables_BN)
@@ -93,13 +94,13 @@ def load_native() -> AttendPrompts:
     return attend_prompts_native
 
 
-def _shares_of(prompts: Prompts, heads: int, groups: int, slots: int, window: int | None, threads: int) -> Shares:
-    key = heads, groups, slots, window, threads
+def _shares_of(
+    prompts: Prompts, heads: int, groups: int, slots: int, window: int | None, threads: int, row_bytes: int
+) -> Shares:
+    key = heads, groups, slots, window, threads, row_bytes
     if key not in prompts.plans:
+        rule: dict[str, Any] = {"slots": slots, "window": window, "threads": threads, "row_bytes": row_bytes}
         numbers = (prompts.lengths_B, prompts.pasts_B, prompts.lows_B, prompts.tables_BN)
-        arrays = (x.numpy() for x in numbers)
-        prompts.plans[key] = cut_shares(
-            *arrays, heads=heads, groups=groups, slots=slots, window=window, threads=threads
-        )
+        prompts.plans[key] = cut_shares(*(x.numpy() for x in numbers), heads=heads, groups=groups, **rule)
     found: Shares = prompts.plans[key]
     return found

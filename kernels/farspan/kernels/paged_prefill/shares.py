@@ -16,7 +16,9 @@ import numpy.typing as npt
 Numbers = npt.NDArray[np.int32]
 
 # Rows of a pass of the kernel; rows of a share, and the fewest where threads would be without work.
-PASS_ROWS, MOST_ROWS, LEAST_ROWS = 16, 384, 64
+PASS_ROWS, MOST_ROWS, LEAST_ROWS = 16, 1536, 64
+# What their queries and outputs may take, to stay in the second cache.
+_MOST_BYTES = 640 * 1024
 # A thread that is held up by another process leaves its later shares to the others.
 _SHARES_PER_THREAD = 6
 # Slots that segments have to have in common to be one share.
@@ -49,10 +51,13 @@ class _Share:
 
 def cut_shares(
     lengths: Numbers, pasts: Numbers, lows: Numbers, tables: Numbers, *, heads: int, groups: int, slots: int,
-    window: int | None, threads: int,
+    window: int | None, threads: int, row_bytes: int = 0,
 ) -> Shares:  # fmt: skip
-    """`heads`: query heads of a group; every share is computed once for each of the `groups`."""
-    rows = MOST_ROWS
+    """`heads`: query heads of a group; every share is computed once for each of the `groups`.
+
+    `row_bytes`: of a row's query and output.
+    """
+    rows = max(min(MOST_ROWS, _MOST_BYTES // max(row_bytes, 1)), LEAST_ROWS)
     while True:
         shares = _shares(lengths, pasts, lows, tables, heads, slots, window, rows)
         if threads == 1 or len(shares) * groups >= threads * _SHARES_PER_THREAD or rows // 2 < LEAST_ROWS:

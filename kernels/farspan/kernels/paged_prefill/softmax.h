@@ -12,7 +12,7 @@ constexpr float kLog2 = 1.44269504f;
 constexpr float kMost = 1.8446744e19f;
 const float kNone = -__builtin_inff();
 
-// 2^x within a millionth; 0 for -inf.
+// 2^x within 1e-7; 0 for -inf.
 INLINE __m512 power(__m512 x) {
   const __m512 rest = _mm512_reduce_ps(x, 9);  // From the whole number below.
   __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(1.8776766948e-3f), rest, _mm512_set1_ps(8.9893406257e-3f));
@@ -23,12 +23,12 @@ INLINE __m512 power(__m512 x) {
   return _mm512_scalef_ps(sum, x);
 }
 
-// 2^x within 1e-4, and half of what bf16 cannot hold: its upper half is the nearest number.
+// 2^x within 1e-4, which is less than what bf16 rounds away.
 INLINE __m512 rough_power(__m512 x) {
   const __m512 rest = _mm512_reduce_ps(x, 9);
   __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(7.802452147e-2f), rest, _mm512_set1_ps(2.260671556e-1f));
   sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(6.958335638e-1f));
-  sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.99992520f + 0.00390625f));
+  sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(9.999251962e-1f));
   return _mm512_scalef_ps(sum, x);
 }
 
@@ -66,33 +66,14 @@ INLINE __m512 greatest(const float* scores) {
   return _mm512_max_ps(_mm512_max_ps(a, b), _mm512_max_ps(c, d));
 }
 
-// What is read next, each line of it asked for while something else is computed.
-struct Next {
-  const uint16_t *keys, *values;
-  int64_t key_lines, value_lines;
-  inline __attribute__((always_inline)) void fetch() {
-    for (int64_t i = 0; i < key_lines; i++, keys += kDepth) __builtin_prefetch(keys, 0, 3);
-    for (int64_t i = 0; i < value_lines; i++, values += kDepth) __builtin_prefetch(values, 0, 3);
-  }
-};
-
-// Pairs of slots of a step: probabilities in bf16; their sum is that of the numbers that are multiplied.
-HALF INLINE __m512 find_probs(float unit, const float* scores, __m512 top, __m512 sum, uint16_t* probs, Next next) {
-  const __m512 scale = _mm512_set1_ps(unit);
-  // Rows that have seen nothing yet: all their scores are -inf.
-  const __m512 pivot = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(top, _mm512_set1_ps(kNone), _CMP_NEQ_UQ), top);
-  const __m512i ones = _mm512_set1_epi32(0x3f803f80);
-#pragma GCC unroll 4
-  for (int64_t pair = 0; pair < kStep / 2; pair++, scores += 2 * kPass, probs += 2 * kPass) {
-    next.fetch();
-    const __m512 even = rough_power(_mm512_fmsub_ps(_mm512_load_ps(scores), scale, pivot));
-    const __m512 odd = rough_power(_mm512_fmsub_ps(_mm512_load_ps(scores + kPass), scale, pivot));
-    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
-    const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaau, low, _mm512_castps_si512(odd));
-    _mm512_store_si512(probs, both);
-    sum = _mm512_dpbf16_ps(sum, reinterpret_cast<const __m512bh&>(both), reinterpret_cast<const __m512bh&>(ones));
-  }
-  return sum;
+// A pair of slots: probabilities in bf16, side by side for each row.
+INLINE __m512i find_pair(const float* scores, __m512 unit, __m512 pivot, __m512* sum) {
+  const __m512 even = rough_power(_mm512_fmsub_ps(_mm512_load_ps(scores), unit, pivot));
+  const __m512 odd = rough_power(_mm512_fmsub_ps(_mm512_load_ps(scores + kPass), unit, pivot));
+  *sum += even + odd;
+  // To the nearest.
+  const __m512i half = _mm512_set1_epi32(0x8000), high = _mm512_castps_si512(odd) + half;
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(_mm512_castps_si512(even) + half, 16), high);
 }
 
 }  // namespace
