@@ -106,6 +106,18 @@ def test_tiles_equal_the_reference_as_far_as_bf16_can_and_never_read_hidden_slot
 
 
 @needs_tiles
+def test_queries_that_share_a_prefix_see_all_of_it_and_nothing_else() -> None:
+    case = Case(((290, 70, 0), (0, 3, 0), (16, 40, 0)))
+    q, keys, values, prompts, rule = make(case)
+    whole = {**rule, "causal": False}
+    want, want_lse = attend_prompts_reference(q.double(), keys.double(), values.double(), prompts, **whole)
+    got, lse = load_native()(q, keys, values, prompts, **whole)
+    assert error_of(got, want) <= 1.5 * error_of(want.bfloat16(), want)
+    torch.testing.assert_close(lse.double(), want_lse, atol=3e-4, rtol=0)
+    assert not got[70:73].any()
+
+
+@needs_tiles
 @pytest.mark.parametrize("spread", [1.0, 4.0])
 def test_tiles_are_about_as_exact_as_torchs_own_bf16_attention(spread) -> None:
     q, keys, values, prompts, rule = make(Case(((0, 384, 0),), heads=4, groups=4))

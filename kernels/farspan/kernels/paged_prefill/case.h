@@ -25,7 +25,7 @@ struct Case {
   char* scratch;
   // team/native.cpp
   farspan_team team;
-  int64_t shares, groups, heads, qk_dim, v_dim, slots, passes, threads, window;
+  int64_t shares, groups, heads, qk_dim, v_dim, slots, passes, threads, window, causal;
   int64_t q_row, q_head, key_page, key_slot, key_group, value_page, value_slot, value_group, table_row;
   float scale, softcap;
 };

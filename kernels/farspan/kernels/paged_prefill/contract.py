@@ -7,9 +7,10 @@ h // (H / G).
 Segment b is tokens starts_B[b] .. + lengths_B[b] of the packed batch; every packed token is in one segment. Token j of
 its sequence is in slot j % S of page tables_BN[b, j // S], those of the segment among them, already written. Query i of
 the segment is token pasts_B[b] + i of the sequence and sees
-    tokens lows_B[b] <= j <= pasts_B[b] + i;
-    window=w        of those, only the last w, the query's own among them.
-lows_B[b] <= pasts_B[b]: every query sees itself. softcap=c replaces a scaled score x by c * tanh(x / c). Sinks are
+    causal=True             tokens lows_B[b] <= j <= pasts_B[b] + i;
+    causal=False            tokens lows_B[b] <= j < pasts_B[b], whichever it is itself (a prefix that queries share);
+    window=w (with causal)  of those, only the last w, the query's own among them.
+A query that sees nothing has out 0 and lse -inf. softcap=c replaces a scaled score x by c * tanh(x / c). Sinks are
 merged by the caller, into (out, lse).
 
 Returns out_THC in the type of q and lse_TH, the log-sum-exp of the scores, natural log, fp32 (fp64 for fp64 inputs).
@@ -51,12 +52,15 @@ class AttendPrompts(Protocol):
         prompts: Prompts,
         *,
         scale: float,
+        causal: bool = True,
         window: int | None = None,
         softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
 
-def check_prompts(q_THD: Tensor, keys_PSGD: Tensor, values_PSGC: Tensor, prompts: Prompts, window: int | None) -> None:
+def check_prompts(
+    q_THD: Tensor, keys_PSGD: Tensor, values_PSGC: Tensor, prompts: Prompts, causal: bool, window: int | None
+) -> None:
     """Assert the shapes of the contract: a wrong one is our bug, not a user's."""
     assert q_THD.ndim == 3, "queries of packed tokens"
     assert keys_PSGD.ndim == values_PSGC.ndim == 4, "pages of keys and values"
@@ -66,4 +70,4 @@ def check_prompts(q_THD: Tensor, keys_PSGD: Tensor, values_PSGC: Tensor, prompts
     numbers = (prompts.starts_B, prompts.lengths_B, prompts.pasts_B, prompts.lows_B)
     assert len({len(x) for x in (*numbers, prompts.tables_BN)}) == 1, "one table and four numbers for each segment"
     assert {x.dtype for x in (*numbers, prompts.tables_BN)} == {torch.int32}, "tables and numbers are int32"
-    assert window is None or window > 0, "a window holds at least the query itself"
+    assert window is None or (causal and window > 0), "a window is counted back from the query's position"

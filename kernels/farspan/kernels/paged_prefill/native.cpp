@@ -166,7 +166,7 @@ class Share {
     pass->piece = piece, pass->row = row;
     for (int64_t i = 0; i < kPass; i++) {
       const int64_t query = c_.piece_begin[piece] + least(row + i, rows - 1) / c_.heads;
-      const int64_t last = c_.pasts[segment] + query, seen = c_.window ? last - c_.window + 1 : 0;
+      const int64_t last = c_.pasts[segment] + (c_.causal ? query : -1), seen = c_.window ? last - c_.window + 1 : 0;
       pass->last[i] = static_cast<int32_t>(last), pass->first[i] = static_cast<int32_t>(most(seen, c_.lows[segment]));
       pass->top[i] = kNone, pass->sum[i] = 0;
     }

@@ -23,7 +23,7 @@ _POINTERS = (
     *("out", "lse", "scratch", "team"),
 )
 _NUMBERS = (
-    *("shares", "groups", "heads", "qk_dim", "v_dim", "slots", "passes", "threads", "window"),
+    *("shares", "groups", "heads", "qk_dim", "v_dim", "slots", "passes", "threads", "window", "causal"),
     *("q_row", "q_head", "key_page", "key_slot", "key_group", "value_page", "value_slot", "value_group", "table_row"),
 )
 
@@ -60,10 +60,11 @@ def load_native() -> AttendPrompts:
         prompts: Prompts,
         *,
         scale: float,
+        causal: bool = True,
         window: int | None = None,
         softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        check_prompts(q_THD, keys_PSGD, values_PSGC, prompts, window)
+        check_prompts(q_THD, keys_PSGD, values_PSGC, prompts, causal, window)
         assert q_THD.dtype == keys_PSGD.dtype == values_PSGC.dtype == torch.bfloat16, "bf16 alone is compiled"
         assert max(q_THD.shape[2], values_PSGC.shape[3]) <= LONGEST_HEAD, f"head dims end at {LONGEST_HEAD}"
         # A pool is far too large to be copied: its views must be plain already.
@@ -81,7 +82,8 @@ def load_native() -> AttendPrompts:
             *(x.ctypes.data for x in (shares.piece_segment, shares.piece_begin, shares.piece_count)),
             *(x.ctypes.data for x in (shares.share_pieces, shares.share_common)),
             *(out_THC.data_ptr(), lse_TH.data_ptr(), None, team),
-            *(len(shares), groups, num_heads // groups, qk_dim, v_dim, slots, shares.passes, threads, window or 0),
+            *(len(shares), groups, num_heads // groups, qk_dim, v_dim, slots, shares.passes, threads),
+            *(window or 0, causal),
             *(*q_THD.stride()[:2], *keys_PSGD.stride()[:3], *values_PSGC.stride()[:3], prompts.tables_BN.stride(0)),
             *(scale, softcap or 0.0),
         )
