@@ -52,3 +52,14 @@ def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
     inputs, rule = make(Case((300, 40)), "cpu", torch.float32)
     inputs[0].mul_(200.0)
     assert_close(1e-5, load_native()(*inputs, **rule), attend_pages_reference(*inputs, **rule))
+
+
+@needs_compiler
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_many_queries_of_a_row_equal_the_reference_too(causal, softcap) -> None:
+    case = Case((700, 3, 0, 257, 64), heads=12, groups=3, queries=20, causal=causal, softcap=softcap)
+    inputs, rule = make(case, "cpu", torch.bfloat16)
+    want = attend_pages_reference(*(x.float() if x.is_floating_point() else x for x in inputs), **rule)
+    got = load_native()(*inputs, **rule)
+    assert_close(6e-3, got, (want[0].bfloat16(), want[1]))

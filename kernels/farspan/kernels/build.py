@@ -1,5 +1,5 @@
 """Compile a C++ kernel on the machine that runs it: one small file without headers of Python or torch, some seconds.
-Headers that lie beside it are part of it.
+Headers that lie beside it are part of it, and those of all kernels, which lie here.
 
 The library is kept in the user's cache under a name made of all it depends on, and appears there whole. Processes that
 want it at the same time wait for one of them, but never beyond a deadline; a dead one's lock is released by the system.
@@ -51,7 +51,7 @@ def build_library(folder: Path, source: Path, deadline_s: float = _DEADLINE_S) -
     if compiler is None:
         raise ImportError("no C++ compiler is installed")
     flags = (*_FLAGS, *_INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
-    parts = [source, *sorted(source.parent.glob("*.h"))]
+    parts = [source, *sorted(source.parent.glob("*.h")), *sorted(Path(__file__).parent.glob("*.h"))]
     depends_on = "\0".join([compiler, platform.machine(), *flags]).encode() + b"".join(p.read_bytes() for p in parts)
     key = hashlib.sha256(depends_on).hexdigest()[:16]
     library = folder / f"{source.parent.name}-{key}.so"

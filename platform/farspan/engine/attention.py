@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -29,6 +29,7 @@ from farspan.kernels.paged_decode.contract import AttendPages
 from farspan.kernels.paged_decode.shared import attend_shared_prefix
 from farspan.kernels.paged_decode.tokens import Rows, TokensOfLayer, bind_tokens
 from farspan.kernels.paged_decode.write import write_pages
+from farspan.kernels.paged_prefill.contract import AttendPrompts, Prompts
 from farspan.kv.pages import PagePool
 from farspan.models.rules import LayerRule
 
@@ -114,6 +115,8 @@ class Call:
     """For single tokens of many sequences."""
     group: int = 0
     """Which group of layers that store belongs to: the page table of its keys."""
+    prompts: AttendPrompts | None = None
+    """For tokens of all prompts at once, from their pages; none: `kernel` computes one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +214,7 @@ class PagedBatch:
             for key, of in parts.items()
             if len(of) == 1 and isinstance(of[0], DecodeRows) and of[0].prefix_N is None
         }
+        self._prompts: dict[tuple[LayerRule, int, int], Prompts] = {}
         self._next = 0
 
     def __call__(
@@ -227,15 +231,68 @@ class PagedBatch:
         if call.writes:
             write_pages(keys_PSGD, values_PSGC, k_TGD, v_TGC, self._page_TG[:, call.group], self._slot_T)
         outs: list[Tensor] = []
-        for part in self._parts[call.rule, call.group]:
-            if isinstance(part, DecodeRows):
-                here = slice(part.start, part.start + len(part.tables_BN))
-                outs.append(_attend_rows(q_THD[here], keys_PSGD, values_PSGC, part, call, asked))
-            else:
-                here = slice(part.start, part.start + part.length)
-                new = _Keys(k_TGD[here], v_TGC[here], keys_PSGD, values_PSGC, part, call.group)
-                outs += _attend_segment(q_THD[here], new, part, call, asked)
+        for together, parts in groupby(self._parts[call.rule, call.group], lambda part: isinstance(part, Segment)):
+            if together and call.prompts is not None:
+                segments = [part for part in parts if isinstance(part, Segment)]
+                prompts = self._prompts_of(segments, call)
+                outs.append(
+                    _attend_prompts(call.prompts, q_THD, keys_PSGD, values_PSGC, segments, prompts, call, asked)
+                )
+                continue
+            for part in parts:
+                if isinstance(part, DecodeRows):
+                    here = slice(part.start, part.start + len(part.tables_BN))
+                    outs.append(_attend_rows(q_THD[here], keys_PSGD, values_PSGC, part, call, asked))
+                else:
+                    here = slice(part.start, part.start + part.length)
+                    new = _Keys(k_TGD[here], v_TGC[here], keys_PSGD, values_PSGC, part, call.group)
+                    outs += _attend_segment(q_THD[here], new, part, call, asked)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _prompts_of(self, segments: Sequence[Segment], call: Call) -> Prompts:
+        """Worked out once for all layers of a rule and group."""
+        key = call.rule, call.group, segments[0].start
+        if key not in self._prompts:
+            sizes = self._pool.num_pages, self._pool.layout.page_tokens
+            self._prompts[key] = list_prompts(segments, call.rule, call.group, *sizes)
+        return self._prompts[key]
+
+
+def list_prompts(segments: Sequence[Segment], rule: LayerRule, group: int, num_pages: int, page_tokens: int) -> Prompts:
+    """Segments that lie one after the other, as the kernel of all prompts takes them."""
+    numbers: list[tuple[int, int, int, int]] = []
+    tables: list[npt.NDArray[np.int64]] = []
+    for segment in segments:
+        table_N = segment.pages_NG[:, group].numpy()
+        for begin, end, low in segment.ranges(rule):
+            numbers.append((segment.start - segments[0].start + begin - segment.past, end - begin, begin, low))
+            # What nobody sees any more may be gone.
+            tables.append(np.zeros(-(-end // page_tokens), np.int64))
+            tables[-1][low // page_tokens :] = table_N[low // page_tokens : len(tables[-1])]
+    tables_BN = np.zeros((len(tables), max(map(len, tables))), np.int64)
+    for row_N, table_N in zip(tables_BN, tables, strict=True):
+        row_N[: len(table_N)] = table_N
+    # A page that is gone must not become another's by losing its upper bits.
+    assert tables_BN.max() < num_pages, "a prompt sees a page that was given back"
+    columns = (torch.tensor(column, dtype=torch.int32) for column in zip(*numbers, strict=True))
+    starts_B, lengths_B, pasts_B, lows_B = columns
+    return Prompts(starts_B, lengths_B, pasts_B, lows_B, torch.from_numpy(tables_BN.astype(np.int32)))
+
+
+def _attend_prompts(
+    attend: AttendPrompts,
+    q_THD: Tensor,
+    keys_PSGD: Tensor,
+    values_PSGC: Tensor,
+    segments: Sequence[Segment],
+    prompts: Prompts,
+    call: Call,
+    asked: Asked,
+) -> Tensor:
+    here = slice(segments[0].start, segments[-1].start + segments[-1].length)
+    rule: dict[str, Any] = {"scale": asked.scale, "window": call.rule.window, "softcap": asked.softcap}
+    out_THC, lse_TH = attend(q_THD[here], keys_PSGD, values_PSGC, prompts, **rule)
+    return out_THC if asked.sinks_H is None else merge_sinks(out_THC, lse_TH, asked.sinks_H)[0]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from farspan.kernels.attention.dispatch import choose_backend
 from farspan.kernels.attention.limits import Ask
 from farspan.kernels.merge.sink import merge_sinks
 from farspan.kernels.paged_decode.dispatch import choose_pages_backend
+from farspan.kernels.paged_prefill.dispatch import choose_prompts_backend
 from farspan.kv.grouping import EVERYTHING, PageGroup, Reach, group_layers, widest
 from farspan.kv.layout import LayerShape
 from farspan.kv.states import StateLayout, StateShape
@@ -109,7 +110,7 @@ class WatchedAttention:
         if writes:
             self._stored.append((k_TGD, v_TGC))
             self.found.layers.append(LayerShape(k_TGD.shape[1], k_TGD.shape[2], v_TGC.shape[2]))
-        self.found.calls.append(Call(rule, store, writes, kernel, pages))
+        self.found.calls.append(Call(rule, store, writes, kernel, pages, prompts=choose_prompts_backend(ask)))
         self.found.capped |= asked.softcap is not None or asked.sinks_H is not None
         out_THC, lse_TH = kernel(q_THD, k_TGD, v_TGC, scale=asked.scale, offset=0, softcap=asked.softcap)
         return out_THC if asked.sinks_H is None else merge_sinks(out_THC, lse_TH, asked.sinks_H)[0]

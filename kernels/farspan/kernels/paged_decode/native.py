@@ -1,7 +1,8 @@
 """Attention over pages on CPU by native.cpp, called through ctypes. Contract and letters: contract.py.
 
 Pages are read where they lie, once for all heads of a row; the rows' tiles are shared equally by torch's threads. It
-computes in fp32. Many queries per row are a matter of matrix products: they go to gathered.py.
+computes in fp32. Many queries per row are a matter of matrix products: they go to matrix tiles (paged_prefill) where
+there are any, else to gathered.py.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farspan.kernels.attention.limits import Ask
 from farspan.kernels.paged_decode.contract import AttendPages, check_pages
 from farspan.kernels.paged_decode.gathered import attend_pages_gathered
+from farspan.kernels.paged_prefill.contract import AttendPrompts, Prompts
+from farspan.kernels.paged_prefill.dispatch import choose_prompts_backend
 from farspan.kernels.team.calls import run_compiled
 from farspan.kernels.team.native import load_library, load_team
 
@@ -83,10 +87,50 @@ def load_native() -> AttendPages:
         }  # fmt: skip
         inputs = (q_BQHD, keys_PSGD, values_PSGC, tables_BN, lengths_B)
         if q_BQHD.shape[1] >= _MANY_QUERIES:
-            return attend_pages_gathered(*inputs, **rule)
+            attend = choose_prompts_backend(Ask.of(q_BQHD, values_PSGC)) if log_weights_PSG is None else None
+            if attend is None:
+                return attend_pages_gathered(*inputs, **rule)
+            check_pages(*inputs, causal, window, log_weights_PSG)
+            return _attend_many(attend, *inputs, scale=scale, causal=causal, window=window, softcap=softcap)
         return _attend(library, team, *inputs, **rule)
 
     return attend_pages_native
+
+
+def _attend_many(
+    attend: AttendPrompts,
+    q_BQHD: Tensor,
+    keys_PSGD: Tensor,
+    values_PSGC: Tensor,
+    tables_BN: Tensor,
+    lengths_B: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    num_rows, num_queries = q_BQHD.shape[:2]
+    lengths_B = lengths_B.to(torch.int32)
+    starts_B = torch.arange(0, num_rows * num_queries, num_queries, dtype=torch.int32)
+    prompts = Prompts(
+        starts_B,
+        torch.full_like(lengths_B, num_queries),
+        lengths_B - num_queries if causal else lengths_B,
+        torch.zeros_like(lengths_B),
+        tables_BN.to(torch.int32).contiguous(),
+    )
+    out_THC, lse_TH = attend(
+        q_BQHD.flatten(0, 1),
+        keys_PSGD,
+        values_PSGC,
+        prompts,
+        scale=scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+    )
+    return out_THC.view(num_rows, num_queries, *out_THC.shape[1:]), lse_TH.view(num_rows, num_queries, -1)
 
 
 def _attend(

@@ -6,6 +6,7 @@ Source: RelayAttention (Zhu et al. 2024, https://arxiv.org/abs/2402.14808).
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from farspan.kernels.attention.contract import Forward
 from farspan.kernels.merge.reference import merge_partials_reference
 from farspan.kernels.paged_decode.contract import AttendPages
+from farspan.kernels.team.quiet import on_one_thread
 
 
 def attend_shared_prefix(
@@ -41,9 +43,11 @@ def attend_shared_prefix(
     q_1XHD = q_BQHD.flatten(0, 1).unsqueeze(0)
     shared_1XHC, shared_lse_1XH = attend(q_1XHD, *pages, prefix_N.unsqueeze(0), prefix_length_1, causal=False, **rule)
     own_BQHC, own_lse_BQH = attend(q_BQHD, *pages, tables_BN, lengths_B, **rule)
-    out_XHC, lse_XH = merge_partials_reference(
-        shared_1XHC[0], shared_lse_1XH[0], own_BQHC.flatten(0, 1), own_lse_BQH.flatten(0, 1)
-    )
+    # Some thousand numbers: threads of torch would cost more than they compute.
+    with on_one_thread() if q_BQHD.device.type == "cpu" else nullcontext():
+        out_XHC, lse_XH = merge_partials_reference(
+            shared_1XHC[0], shared_lse_1XH[0], own_BQHC.flatten(0, 1), own_lse_BQH.flatten(0, 1)
+        )
     return out_XHC.view_as(own_BQHC), lse_XH.view_as(own_lse_BQH)
 
 
