@@ -25,6 +25,7 @@ from farspan.engine.recorded import record
 from farspan.engine.request import SamplingParams
 from farspan.engine.runner import Runner
 from farspan.kernels.chain.dispatch import choose_chain
+from farspan.kernels.paged_decode import write
 from farspan.kernels.paged_decode.write import write_pages
 from farspan.kernels.team.calls import Compiled
 from farspan.kv.pages import PagePool
@@ -172,6 +173,7 @@ def test_a_step_whose_keys_nobody_hears_of_is_refused(caplog, monkeypatch: pytes
         with _disable_current_modes():
             write_pages(*given)
 
+    monkeypatch.setattr(write, "_write_compiled", lambda *_: False)
     monkeypatch.setattr(attention, "write_pages", unheard)
     monkeypatch.setattr(attention.BoundTokens, "of", lambda *_: None)
     assert "captured logits of 1 rows differ" in refused(tiny_model().float(), caplog)

@@ -56,6 +56,7 @@ def open_library() -> ctypes.CDLL:
     library = load_library(_SOURCE)
     for name, result in (
         ("farspan_attend_pages", None),
+        ("farspan_write_pages", None),
         ("farspan_piece_floats", ctypes.c_int64),
         ("farspan_scratch_floats", ctypes.c_int64),
     ):
