@@ -13,10 +13,11 @@ import yaml
 from farspan.cli.main import run
 from farspan.cluster.launcher import render_launcher
 from farspan.cluster.placement import Ask, asks_of_endpoint, asks_of_run, misfits
-from farspan.config.check import check_run, check_serve
+from farspan.config.check import check_run
 from farspan.config.cluster import ClusterSpec
 from farspan.config.load import load_config
 from farspan.config.schema import RoleConfig, RunConfig, ServeConfig
+from farspan.config.serve_rules import check_serve
 from farspan.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[3]

@@ -15,11 +15,12 @@ from farspan.cluster.launcher import render_launcher
 from farspan.cluster.rayclusters import serve_config, training_config
 from farspan.cluster.secrets import holds_secret
 from farspan.cluster.tree import render_tree, stale_files, write_tree
-from farspan.config.check import check_run, check_serve
+from farspan.config.check import check_run
 from farspan.config.cluster import ClusterSpec
 from farspan.config.cluster_rules import check_cluster
 from farspan.config.load import config_of, load_config, parse_config
 from farspan.config.schema import RunConfig, ServeConfig
+from farspan.config.serve_rules import check_serve
 from farspan.errors import ConfigError, NotFoundError, StorageError
 from farspan.serve.app import APP_NAME
 from farspan.serve.lineup import line_up
