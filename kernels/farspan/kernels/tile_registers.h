@@ -35,13 +35,15 @@ namespace {
 // Compilers do not know that loads of tiles read memory.
 INLINE void written() { __asm__ volatile("" ::: "memory"); }
 
-// Each process has to ask once for the registers.
+// Each process has to ask once for the registers. What is made with them is rounded to bf16 by vectors, which a virtual
+// machine may hide though the processor has both.
 bool ask_for_tiles() {
   constexpr long kAsk = 0x1023, kTileData = 18;
   unsigned a, b, c, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   const bool tiles = d >> 24 & 1, bf16 = d >> 22 & 1;
-  return tiles && bf16 && syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+  if (!tiles || !bf16 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
+  return (a >> 5 & 1) && syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
 }
 
 struct alignas(64) TileShapes {

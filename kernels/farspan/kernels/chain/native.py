@@ -40,7 +40,7 @@ _BYTES = 2
 _MORE_ROWS = 15
 # The kLaidRows of linear.h.
 _LAID_ROWS = 128
-# Rows of a call: what is between its steps stays in the caches, and its memory is what was freed by the call before.
+# Rows of a call: what lies between its steps stays small, and weights that are laid out serve many.
 _MOST_ROWS = 1024
 
 

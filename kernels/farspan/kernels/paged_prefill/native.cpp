@@ -322,18 +322,13 @@ void work(const void* context, int64_t, int64_t index, int64_t thread) {
   compute_share(s.c, index / s.c.groups, index % s.c.groups, s.c.scratch + thread * s.bytes);
 }
 
-bool has_bf16_vectors() {
-  unsigned a, b, c, d;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 5 & 1;
-}
-
 }  // namespace
 
 extern "C" {
 
 // Whether this process may use what is compiled here.
 int64_t farspan_has_tiles() {
-  static const bool given = has_bf16_vectors() && ask_for_tiles();
+  static const bool given = ask_for_tiles();
   return given;
 }
 
