@@ -3,16 +3,12 @@
 // Steps of a level read what earlier levels made; the team shares the work of a level. No Python and no torch in here:
 // numbers and addresses come in, and nothing is allocated.
 
+#include "../team_call.h"
 #include "gate.h"
 #include "linear.h"
 #include "rows.h"
 
 extern "C" {
-
-typedef void (*farspan_work)(const void* context, int64_t level, int64_t index, int64_t thread);
-typedef void (*farspan_ahead)(const void* context, int64_t level, int64_t index);
-typedef void (*farspan_team)(farspan_work, farspan_ahead, const void* context, int64_t levels, const int64_t* counts,
-                             int64_t threads);
 
 // Field for field the Structures in native.py. a, b, c, y and wide are numbers of buffers; `wide` gets what y gets as
 // linear layers read it: in fp32, or laid out for tiles; -1: nothing does.

@@ -9,6 +9,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../team_call.h"
+
 #define INLINE static inline __attribute__((always_inline))
 
 namespace {
@@ -75,11 +77,6 @@ INLINE float bend(float x, float cap) { return cap * (1.0f - 2.0f / (exponential
 }  // namespace
 
 extern "C" {
-
-typedef void (*farspan_work)(const void* context, int64_t level, int64_t index, int64_t thread);
-typedef void (*farspan_ahead)(const void* context, int64_t level, int64_t index);
-typedef void (*farspan_team)(farspan_work, farspan_ahead, const void* context, int64_t levels, const int64_t* counts,
-                             int64_t threads);
 
 // Field for field the Structure in native.py. Strides count elements.
 struct Case {

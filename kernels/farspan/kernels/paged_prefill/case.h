@@ -4,14 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../team_call.h"
 #include "../tile_registers.h"
 
 extern "C" {
-
-typedef void (*farspan_work)(const void* context, int64_t level, int64_t index, int64_t thread);
-typedef void (*farspan_ahead)(const void* context, int64_t level, int64_t index);
-typedef void (*farspan_team)(farspan_work, farspan_ahead, const void* context, int64_t levels, const int64_t* counts,
-                             int64_t threads);
 
 // Field for field the Structure in native.py. Strides count elements.
 struct Case {

@@ -9,6 +9,8 @@
 #include <limits>
 #include <vector>
 
+#include "../team_call.h"
+
 #define ALWAYS __attribute__((always_inline))
 #define INLINE static inline ALWAYS
 
@@ -98,11 +100,6 @@ INLINE double sum_of(doubles x) {
 }  // namespace
 
 extern "C" {
-
-typedef void (*farspan_work)(const void* context, int64_t level, int64_t index, int64_t thread);
-typedef void (*farspan_ahead)(const void* context, int64_t level, int64_t index);
-typedef void (*farspan_team)(farspan_work, farspan_ahead, const void* context, int64_t levels, const int64_t* counts,
-                             int64_t threads);
 
 // Field for field the _Case of native.py.
 struct Case {
