@@ -74,6 +74,10 @@ def check_adapter_name(name: str) -> None:
         )
 
 
+# A worker whose stream says nothing for seconds counts as frozen.
+LONGEST_INTERVAL_S = 1.0
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach `host`."""
     try:
@@ -95,6 +99,7 @@ def check_serve(config: ServeConfig) -> None:
     at_least("transfer.colocate_below_tokens", config.transfer.colocate_below_tokens, 0)
     at_least("max_body_bytes", config.max_body_bytes, 1)
     above("body_timeout_s", config.body_timeout_s, 0)
+    within("stream_interval_s", config.stream_interval_s, 0, LONGEST_INTERVAL_S)
     one_of("tool_format", config.tool_format, TOOL_FORMATS)
     above("prefill.cpus", config.prefill.cpus, 0)
     above("decode.cpus", config.decode.cpus, 0)

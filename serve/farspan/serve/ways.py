@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Protocol
 
 from farspan.config.schema import ServeConfig
@@ -20,6 +21,8 @@ from farspan.serve.router import Workers
 
 # How often workers are asked how they stand.
 _HEAR_S = 0.5
+# Longest wait of a request for the answers of all workers, where an ingress has just begun to ask.
+_FIRST_ROUND_S = 5.0
 
 
 class Ways(Protocol):
@@ -27,7 +30,7 @@ class Ways(Protocol):
 
     @property
     def asleep(self) -> bool:
-        """No worker is known: `ready` must be waited for first."""
+        """No worker is known, or not yet who there is: `ready` must be waited for first."""
         ...
 
     async def ready(self, deadline_at_s: float | None) -> None:
@@ -79,18 +82,25 @@ class GuidedWays:
         self.guide = Guide(rules, Objectives(aims.first_token_s, aims.token_s))
         self._workers, self._start_timeout_s = workers, config.start_timeout_s
         self._hearing: asyncio.Task[None] | None = None
+        self._all_asked = asyncio.Event()
 
     @property
     def asleep(self) -> bool:
-        return not self.guide.workers
+        # Before all had their time to answer, only the quickest is known, and would be given whatever comes.
+        return not self.guide.workers or (self._hearing is not None and not self._all_asked.is_set())
 
     async def ready(self, deadline_at_s: float | None) -> None:
         self.listen()
         left_s = self._start_timeout_s if deadline_at_s is None else deadline_at_s - time.time()
+        ends_s = time.monotonic() + max(0.0, min(self._start_timeout_s, left_s))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._all_asked.wait(), min(_FIRST_ROUND_S, ends_s - time.monotonic()))
+        if self.guide.workers:
+            return
         asked_at_s = time.monotonic()
-        for load in await self._workers.wake(max(0.0, min(self._start_timeout_s, left_s))):
+        for load in await self._workers.wake(max(0.0, ends_s - asked_at_s)):
             self.guide.heard(load, asked_at_s)
-        if not self.asleep:
+        if self.guide.workers:
             return
         if deadline_at_s is not None and time.time() >= deadline_at_s:
             raise too_late()
@@ -113,4 +123,5 @@ class GuidedWays:
             asked_at_s = time.monotonic()
             for worker in await self._workers.reports(self.guide.orders(), self.guide.heard):
                 self.guide.gone(worker)
+            self._all_asked.set()
             await asyncio.sleep(max(0.0, _HEAR_S - (time.monotonic() - asked_at_s)))

@@ -71,7 +71,7 @@ class Worker:
         self._weights = engine.pool.layout.model
         self._identity = Identity(replica_name(), self.role, uuid.uuid4().hex, machine_kind(engine))
         self._drain_s = min(config.drain_s, config.transfer.deadline_s)
-        self._trunks = Trunks()
+        self._trunks = Trunks(PULSE_S, config.stream_interval_s)
         self._host.start()
 
     async def prefill(self, request: GenerationRequest) -> Prefilled | Failed:

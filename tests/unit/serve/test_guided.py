@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -12,12 +14,14 @@ from tests.unit.serve.placed import GuidedServed
 from tests.unit.serve.tiny_folder import TEXT
 
 from farspan.config.schema import ObjectivesConfig, TransferConfig
+from farspan.engine.request import SamplingParams
 from farspan.errors import ClusterError, EngineError, RequestError, TransferError
 from farspan.serve.along import Along
-from farspan.serve.messages import Failed
+from farspan.serve.messages import Failed, GenerationRequest
 from farspan.serve.metrics import rendered
 from farspan.serve.policy import Place, Route
-from farspan.serve.quotas import Quota
+from farspan.serve.quotas import Orders, Quota
+from farspan.serve.ways import GuidedWays
 
 PROMPT = TEXT[200:900]
 MAX_TOKENS = 16
@@ -150,6 +154,39 @@ def test_an_endpoint_that_takes_on_no_longer_waits_says_so_to_everybody(guided):
         guided.ways.guide.times.learn_prefill("k", 100, 50, 40.0)
     refused = guided.post("/v1/completions", {"model": "tiny", "prompt": TEXT[21_000:21_700], "max_tokens": 2})
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
+
+
+def test_a_first_request_waits_until_all_workers_were_asked_and_is_given_to_none_because_it_was_quicker(guided):
+    class Late(type(guided.workers)):
+        """The worker for prompts answers when the request is already there."""
+
+        async def reports(self, orders, hear):
+            for name in "de":
+                hear(await self.report(name, Orders()), time.monotonic())
+            await asked.wait()
+            hear(await self.report("p", Orders()), time.monotonic())
+            return set()
+
+    async def first() -> tuple[bool, bool, Route]:
+        ways.listen()
+        while not ways.guide.workers:
+            await asyncio.sleep(0)
+        before = ways.asleep
+        waiting = asyncio.ensure_future(ways.ready(None))
+        await asyncio.sleep(0)
+        asked.set()
+        await waiting
+        return before, ways.asleep, ways.way(GenerationRequest("r", (1,) * 40, SamplingParams(max_tokens=4)))
+
+    asked, workers = asyncio.Event(), guided.workers
+    ways = GuidedWays(workers, replace(guided.config, transfer=TransferConfig(split="always")))
+    workers.__class__ = Late
+    try:
+        before, after, route = asyncio.run(first())
+    finally:
+        workers.__class__ = Late.__mro__[1]
+    assert (before, after) == (True, False)
+    assert (route.split, route.prefill.worker) == (True, "p")
 
 
 def test_an_endpoint_without_workers_wakes_one_or_says_503(guided):

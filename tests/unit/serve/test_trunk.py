@@ -97,7 +97,7 @@ def test_answers_side_by_side_are_transformers_and_take_a_message_an_iteration(h
 
 def test_without_an_open_trunk_all_of_an_answer_comes_by_its_own_call(host):
     async def work() -> None:
-        trunk = Trunk()
+        trunk = Trunk(0.0)
         items = [item async for item in host.stream(request(0), (), None, trunk)]
         assert [token for item in items if isinstance(item, Tokens) for token in item.tokens] == reference(
             tiny_model(), ASKED[0], MAX_TOKENS
@@ -151,6 +151,50 @@ def test_a_trunk_says_that_it_is_alive_and_ends_when_nobody_rode_for_a_pulse():
             assert [await anext(opened) for _ in range(3)] == [Alive()] * 3
         assert [item async for item in opened] == []
         assert trunks._known == {}
+
+    run(work)
+
+
+def test_tokens_of_many_answers_are_kept_together_and_what_begins_or_ends_one_waits_for_nothing(monkeypatch):
+    monkeypatch.setattr("farspan.serve.trunk._SPACING_S", 3600.0)
+
+    async def work() -> None:
+        trunk, inboxes = Trunk(3600.0), {name: Inbox() for name in "ab"}
+        bundles = trunk.bundles(PULSE_S)
+        trunk.divert("a", inboxes["a"], Tokens((1,), None))
+        assert await anext(bundles) == Bundle((("a", Tokens((1,), None)),))
+        waiting = asyncio.ensure_future(anext(bundles))
+        for token in (2, 3):
+            inboxes["a"].put(Tokens((token,), None))
+            # Longer than a pulse: what is kept is no silence, and no reason to tell it.
+            await asyncio.wait((waiting,), timeout=PULSE_S)
+            assert not waiting.done()
+        trunk.divert("b", inboxes["b"], Tokens((7,), None))
+        began = [("a", Tokens((2,), None)), ("a", Tokens((3,), None)), ("b", Tokens((7,), None))]
+        assert await waiting == Bundle(tuple(began))
+        waiting = asyncio.ensure_future(anext(bundles))
+        inboxes["b"].put(Tokens((8,), None))
+        inboxes["a"].put(Tokens((4,), "length"))
+        assert await waiting == Bundle((("b", Tokens((8,), None)), ("a", Tokens((4,), "length"))))
+        await bundles.aclose()
+
+    run(work)
+
+
+@pytest.mark.parametrize("longest_s", [0.0, 0.05])
+def test_kept_tokens_follow_by_themselves_when_their_time_is_over(longest_s, monkeypatch):
+    monkeypatch.setattr("farspan.serve.trunk._SPACING_S", 3600.0)
+
+    async def work() -> None:
+        trunk, inbox = Trunk(longest_s), Inbox()
+        bundles = trunk.bundles(PULSE_S)
+        trunk.divert("a", inbox, Tokens((1,), None))
+        began_s = asyncio.get_running_loop().time()
+        for token in (1, 2, 3):
+            assert await anext(bundles) == Bundle((("a", Tokens((token,), None)),))
+            inbox.put(Tokens((token + 1,), None))
+        assert asyncio.get_running_loop().time() - began_s >= 2 * longest_s
+        await bundles.aclose()
 
     run(work)
 
