@@ -89,7 +89,7 @@ class Api:
         self._token_names = TokenNames(self._tokenizer)
         self._limits, self._metrics = limits or Limits(keys), Metrics()
         self._needed = sum(role.least > 0 for role in (config.prefill, config.decode))
-        self._traces, self._readiness = TraceBook(), Readiness(workers.info, needed=self._needed)
+        self._traces, self._readiness = TraceBook(), Readiness(self._met, needed=self._needed)
         collector = config.telemetry.otlp_endpoint
         self._spans = Spans(None if collector is None else exporter_to(collector))
         self._info: WorkerInfo | None = None
@@ -110,6 +110,13 @@ class Api:
     async def readiness(self) -> tuple[int, dict[str, Any]]:
         """(status, content) of the answer of `ready`."""
         return await self._readiness.told()
+
+    async def _met(self) -> list[WorkerInfo]:
+        """All workers that answer. Whoever is told that they are ready is not sent to some of them only."""
+        infos = await self._workers.info()
+        if self._ways is not None:
+            await self._ways.met(info.worker for info in infos)
+        return infos
 
     async def models(self, request: Request) -> Response:
         self.authorize(request)

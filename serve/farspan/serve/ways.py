@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Protocol
 
@@ -37,6 +37,10 @@ class Ways(Protocol):
         """Wait until there is a worker. Raises ApiError when none comes in time."""
         ...
 
+    async def met(self, workers: Iterable[str]) -> None:
+        """Wait until these were heard of, or had their time to say how they stand."""
+        ...
+
     def way(self, request: GenerationRequest) -> Route: ...
 
     def workers(self, request: GenerationRequest, route: Route) -> Workers:
@@ -51,6 +55,9 @@ class LengthWays:
         self._workers, self._config, self.asleep = workers, config, False
 
     async def ready(self, deadline_at_s: float | None) -> None:
+        return None
+
+    async def met(self, workers: Iterable[str]) -> None:
         return None
 
     def way(self, request: GenerationRequest) -> Route:
@@ -106,6 +113,10 @@ class GuidedWays:
             raise too_late()
         raise unavailable("no worker could be started in time")
 
+    async def met(self, workers: Iterable[str]) -> None:
+        if not set(workers) <= {load.worker for load in self.guide.workers}:
+            await self._ask_all()
+
     def way(self, request: GenerationRequest) -> Route:
         return self.guide.route(request)
 
@@ -121,7 +132,10 @@ class GuidedWays:
     async def _hear(self) -> None:
         while True:
             asked_at_s = time.monotonic()
-            for worker in await self._workers.reports(self.guide.orders(), self.guide.heard):
-                self.guide.gone(worker)
-            self._all_asked.set()
+            await self._ask_all()
             await asyncio.sleep(max(0.0, _HEAR_S - (time.monotonic() - asked_at_s)))
+
+    async def _ask_all(self) -> None:
+        for worker in await self._workers.reports(self.guide.orders(), self.guide.heard):
+            self.guide.gone(worker)
+        self._all_asked.set()

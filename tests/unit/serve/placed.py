@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from farspan.config.schema import ServeConfig
 from farspan.errors import ClusterError, FarspanError
 from farspan.kv.ticket import KvTicket
 from farspan.serve.load import Identity, WorkerLoad
-from farspan.serve.messages import Failed, GenerationRequest, Prefilled, StreamItem, Tokens
+from farspan.serve.messages import Failed, GenerationRequest, Prefilled, StreamItem, Tokens, WorkerInfo
 from farspan.serve.policy import Place
 from farspan.serve.quotas import Orders
 from farspan.serve.ways import GuidedWays
@@ -82,6 +83,10 @@ class PlacedWorkers(LocalWorkers):
 
     async def wake(self, timeout_s: float) -> list[WorkerLoad]:
         return [await self.report("d", Orders())]
+
+    async def info(self) -> list[WorkerInfo]:
+        infos = await super().info()
+        return [replace(info, worker=name) for info, name in zip(infos, NAMES, strict=True)]
 
     async def report(self, name: str, orders: Orders) -> WorkerLoad:
         identity = Identity(name, "prefill" if name == "p" else "decode", "1", "k")

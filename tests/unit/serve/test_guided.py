@@ -21,6 +21,7 @@ from farspan.serve.messages import Failed, GenerationRequest
 from farspan.serve.metrics import rendered
 from farspan.serve.policy import Place, Route
 from farspan.serve.quotas import Orders, Quota
+from farspan.serve.readiness import Readiness
 from farspan.serve.ways import GuidedWays
 
 PROMPT = TEXT[200:900]
@@ -187,6 +188,13 @@ def test_a_first_request_waits_until_all_workers_were_asked_and_is_given_to_none
         workers.__class__ = Late.__mro__[1]
     assert (before, after) == (True, False)
     assert (route.split, route.prefill.worker) == (True, "p")
+
+
+def test_whoever_hears_that_an_endpoint_is_ready_is_sent_to_all_of_its_workers(guided):
+    guided.ways.guide.heard(asyncio.run(guided.workers.report("p", Orders())), time.monotonic())
+    guided.api._readiness = Readiness(guided.api._met)
+    assert guided.get("/ready").status_code == 200
+    assert {load.worker for load in guided.ways.guide.workers} == {"p", "d", "e"}
 
 
 def test_an_endpoint_without_workers_wakes_one_or_says_503(guided):
