@@ -116,14 +116,20 @@ def _decode_terms(running: float, kv_tokens: float) -> tuple[float, float, float
 
 
 def _at_least_zero(products: NDArray[np.float64], targets: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The x >= 0 with the least x'Px - 2t'x, exactly: with so few terms, every set that may be above zero is tried."""
+    """The x >= 0 with the least x'Px - 2t'x, exactly: with so few terms, every set that may be above zero is tried.
+
+    Where all of them are, at the least of all x, no other set is better.
+    """
     size = len(targets)
     # The second part only keeps terms apart that always came in the same proportion.
     held = _ASSUMED + _APART * float(np.trace(products))
     matrix = products + held * np.eye(size)
     wanted = targets + held
-    best, least = np.zeros(size), 0.0
-    for count in range(1, size + 1):
+    best, least = np.linalg.solve(matrix, wanted), 0.0
+    if (best >= 0).all():
+        return best
+    best = np.zeros(size)
+    for count in range(1, size):
         for chosen in combinations(range(size), count):
             part = np.linalg.solve(matrix[np.ix_(chosen, chosen)], wanted[list(chosen)])
             # At its own best, a set's value is -t'x.
