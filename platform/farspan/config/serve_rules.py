@@ -17,6 +17,8 @@ SERVE_DTYPES = ("bfloat16", "float32", "float64")
 TOOL_FORMATS = ("auto", "hermes", "llama3")
 TRANSPORTS = ("auto", "nixl", "object_store")
 SPLITS = ("predicted", "always")
+# A worker whose stream says nothing for seconds counts as frozen.
+_LONGEST_INTERVAL_S = 1.0
 
 
 def check_engine(engine: EngineConfig) -> None:
@@ -74,10 +76,6 @@ def check_adapter_name(name: str) -> None:
         )
 
 
-# A worker whose stream says nothing for seconds counts as frozen.
-LONGEST_INTERVAL_S = 1.0
-
-
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach `host`."""
     try:
@@ -99,7 +97,7 @@ def check_serve(config: ServeConfig) -> None:
     at_least("transfer.colocate_below_tokens", config.transfer.colocate_below_tokens, 0)
     at_least("max_body_bytes", config.max_body_bytes, 1)
     above("body_timeout_s", config.body_timeout_s, 0)
-    within("stream_interval_s", config.stream_interval_s, 0, LONGEST_INTERVAL_S)
+    within("stream_interval_s", config.stream_interval_s, 0, _LONGEST_INTERVAL_S)
     one_of("tool_format", config.tool_format, TOOL_FORMATS)
     above("prefill.cpus", config.prefill.cpus, 0)
     above("decode.cpus", config.decode.cpus, 0)

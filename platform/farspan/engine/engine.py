@@ -325,7 +325,8 @@ class Engine:
         pieces = self._pieces(decision.chunks, sequences)
         started = self._clock()
         events += self._after(sequences, pieces, self.adapters.run(self._runner, pieces))
-        self._holdings.learn_pace(self._clock() - started, sum(len(piece.tokens) for piece in pieces))
+        sizes = [len(piece.tokens) for piece in pieces]
+        self._holdings.learn_pace(self._clock() - started, sizes, 1 + self._guesses.most)
         return events
 
     def _expire(self) -> list[Event]:
@@ -351,7 +352,8 @@ class Engine:
         """Who waits, in the order of admission."""
         waiting = {s.request_id: s for s in self._waiting}
         claims = (
-            Claim(s.request_id, s.terms.priority, s.terms.tenant, len(s.tokens) - s.num_computed) for s in self._waiting
+            Claim(s.request_id, s.terms.priority, s.terms.tenant, len(s.tokens) - s.num_computed, s.terms.deadline_s)
+            for s in self._waiting
         )
         for request_id in fair_order(claims, self._service.given):
             yield waiting[request_id]

@@ -6,6 +6,7 @@ Source: virtual token counters (Sheng et al. 2024, https://arxiv.org/abs/2401.00
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -50,6 +51,7 @@ class Claim(NamedTuple):
     priority: int
     tenant: str
     num_tokens: int
+    deadline_s: float | None = None
 
 
 def too_many(tenant: str, running: Iterable[str]) -> str | None:
@@ -66,15 +68,17 @@ def crowds_out(running: Sequence[str], waiting: Collection[str]) -> bool:
 
 
 def fair_order(claims: Iterable[Claim], given: Mapping[str, float]) -> Iterator[str]:
-    """The order of admission: by priority, then the tenant that was given least, then the order of `claims`.
+    """The order of admission: by priority, then the tenant that was given least, then its deadlines, then the order of
+    `claims`.
 
-    Every claim counts for its tenant as soon as it is named, so that a long line of one tenant is interleaved.
+    A deadline brings a claim before others of its tenant only: nobody gets ahead of another by being in a hurry. Every
+    claim counts for its tenant as soon as it is named, so that a long line of one tenant is interleaved.
     """
-    lines: dict[int, dict[str, deque[Claim]]] = {}
+    lines: dict[int, dict[str, list[Claim]]] = {}
     for claim in claims:
-        lines.setdefault(claim.priority, {}).setdefault(claim.tenant, deque()).append(claim)
+        lines.setdefault(claim.priority, {}).setdefault(claim.tenant, []).append(claim)
     for priority in sorted(lines, reverse=True):
-        tenants = lines[priority]
+        tenants = {name: deque(sorted(line, key=_deadline_s)) for name, line in lines[priority].items()}
         heap = [(given.get(tenant, 0.0), place, tenant) for place, tenant in enumerate(tenants)]
         heapq.heapify(heap)
         while heap:
@@ -83,3 +87,7 @@ def fair_order(claims: Iterable[Claim], given: Mapping[str, float]) -> Iterator[
             if tenants[tenant]:
                 heapq.heappush(heap, (total + max(claim.num_tokens, 1), place, tenant))
             yield claim.request_id
+
+
+def _deadline_s(claim: Claim) -> float:
+    return math.inf if claim.deadline_s is None else claim.deadline_s

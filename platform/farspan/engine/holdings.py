@@ -50,7 +50,7 @@ class Holdings:
         # Asked for every sequence in every iteration.
         self._num_state, self._gives_back = pool.layout.num_state_pages, pool.layout.gives_back
         self._matches: dict[str, Match] = {}
-        self._token_s = 0.0
+        self._token_s, self._paced_by_prompts = 0.0, False
         self._page_s = self._measure(clock)
 
     @property
@@ -314,10 +314,21 @@ class Holdings:
             return ALWAYS_RECOMPUTE
         return Costs(self._token_s, self._page_s, self._offload.room_pages)
 
-    def learn_pace(self, seconds: float, num_tokens: int) -> None:
-        """An iteration computed so many tokens in so long."""
+    def learn_pace(self, seconds: float, sizes: Sequence[int], alone: int = 1) -> None:
+        """An iteration computed so many tokens of each sequence in so long; one that decodes has up to `alone` of them,
+        guesses included.
+
+        Where more than half are of prompts, a token takes what it takes to compute a preempted sequence again: many
+        times less than in decoding. Other iterations teach only as long as there was none of these.
+        """
+        num_tokens = sum(sizes)
+        like_prompts = 2 * sum(size for size in sizes if size > alone) > num_tokens
+        if self._paced_by_prompts and not like_prompts:
+            return
         newest = seconds / num_tokens
-        self._token_s = newest if self._token_s == 0 else self._token_s + _PACE_WEIGHT * (newest - self._token_s)
+        first = self._token_s == 0 or like_prompts != self._paced_by_prompts
+        self._token_s = newest if first else self._token_s + _PACE_WEIGHT * (newest - self._token_s)
+        self._paced_by_prompts = like_prompts
 
     def pin(self, name: str, tokens: Sequence[int], scope: PrefixScope, most_pages: int) -> int:
         """Hold the pages of a computed beginning until `unpin`; gives the number of tokens held.

@@ -90,7 +90,7 @@ class Steady:
         found = self.step(running, step)
         if found is None:
             return None
-        self._holdings.learn_pace(self._clock() - started, num_running)
+        self._holdings.learn_pace(self._clock() - started, [1] * num_running)
         return [*events, *found]
 
     def _is_due(self, running: Sequence[SequenceState], waiting: Sequence[SequenceState], limits: Limits) -> bool:

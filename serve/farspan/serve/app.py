@@ -15,7 +15,6 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import LoggingConfig
 
 from farspan.config.schema import RoleConfig, ServeConfig
 from farspan.config.serve_rules import check_serve
@@ -170,8 +169,6 @@ def _options(role: RoleConfig, config: ServeConfig, *, scaled: bool) -> dict[str
         "max_constructor_retry_count": 2,
         **_HEALTH,
         "graceful_shutdown_wait_loop_s": 0.1,
-        # A line for each time that an ingress asks how a worker stands, twice a second; the ingress logs requests.
-        "logging_config": LoggingConfig(enable_access_log=False),
         "request_router_config": RequestRouterConfig(request_router_class=_ROUTER),
         **_lasting(config),
         **replicas_of(role, config, scaled=scaled),

@@ -124,12 +124,12 @@ def _throughput(bench: ServeBench, ask: Any, client: BenchClient) -> list[dict[s
     bare, through = [], []
     for turn in range(1 + bench.engine.turns):
         prompts, others = (work.prompts(vocab_size, seed + turn) for seed in (0, _SEEDS_OF_HTTP))
-        ways = {
+        contenders = {
             "engine": lambda prompts=prompts: ask(prompts, work.new_tokens, bench.engine.deadline_s)[0],
             "HTTP": lambda prompts=others: _seconds_of_all(client, prompts, work.new_tokens),
         }
         # Each begins every other turn: a machine that gets slower is not always slower for the same one.
-        took_s = {name: ways[name]() for name in (sorted(ways) if turn % 2 else sorted(ways, reverse=True))}
+        took_s = {name: contenders[name]() for name in sorted(contenders, reverse=turn % 2 == 0)}
         logger.info("%s: engine %.2f s, HTTP %.2f s", work.name, took_s["engine"], took_s["HTTP"])
         # The first turn of each compiles, and fills caches.
         if turn:

@@ -54,7 +54,11 @@ class Metrics:
             "farspan_time_to_first_token_seconds", "From arrival.", buckets=_FIRST_TOKEN_S, registry=registry
         )
         self._whole = Histogram("farspan_request_seconds", "From arrival.", buckets=_WHOLE_S, registry=registry)
-        self._gaps = Gaps("farspan_inter_token_seconds", "Between two tokens of an answer, as they came.", registry)
+        self._gaps = Gaps(
+            "farspan_inter_token_seconds",
+            "Between two tokens of an answer; those that come together share the time.",
+            registry,
+        )
         self._moved = Counter(
             "farspan_transfer_bytes", "KV pages sent, prefill to decode.", ["transport"], registry=registry
         )

@@ -125,10 +125,10 @@ def _at_least_zero(products: NDArray[np.float64], targets: NDArray[np.float64]) 
     held = _ASSUMED + _APART * float(np.trace(products))
     matrix = products + held * np.eye(size)
     wanted = targets + held
-    best, least = np.linalg.solve(matrix, wanted), 0.0
-    if (best >= 0).all():
-        return best
-    best = np.zeros(size)
+    free = np.asarray(np.linalg.solve(matrix, wanted), dtype=np.float64)
+    if (free >= 0).all():
+        return free
+    best, least = np.zeros(size), 0.0
     for count in range(1, size):
         for chosen in combinations(range(size), count):
             part = np.linalg.solve(matrix[np.ix_(chosen, chosen)], wanted[list(chosen)])

@@ -30,14 +30,14 @@ class Arrivals:
     """How many gaps lay between two powers of the step; 0: shorter than can be told from none."""
 
     def add(self, count: int, at_s: float) -> None:
-        """Tokens that came together."""
+        """Tokens that came together share the time since those before them: they were kept for each other."""
         if count == 0:
             return
         if self.last_s is None:
             self.first_s = at_s
+            self.gaps[0] += count - 1
         else:
-            self.gaps[_bucket(at_s - self.last_s)] += 1
-        self.gaps[0] += count - 1
+            self.gaps[_bucket((at_s - self.last_s) / count)] += count
         self.count, self.last_s = self.count + count, at_s
 
     @property

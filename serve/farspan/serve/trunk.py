@@ -1,17 +1,19 @@
-"""A worker's end of one stream to an ingress, for the tokens of all its answers: an iteration is one message.
+"""A worker's end of one stream to an ingress, for the tokens of all its answers: an iteration or a few is one message.
 
 Each answer keeps a call of its own. What it says before its first tokens comes by the call, everything after by the
 trunk; or all of it by the call, where no trunk is open then. Never by both in turns: nothing is overtaken.
 
-Where many answers run, tokens of several iterations are one message: what a piece of an answer costs on its way to the
-client is taken from engines, and from how many answers one ingress can tell.
+Where many answers run, tokens of several iterations are one message (decision 0082): what a piece of an answer costs on
+its way to the client is taken from engines, and from how many answers one ingress can tell.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Iterator
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -20,27 +22,33 @@ from farspan.serve.life import PULSE_S
 from farspan.serve.mailbox import Inbox, Item, ends
 from farspan.serve.messages import Alive, Bundle, Failed, Tokens
 
-# Between two messages, for each answer: about twice what its piece takes of ingress and proxy, so that telling takes
-# no more than half a processor. Messages go out with a token, not between two: slower engines keep none back.
+# Between two messages, for each answer: several times what its piece takes of ingress and proxy.
 _SPACING_S = 0.004
 
 
 class Trunk:
     """One stream, or what may become one."""
 
-    def __init__(self, longest_s: float) -> None:
+    def __init__(self, longest_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         """`longest_s`: for which a token is kept, to be told together with later ones."""
         self.is_open, self.num_riders = False, 0
-        self._longest_s, self._next_s = longest_s, -math.inf
+        self._longest_s, self._clock = longest_s, clock
         self._kept: list[tuple[str, Item]] = []
+        self._since_s = self._told_s = -math.inf
+        """Since when something is kept; when everything was told last."""
+        self._counts: Counter[str] = Counter()
+        self._rounds = 0
+        """Items of each request since then, and of the one with most: so many iterations."""
+        self._urgent: set[str] = set()
+        """Requests that begin or end: what is kept of them waits for nothing."""
+        self._is_due = False
         self._filled, self._pressing = asyncio.Event(), asyncio.Event()
         self._diverted: dict[str, Inbox] = {}
 
     def divert(self, request_id: str, inbox: Inbox, first: Tokens) -> None:
         """From now on what an inbox gets goes by the trunk, after `first`; to the inbox only the last of it."""
         self._diverted[request_id] = inbox
-        self._put(request_id, first)
-        self._pressing.set()
+        self._put(request_id, first, urgent=True)
         inbox.divert(partial(self._put, request_id))
 
     def leave(self, request_id: str) -> None:
@@ -49,8 +57,8 @@ class Trunk:
             inbox.restore()
 
     async def bundles(self, pulse_s: float) -> AsyncGenerator[Bundle | Alive]:
-        """What is to be said, as soon as it is there; until there was no rider for the time of a pulse, as a stream
-        keeps a worker from being stopped.
+        """What is to be said, as soon as it is worth a message; until there was no rider for the time of a pulse, as a
+        stream keeps a worker from being stopped.
         """
         self.is_open = True
         try:
@@ -64,10 +72,7 @@ class Trunk:
                     yield Alive()
                     continue
                 await self._gathered()
-                self._filled.clear()
-                self._pressing.clear()
-                kept, self._kept = tuple(self._kept), []
-                yield Bundle(kept)
+                yield Bundle(self._taken())
         finally:
             self.is_open = False
             for request_id, inbox in list(self._diverted.items()):
@@ -75,18 +80,43 @@ class Trunk:
                 inbox.put(Failed(ClusterError("the stream to the ingress broke off")))
 
     async def _gathered(self) -> None:
-        """Wait until what is kept is worth a message; what begins or ends an answer always is."""
-        loop = asyncio.get_running_loop()
-        if not self._pressing.is_set():
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._longest_s):
-                    await self._pressing.wait()
-        self._next_s = loop.time() + min(self._longest_s, len(self._diverted) * _SPACING_S)
+        """Wait until something of what is kept is worth a message."""
+        if self._pressing.is_set():
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._since_s + self._longest_s - self._clock()):
+                await self._pressing.wait()
+        self._is_due = self._is_due or not self._pressing.is_set()
 
-    def _put(self, request_id: str, item: Item) -> None:
+    def _taken(self) -> tuple[tuple[str, Item], ...]:
+        """All that is kept, if it is time for it; else what begins or ends, and the rest waits on."""
+        told = tuple(one for one in self._kept if self._is_due or one[0] in self._urgent)
+        if self._is_due:
+            self._told_s, self._rounds = self._clock(), 0
+            self._counts.clear()
+        self._kept = [] if self._is_due else [one for one in self._kept if one[0] not in self._urgent]
+        if not self._kept:
+            self._filled.clear()
+        self._is_due = False
+        self._urgent.clear()
+        self._pressing.clear()
+        return told
+
+    def _put(self, request_id: str, item: Item, *, urgent: bool = False) -> None:
+        now_s = self._clock()
+        if not self._kept:
+            self._since_s = now_s
         self._kept.append((request_id, item))
         self._filled.set()
-        if ends(item) or asyncio.get_running_loop().time() >= self._next_s:
+        if urgent or ends(item):
+            self._urgent.add(request_id)
+            self._pressing.set()
+        self._counts[request_id] += 1
+        self._rounds = max(self._rounds, self._counts[request_id])
+        # With the iteration that is nearest: half of one early is as good as half of one late.
+        passed_s = now_s - self._told_s
+        if passed_s + passed_s / (2 * self._rounds) >= min(self._longest_s, len(self._diverted) * _SPACING_S):
+            self._is_due = True
             self._pressing.set()
 
 

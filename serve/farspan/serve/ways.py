@@ -99,23 +99,28 @@ class GuidedWays:
     async def ready(self, deadline_at_s: float | None) -> None:
         self.listen()
         left_s = self._start_timeout_s if deadline_at_s is None else deadline_at_s - time.time()
-        ends_s = time.monotonic() + max(0.0, min(self._start_timeout_s, left_s))
+        left_s = max(0.0, min(self._start_timeout_s, left_s))
+        ends_s = time.monotonic() + left_s
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._all_asked.wait(), min(_FIRST_ROUND_S, ends_s - time.monotonic()))
+            # Half of what is left: who is known then will do.
+            await asyncio.wait_for(self._all_asked.wait(), min(_FIRST_ROUND_S, left_s / 2))
         if self.guide.workers:
             return
         asked_at_s = time.monotonic()
         for load in await self._workers.wake(max(0.0, ends_s - asked_at_s)):
             self.guide.heard(load, asked_at_s)
         if self.guide.workers:
+            # The one that came is known, and not yet who came with it.
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._ask_all(), min(_FIRST_ROUND_S, max(0.0, ends_s - time.monotonic()) / 2))
             return
         if deadline_at_s is not None and time.time() >= deadline_at_s:
             raise too_late()
         raise unavailable("no worker could be started in time")
 
     async def met(self, workers: Iterable[str]) -> None:
-        if not set(workers) <= {load.worker for load in self.guide.workers}:
-            await self._ask_all()
+        if unknown := set(workers) - {load.worker for load in self.guide.workers}:
+            await self._ask_all(unknown)
 
     def way(self, request: GenerationRequest) -> Route:
         return self.guide.route(request)
@@ -135,7 +140,11 @@ class GuidedWays:
             await self._ask_all()
             await asyncio.sleep(max(0.0, _HEAR_S - (time.monotonic() - asked_at_s)))
 
-    async def _ask_all(self) -> None:
-        for worker in await self._workers.reports(self.guide.orders(), self.guide.heard):
-            self.guide.gone(worker)
-        self._all_asked.set()
+    async def _ask_all(self, more: Iterable[str] = ()) -> None:
+        """`more`: workers that were never heard of, and are to be asked by name where one of them all is silent."""
+        orders = {**dict.fromkeys(more, Orders()), **self.guide.orders()}
+        try:
+            for worker in await self._workers.reports(orders, self.guide.heard):
+                self.guide.gone(worker)
+        finally:
+            self._all_asked.set()

@@ -96,7 +96,7 @@ class World:
         terms = Terms(
             tenant=self.chance.choice("abc"),
             priority=self.chance.choice([0, 0, 0, 1]),
-            deadline_s=self.clock.now_s + self.chance.uniform(0.5, 30) if self.chance.random() < 0.3 else None,
+            deadline_s=self.clock.now_s + self.chance.uniform(0.2, 10) if self.chance.random() < 0.3 else None,
             scope=PrefixScope(salt=self.chance.choice(["", "", "own"])),
         )
         wish = Wish(prompt, self.chance.randint(1, 40), terms)

@@ -130,6 +130,19 @@ def test_tenants_are_interleaved_whatever_the_length_of_their_lines():
     assert next(fair_order([*claims, Claim("u", 1, "a", 1)], {"a": 100.0})) == "u"
 
 
+def test_an_earlier_deadline_comes_before_later_ones_and_none_of_its_tenant_and_before_nobody_else():
+    claims = [
+        Claim("a0", 0, "a", 10),
+        Claim("a1", 0, "a", 10, 9.0),
+        Claim("b0", 0, "b", 10),
+        Claim("b1", 0, "b", 10, 1.0),
+        Claim("a2", 0, "a", 10, 5.0),
+        Claim("a3", 0, "a", 10, 9.0),
+    ]
+    assert list(fair_order(claims, {})) == ["a2", "b1", "a1", "b0", "a3", "a0"]
+    assert next(fair_order([*claims, Claim("u", 1, "a", 1)], {})) == "u"
+
+
 def test_a_tenant_that_was_away_has_no_claim_to_the_time_it_missed():
     service = Service()
     service.arrive("a", set())

@@ -163,6 +163,7 @@ def free_port() -> int:
         ("objectives.max_wait_s=0", "objectives.max_wait_s: must be more than 0, got 0.0; use for example"),
         ("scaling.down_s=-1", "scaling.down_s: must lie in 0..inf, got -1.0; use scaling.down_s=0"),
         ("drain_s=-1", "drain_s: must lie in 0..inf, got -1.0; use drain_s=0"),
+        ("stream_interval_s=2", "stream_interval_s: must lie in 0..1, got 2.0; use stream_interval_s=1"),
         ("transfer.split=allways", "transfer.split: must be one of predicted, always, got 'allways'"),
         ("engine.tensor_parallel=0", "engine.tensor_parallel: must be at least 1, got 0; use engine.tensor_parallel=1"),
     ],

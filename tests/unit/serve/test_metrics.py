@@ -65,16 +65,16 @@ def test_guessed_tokens_are_counted_once_however_often_workers_are_asked_and_who
 def test_gaps_are_counted_where_they_belong_and_their_sum_is_the_time_from_first_to_last():
     registry, one, other = CollectorRegistry(), Arrivals(), Arrivals()
     gaps = Gaps("gaps", "Between tokens.", registry)
-    # Two tokens come together; then 20 ms, 20 ms, 3 s.
-    for count, at_s in ((1, 1.0), (2, 1.02), (1, 1.04), (1, 4.04)):
+    # Two tokens come together after 16 ms; then 20 ms, 3 s.
+    for count, at_s in ((1, 1.0), (2, 1.016), (1, 1.036), (1, 4.036)):
         one.add(count, at_s)
     other.add(1, 7.0)
     gaps.add(one)
     gaps.add(other)
     counted = {at: registry.get_sample_value("gaps_bucket", {"le": at}) for at in ("0.001", "0.01", "0.025", "2.5")}
-    assert counted == {"0.001": 1, "0.01": 1, "0.025": 3, "2.5": 3}
+    assert counted == {"0.001": 0, "0.01": 2, "0.025": 3, "2.5": 3}
     assert registry.get_sample_value("gaps_bucket", {"le": "+Inf"}) == registry.get_sample_value("gaps_count") == 4
-    assert registry.get_sample_value("gaps_sum") == pytest.approx(3.04)
+    assert registry.get_sample_value("gaps_sum") == pytest.approx(3.036)
 
 
 def test_what_workers_hold_is_told_of_all_that_are_there_and_of_none_that_is_gone():

@@ -97,7 +97,10 @@ async def settled(hosts: list[EngineHost]) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_answers_are_exact_and_nothing_stays_held_whatever_workers_do(hosts, expected, seed):
     async def run() -> None:
-        replicas = [Replica(name, role, host) for (name, role), host in zip(NAMES.items(), hosts, strict=True)]
+        # Odd ones keep tokens for each other, and lose them.
+        kept_s = 0.02 * (seed % 2)
+        named = zip(NAMES.items(), hosts, strict=True)
+        replicas = [Replica(name, role, host, longest_s=kept_s) for (name, role), host in named]
         router = Router(Deployment(replicas[0]), Deployment(*replicas[1:]), SILENT_S)
         ways = GuidedWays(router, ServeConfig(model="m", transfer=TRANSFER))
         await router.reports({}, ways.guide.heard)
@@ -115,5 +118,20 @@ def test_answers_are_exact_and_nothing_stays_held_whatever_workers_do(hosts, exp
         for replica in replicas:
             replica.awake.set()
         await settled(hosts)
+
+    asyncio.run(run())
+
+
+def test_beside_a_frozen_worker_the_others_are_met_though_nobody_heard_of_them_before(hosts, monkeypatch):
+    monkeypatch.setattr("farspan.serve.router._REPORT_TIMEOUT_S", 0.5)
+
+    async def run() -> None:
+        p, d, e = (Replica(name, role, host) for (name, role), host in zip(NAMES.items(), hosts, strict=True))
+        freeze(e)
+        ways = GuidedWays(Router(Deployment(p), Deployment(d, e), SILENT_S), ServeConfig(model="m", transfer=TRANSFER))
+        async with asyncio.timeout(30):
+            await ways.met("pd")
+        assert {load.worker for load in ways.guide.workers} == {"p", "d"}
+        e.awake.set()
 
     asyncio.run(run())

@@ -39,16 +39,18 @@ def test_percentiles_of_the_gaps_are_those_of_all_of_them_to_a_twentieth(seed: i
         now_s += scale_s * chance.lognormvariate(0, 1)
         count = chance.choice([1, 1, 1, 1, 2])
         arrivals.add(count, now_s)
-        times += [now_s] * count
+        before_s = times[-1] if times else now_s
+        times += [before_s + (now_s - before_s) * (place + 1) / count for place in range(count)]
     gaps = sorted(b - a for a, b in pairwise(times))
-    assert (arrivals.count, arrivals.first_s, arrivals.last_s) == (len(times), times[0], times[-1])
+    assert (arrivals.count, arrivals.first_s) == (len(times), times[0])
+    assert arrivals.last_s == pytest.approx(times[-1])
     for percent in (50, 90, 99):
         wanted = gaps[len(gaps) * percent // 100]
         assert arrivals.percentile_s(percent) == pytest.approx(wanted, rel=0.05, abs=1e-4)
     assert len(arrivals.gaps) < 200
 
 
-def test_one_token_has_a_time_and_no_gaps_and_tokens_that_come_together_have_none_between_them():
+def test_one_token_has_a_time_and_no_gaps_and_tokens_that_come_together_share_the_one_before_them():
     arrivals = Arrivals()
     arrivals.add(0, 0.5)
     assert (arrivals.count, arrivals.first_s, arrivals.percentile_s(50)) == (0, None, None)
@@ -57,6 +59,9 @@ def test_one_token_has_a_time_and_no_gaps_and_tokens_that_come_together_have_non
     together = Arrivals()
     together.add(4, 2.0)
     assert [together.percentile_s(percent) for percent in (50, 90, 99)] == [0.0, 0.0, 0.0]
+    together.add(4, 3.0)
+    assert [together.percentile_s(percent) for percent in (50, 90, 99)] == [pytest.approx(0.25, rel=0.05)] * 3
+    assert together.span_s == 1.0
 
 
 def test_the_digest_of_a_trace_is_that_of_the_pages_that_were_offered_and_of_nothing_else(served):

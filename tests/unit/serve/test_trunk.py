@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import ExitStack, aclosing
 from contextvars import ContextVar
 from typing import Any
@@ -155,30 +155,73 @@ def test_a_trunk_says_that_it_is_alive_and_ends_when_nobody_rode_for_a_pulse():
     run(work)
 
 
-def test_tokens_of_many_answers_are_kept_together_and_what_begins_or_ends_one_waits_for_nothing(monkeypatch):
+def given(token: int, finish: str | None = None) -> Tokens:
+    return Tokens((token,), finish)
+
+
+def test_what_begins_or_ends_an_answer_waits_for_nothing_and_all_others_wait_on(monkeypatch):
     monkeypatch.setattr("farspan.serve.trunk._SPACING_S", 3600.0)
 
     async def work() -> None:
         trunk, inboxes = Trunk(3600.0), {name: Inbox() for name in "ab"}
-        bundles = trunk.bundles(PULSE_S)
-        trunk.divert("a", inboxes["a"], Tokens((1,), None))
-        assert await anext(bundles) == Bundle((("a", Tokens((1,), None)),))
+        bundles = trunk.bundles(0.01)
+        trunk.divert("a", inboxes["a"], given(1))
+        assert await anext(bundles) == Bundle((("a", given(1)),))
         waiting = asyncio.ensure_future(anext(bundles))
         for token in (2, 3):
-            inboxes["a"].put(Tokens((token,), None))
-            # Longer than a pulse: what is kept is no silence, and no reason to tell it.
-            await asyncio.wait((waiting,), timeout=PULSE_S)
+            inboxes["a"].put(given(token))
+            # For pulses: what is kept is neither silence nor a reason to tell it.
+            await asyncio.wait((waiting,), timeout=0.05)
             assert not waiting.done()
-        trunk.divert("b", inboxes["b"], Tokens((7,), None))
-        began = [("a", Tokens((2,), None)), ("a", Tokens((3,), None)), ("b", Tokens((7,), None))]
-        assert await waiting == Bundle(tuple(began))
-        waiting = asyncio.ensure_future(anext(bundles))
-        inboxes["b"].put(Tokens((8,), None))
-        inboxes["a"].put(Tokens((4,), "length"))
-        assert await waiting == Bundle((("b", Tokens((8,), None)), ("a", Tokens((4,), "length"))))
+        trunk.divert("b", inboxes["b"], given(7))
+        assert await waiting == Bundle((("b", given(7)),))
+        inboxes["b"].put(given(8))
+        inboxes["a"].put(given(4, "length"))
+        assert await anext(bundles) == Bundle((("a", given(2)), ("a", given(3)), ("a", given(4, "length"))))
+        inboxes["b"].put(given(9, "stop"))
+        assert await anext(bundles) == Bundle((("b", given(8)), ("b", given(9, "stop"))))
         await bundles.aclose()
 
     run(work)
+
+
+@pytest.mark.parametrize(
+    ("num_answers", "iteration_s", "together"),
+    [(1, 2.0, 1), (1, 0.3, 3), (20, 19.0, 1), (20, 5.0, 4), (20, 6.0, 3), (60, 15.0, 3), (60, 39.0, 1)],
+)
+def test_messages_are_iterations_at_a_distance_that_grows_with_the_answers_up_to_the_longest(
+    num_answers, iteration_s, together, monkeypatch
+):
+    monkeypatch.setattr("farspan.serve.trunk._SPACING_S", 1.0)
+
+    async def work() -> None:
+        now_s = 1000.0
+        trunk = Trunk(40.0, lambda: now_s)
+        bundles = trunk.bundles(60.0)
+        inboxes = [Inbox() for _ in range(num_answers)]
+        for number, inbox in enumerate(inboxes):
+            trunk.divert(str(number), inbox, given(0))
+        told, waiting = [await anext(bundles)], asyncio.ensure_future(anext(bundles))
+        for step in range(1, 3 * together + 1):
+            now_s += iteration_s
+            for inbox in inboxes:
+                inbox.put(given(step))
+            for _ in range(10):
+                await asyncio.sleep(0)
+            if waiting.done():
+                told.append(waiting.result())
+                assert step % together == 0
+                waiting = asyncio.ensure_future(anext(bundles))
+        assert [len(bundle.items) for bundle in told] == [num_answers] + 3 * [num_answers * together]
+        await abandoned(waiting, bundles)
+
+    run(work)
+
+
+async def abandoned(waiting: asyncio.Future[Any], bundles: AsyncGenerator[Any]) -> None:
+    waiting.cancel()
+    await asyncio.wait((waiting,))
+    await bundles.aclose()
 
 
 @pytest.mark.parametrize("longest_s", [0.0, 0.05])
@@ -186,15 +229,20 @@ def test_kept_tokens_follow_by_themselves_when_their_time_is_over(longest_s, mon
     monkeypatch.setattr("farspan.serve.trunk._SPACING_S", 3600.0)
 
     async def work() -> None:
-        trunk, inbox = Trunk(longest_s), Inbox()
-        bundles = trunk.bundles(PULSE_S)
-        trunk.divert("a", inbox, Tokens((1,), None))
-        began_s = asyncio.get_running_loop().time()
-        for token in (1, 2, 3):
-            assert await anext(bundles) == Bundle((("a", Tokens((token,), None)),))
-            inbox.put(Tokens((token + 1,), None))
-        assert asyncio.get_running_loop().time() - began_s >= 2 * longest_s
-        await bundles.aclose()
+        trunks, inbox = Trunks(PULSE_S, longest_s), Inbox()
+        opened = trunks.opened("t")
+        assert await anext(opened) == Alive()
+        with trunks.rider("t") as trunk:
+            trunk.divert("a", inbox, given(1))
+            assert await anext(opened) == Bundle((("a", given(1)),))
+            inbox.put(given(2))
+            waiting = asyncio.ensure_future(anext(opened))
+            for _ in range(10):
+                await asyncio.sleep(0)
+            # Nothing follows that could press it.
+            assert waiting.done() == (longest_s == 0)
+            assert await waiting == Bundle((("a", given(2)),))
+        await opened.aclose()
 
     run(work)
 

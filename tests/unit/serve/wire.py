@@ -23,9 +23,11 @@ Fault = Callable[["Replica"], None]
 class Replica:
     """One worker. While it is frozen it says nothing; what it is told then reaches it when it wakes."""
 
-    def __init__(self, name: str, deployment: str, host: EngineHost, pulse_s: float = 0.05) -> None:
+    def __init__(
+        self, name: str, deployment: str, host: EngineHost, pulse_s: float = 0.05, longest_s: float = 0.0
+    ) -> None:
         self.name, self.deployment, self.host = name, deployment, host
-        self.trunks = Trunks(pulse_s)
+        self.trunks = Trunks(pulse_s, longest_s)
         self.awake = asyncio.Event()
         self.awake.set()
         self.calls: list[Call] = []
