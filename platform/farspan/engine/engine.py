@@ -325,8 +325,7 @@ class Engine:
         pieces = self._pieces(decision.chunks, sequences)
         started = self._clock()
         events += self._after(sequences, pieces, self.adapters.run(self._runner, pieces))
-        sizes = [len(piece.tokens) for piece in pieces]
-        self._holdings.learn_pace(self._clock() - started, sizes, 1 + self._guesses.most)
+        self._holdings.learn_pace(self._clock() - started, [len(piece.tokens) for piece in pieces])
         return events
 
     def _expire(self) -> list[Event]:
@@ -352,7 +351,7 @@ class Engine:
         """Who waits, in the order of admission."""
         waiting = {s.request_id: s for s in self._waiting}
         claims = (
-            Claim(s.request_id, s.terms.priority, s.terms.tenant, len(s.tokens) - s.num_computed, s.terms.deadline_s)
+            Claim(s.request_id, s.terms.priority, s.terms.tenant, len(s.tokens) - s.num_computed, s.due_s)
             for s in self._waiting
         )
         for request_id in fair_order(claims, self._service.given):
@@ -434,7 +433,7 @@ class Engine:
             request_id, prompt, params, answered, prefill_only, terms, arrival=self._num_arrived, step=self._step
         )
         self._service.arrive(sequence.terms.tenant, {s.terms.tenant for s in (*self._running, *self._waiting)})
-        self._num_arrived += 1
+        self._num_arrived, sequence.arrived_s = self._num_arrived + 1, self._clock()
         self._waiting.append(sequence)
         return sequence
 

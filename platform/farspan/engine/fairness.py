@@ -6,9 +6,9 @@ Source: virtual token counters (Sheng et al. 2024, https://arxiv.org/abs/2401.00
 from __future__ import annotations
 
 import heapq
-import math
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 # A decoded token costs about as much as two of a prompt: it reads all weights for itself alone.
@@ -51,7 +51,8 @@ class Claim(NamedTuple):
     priority: int
     tenant: str
     num_tokens: int
-    deadline_s: float | None = None
+    due_s: float = 0.0
+    """Those of a tenant that are due earlier go first."""
 
 
 def too_many(tenant: str, running: Iterable[str]) -> str | None:
@@ -68,17 +69,17 @@ def crowds_out(running: Sequence[str], waiting: Collection[str]) -> bool:
 
 
 def fair_order(claims: Iterable[Claim], given: Mapping[str, float]) -> Iterator[str]:
-    """The order of admission: by priority, then the tenant that was given least, then its deadlines, then the order of
-    `claims`.
+    """The order of admission: by priority, then the tenant that was given least, then what of it is due first, then the
+    order of `claims`.
 
-    A deadline brings a claim before others of its tenant only: nobody gets ahead of another by being in a hurry. Every
-    claim counts for its tenant as soon as it is named, so that a long line of one tenant is interleaved.
+    Being due brings a claim before others of its tenant only: no tenant gets ahead of another by being in a hurry.
+    Every claim counts for its tenant as soon as it is named, so that a long line of one tenant is interleaved.
     """
     lines: dict[int, dict[str, list[Claim]]] = {}
     for claim in claims:
         lines.setdefault(claim.priority, {}).setdefault(claim.tenant, []).append(claim)
     for priority in sorted(lines, reverse=True):
-        tenants = {name: deque(sorted(line, key=_deadline_s)) for name, line in lines[priority].items()}
+        tenants = {name: deque(sorted(line, key=attrgetter("due_s"))) for name, line in lines[priority].items()}
         heap = [(given.get(tenant, 0.0), place, tenant) for place, tenant in enumerate(tenants)]
         heapq.heapify(heap)
         while heap:
@@ -87,7 +88,3 @@ def fair_order(claims: Iterable[Claim], given: Mapping[str, float]) -> Iterator[
             if tenants[tenant]:
                 heapq.heappush(heap, (total + max(claim.num_tokens, 1), place, tenant))
             yield claim.request_id
-
-
-def _deadline_s(claim: Claim) -> float:
-    return math.inf if claim.deadline_s is None else claim.deadline_s

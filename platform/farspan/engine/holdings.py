@@ -23,7 +23,7 @@ from farspan.kv.prefix import NO_MATCH, Match, PrefixCache, PrefixChain, PrefixS
 from farspan.kv.states import StatePool, pack_state, unpack_state
 
 # How much the newest iteration counts in the running mean of what a token costs.
-_PACE_WEIGHT = 0.1
+_PACE_KEPT = 0.9
 
 
 class Holdings:
@@ -50,7 +50,7 @@ class Holdings:
         # Asked for every sequence in every iteration.
         self._num_state, self._gives_back = pool.layout.num_state_pages, pool.layout.gives_back
         self._matches: dict[str, Match] = {}
-        self._token_s, self._paced_by_prompts = 0.0, False
+        self._paced_by_prompts, self._paced_s, self._paced_tokens = False, 0.0, 0.0
         self._page_s = self._measure(clock)
 
     @property
@@ -312,23 +312,23 @@ class Holdings:
     def costs(self) -> Costs:
         if self._offload is None:
             return ALWAYS_RECOMPUTE
-        return Costs(self._token_s, self._page_s, self._offload.room_pages)
+        token_s = self._paced_s / self._paced_tokens if self._paced_tokens else 0.0
+        return Costs(token_s, self._page_s, self._offload.room_pages)
 
-    def learn_pace(self, seconds: float, sizes: Sequence[int], alone: int = 1) -> None:
-        """An iteration computed so many tokens of each sequence in so long; one that decodes has up to `alone` of them,
-        guesses included.
+    def learn_pace(self, seconds: float, sizes: Sequence[int]) -> None:
+        """An iteration computed so many tokens of each sequence in so long.
 
-        Where more than half are of prompts, a token takes what it takes to compute a preempted sequence again: many
-        times less than in decoding. Other iterations teach only as long as there was none of these.
+        Computing a preempted sequence again is like a prompt, where a token costs many times less than in decoding:
+        once there were iterations of mostly such pieces, of a page at least, only those teach. Long ones count more.
         """
-        num_tokens = sum(sizes)
-        like_prompts = 2 * sum(size for size in sizes if size > alone) > num_tokens
+        num_tokens, page = sum(sizes), self._pool.layout.page_tokens
+        like_prompts = 2 * sum(size for size in sizes if size >= page) > num_tokens
         if self._paced_by_prompts and not like_prompts:
             return
-        newest = seconds / num_tokens
-        first = self._token_s == 0 or like_prompts != self._paced_by_prompts
-        self._token_s = newest if first else self._token_s + _PACE_WEIGHT * (newest - self._token_s)
-        self._paced_by_prompts = like_prompts
+        if like_prompts and not self._paced_by_prompts:
+            self._paced_by_prompts, self._paced_s, self._paced_tokens = True, 0.0, 0.0
+        self._paced_s = _PACE_KEPT * self._paced_s + seconds
+        self._paced_tokens = _PACE_KEPT * self._paced_tokens + num_tokens
 
     def pin(self, name: str, tokens: Sequence[int], scope: PrefixScope, most_pages: int) -> int:
         """Hold the pages of a computed beginning until `unpin`; gives the number of tokens held.

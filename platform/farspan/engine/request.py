@@ -89,6 +89,10 @@ class TokenLogprobs:
     """(token, log-probability), most likely first."""
 
 
+# So long a request may be passed by others of its tenant that have to be answered sooner.
+_PATIENCE_S = 30.0
+
+
 @dataclass(slots=True, eq=False)
 class SequenceState:
     """A request while the engine works on it: `tokens` is the prompt and every token chosen so far."""
@@ -127,6 +131,17 @@ class SequenceState:
     """Tokens of the prompt that an earlier request had computed."""
     began_s: float = 0.0
     """When its first tokens were computed here, by the clock of the engine; 0: not yet."""
+    arrived_s: float = 0.0
+    """By the same clock."""
+
+    @property
+    def due_s(self) -> float:
+        """Of those that wait for one tenant, the one that is due first goes first.
+
+        Deadlines count while they are near: after a while nobody who comes later is due before.
+        """
+        patient_s = self.arrived_s + _PATIENCE_S
+        return patient_s if self.terms.deadline_s is None else min(self.terms.deadline_s, patient_s)
 
     @property
     def num_answered(self) -> int:

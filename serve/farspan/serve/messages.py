@@ -125,7 +125,7 @@ PrefillItem = KvOffer | Prefilled | Failed
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """Items of several answers, each with its request; in the order in which they came."""
+    """Items of several answers, each with its request; those of one answer in the order in which they came."""
 
     items: tuple[tuple[str, StreamItem | PrefillItem], ...]
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -33,12 +32,11 @@ class Trunk:
         """`longest_s`: for which a token is kept, to be told together with later ones."""
         self.is_open, self.num_riders = False, 0
         self._longest_s, self._clock = longest_s, clock
-        self._kept: list[tuple[str, Item]] = []
+        self._kept: dict[str, list[Item]] = {}
         self._since_s = self._told_s = -math.inf
         """Since when something is kept; when everything was told last."""
-        self._counts: Counter[str] = Counter()
         self._rounds = 0
-        """Items of each request since then, and of the one with most: so many iterations."""
+        """Iterations since then, by items of the request with most: too many where guesses bring several at a time."""
         self._urgent: set[str] = set()
         """Requests that begin or end: what is kept of them waits for nothing."""
         self._is_due = False
@@ -90,29 +88,29 @@ class Trunk:
 
     def _taken(self) -> tuple[tuple[str, Item], ...]:
         """All that is kept, if it is time for it; else what begins or ends, and the rest waits on."""
-        told = tuple(one for one in self._kept if self._is_due or one[0] in self._urgent)
         if self._is_due:
+            told, self._kept = self._kept, {}
             self._told_s, self._rounds = self._clock(), 0
-            self._counts.clear()
-        self._kept = [] if self._is_due else [one for one in self._kept if one[0] not in self._urgent]
+        else:
+            told = {request_id: self._kept.pop(request_id) for request_id in self._urgent}
         if not self._kept:
             self._filled.clear()
         self._is_due = False
         self._urgent.clear()
         self._pressing.clear()
-        return told
+        return tuple((request_id, item) for request_id, items in told.items() for item in items)
 
     def _put(self, request_id: str, item: Item, *, urgent: bool = False) -> None:
         now_s = self._clock()
         if not self._kept:
             self._since_s = now_s
-        self._kept.append((request_id, item))
+        items = self._kept.setdefault(request_id, [])
+        items.append(item)
         self._filled.set()
         if urgent or ends(item):
             self._urgent.add(request_id)
             self._pressing.set()
-        self._counts[request_id] += 1
-        self._rounds = max(self._rounds, self._counts[request_id])
+        self._rounds = max(self._rounds, len(items))
         # With the iteration that is nearest: half of one early is as good as half of one late.
         passed_s = now_s - self._told_s
         if passed_s + passed_s / (2 * self._rounds) >= min(self._longest_s, len(self._diverted) * _SPACING_S):

@@ -90,6 +90,7 @@ class GuidedWays:
         self._workers, self._start_timeout_s = workers, config.start_timeout_s
         self._hearing: asyncio.Task[None] | None = None
         self._all_asked = asyncio.Event()
+        self._asking: asyncio.Task[None] | None = None
 
     @property
     def asleep(self) -> bool:
@@ -112,7 +113,7 @@ class GuidedWays:
         if self.guide.workers:
             # The one that came is known, and not yet who came with it.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._ask_all(), min(_FIRST_ROUND_S, max(0.0, ends_s - time.monotonic()) / 2))
+                await asyncio.wait_for(self._asked(), min(_FIRST_ROUND_S, max(0.0, ends_s - time.monotonic()) / 2))
             return
         if deadline_at_s is not None and time.time() >= deadline_at_s:
             raise too_late()
@@ -137,14 +138,21 @@ class GuidedWays:
     async def _hear(self) -> None:
         while True:
             asked_at_s = time.monotonic()
-            await self._ask_all()
+            try:
+                await self._asked()
+            finally:
+                self._all_asked.set()
             await asyncio.sleep(max(0.0, _HEAR_S - (time.monotonic() - asked_at_s)))
+
+    async def _asked(self) -> None:
+        """Wait for a round of questions: the one under way, if there is one."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.ensure_future(self._ask_all())
+        # Others wait for it too: it goes on when one of them leaves.
+        await asyncio.shield(self._asking)
 
     async def _ask_all(self, more: Iterable[str] = ()) -> None:
         """`more`: workers that were never heard of, and are to be asked by name where one of them all is silent."""
         orders = {**dict.fromkeys(more, Orders()), **self.guide.orders()}
-        try:
-            for worker in await self._workers.reports(orders, self.guide.heard):
-                self.guide.gone(worker)
-        finally:
-            self._all_asked.set()
+        for worker in await self._workers.reports(orders, self.guide.heard):
+            self.guide.gone(worker)

@@ -90,19 +90,22 @@ def test_preemption_under_a_tiny_pool_changes_no_token(settings):
 
 def test_computing_a_sequence_again_costs_what_prompts_cost_and_what_decoding_costs_until_there_was_one():
     engine = Engine(tiny_model(), engine_config(offload_bytes=1024 * 1024))
-    holdings = engine._holdings
+    holdings, page = engine._holdings, engine.pool.layout.page_tokens
+    assert holdings.costs().token_s == 0
     holdings.learn_pace(0.016, [1] * 16)
     assert holdings.costs().token_s == pytest.approx(1e-3)
     holdings.learn_pace(0.05, [1, 1, 500])
     assert holdings.costs().token_s == pytest.approx(0.05 / 502)
     for _ in range(100):
-        # Mostly answers, or four guesses after each token: not what a prompt is like.
-        holdings.learn_pace(0.016, [1] * 16)
-        holdings.learn_pace(0.03, [5] * 8, alone=5)
+        # Mostly answers, or guesses after each token, or what is left of a prompt: not what a prompt is like.
+        holdings.learn_pace(0.016, [*[1] * 2 * page, page])
+        holdings.learn_pace(0.03, [page - 1] * 8)
     assert holdings.costs().token_s == pytest.approx(0.05 / 502)
-    for _ in range(400):
+    for _ in range(100):
         holdings.learn_pace(0.1, [500])
-    assert holdings.costs().token_s == pytest.approx(2e-4, rel=0.01)
+        # A short one costs as much as it costs, and counts as little as it is long.
+        holdings.learn_pace(0.002, [page])
+    assert holdings.costs().token_s == pytest.approx(0.102 / (500 + page), rel=0.01)
 
 
 def test_an_answer_resumed_after_any_token_goes_on_the_same_also_when_sampled():

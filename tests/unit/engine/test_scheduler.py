@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from farspan.engine.fairness import Claim, Service, fair_order
+from farspan.engine.request import SamplingParams, SequenceState
 from farspan.engine.scheduler import Chunk, Costs, Limits, Preemption, Row, schedule
+from farspan.engine.terms import Terms
 
 LIMITS = Limits(max_batch_tokens=32, max_sequences=4, page_tokens=4)
 
@@ -130,17 +132,27 @@ def test_tenants_are_interleaved_whatever_the_length_of_their_lines():
     assert next(fair_order([*claims, Claim("u", 1, "a", 1)], {"a": 100.0})) == "u"
 
 
-def test_an_earlier_deadline_comes_before_later_ones_and_none_of_its_tenant_and_before_nobody_else():
+def test_what_is_due_first_goes_before_others_of_its_tenant_and_before_nobody_else():
     claims = [
-        Claim("a0", 0, "a", 10),
+        Claim("a0", 0, "a", 10, 90.0),
         Claim("a1", 0, "a", 10, 9.0),
-        Claim("b0", 0, "b", 10),
+        Claim("b0", 0, "b", 10, 80.0),
         Claim("b1", 0, "b", 10, 1.0),
         Claim("a2", 0, "a", 10, 5.0),
         Claim("a3", 0, "a", 10, 9.0),
     ]
     assert list(fair_order(claims, {})) == ["a2", "b1", "a1", "b0", "a3", "a0"]
-    assert next(fair_order([*claims, Claim("u", 1, "a", 1)], {})) == "u"
+    assert next(fair_order([*claims, Claim("u", 1, "a", 1, 100.0)], {})) == "u"
+
+
+def test_a_request_that_waited_for_a_while_is_passed_by_nobody_who_comes_later():
+    def due_s(arrived_s: float, deadline_s: float | None) -> float:
+        terms = Terms(deadline_s=deadline_s)
+        return SequenceState("r", [1], 1, SamplingParams(), 0, terms=terms, arrived_s=arrived_s).due_s
+
+    # Soon enough to matter: before those that were there. Otherwise in the order of arrival.
+    assert due_s(105.0, 110.0) < due_s(100.0, None) == due_s(100.0, 700.0) < due_s(101.0, 600.0)
+    assert due_s(140.0, 140.1) > due_s(100.0, None)
 
 
 def test_a_tenant_that_was_away_has_no_claim_to_the_time_it_missed():

@@ -190,6 +190,33 @@ def test_a_first_request_waits_until_all_workers_were_asked_and_is_given_to_none
     assert (route.split, route.prefill.worker) == (True, "p")
 
 
+def test_many_who_waited_for_a_worker_know_all_that_came_with_it_by_one_question(guided):
+    class Woken(type(guided.workers)):
+        """Nobody is there until one is called for; then all are."""
+
+        async def reports(self, orders, hear):
+            rounds.append(set(orders))
+            return await super().reports(orders, hear) if woken else set()
+
+        async def wake(self, timeout_s):
+            woken.append(True)
+            return await super().wake(timeout_s)
+
+    async def many() -> None:
+        await asyncio.gather(*(ways.ready(None) for _ in range(30)))
+
+    rounds, woken, workers = [], [], guided.workers
+    ways = GuidedWays(workers, guided.config)
+    workers.__class__ = Woken
+    try:
+        asyncio.run(many())
+    finally:
+        workers.__class__ = Woken.__mro__[1]
+    assert {load.worker for load in ways.guide.workers} == {"p", "d", "e"}
+    # The first finds nobody; the hearer's next one may come in between.
+    assert len(rounds) <= 4
+
+
 def test_whoever_hears_that_an_endpoint_is_ready_is_sent_to_all_of_its_workers(guided):
     guided.ways.guide.heard(asyncio.run(guided.workers.report("p", Orders())), time.monotonic())
     guided.api._readiness = Readiness(guided.api._met)
