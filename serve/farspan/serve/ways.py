@@ -11,7 +11,7 @@ from typing import Protocol
 from farspan.config.schema import ServeConfig
 from farspan.serve.along import Along, PlacedWorkers
 from farspan.serve.autoscale import Objectives
-from farspan.serve.faults import too_late, unavailable
+from farspan.serve.faults import is_past, too_late, unavailable
 from farspan.serve.guide import Guide
 from farspan.serve.load import WorkerLoad
 from farspan.serve.messages import GenerationRequest
@@ -107,15 +107,15 @@ class GuidedWays:
             await asyncio.wait_for(self._all_asked.wait(), min(_FIRST_ROUND_S, left_s / 2))
         if self.guide.workers:
             return
-        asked_at_s = time.monotonic()
-        for load in await self._workers.wake(max(0.0, ends_s - asked_at_s)):
-            self.guide.heard(load, asked_at_s)
+        for load in await self._workers.wake(max(0.0, ends_s - time.monotonic())):
+            # As of now: it answered when it had come, however long ago it was called for.
+            self.guide.heard(load, time.monotonic())
         if self.guide.workers:
             # The one that came is known, and not yet who came with it.
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._asked(), min(_FIRST_ROUND_S, max(0.0, ends_s - time.monotonic()) / 2))
             return
-        if deadline_at_s is not None and time.time() >= deadline_at_s:
+        if is_past(deadline_at_s):
             raise too_late()
         raise unavailable("no worker could be started in time")
 

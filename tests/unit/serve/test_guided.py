@@ -17,6 +17,7 @@ from farspan.config.schema import ObjectivesConfig, TransferConfig
 from farspan.engine.request import SamplingParams
 from farspan.errors import ClusterError, EngineError, RequestError, TransferError
 from farspan.serve.along import Along
+from farspan.serve.faults import is_past
 from farspan.serve.messages import Failed, GenerationRequest
 from farspan.serve.metrics import rendered
 from farspan.serve.policy import Place, Route
@@ -215,6 +216,33 @@ def test_many_who_waited_for_a_worker_know_all_that_came_with_it_by_one_question
     assert {load.worker for load in ways.guide.workers} == {"p", "d", "e"}
     # The first finds nobody; the hearer's next one may come in between.
     assert len(rounds) <= 4
+
+
+def test_a_worker_that_took_long_to_come_is_there_all_the_same(guided, monkeypatch):
+    monkeypatch.setattr("farspan.serve.guide._STALE_S", 0.2)
+
+    class Slow(type(guided.workers)):
+        """It takes longer to come than what is heard of a worker counts."""
+
+        async def reports(self, orders, hear):
+            return set()
+
+        async def wake(self, timeout_s):
+            await asyncio.sleep(0.5)
+            return await super().wake(timeout_s)
+
+    workers, ways = guided.workers, GuidedWays(guided.workers, guided.config)
+    workers.__class__ = Slow
+    try:
+        asyncio.run(ways.ready(None))
+        assert {load.worker for load in ways.guide.workers} == {"d"}
+    finally:
+        workers.__class__ = Slow.__mro__[1]
+
+
+def test_what_a_timer_ended_a_little_early_is_past_its_deadline():
+    now_s = time.time()
+    assert [is_past(at_s) for at_s in (now_s + 0.005, now_s - 1, now_s + 60, None)] == [True, True, False, False]
 
 
 def test_whoever_hears_that_an_endpoint_is_ready_is_sent_to_all_of_its_workers(guided):
