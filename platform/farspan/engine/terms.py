@@ -16,7 +16,7 @@ class Terms:
     priority: int = 0
     """Higher goes first, and takes pages from lower ones where there are not enough."""
     deadline_s: float | None = None
-    """On the engine's clock: a request without its last token by then fails; earlier ones of a tenant go first."""
+    """On the engine's clock: a request without its last token by then fails; near ones of a tenant go first."""
     adapter: str = ""
     """Which of the engine's adapters the answer comes from; empty: the model alone."""
     scope: PrefixScope = OPEN_SCOPE
