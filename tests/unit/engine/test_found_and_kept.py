@@ -15,8 +15,11 @@ from tests.unit.engine.tiny import engine_config
 
 from farspan.engine.engine import Engine
 from farspan.engine.request import SamplingParams
+from farspan.engine.terms import Terms
 
 NUM_TOKENS = 16
+ONE_TOKEN = SamplingParams(max_tokens=1)
+FIRST = Terms(priority=1)
 KINDS = [kind for kind in PATHS if kind not in WITHOUT_PAGES]
 
 
@@ -101,8 +104,7 @@ def test_logits_after_waiting_in_host_memory_equal_those_of_transformers_and_not
                 poison(engine)
                 # Whoever comes in between gets the very pages, and the state; its prompt fills two iterations.
                 mine, num_mine = list(watched.logits), watched.num_tokens
-                engine.add(f"between {others}", prompt_of(32, seed=20 + others), SamplingParams(max_tokens=1))
-                engine._waiting.reverse()
+                engine.add(f"between {others}", prompt_of(32, seed=20 + others), ONE_TOKEN, terms=FIRST)
                 others += 1
                 while any(s.request_id != "r" for s in (*engine._running, *engine._waiting)):
                     assert all(event.request_id != "r" for event in engine.step()), "it waits"

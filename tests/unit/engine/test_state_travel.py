@@ -17,6 +17,7 @@ from torch import Tensor
 
 from farspan.engine.engine import Engine
 from farspan.engine.request import SamplingParams
+from farspan.engine.terms import Terms
 from farspan.errors import RequestError, TransferError
 from farspan.kv.puller import Puller
 from farspan.kv.ticket import KvTicket, LeaseTable
@@ -183,8 +184,8 @@ def test_a_preempted_sequence_comes_back_from_host_memory_with_its_state_and_com
             engine._preempt(engine._running[0], offload=True)
             assert_nothing_is_held(engine)
             # Whoever comes in between gets the very slot and pages.
-            engine.add(f"between {len(answer)}", row(30, seed=len(answer)), SamplingParams(max_tokens=1))
-            engine._waiting.reverse()
+            between = row(30, seed=len(answer))
+            engine.add(f"between {len(answer)}", between, SamplingParams(max_tokens=1), terms=Terms(priority=1))
             computed -= 30
             while any(s.request_id != "r" for s in (*engine._running, *engine._waiting)):
                 answer += [event.token for event in engine.step() if event.request_id == "r"]
