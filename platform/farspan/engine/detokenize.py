@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from farspan.engine.request import SamplingParams
 
 _REPLACEMENT = "\ufffd"
+# A token may be as little as a byte of a character.
+_MOST_OF_A_CHARACTER = 4
 
 
 class Detokenizer:
@@ -30,12 +32,15 @@ class Detokenizer:
         """The text that became certain with `tokens`; often empty."""
         self._tokens += tokens
         before = self._decode(self._tokens[self._start : self._clean])
-        window = self._decode(self._tokens[self._start :])
-        if len(window) <= len(before) or window.endswith(_REPLACEMENT) or not window.startswith(before):
-            return ""
-        self._start, self._clean = self._clean, len(self._tokens)
-        self._emitted.append(window[len(before) :])
-        return self._emitted[-1]
+        # Of several tokens, the last ones may be the beginning of a character.
+        for beginning in range(min(len(tokens), _MOST_OF_A_CHARACTER)):
+            end = len(self._tokens) - beginning
+            window = self._decode(self._tokens[self._start : end])
+            if len(window) > len(before) and not window.endswith(_REPLACEMENT) and window.startswith(before):
+                self._start, self._clean = self._clean, end
+                self._emitted.append(window[len(before) :])
+                return self._emitted[-1]
+        return ""
 
     def finish(self) -> str:
         """What was held back: the answer ends here."""
@@ -129,7 +134,9 @@ class Words:
 
     text: str
     finish: str | None
-    offsets: tuple[int, ...]
+    num_tokens: int
+    """Of those that came, without what is after a stop string."""
+    offsets: tuple[int, ...] = ()
     stop: str | None = None
     """The stop string that ended the answer."""
 
@@ -138,26 +145,36 @@ class AnswerText:
     """Ends an answer exactly where the engine does: at the first stop string, not looked for before min_tokens."""
 
     def __init__(
-        self, detokenizer: TextSource, stops: Sequence[str] = (), min_tokens: int = 0, *, shows_stop: bool = False
+        self,
+        detokenizer: TextSource,
+        stops: Sequence[str] = (),
+        min_tokens: int = 0,
+        *,
+        shows_stop: bool = False,
+        by_token: bool = True,
     ) -> None:
-        """`shows_stop`: the text ends with the stop string, not before it."""
+        """`shows_stop`: the text ends with the stop string, not before it. `by_token`: `offsets` are wanted."""
         self._detokenizer, self._stops = detokenizer, StopStrings(stops, shown=shows_stop)
-        self._min_tokens = min_tokens
+        self._min_tokens, self._by_token = min_tokens, by_token or bool(stops)
         self._num_tokens = self._length = 0
 
     def push(self, tokens: Sequence[int], finish: str | None) -> Words:
-        """The next tokens, and how the answer ends with them; those after a stop string are left out of `offsets`."""
+        """The next tokens, and how the answer ends with them; those after a stop string are left out."""
         text, offsets = "", []
-        for token in tokens:
+        if not self._by_token:
+            # At once: each time costs two decodes.
+            text = self._detokenizer.push(tokens)
+        for token in tokens if self._by_token else ():
             offsets.append(self._length)
             self._num_tokens += 1
             text += self._kept(self._detokenizer.push([token]))
             if self._stops.stopped:
-                return Words(text, "stop", tuple(offsets), self._stops.found)
+                return Words(text, "stop", len(offsets), tuple(offsets), self._stops.found)
         if finish is not None:
             text += self._kept(self._detokenizer.finish())
             text += self._stops.finish()
-        return Words(text, "stop" if self._stops.stopped else finish, tuple(offsets), self._stops.found)
+        finish = "stop" if self._stops.stopped else finish
+        return Words(text, finish, len(tokens), tuple(offsets), self._stops.found)
 
     def _kept(self, text: str) -> str:
         self._length += len(text)

@@ -124,8 +124,13 @@ class Answering:
             # The engine's id is ours alone: a client that repeats its own cannot reach another request.
             for request_id, params in choices(uuid.uuid4().hex, replace(self._params(prompt), n=asked.n)):
                 telling = self._question.telling or self._around.tokenizer
-                shows_stop = asked.include_stop_str_in_output
-                text = AnswerText(Detokenizer(telling), asked.stop, asked.min_tokens, shows_stop=shows_stop)
+                text = AnswerText(
+                    Detokenizer(telling),
+                    asked.stop,
+                    asked.min_tokens,
+                    shows_stop=asked.include_stop_str_in_output,
+                    by_token=asked.num_top_logprobs is not None,
+                )
                 yield prompt, GenerationRequest(request_id, prompt.tokens, params, self._caller), text
 
     def _params(self, prompt: Prompted) -> SamplingParams:
@@ -165,8 +170,10 @@ class Answering:
 
     async def _next(self, steps: AsyncGenerator[Step]) -> Step | None:
         at_s = self._caller.deadline_at_s
+        if at_s is None:
+            return await anext(steps, None)
         # Not one deadline around all: the steps of a generator may be asked for by different tasks.
-        async with asyncio.timeout(None if at_s is None else max(0.0, at_s - time.time())):
+        async with asyncio.timeout(max(0.0, at_s - time.time())):
             return await anext(steps, None)
 
 

@@ -59,7 +59,7 @@ async def answer(
     async with aclosing(answer_tokens(request, route, workers, trace)) as batches:
         async for batch in batches:
             words = text.push(batch.tokens, batch.finish)
-            count = len(words.offsets)
+            count = words.num_tokens
             num_tokens += count
             if num_tokens == count:
                 # Whatever it was not computed, it waited: also in queues that say nothing of it, as Serve's.

@@ -10,9 +10,6 @@ import math
 from collections.abc import Sequence
 from itertools import combinations
 
-import numpy as np
-from numpy.typing import NDArray
-
 from farspan.serve.rates import Mean
 
 _SHORTEST_S, _LONGEST_S = 1e-6, 86_400.0
@@ -40,11 +37,10 @@ class Fit:
         direction by more than `off` (of a logarithm) on average: then the machine is not what it was.
         """
         # Everything is counted in terms of what was assumed: then all numbers are of the size of one.
-        self._assumed, self._keep = np.asarray(assumed, dtype=np.float64), keep
+        self._assumed, self._keep = tuple(assumed), keep
         size = len(self._assumed)
-        self._products: NDArray[np.float64] = np.zeros((size, size))
-        self._targets: NDArray[np.float64] = np.zeros(size)
-        self._shares: NDArray[np.float64] = np.ones(size)
+        self._products = [[0.0] * size for _ in range(size)]
+        self._targets, self._shares = [0.0] * size, [1.0] * size
         self._off, self._error = off, Mean(0.0, _ERROR_WEIGHT)
         self.num_seen = 0
 
@@ -54,17 +50,19 @@ class Fit:
             return
         seen_s = min(max(seconds, _SHORTEST_S), _LONGEST_S)
         # Relative: a request of a minute must not drown a thousand of a tenth of a second.
-        row = np.asarray(terms, dtype=np.float64) * self._assumed / seen_s
+        row = [term * assumed / seen_s for term, assumed in zip(terms, self._assumed, strict=True)]
         self._error.add(math.log(seen_s / max(self.seconds(terms), _SHORTEST_S)))
         keep = self._keep if abs(self._error.value) < self._off else min(self._keep, _KEEP_WHEN_OFF)
-        self._products = keep * self._products + np.outer(row, row)
-        self._targets = keep * self._targets + row
+        for line, own in zip(self._products, row, strict=True):
+            line[:] = [keep * value + own * other for value, other in zip(line, row, strict=True)]
+        self._targets = [keep * value + own for value, own in zip(self._targets, row, strict=True)]
         self._shares = _at_least_zero(self._products, self._targets)
         self.num_seen += 1
 
     def seconds(self, terms: Sequence[float]) -> float:
         """What these terms will take."""
-        return float(np.asarray(terms, dtype=np.float64) @ (self._shares * self._assumed))
+        known = zip(terms, self._shares, self._assumed, strict=True)
+        return sum(term * share * assumed for term, share, assumed in known)
 
 
 class Predictor:
@@ -115,26 +113,44 @@ def _decode_terms(running: float, kv_tokens: float) -> tuple[float, float, float
     return 1.0, running, kv_tokens * _THOUSAND
 
 
-def _at_least_zero(products: NDArray[np.float64], targets: NDArray[np.float64]) -> NDArray[np.float64]:
+def _at_least_zero(products: Sequence[Sequence[float]], targets: Sequence[float]) -> list[float]:
     """The x >= 0 with the least x'Px - 2t'x, exactly: with so few terms, every set that may be above zero is tried.
 
     Where all of them are, at the least of all x, no other set is better.
     """
     size = len(targets)
     # The second part only keeps terms apart that always came in the same proportion.
-    held = _ASSUMED + _APART * float(np.trace(products))
-    matrix = products + held * np.eye(size)
-    wanted = targets + held
-    free = np.asarray(np.linalg.solve(matrix, wanted), dtype=np.float64)
-    if (free >= 0).all():
+    held = _ASSUMED + _APART * sum(products[i][i] for i in range(size))
+    matrix = [[value + held * (i == j) for j, value in enumerate(row)] for i, row in enumerate(products)]
+    wanted = [target + held for target in targets]
+    free = _solved([row.copy() for row in matrix], wanted.copy())
+    if min(free) >= 0:
         return free
-    best, least = np.zeros(size), 0.0
+    best, least = [0.0] * size, 0.0
     for count in range(1, size):
         for chosen in combinations(range(size), count):
-            part = np.linalg.solve(matrix[np.ix_(chosen, chosen)], wanted[list(chosen)])
+            part = _solved([[matrix[i][j] for j in chosen] for i in chosen], [wanted[i] for i in chosen])
             # At its own best, a set's value is -t'x.
-            value = -float(wanted[list(chosen)] @ part)
-            if (part >= 0).all() and value < least:
-                best, least = np.zeros(size), value
-                best[list(chosen)] = part
+            value = -sum(wanted[i] * x for i, x in zip(chosen, part, strict=True))
+            if min(part) >= 0 and value < least:
+                best, least = [0.0] * size, value
+                for i, x in zip(chosen, part, strict=True):
+                    best[i] = x
     return best
+
+
+def _solved(matrix: list[list[float]], wanted: list[float]) -> list[float]:
+    """x of Mx = w, where M is positive definite: nothing has to change places. Takes both apart.
+
+    A request learns twice, and a call of numpy takes longer than all of this.
+    """
+    size = len(wanted)
+    for i in range(size):
+        for j in range(i + 1, size):
+            part = matrix[j][i] / matrix[i][i]
+            for k in range(i, size):
+                matrix[j][k] -= part * matrix[i][k]
+            wanted[j] -= part * wanted[i]
+    for i in reversed(range(size)):
+        wanted[i] = (wanted[i] - sum(matrix[i][k] * wanted[k] for k in range(i + 1, size))) / matrix[i][i]
+    return wanted

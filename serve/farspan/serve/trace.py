@@ -61,6 +61,13 @@ class Arrivals:
 
 
 @dataclass(slots=True)
+class Tally:
+    """The answers of all requests that are kept."""
+
+    count: int = 0
+
+
+@dataclass(slots=True)
 class RequestTrace:
     """Filled while the request is answered. Seconds unless the name says otherwise."""
 
@@ -103,11 +110,15 @@ class RequestTrace:
     arrivals: Arrivals = field(default_factory=Arrivals)
     others: list[RequestTrace] = field(default_factory=list)
     """Further answers to the same request."""
+    tally: Tally | None = None
+    """Where its answers are counted, while it is kept."""
 
     def choice(self, number: int) -> RequestTrace:
         """Where the answer of this number is noted; called once for each, in order."""
         if number == 0:
             return self
+        if self.tally is not None:
+            self.tally.count += 1
         self.others.append(RequestTrace(f"{self.request_id}/{number}", self.prompt_tokens, started_s=self.started_s))
         return self.others[-1]
 
@@ -157,16 +168,19 @@ class TraceBook:
 
     def __init__(self) -> None:
         self._traces: OrderedDict[tuple[str, str], RequestTrace] = OrderedDict()
+        self._tally = Tally()
 
     def open(
         self, request_id: str, prompt_tokens: int, tenant: str = "", started_s: float | None = None
     ) -> RequestTrace:
         """Clients may choose ids: those of one tenant are not those of another. `started_s`: monotonic; none: now."""
         trace = RequestTrace(request_id, prompt_tokens, started_s=time.monotonic() if started_s is None else started_s)
+        self._forget((tenant, request_id))
         self._traces[tenant, request_id] = trace
-        # How many answers a request has is known after it was opened.
-        while len(self._traces) > 1 and (len(self._traces) > _KEPT_REQUESTS or self._num_answers() > _KEPT_ANSWERS):
-            self._traces.popitem(last=False)
+        # How many answers it will have is known later: until then they count with those of the next.
+        trace.tally, self._tally.count = self._tally, self._tally.count + 1
+        while len(self._traces) > 1 and (len(self._traces) > _KEPT_REQUESTS or self._tally.count > _KEPT_ANSWERS):
+            self._forget(next(iter(self._traces)))
         return trace
 
     def find(self, request_id: str, tenant: str = "") -> RequestTrace | None:
@@ -174,8 +188,9 @@ class TraceBook:
         bare = request_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
         return self._traces.get((tenant, request_id)) or self._traces.get((tenant, bare))
 
-    def _num_answers(self) -> int:
-        return sum(1 + len(trace.others) for trace in self._traces.values())
+    def _forget(self, name: tuple[str, str]) -> None:
+        if (trace := self._traces.pop(name, None)) is not None:
+            trace.tally, self._tally.count = None, self._tally.count - 1 - len(trace.others)
 
 
 def _bucket(gap_s: float) -> int:

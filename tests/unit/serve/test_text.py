@@ -106,10 +106,29 @@ def bundle_by(tokenizer, tokens, cuts, stops, *, shows_stop=False) -> tuple[str,
     places = [0, *cuts, len(tokens)]
     for start, end in pairwise(places):
         words = answer.push(tokens[start:end], "length" if end == len(tokens) else None)
-        text, count = text + words.text, count + len(words.offsets)
+        text, count = text + words.text, count + words.num_tokens
         if words.finish is not None:
             return text, words.finish, count
     raise AssertionError("it never ended")
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_tokens_told_together_become_the_text_of_tokens_told_one_by_one_and_no_later(tokenizers, data):
+    tokenizer = tokenizers[0]
+    letters = st.characters(codec="utf-8", exclude_characters="\ufffd")
+    text = data.draw(st.text(st.one_of(letters, st.sampled_from("ab \u00e9\u4f60\U0001f600"))))
+    tokens = tokenizer(text)["input_ids"]
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(tokens)), max_size=6)))
+    together, one_by_one = (AnswerText(Detokenizer(tokenizer), by_token=by_token) for by_token in (False, True))
+    for start, end in pairwise([0, *cuts, len(tokens)]):
+        finish = "length" if end == len(tokens) else None
+        told, wanted = (answer.push(tokens[start:end], finish) for answer in (together, one_by_one))
+        assert (told.text, told.finish, told.num_tokens) == (wanted.text, wanted.finish, wanted.num_tokens)
+        assert len(wanted.offsets) == end - start
+        assert not told.offsets
+        if finish is not None:
+            return
 
 
 def test_tags_of_calls_are_shown_where_they_are_special_tokens_and_ends_are_not(tokenizers):
