@@ -469,7 +469,7 @@ class ServeConfig:
     """Largest request body; larger ones are refused with status 413."""
     body_timeout_s: float = 60.0
     """Longest wait for the whole body of a request; slower ones are refused with status 408."""
-    stream_interval_s: float = 0.08
+    stream_interval_s: float = 0.1
     """Longest time for which a worker with many answers keeps a token, to tell it with the next; 0: none is kept."""
     prefill: RoleConfig = field(default_factory=RoleConfig)
     decode: RoleConfig = field(default_factory=RoleConfig)

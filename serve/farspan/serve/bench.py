@@ -51,7 +51,7 @@ class ServeBench:
 
 def _longer(bench: EngineBench) -> EngineBench:
     # More turns: what other processes on the machine take is not the same from one to the next.
-    return replace(bench, settings={**bench.settings, "max_position_embeddings": 65536}, deadline_s=600.0, turns=5)
+    return replace(bench, settings={**bench.settings, "max_position_embeddings": 65536}, deadline_s=600.0, turns=9)
 
 
 def bench_serve(bench: ServeBench | None = None) -> list[dict[str, Any]]:

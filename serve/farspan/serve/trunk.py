@@ -22,7 +22,7 @@ from farspan.serve.mailbox import Inbox, Item, ends
 from farspan.serve.messages import Alive, Bundle, Failed, Tokens
 
 # Between two messages, for each answer: several times what its piece takes of ingress and proxy.
-_SPACING_S = 0.004
+_SPACING_S = 0.006
 
 
 class Trunk:
