@@ -9,15 +9,14 @@ from typing import Any, Protocol
 from farspan.engine.request import SamplingParams
 
 _REPLACEMENT = "\ufffd"
-# A token may be as little as a byte of a character.
-_MOST_OF_A_CHARACTER = 4
 
 
 class Detokenizer:
-    """Deltas whose concatenation is exactly the tokenizer's text of all tokens.
+    """Deltas whose concatenation is exactly the tokenizer's text of all tokens, however those are bundled.
 
     Text that ends inside a character (the tokenizer shows a replacement character there) is held back until the
-    rest has come. Each push decodes a window that begins at the last such clean end, not the whole answer.
+    rest has come. Each push decodes a window that begins at an earlier such clean end, not the whole answer. Only
+    bytes that break off after a character of bytes, which some tokenizers then take back too, are shown behind it.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -30,24 +29,39 @@ class Detokenizer:
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that became certain with `tokens`; often empty."""
-        self._tokens += tokens
-        before = self._decode(self._tokens[self._start : self._clean])
-        # Of several tokens, the last ones may be the beginning of a character.
-        for beginning in range(min(len(tokens), _MOST_OF_A_CHARACTER)):
-            end = len(self._tokens) - beginning
-            window = self._decode(self._tokens[self._start : end])
-            if len(window) > len(before) and not window.endswith(_REPLACEMENT) and window.startswith(before):
-                self._start, self._clean = self._clean, end
-                self._emitted.append(window[len(before) :])
-                return self._emitted[-1]
-        return ""
+        if len(tokens) > 1 and (text := self._push_together(tokens)):
+            return text
+        return "".join(map(self._push_one, tokens))
 
     def finish(self) -> str:
         """What was held back: the answer ends here."""
         whole, emitted = self._decode(self._tokens), "".join(self._emitted)
-        rest = whole[len(emitted) :] if whole.startswith(emitted) else ""
-        self._emitted.append(rest)
-        return rest
+        told = whole.startswith(emitted)
+        self._emitted.append(whole[len(emitted) :] if told else self._decode(self._tokens[self._clean :]))
+        return self._emitted[-1]
+
+    def _push_together(self, tokens: Sequence[int]) -> str:
+        """By two decodes; empty, and nothing done, where that may not be what they become one by one."""
+        self._tokens += tokens
+        before = self._decode(self._tokens[self._start : self._clean])
+        window = self._decode(self._tokens[self._start :])
+        text = window.removeprefix(before)
+        if text and window.startswith(before) and _REPLACEMENT not in text:
+            return self._told(text)
+        del self._tokens[-len(tokens) :]
+        return ""
+
+    def _push_one(self, token: int) -> str:
+        self._tokens.append(token)
+        before = self._decode(self._tokens[self._start : self._clean])
+        window = self._decode(self._tokens[self._start :])
+        text = window[len(before) :] if window.startswith(before) else self._decode(self._tokens[self._clean :])
+        return "" if not text or text.endswith(_REPLACEMENT) else self._told(text)
+
+    def _told(self, text: str) -> str:
+        self._start, self._clean = self._clean, len(self._tokens)
+        self._emitted.append(text)
+        return text
 
     def _decode(self, tokens: list[int]) -> str:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -130,13 +144,14 @@ class TextSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """What some tokens became: text that is certain, and where the text of each token begins."""
+    """What some tokens became: text that is certain."""
 
     text: str
     finish: str | None
     num_tokens: int
     """Of those that came, without what is after a stop string."""
     offsets: tuple[int, ...] = ()
+    """Where the text of each of them begins in the answer, if that was asked for."""
     stop: str | None = None
     """The stop string that ended the answer."""
 

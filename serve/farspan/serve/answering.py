@@ -170,10 +170,8 @@ class Answering:
 
     async def _next(self, steps: AsyncGenerator[Step]) -> Step | None:
         at_s = self._caller.deadline_at_s
-        if at_s is None:
-            return await anext(steps, None)
         # Not one deadline around all: the steps of a generator may be asked for by different tasks.
-        async with asyncio.timeout(max(0.0, at_s - time.time())):
+        async with asyncio.timeout(None if at_s is None else max(0.0, at_s - time.time())):
             return await anext(steps, None)
 
 

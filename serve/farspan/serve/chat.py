@@ -33,7 +33,7 @@ class Delta:
     """Those that came with this piece; their text may come later."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     offsets: tuple[int, ...] = ()
-    """Where the text of each token begins in the answer."""
+    """Where the text of each token begins in the answer, if logprobs are told."""
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     num_cached: int = 0
     stop: str | None = None

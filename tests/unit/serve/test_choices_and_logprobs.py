@@ -12,6 +12,7 @@ from tests.unit.serve.in_process import ENGINE
 from tests.unit.serve.tiny_folder import TEXT
 
 from farspan.config.schema import EngineConfig
+from farspan.engine.detokenize import AnswerText
 from farspan.engine.engine import Engine
 from farspan.engine.request import SamplingParams
 from farspan.models.checkpoint import load_causal_lm
@@ -380,3 +381,20 @@ def test_an_impossible_token_is_told_in_json_that_every_client_reads(served):
     body = {"model": "tiny", "prompt": "x", "max_tokens": 1, "logprobs": 3, "logit_bias": {"5": -100}}
     answer = served.post("/v1/completions", body)
     json.loads(answer.text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_tokens_become_text_one_by_one_only_where_a_client_asks_where_each_begins(served, monkeypatch):
+    seen: list[bool] = []
+
+    class Seen(AnswerText):
+        def __init__(self, *arguments: Any, by_token: bool, **more: Any) -> None:
+            seen.append(by_token)
+            super().__init__(*arguments, by_token=by_token, **more)
+
+    monkeypatch.setattr("farspan.serve.answering.AnswerText", Seen)
+    for more in ({}, {"logprobs": 0}, {"stop": ["never"]}):
+        body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4, **more}
+        choice = served.post("/v1/completions", body).raise_for_status().json()["choices"][0]
+        assert ("text_offset" in (choice["logprobs"] or {})) == ("logprobs" in more)
+    # With stop strings it does so by itself.
+    assert seen == [False, True, False]

@@ -102,7 +102,8 @@ def test_text_does_not_depend_on_how_tokens_are_bundled_and_ends_before_the_firs
 
 
 def bundle_by(tokenizer, tokens, cuts, stops, *, shows_stop=False) -> tuple[str, str | None, int]:
-    text, answer, count = "", AnswerText(Detokenizer(tokenizer), stops, shows_stop=shows_stop), 0
+    answer = AnswerText(Detokenizer(tokenizer), stops, shows_stop=shows_stop, by_token=False)
+    text, count = "", 0
     places = [0, *cuts, len(tokens)]
     for start, end in pairwise(places):
         words = answer.push(tokens[start:end], "length" if end == len(tokens) else None)
@@ -113,12 +114,13 @@ def bundle_by(tokenizer, tokens, cuts, stops, *, shows_stop=False) -> tuple[str,
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_tokens_told_together_become_the_text_of_tokens_told_one_by_one_and_no_later(tokenizers, data):
-    tokenizer = tokenizers[0]
-    letters = st.characters(codec="utf-8", exclude_characters="\ufffd")
-    text = data.draw(st.text(st.one_of(letters, st.sampled_from("ab \u00e9\u4f60\U0001f600"))))
-    tokens = tokenizer(text)["input_ids"]
+    tokenizer = tokenizers[data.draw(st.integers(0, 1))]
+    written = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("ab \u00e9\u4f60\U0001f600\ufffd")))
+    # Also what no text becomes: a character that breaks off, behind another, before a word.
+    pieces = st.one_of(written.map(lambda text: tokenizer(text)["input_ids"]), chosen(tokenizer))
+    tokens = [token for piece in data.draw(st.lists(pieces, max_size=4)) for token in piece]
     cuts = sorted(data.draw(st.lists(st.integers(0, len(tokens)), max_size=6)))
     together, one_by_one = (AnswerText(Detokenizer(tokenizer), by_token=by_token) for by_token in (False, True))
     for start, end in pairwise([0, *cuts, len(tokens)]):
@@ -129,6 +131,26 @@ def test_tokens_told_together_become_the_text_of_tokens_told_one_by_one_and_no_l
         assert not told.offsets
         if finish is not None:
             return
+
+
+def chosen(tokenizer) -> st.SearchStrategy[list[int]]:
+    """Tokens of any kind, every other of them a byte."""
+    bytes_ = [
+        token for token, name in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))) if len(name) == 1
+    ]
+    fallen = [token for name, token in tokenizer.get_vocab().items() if name.startswith("<0x")]
+    return st.lists(st.one_of(st.integers(0, len(tokenizer) - 1), st.sampled_from(fallen or bytes_)), max_size=12)
+
+
+@pytest.mark.parametrize("cuts", [(), range(20), (9, 10), (12,), (7,)])
+def test_a_character_that_breaks_off_takes_no_word_with_it(tokenizers, cuts):
+    tokenizer = tokenizers[1]
+    whole, broken = (tokenizer(text)["input_ids"] for text in ("\U0001fae0", "\U0001fae0"))
+    before, after = (tokenizer(text)["input_ids"] for text in ("return ", " return"))
+    tokens = [*before, *whole, *broken[:-1], *after, *broken[:2]]
+    text, finish, count = bundle_by(tokenizer, tokens, [cut for cut in cuts if cut <= len(tokens)], [])
+    assert (text, finish, count) == ("return \U0001fae0\ufffd\ufffd\ufffd return\ufffd\ufffd", "length", len(tokens))
+    assert whole_text(tokenizer, tokens, "length", SamplingParams()) == (text, finish)
 
 
 def test_tags_of_calls_are_shown_where_they_are_special_tokens_and_ends_are_not(tokenizers):

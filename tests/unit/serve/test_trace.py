@@ -99,6 +99,19 @@ def test_requests_of_many_answers_are_forgotten_sooner():
     assert kept == list(range(8, 40))
 
 
+def test_answers_are_counted_as_long_as_their_requests_are_kept():
+    """Equals a count of all that are kept, however often ids come again and answers late."""
+    chance, book, opened = random.Random(4), TraceBook(), []
+    for _ in range(4000):
+        if opened and chance.random() < 0.5:
+            # Also of one that is forgotten, or was opened again.
+            chance.choice(opened).choice(1)
+        else:
+            opened.append(book.open(f"r{chance.randrange(1500)}", 1, chance.choice(("a", "b"))))
+        assert book._tally.count == sum(1 + len(trace.others) for trace in book._traces.values())
+    assert len(book._traces) == 1000
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_what_a_request_waited_for_its_turn_is_told_apart_from_what_its_prompt_took(served, n):
     body = {"model": "tiny", "prompt": "while True: pass", "max_tokens": 2, "ignore_eos": True, "n": n}
