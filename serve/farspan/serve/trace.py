@@ -177,7 +177,7 @@ class TraceBook:
         trace = RequestTrace(request_id, prompt_tokens, started_s=time.monotonic() if started_s is None else started_s)
         self._forget((tenant, request_id))
         self._traces[tenant, request_id] = trace
-        # How many answers it will have is known later: until then they count with those of the next.
+        # How many answers it will have is known later: they make room when the next one is opened.
         trace.tally, self._tally.count = self._tally, self._tally.count + 1
         while len(self._traces) > 1 and (len(self._traces) > _KEPT_REQUESTS or self._tally.count > _KEPT_ANSWERS):
             self._forget(next(iter(self._traces)))
