@@ -52,7 +52,9 @@ def references(folder: Path) -> list[str]:
 
 
 @contextmanager
-def served(folder: Path, keys: Path, decode: RoleConfig, **scaling: float) -> Iterator[tuple[ServeConfig, Running]]:
+def served(
+    folder: Path, keys: Path, decode: RoleConfig, listener: str = "proxy", **scaling: float
+) -> Iterator[tuple[ServeConfig, Running]]:
     keys.touch(mode=0o600)
     keys.write_text("sk-test\n")
     with socket.socket() as probe:
@@ -62,6 +64,7 @@ def served(folder: Path, keys: Path, decode: RoleConfig, **scaling: float) -> It
         model=str(folder),
         name="tiny",
         port=port,
+        listener=listener,
         api_key_file=str(keys),
         prefill=NOBODY,
         decode=decode,
@@ -192,8 +195,9 @@ def test_workers_go_to_zero_and_the_next_request_brings_one_back(ray_cluster, fo
 
 @pytest.mark.soak
 @pytest.mark.parametrize("decode", [RoleConfig(cpus=0.5), RoleConfig(cpus=0.5, min_replicas=1, max_replicas=2)])
+@pytest.mark.parametrize("listener", ["proxy", "ingress"])
 def test_a_new_checkpoint_replaces_the_old_one_and_every_answer_is_of_one_of_them(
-    ray_cluster, folder, tmp_path, decode
+    ray_cluster, folder, tmp_path, decode, listener
 ):
     other = tmp_path / "other"
     write_tiny_model(other)
@@ -204,7 +208,7 @@ def test_a_new_checkpoint_replaces_the_old_one_and_every_answer_is_of_one_of_the
     model.save_pretrained(other, safe_serialization=True)
     old, new = references(folder), references(other)
     assert all(before != after for before, after in zip(old, new, strict=True))
-    with served(folder, tmp_path / "keys", decode) as (config, running):
+    with served(folder, tmp_path / "keys", decode, listener) as (config, running):
         with load(running) as streams:
             wait_until(lambda: len(streams.said) >= 8)
             update_app(running, replace(config, model=str(other)))

@@ -56,6 +56,7 @@ def server(ray_cluster: LocalRay, tmp_path_factory: pytest.TempPathFactory) -> I
     first = ServeConfig(
         model=str(folders["tiny"]),
         port=free_port(),
+        listener="ingress",
         api_key_file=str(keys),
         prefill=RoleConfig(cpus=0.2),
         decode=RoleConfig(cpus=0.2),

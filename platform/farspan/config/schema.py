@@ -459,6 +459,8 @@ class ServeConfig:
     """Address to listen on."""
     port: int = 8000
     """Port to listen on."""
+    listener: str = "proxy"
+    """Who listens: proxy (Ray Serve's, on every node with a worker), ingress (itself, where it runs; costs less)."""
     api_key_file: str | None = None
     """File with one key per line, mode 600; none (loopback only): a key is made once and its path is printed."""
     tool_format: str = "auto"

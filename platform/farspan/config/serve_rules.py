@@ -16,6 +16,7 @@ from farspan.errors import ConfigError
 SERVE_DTYPES = ("bfloat16", "float32", "float64")
 TOOL_FORMATS = ("auto", "hermes", "llama3")
 TRANSPORTS = ("auto", "nixl", "object_store")
+LISTENERS = ("proxy", "ingress")
 SPLITS = ("predicted", "always")
 # A worker whose stream says nothing for seconds counts as frozen.
 _LONGEST_INTERVAL_S = 1.0
@@ -105,6 +106,7 @@ def check_serve(config: ServeConfig) -> None:
     custom_resources("decode.custom", config.decode.custom)
     above("start_timeout_s", config.start_timeout_s, 0)
     above("request_timeout_s", config.request_timeout_s, 0)
+    one_of("listener", config.listener, LISTENERS)
     if not 1 <= config.port <= 65535:
         raise ConfigError("port", "must lie in 1..65535", config.port, "use port=8000")
     _check_collector(config.telemetry.otlp_endpoint)

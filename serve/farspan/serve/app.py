@@ -25,19 +25,15 @@ from farspan.errors import ClusterError, ConfigError
 from farspan.models.checkpoint import load_tokenizer, open_config
 from farspan.models.folder import open_model_folder
 from farspan.serve.agent import end_agents
-from farspan.serve.api import Api
+from farspan.serve.ingress import MOST_OPEN, Alone, Together
 from farspan.serve.keys import ApiKey, read_keys
-from farspan.serve.limits import Limits
 from farspan.serve.lineup import Place, line_up
+from farspan.serve.listener import KEEP_ALIVE_S
 from farspan.serve.messages import WorkerInfo
 from farspan.serve.port import refuse_taken_port
 from farspan.serve.ranks import rank_options
-from farspan.serve.router import Router
 from farspan.serve.routes import build_http
 from farspan.serve.scaling import apply, declared, is_scaled, replicas_of
-from farspan.serve.several import Several
-from farspan.serve.sizing import as_metrics
-from farspan.serve.ways import GuidedWays
 from farspan.serve.worker import DecodeWorker, PrefillWorker
 
 APP_NAME = "farspan"
@@ -90,61 +86,17 @@ def _checked_folders(configs: Sequence[ServeConfig]) -> list[Path]:
     return folders
 
 
-class Ingress(Api):
-    """The `Api` over the handles of the deployments."""
-
-    def __init__(
-        self, place: Place, keys: tuple[ApiKey, ...], prefill: Any, decode: Any, limits: Limits | None = None
-    ) -> None:
-        router = Router(prefill, decode)
-        self._label, self._guided = place.label, GuidedWays(router, place.config)
-        super().__init__(place.config, place.name, keys, router, self._guided, limits)
-
-    async def check_health(self) -> None:
-        """Asked by Serve before the first request, and again and again."""
-        self._guided.listen()
-
-    async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What Serve's autoscaler is told."""
-        self._guided.listen()
-        return as_metrics(self._guided.guide.signals(self._metrics.num_open), self._label)
-
-    def __del__(self) -> None:
-        # Absent when the model could not be opened.
-        if hasattr(self, "_spans"):
-            self.close()
-
-
-class Ingresses(Several):
-    """One `Ingress` for each model, in one process. What a key may use holds for all of them together."""
-
-    def __init__(self, places: tuple[Place, ...], keys: tuple[ApiKey, ...], *workers: Any) -> None:
-        """`workers`: the handles of prefill and decode, for one model after another."""
-        limits = Limits(keys)
-        roles = zip(workers[::2], workers[1::2], strict=True)
-        self._ingresses = [Ingress(p, keys, *pair, limits) for p, pair in zip(places, roles, strict=True)]
-        super().__init__(self._ingresses)
-
-    async def check_health(self) -> None:
-        for ingress in self._ingresses:
-            await ingress.check_health()
-
-    async def record_autoscaling_stats(self) -> dict[str, float]:
-        told = [await ingress.record_autoscaling_stats() for ingress in self._ingresses]
-        return {name: value for each in told for name, value in each.items()}
-
-
 def build_app(keys: tuple[ApiKey, ...], *configs: ServeConfig) -> Any:
     """The Serve application: ingress over the prefill and decode workers of each model."""
     places, scaled = line_up(configs), is_scaled(*configs)
     workers = [worker for place in places for worker in _workers(place, scaled=scaled)]
-    ingress = serve.deployment(serve.ingress(build_http)(Ingress if len(places) == 1 else Ingresses)).options(
+    ingress = serve.deployment(serve.ingress(build_http)(Alone if len(places) == 1 else Together)).options(
         name="api",
-        max_ongoing_requests=1000 * len(places),
+        max_ongoing_requests=MOST_OPEN * len(places),
         ray_actor_options={"num_cpus": _INGRESS_CPUS},
         graceful_shutdown_wait_loop_s=0.1,
         **_HEALTH,
-        **_lasting(max(configs, key=lambda config: config.drain_s)),
+        **_lasting(max(config.drain_s for config in configs)),
         **replicas_of(RoleConfig(), configs[0], scaled=scaled),
     )
     return ingress.bind(places[0] if len(places) == 1 else places, keys, *workers)
@@ -170,15 +122,15 @@ def _options(role: RoleConfig, config: ServeConfig, *, scaled: bool) -> dict[str
         **_HEALTH,
         "graceful_shutdown_wait_loop_s": 0.1,
         "request_router_config": RequestRouterConfig(request_router_class=_ROUTER),
-        **_lasting(config),
+        **_lasting(config.drain_s),
         **replicas_of(role, config, scaled=scaled),
         **rank_options(role, config),
     }
 
 
-def _lasting(config: ServeConfig) -> dict[str, Any]:
+def _lasting(drain_s: float) -> dict[str, Any]:
     """How a replica ends: when its answers are given, and in an update not before another is there."""
-    return {"graceful_shutdown_timeout_s": config.drain_s, "max_surge_percent": 100}
+    return {"graceful_shutdown_timeout_s": drain_s, "max_surge_percent": 100}
 
 
 @contextmanager
@@ -237,9 +189,12 @@ def _deploy(configs: Sequence[ServeConfig], keys: tuple[ApiKey, ...], key_file: 
     try:
         serve.start(
             # Whoever reaches a node with a worker reaches the endpoint, also while there is no head.
-            proxy_location=ProxyLocation.EveryNode,
+            proxy_location=ProxyLocation.EveryNode if config.listener == "proxy" else ProxyLocation.Disabled,
             http_options=HTTPOptions(
-                host=config.host, port=config.port, request_timeout_s=config.proxy_timeout_s, keep_alive_timeout_s=75
+                host=config.host,
+                port=config.port,
+                request_timeout_s=config.proxy_timeout_s,
+                keep_alive_timeout_s=KEEP_ALIVE_S,
             ),
         )
         if is_scaled(*configs):

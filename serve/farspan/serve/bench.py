@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from farspan.config.schema import EngineConfig, RoleConfig, ServeConfig, TransferConfig
+from farspan.config.serve_rules import LISTENERS
 from farspan.engine.bench import EngineBench, Work, contender, write_checkpoint
 from farspan.engine.bench_contenders import FARSPAN
 from farspan.errors import ClusterError
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 GOAL_OF_ENGINE, GOAL_PREFIX = 0.9, 0.2
 # Prompts of the two ways are never the same: nobody finds the other's, and no turn an earlier one's.
-_SEEDS_OF_HTTP = 1_000_000
+_SEEDS_OF_HTTP, _SEEDS_OF_LISTENER = 1_000_000, 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,22 +66,23 @@ def bench_serve(bench: ServeBench | None = None) -> list[dict[str, Any]]:
         num_weights, _ = write_checkpoint(bench.engine, folder)
         write_tokenizer(folder, bench.engine.settings["vocab_size"])
         log, rows = Path(scratch) / "engine.log", []
-        with _served(bench, folder, split=False) as client:
-            with contender(FARSPAN, folder, bench.engine, log) as engine:
+        with contender(FARSPAN, folder, bench.engine, log) as engine:
+            with _served(bench, folder) as client:
                 rows += _throughput(bench, engine.ask, client)
-            rows += _prefix(bench, client)
-            colocated = asyncio.run(_interference(bench, client))
+                rows += _prefix(bench, client)
+                colocated = asyncio.run(_interference(bench, client))
+            with _served(bench, folder, listener="ingress") as client:
+                rows += _throughput(bench, engine.ask, client, listener="ingress")
         with _served(bench, folder, split=True) as client:
             split = asyncio.run(_interference(bench, client))
         if bench.engine.threads > 1:
             # An engine on every core leaves none for an endpoint. One that spares a core is slower, by both ways.
             few = max(1, bench.engine.turns - 1)
             sparing = replace(bench, engine=replace(bench.engine, threads=bench.engine.threads - 1, turns=few))
-            with (
-                _served(sparing, folder, split=False) as client,
-                contender(FARSPAN, folder, sparing.engine, log) as engine,
-            ):
-                rows += _throughput(sparing, engine.ask, client)
+            with contender(FARSPAN, folder, sparing.engine, log) as engine:
+                for listener in LISTENERS:
+                    with _served(sparing, folder, listener=listener) as client:
+                        rows += _throughput(sparing, engine.ask, client, listener=listener)
     rows += interference_rows(bench, colocated, split)
     return [{**row, "weights": num_weights} for row in rows]
 
@@ -96,13 +98,14 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 @contextmanager
-def _served(bench: ServeBench, folder: Path, *, split: bool) -> Iterator[BenchClient]:
+def _served(bench: ServeBench, folder: Path, *, split: bool = False, listener: str = "proxy") -> Iterator[BenchClient]:
     """A running endpoint: one worker for prompts and one for answers, or one for both beside an idle one."""
     longest = bench.engine.settings["max_position_embeddings"]
-    logger.info("starting an endpoint, %s", "disaggregated" if split else "colocated")
+    logger.info("starting an endpoint, %s, listener=%s", "disaggregated" if split else "colocated", listener)
     config = ServeConfig(
         model=str(folder),
         port=free_port(),
+        listener=listener,
         prefill=RoleConfig(cpus=0.1),
         decode=RoleConfig(cpus=0.1),
         engine=EngineConfig(
@@ -119,10 +122,12 @@ def _served(bench: ServeBench, folder: Path, *, split: bool) -> Iterator[BenchCl
         yield BenchClient(running.url, running.model, key, bench.engine.deadline_s)
 
 
-def _throughput(bench: ServeBench, ask: Any, client: BenchClient) -> list[dict[str, Any]]:
+def _throughput(bench: ServeBench, ask: Any, client: BenchClient, *, listener: str = "proxy") -> list[dict[str, Any]]:
     work, vocab_size = bench.work, bench.engine.settings["vocab_size"]
     bare, through = [], []
-    for turn in range(1 + bench.engine.turns):
+    # One engine stands beside both endpoints.
+    first = LISTENERS.index(listener) * _SEEDS_OF_LISTENER
+    for turn in range(first, first + 1 + bench.engine.turns):
         prompts, others = (work.prompts(vocab_size, seed + turn) for seed in (0, _SEEDS_OF_HTTP))
         contenders = {
             "engine": lambda prompts=prompts: ask(prompts, work.new_tokens, bench.engine.deadline_s)[0],
@@ -130,19 +135,21 @@ def _throughput(bench: ServeBench, ask: Any, client: BenchClient) -> list[dict[s
         }
         # Each begins every other turn: a machine that gets slower is not always slower for the same one.
         took_s = {name: contenders[name]() for name in sorted(contenders, reverse=turn % 2 == 0)}
-        logger.info("%s: engine %.2f s, HTTP %.2f s", work.name, took_s["engine"], took_s["HTTP"])
+        logger.info("%s: engine %.2f s, HTTP (%s) %.2f s", work.name, took_s["engine"], listener, took_s["HTTP"])
         # The first turn of each compiles, and fills caches.
-        if turn:
+        if turn > first:
             bare.append(took_s["engine"])
             through.append(took_s["HTTP"])
-    return throughput_rows(work, bench.engine.threads, bare, through)
+    return throughput_rows(work, bench.engine.threads, listener, bare, through)
 
 
-def throughput_rows(work: Work, threads: int, bare: Sequence[float], through: Sequence[float]) -> list[dict[str, Any]]:
+def throughput_rows(
+    work: Work, threads: int, listener: str, bare: Sequence[float], through: Sequence[float]
+) -> list[dict[str, Any]]:
     """Seconds of each turn by both ways, as rows; `threads`: of the engine."""
     num_tokens = work.count * work.new_tokens
     part = statistics.median(a / b for a, b in zip(bare, through, strict=True))
-    same: dict[str, Any] = {"work": work.name, "threads": threads}
+    same: dict[str, Any] = {"work": work.name, "threads": threads, "listener": listener}
     return [
         {**same, "through": "engine", "new_tokens_per_s": num_tokens / statistics.median(bare)},
         {

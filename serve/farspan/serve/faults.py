@@ -44,6 +44,11 @@ def unavailable(why: str) -> ApiError:
     return ApiError(503, f"{why}; try again in {_RETRY_S} s", code="unavailable", retry_after_s=_RETRY_S)
 
 
+def crowded(most: int) -> ApiError:
+    """So many requests are open that nobody looks at another one."""
+    return unavailable(f"this endpoint already has {most} requests")
+
+
 def too_late() -> ApiError:
     """The deadline has passed: a client's own, or the endpoint's for every request."""
     message = (

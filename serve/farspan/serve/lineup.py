@@ -11,7 +11,7 @@ from farspan.errors import ConfigError
 from farspan.serve.naming import ModelNames
 
 # What is the address's, and not a model's.
-_SHARED = ("host", "port", "api_key_file", "max_body_bytes", "body_timeout_s", "request_timeout_s")
+_SHARED = ("host", "port", "listener", "api_key_file", "max_body_bytes", "body_timeout_s", "request_timeout_s")
 _NOT_PLAIN = re.compile("[^A-Za-z0-9._-]+")
 
 

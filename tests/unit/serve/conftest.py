@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import uvicorn
 from tests.unit.serve.in_process import Served
 from tests.unit.serve.tiny_folder import write_tiny_model
 
 from farspan.models.checkpoint import load_causal_lm, load_tokenizer
+from farspan.serve.listener import Listener
+from farspan.serve.port import free_port
 
 
 @pytest.fixture(scope="session")
@@ -49,14 +49,18 @@ def served(shared) -> Served:
 
 @pytest.fixture(scope="module")
 def port(shared) -> Iterator[int]:
-    """The endpoint of this module behind a real socket."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(shared.app, log_level="warning", timeout_graceful_shutdown=5))
-        thread = threading.Thread(target=asyncio.run, args=(server.serve(sockets=[listening]),))
-        thread.start()
-        try:
-            yield listening.getsockname()[1]
-        finally:
-            server.should_exit = True
-            thread.join(timeout=30)
-            assert not thread.is_alive()
+    """The endpoint of this module behind a real socket, as an ingress listens itself."""
+    found = free_port()
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    listener = Listener(shared.app, "127.0.0.1", found, most_open=1000, head_timeout_s=60, drain_s=5)
+    loop.call_soon_threadsafe(listener.start)
+    try:
+        yield found
+    finally:
+        asyncio.run_coroutine_threadsafe(listener.close(), loop).result(timeout=30)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+        loop.close()

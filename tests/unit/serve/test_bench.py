@@ -63,10 +63,11 @@ def test_gaps_are_those_between_events_inside_a_window():
 
 def test_the_part_of_the_engine_is_that_of_turns_beside_each_other():
     # A machine that grows slower by half is slower for both.
-    engine, http = throughput_rows(Work("w", 2, 5, 10), 2, [1.0, 2.0, 4.0], [2.0, 4.0, 8.0])
+    engine, http = throughput_rows(Work("w", 2, 5, 10), 2, "ingress", [1.0, 2.0, 4.0], [2.0, 4.0, 8.0])
     assert engine["new_tokens_per_s"] == 10.0
     assert http["new_tokens_per_s"] == 5.0
     assert http["part of the engine"] == 0.5
+    assert engine["listener"] == http["listener"] == "ingress"
 
 
 def test_interference_compares_the_gaps_while_prompts_arrive():

@@ -1,0 +1,219 @@
+"""An ingress that listens itself: what Serve's proxy would do for an application is done here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import json
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+import uvloop
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from farspan.errors import ClusterError, ConfigError
+from farspan.serve.listener import Listener
+from farspan.serve.port import free_port, listening_socket, refuse_taken_port
+
+HOST = "127.0.0.1"
+KNOWN: contextvars.ContextVar[str] = contextvars.ContextVar("known", default="nothing")
+
+
+class Held:
+    """An application that says what it was asked, and waits before it ends where it is told to."""
+
+    def __init__(self) -> None:
+        self.let_go, self.begun = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = b""
+        while (message := await receive()).get("more_body"):
+            body += message["body"]
+        body += message.get("body", b"")
+        name = next((str(value, "ascii") for key, value in scope["headers"] if key == b"x-request-id"), None)
+        told = json.dumps({"name": name, "known": KNOWN.get(), "body": len(body)}).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": told, "more_body": True})
+        self.begun.set()
+        if scope["path"] == "/held":
+            await self.let_go.wait()
+        await send({"type": "http.response.body", "body": b"\n"})
+
+
+@asynccontextmanager
+async def listening(
+    app: ASGIApp, port: int, *, most_open: int = 10, head_timeout_s: float = 30.0, drain_s: float = 30.0
+) -> AsyncIterator[Listener]:
+    listener = Listener(app, HOST, port, most_open=most_open, head_timeout_s=head_timeout_s, drain_s=drain_s)
+    listener.start()
+    try:
+        yield listener
+    finally:
+        await listener.close()
+
+
+def client(port: int) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=f"http://{HOST}:{port}", trust_env=False, timeout=30)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("given", ["mine-1", None, "", "of two words", "x" * 65, "smuggled\\r"])
+def test_each_request_has_a_name_that_application_and_client_know(given: str | None) -> None:
+    async def ask() -> tuple[str, str]:
+        port = free_port()
+        async with listening(Held(), port), client(port) as one:
+            answer = await one.get("/", headers={} if given is None else {"x-request-id": given})
+            return answer.headers["x-request-id"], answer.json()["name"]
+
+    told, found = asyncio.run(ask())
+    assert told == found
+    assert (told == given) == (given == "mine-1")
+    assert told
+
+
+def test_requests_beyond_the_most_are_refused_in_openais_shape_and_taken_again_later() -> None:
+    async def ask() -> None:
+        app, port = Held(), free_port()
+        async with listening(app, port, most_open=1), client(port) as one:
+            held = asyncio.ensure_future(one.get("/held"))
+            await app.begun.wait()
+            refused = await one.get("/")
+            assert refused.status_code == 503
+            assert int(refused.headers["retry-after"]) > 0
+            assert refused.headers["x-request-id"]
+            assert refused.json()["error"]["code"] == "unavailable"
+            app.let_go.set()
+            assert (await held).status_code == 200
+            assert (await one.get("/")).status_code == 200
+
+    asyncio.run(ask())
+
+
+_HALF = b"POST / HTTP/1.1\r\nHost: x\r\nX-Slow: "
+
+
+# Whoever says nothing after an answer may: that is the wait of a kept connection.
+@pytest.mark.parametrize(("sent", "after_an_answer"), [(b"", False), (_HALF, False), (_HALF, True)])
+def test_whoever_does_not_end_the_head_of_a_request_is_let_go(sent: bytes, after_an_answer: bool) -> None:
+    async def ask() -> float:
+        port, loop = free_port(), asyncio.get_running_loop()
+        async with listening(Held(), port, head_timeout_s=0.3):
+            reader, writer = await asyncio.open_connection(HOST, port)
+            if after_an_answer:
+                writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert (await reader.readuntil(b"0\r\n\r\n")).startswith(b"HTTP/1.1 200")
+            began = loop.time()
+            writer.write(sent)
+            async with asyncio.timeout(30):
+                assert await reader.read() == b""
+            writer.close()
+            return loop.time() - began
+
+    assert asyncio.run(ask()) > 0.25
+
+
+def test_a_body_and_an_answer_may_take_longer_than_a_head() -> None:
+    async def ask() -> None:
+        app, port = Held(), free_port()
+        async with listening(app, port, head_timeout_s=0.2):
+            reader, writer = await asyncio.open_connection(HOST, port)
+            writer.write(b"POST /held HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nab")
+            await asyncio.sleep(0.4)
+            writer.write(b"cd")
+            await app.begun.wait()
+            await asyncio.sleep(0.4)
+            app.let_go.set()
+            assert b'"body": 4' in await reader.readuntil(b"0\r\n\r\n")
+            writer.close()
+
+    asyncio.run(ask())
+
+
+def test_at_its_end_answers_come_whole_and_nobody_else_gets_in() -> None:
+    async def ask() -> None:
+        app, port = Held(), free_port()
+        async with listening(app, port) as listener, client(port) as one:
+            idle = await asyncio.open_connection(HOST, port)
+            held = asyncio.ensure_future(one.get("/held"))
+            await app.begun.wait()
+            closing = asyncio.ensure_future(listener.close())
+            async with asyncio.timeout(30):
+                assert await idle[0].read() == b""
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection(HOST, port)
+            assert not closing.done()
+            app.let_go.set()
+            assert (await held).text.endswith("\n")
+            await asyncio.wait_for(closing, 30)
+            with pytest.raises(ClusterError, match=f"listens on port {port} any more"):
+                listener.start()
+            idle[1].close()
+
+    asyncio.run(ask())
+
+
+def test_an_answer_that_takes_longer_than_the_end_may_is_cut_off() -> None:
+    async def ask() -> None:
+        app, port = Held(), free_port()
+        async with listening(app, port, drain_s=1.0) as listener, client(port) as one:
+            held = asyncio.ensure_future(one.get("/held"))
+            await app.begun.wait()
+            await asyncio.wait_for(listener.close(), 30)
+            with pytest.raises(httpx.RemoteProtocolError):
+                await held
+
+    asyncio.run(ask())
+
+
+def test_in_an_update_the_new_one_listens_beside_the_old_one() -> None:
+    async def ask() -> None:
+        old, new, port = Held(), Held(), free_port()
+        async with listening(new, port):
+            async with listening(old, port), client(port) as one:
+                for _ in range(50):
+                    assert (await one.get("/", headers={"connection": "close"})).status_code == 200
+                # Which of them is asked is the kernel's choice.
+                await until(lambda: old.begun.is_set() or new.begun.is_set())
+            new.begun.clear()
+            async with client(port) as one:
+                assert (await one.get("/")).status_code == 200
+                assert new.begun.is_set()
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_what_whoever_starts_it_knows_is_not_what_requests_know(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    async def ask() -> str:
+        port = free_port()
+        KNOWN.set("a secret")
+        async with listening(Held(), port) as listener, client(port) as one:
+            # Told again and again, as by Serve.
+            listener.start()
+            known: str = (await one.get("/")).json()["known"]
+            return known
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        assert runner.run(ask()) == "nothing"
+
+
+def test_a_port_of_somebody_else_is_refused_and_one_that_is_shared_is_not_free() -> None:
+    with socket.create_server((HOST, 0)) as other, pytest.raises(ConfigError, match="port: must be free"):
+        listening_socket(HOST, other.getsockname()[1])
+    with listening_socket(HOST, 0) as mine:
+        port = mine.getsockname()[1]
+        listening_socket(HOST, port).close()
+        with pytest.raises(ConfigError, match="port: must be free"):
+            refuse_taken_port(HOST, port)
+    with pytest.raises(ConfigError, match="host: must be an address of this machine"):
+        listening_socket("192.0.2.1", port)
