@@ -55,7 +55,11 @@ def port(shared) -> Iterator[int]:
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     listener = Listener(shared.app, "127.0.0.1", found, most_open=1000, head_timeout_s=60, drain_s=5)
-    loop.call_soon_threadsafe(listener.start)
+
+    async def start() -> None:
+        listener.start()
+
+    asyncio.run_coroutine_threadsafe(start(), loop).result(timeout=30)
     try:
         yield found
     finally:
