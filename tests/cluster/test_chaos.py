@@ -53,7 +53,16 @@ class Phase(StrEnum):
     """Tokens of all answers come."""
 
 
-def cells() -> Iterator[tuple[Component, Fault, Phase]]:
+def cells() -> Iterator[tuple[str, Component, Fault, Phase]]:
+    """Beginning with who listens."""
+    yield from (("proxy", *cell) for cell in _cells())
+    # What is behind it is the same.
+    yield from (("ingress", *cell) for cell in _cells_of_door(Component.INGRESS))
+    yield "ingress", Component.DECODE, Fault.KILLED, Phase.DECODED
+    yield "ingress", Component.CONTROLLER, Fault.KILLED, Phase.DECODED
+
+
+def _cells() -> Iterator[tuple[Component, Fault, Phase]]:
     some = (Fault.KILLED, Fault.PAUSED, Fault.FROZEN, Fault.RESET)
     for worker in (Component.PREFILL, Component.DECODE):
         yield from ((worker, fault, phase) for fault in some for phase in Phase)
@@ -62,9 +71,13 @@ def cells() -> Iterator[tuple[Component, Fault, Phase]]:
         yield from ((beside, fault, phase) for fault in some for phase in (Phase.BEFORE, Phase.COMPUTED))
     yield from ((Component.CONTROLLER, Fault.KILLED, phase) for phase in (Phase.TRAVELS, Phase.DECODED))
     for door in (Component.INGRESS, Component.PROXY):
-        yield from ((door, fault, phase) for fault in (Fault.KILLED, Fault.RESET) for phase in Phase)
-        yield door, Fault.PAUSED, Phase.DECODED
-        yield door, Fault.LEFT, Phase.DECODED
+        yield from _cells_of_door(door)
+
+
+def _cells_of_door(door: Component) -> Iterator[tuple[Component, Fault, Phase]]:
+    yield from ((door, fault, phase) for fault in (Fault.KILLED, Fault.RESET) for phase in Phase)
+    yield door, Fault.PAUSED, Phase.DECODED
+    yield door, Fault.LEFT, Phase.DECODED
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +88,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def endpoint(ray_cluster: LocalRay, folder: Path) -> Iterator[Endpoint]:
-    with chaos_endpoint(ray_cluster, folder, folder.parent / "keys") as made:
+def endpoint(request: pytest.FixtureRequest, ray_cluster: LocalRay, folder: Path) -> Iterator[Endpoint]:
+    with chaos_endpoint(ray_cluster, folder, folder.parent / f"keys-{request.param}", request.param) as made:
         yield made
 
 
@@ -119,7 +132,7 @@ def generated(folder: Path, asked: Asked) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize(("component", "fault", "phase"), list(cells()))
+@pytest.mark.parametrize(("endpoint", "component", "fault", "phase"), list(cells()), indirect=["endpoint"])
 def test_every_request_gets_exactly_its_tokens_and_no_page_is_lost(
     endpoint: Endpoint,
     wanted: dict[str, Answer],
@@ -136,7 +149,8 @@ def test_every_request_gets_exactly_its_tokens_and_no_page_is_lost(
         for reading in readings:
             same(client.whole(reading), wanted[reading.asked.kind])
             assert all(answer.begins(wanted[reading.asked.kind]) for answer in reading.answers)
-    table.add(f"{component} {fault}", (reading.longest_gap_s for reading in readings))
+    alone = " (listens)" if endpoint.listener == component else ""
+    table.add(f"{component}{alone} {fault}", (reading.longest_gap_s for reading in readings))
     report(client, readings)
     if fault in (Fault.KILLED, Fault.LEFT):
         endpoint.wait_replaced(component, pid)

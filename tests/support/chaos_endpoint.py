@@ -56,6 +56,7 @@ _CLASSES = {
 @dataclass(frozen=True)
 class Endpoint:
     running: Running
+    listener: str
     dashboard: str
     handles: dict[Component, DeploymentHandle[Any]]
     """Made while the controller answers."""
@@ -129,13 +130,14 @@ def wait_until(what: Callable[[], bool], called: str, patience_s: float = 120.0)
 
 
 @contextmanager
-def chaos_endpoint(cluster: LocalRay, folder: Path, keys: Path) -> Iterator[Endpoint]:
+def chaos_endpoint(cluster: LocalRay, folder: Path, keys: Path, listener: str) -> Iterator[Endpoint]:
     """One worker of each role, which share the work on every prompt, and host memory."""
     keys.touch(mode=0o600)
     keys.write_text(KEY + "\n", encoding="ascii")
     config = ServeConfig(
         model=str(folder),
         port=free_port(),
+        listener=listener,
         api_key_file=str(keys),
         engine=EngineConfig(
             dtype="float64", kv_bytes=64 * _MIB, max_batch_tokens=256, host_cache_bytes=64 * _MIB, threads=1
@@ -147,4 +149,4 @@ def chaos_endpoint(cluster: LocalRay, folder: Path, keys: Path) -> Iterator[Endp
     with run_app(config) as running:
         roles = (Component.PREFILL, Component.DECODE)
         handles = {role: handle_for_threads(role.value) for role in roles}
-        yield Endpoint(running, cluster.dashboard, handles)
+        yield Endpoint(running, listener, cluster.dashboard, handles)
