@@ -28,6 +28,8 @@ _PLAIN_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}")
 _ID_HEADER = "x-request-id"
 # Of a head, or of what comes behind the last piece of a body.
 _MOST_LOOSE_BYTES = 65536
+# A connection that is used sees its end coming; one that is not may be cut off.
+_LEAVING_S = 1.0
 
 
 class Listener:
@@ -131,6 +133,7 @@ def _protocol(head_timeout_s: float) -> type[HttpToolsProtocol]:
         _clock: TimerHandle | None = None
         _reader_clock: TimerHandle | None = None
         _num_loose = 0
+        _is_leaving = False
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             # uvloop's are none by their class.
@@ -147,10 +150,23 @@ def _protocol(head_timeout_s: float) -> type[HttpToolsProtocol]:
         def on_headers_complete(self) -> None:
             self._num_loose = 0
             self._stop_clock()
+            # Of an upgrade its parser takes what follows for the next request, and not for a body.
+            is_last = self._is_leaving or self.parser.should_upgrade()
+            if is_last:
+                self.headers.append((b"connection", b"close"))
             super().on_headers_complete()
-            if self.parser.should_upgrade():
-                # Its parser takes what follows for the next request, and not for a body.
+            if is_last:
                 self.cycle.keep_alive = False
+
+        def shutdown(self) -> None:
+            # A request may be on its way: whoever asks now hears that it was the last time.
+            if self._is_answering():
+                super().shutdown()
+            elif not self._is_leaving:
+                self._is_leaving = True
+                self.loop.call_later(_LEAVING_S, self.shutdown)
+            else:
+                self.transport.close()
 
         def on_body(self, body: bytes) -> None:
             self._num_loose = 0

@@ -271,6 +271,39 @@ def test_at_its_end_answers_come_whole_and_nobody_else_gets_in() -> None:
     asyncio.run(ask())
 
 
+@pytest.mark.parametrize("before", [b"", b"GET / HTTP/1.1\r\n"])
+def test_a_request_that_is_on_its_way_at_the_end_is_answered_as_the_last_one(before: bytes) -> None:
+    async def ask() -> bytes:
+        port = free_port()
+        async with listening(Held(), port) as listener:
+            reader, writer = await asyncio.open_connection(HOST, port)
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            await reader.readuntil(b"0\r\n\r\n")
+            writer.write(before)
+            closing = asyncio.ensure_future(listener.close())
+            async with asyncio.timeout(30):
+                while _is_open(port):
+                    await asyncio.sleep(0.01)
+                writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[len(before) :])
+                told = await reader.read()
+                await closing
+            writer.close()
+            return told
+
+    told = asyncio.run(ask())
+    assert told.startswith(b"HTTP/1.1 200")
+    assert b"connection: close\r\n" in told
+    assert told.endswith(b"0\r\n\r\n")
+
+
+def _is_open(port: int) -> bool:
+    try:
+        socket.create_connection((HOST, port)).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
 def test_an_answer_that_takes_longer_than_the_end_may_is_cut_off() -> None:
     async def ask() -> None:
         app, port = Held(), free_port()
