@@ -56,8 +56,8 @@ class Listener:
                 proxy_headers=False,
                 access_log=False,
                 log_config=None,
-                # What strangers send fills no log, as in Serve's proxy; the application tells its own faults.
-                log_level="critical",
+                # What strangers send fills no log; an answer that breaks off is told.
+                log_level="error",
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=math.ceil(drain_s),
