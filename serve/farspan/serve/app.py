@@ -58,6 +58,8 @@ class Running:
     api_key_file: str
     transport: str
     """By what KV pages travel between its workers, and why."""
+    listener: str = "proxy"
+    """Who listens, as the config says it."""
 
 
 def check_app(config: ServeConfig, *more: ServeConfig) -> Path:
@@ -152,7 +154,7 @@ def run_app(config: ServeConfig, *more: ServeConfig) -> Iterator[Running]:
         _wait_ready(url, deadline_s, timeout_s)
         places = line_up((config, *more))
         names = ", ".join(place.name for place in places)
-        yield Running(f"{url}/v1", names, str(key_file), "; ".join(map(_told_transport, places)))
+        yield Running(f"{url}/v1", names, str(key_file), "; ".join(map(_told_transport, places)), config.listener)
     finally:
         serve.shutdown()
         end_agents()
@@ -169,6 +171,9 @@ def update_app(running: Running, config: ServeConfig, *more: ServeConfig) -> Non
     keys, key_file = read_keys(config)
     if f"http://{_in_url(config.host)}:{config.port}/v1" != running.url:
         raise ConfigError("port", "stays what it was while a server runs", config.port, "start another server")
+    if config.listener != running.listener:
+        # Serve starts its proxies once, or never.
+        raise ConfigError("listener", "stays what it was while a server runs", config.listener, "start another server")
     timeout_s = max(each.start_timeout_s for each in (config, *more))
     _deploy((config, *more), keys, str(key_file), time.monotonic() + timeout_s)
 

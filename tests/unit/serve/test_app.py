@@ -23,7 +23,7 @@ from farspan.engine.request import SamplingParams
 from farspan.errors import CheckpointError, ClusterError, ConfigError, ModelError
 from farspan.models.folder import open_model_folder
 from farspan.serve import app
-from farspan.serve.app import check_app, num_cpus, run_app
+from farspan.serve.app import Running, check_app, num_cpus, run_app, update_app
 from farspan.serve.lineup import line_up, model_name
 from farspan.serve.messages import Failed, GenerationRequest, WorkerInfo
 from farspan.serve.ranks import rank_options
@@ -121,6 +121,18 @@ def test_serve_that_cannot_start_is_one_sentence(folder, tmp_path, monkeypatch, 
         raise AssertionError("it must not start")
     assert len(str(refused.value).splitlines()) == 1
     assert stopped
+
+
+@pytest.mark.parametrize(("before", "now"), [("proxy", "ingress"), ("ingress", "proxy")])
+def test_who_listens_stays_what_it_was_while_a_server_runs(folder, tmp_path, before, now):
+    keys = tmp_path / "keys"
+    keys.touch(mode=0o600)
+    keys.write_text("sk-test\n")
+    config = ServeConfig(model=str(folder), api_key_file=str(keys), listener=now)
+    running = Running(f"http://{config.host}:{config.port}/v1", "tiny", str(keys), "", before)
+    with pytest.raises(ConfigError, match="listener: stays what it was while a server runs"):
+        update_app(running, config)
+    assert not ray.is_initialized()
 
 
 def test_the_wait_for_a_server_on_this_machine_takes_no_proxy(monkeypatch):

@@ -7,7 +7,7 @@ import contextvars
 import json
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import httpx
 import pytest
@@ -23,16 +23,17 @@ KNOWN: contextvars.ContextVar[str] = contextvars.ContextVar("known", default="no
 
 
 class Held:
-    """An application that says what it was asked, and waits before it ends where it is told to."""
+    """An application that says what it was asked: when it was, at once, or (held) with an end that waits."""
 
     def __init__(self) -> None:
         self.let_go, self.begun = asyncio.Event(), asyncio.Event()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = b""
-        while (message := await receive()).get("more_body"):
-            body += message["body"]
-        body += message.get("body", b"")
+        while scope["path"] != "/early" and (message := await receive()):
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                break
         name = next((str(value, "ascii") for key, value in scope["headers"] if key == b"x-request-id"), None)
         told = json.dumps({"name": name, "known": KNOWN.get(), "body": len(body)}).encode()
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -120,6 +121,116 @@ def test_whoever_does_not_end_the_head_of_a_request_is_let_go(sent: bytes, after
     assert asyncio.run(ask()) > 0.25
 
 
+# What is no head stops the clock of a kept connection: it must not stop every clock.
+@pytest.mark.parametrize(
+    ("asked", "then"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\r\n"),
+        (b"POST /early HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n", b"x"),
+    ],
+)
+def test_whoever_sends_what_is_no_head_after_an_answer_is_let_go(asked: bytes, then: bytes) -> None:
+    async def ask() -> None:
+        port = free_port()
+        async with listening(Held(), port, head_timeout_s=0.3):
+            reader, writer = await asyncio.open_connection(HOST, port)
+            writer.write(asked)
+            await reader.readuntil(b"0\r\n\r\n")
+            writer.write(then)
+            async with asyncio.timeout(30):
+                assert await reader.read() == b""
+            writer.close()
+
+    asyncio.run(ask())
+
+
+def test_the_beginning_of_a_next_request_does_not_cut_off_an_answer() -> None:
+    async def ask() -> None:
+        app, port = Held(), free_port()
+        async with listening(app, port, head_timeout_s=0.2):
+            reader, writer = await asyncio.open_connection(HOST, port)
+            writer.write(b"GET /held HTTP/1.1\r\nHost: x\r\n\r\n")
+            await app.begun.wait()
+            writer.write(b"GET / HT")
+            await asyncio.sleep(0.5)
+            app.let_go.set()
+            assert (await reader.readuntil(b"0\r\n\r\n")).startswith(b"HTTP/1.1 200")
+            writer.write(b"TP/1.1\r\nHost: x\r\n\r\n")
+            assert (await reader.readuntil(b"0\r\n\r\n")).startswith(b"HTTP/1.1 200")
+            writer.close()
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    ("begin", "answered"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\n", False),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nX-Long: ", False),
+        (b"POST /early HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", True),
+    ],
+)
+def test_a_head_or_trailers_without_end_are_not_kept(begin: bytes, answered: bool) -> None:
+    async def ask() -> None:
+        port, told = free_port(), b""
+        async with listening(Held(), port):
+            reader, writer = await asyncio.open_connection(HOST, port)
+            writer.write(begin)
+            if answered:
+                await reader.readuntil(b"0\r\n\r\n")
+            piece = b"x" * 999 if begin.endswith(b" ") else b"a: " + b"x" * 994 + b"\r\n"
+            # Not one byte more than is refused: what nobody reads would take the refusal with it.
+            for _ in range(66):
+                writer.write(piece)
+            async with asyncio.timeout(30):
+                told = await reader.read()
+            assert told.startswith(b"HTTP/1.1 400")
+            writer.close()
+
+    asyncio.run(ask())
+
+
+def test_whoever_asks_and_does_not_read_holds_no_place_for_ever() -> None:
+    async def large(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(2 if scope["path"] == "/short" else 40):
+            await send({"type": "http.response.body", "body": b"x" * 1_000_000, "more_body": True})
+        await send({"type": "http.response.body"})
+
+    async def ask() -> None:
+        port = free_port()
+        async with listening(large, port, most_open=1, head_timeout_s=0.3), client(port) as one:
+            with socket.create_connection((HOST, port)) as deaf:
+                deaf.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                async with asyncio.timeout(30):
+                    while (await one.get("/short")).status_code != 503:
+                        pass
+                    while (await one.get("/short")).status_code != 200:
+                        await asyncio.sleep(0.05)
+
+    asyncio.run(ask())
+
+
+def test_what_follows_an_upgrade_is_no_request() -> None:
+    async def ask() -> bytes:
+        port = free_port()
+        async with listening(Held(), port):
+            reader, writer = await asyncio.open_connection(HOST, port)
+            head = (
+                b"POST /early HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 27\r\n\r\n"
+            )
+            writer.write(head)
+            async with asyncio.timeout(30):
+                told = await reader.readuntil(b"0\r\n\r\n")
+                with suppress(ConnectionError):
+                    writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                    told += await reader.read()
+            writer.close()
+            return told
+
+    assert asyncio.run(ask()).count(b"HTTP/1.1 ") == 1
+
+
 def test_a_body_and_an_answer_may_take_longer_than_a_head() -> None:
     async def ask() -> None:
         app, port = Held(), free_port()
@@ -158,6 +269,39 @@ def test_at_its_end_answers_come_whole_and_nobody_else_gets_in() -> None:
             idle[1].close()
 
     asyncio.run(ask())
+
+
+@pytest.mark.parametrize("before", [b"", b"GET / HTTP/1.1\r\n"])
+def test_a_request_that_is_on_its_way_at_the_end_is_answered_as_the_last_one(before: bytes) -> None:
+    async def ask() -> bytes:
+        port = free_port()
+        async with listening(Held(), port) as listener:
+            reader, writer = await asyncio.open_connection(HOST, port)
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            await reader.readuntil(b"0\r\n\r\n")
+            writer.write(before)
+            closing = asyncio.ensure_future(listener.close())
+            async with asyncio.timeout(30):
+                while _is_open(port):
+                    await asyncio.sleep(0.01)
+                writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[len(before) :])
+                told = await reader.read()
+                await closing
+            writer.close()
+            return told
+
+    told = asyncio.run(ask())
+    assert told.startswith(b"HTTP/1.1 200")
+    assert b"connection: close\r\n" in told
+    assert told.endswith(b"0\r\n\r\n")
+
+
+def _is_open(port: int) -> bool:
+    try:
+        socket.create_connection((HOST, port)).close()
+    except ConnectionRefusedError:
+        return False
+    return True
 
 
 def test_an_answer_that_takes_longer_than_the_end_may_is_cut_off() -> None:
