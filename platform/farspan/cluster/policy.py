@@ -205,6 +205,8 @@ def _application_problems(application: dict[str, Any], groups: list[Manifest]) -
     except ConfigError as problem:
         yield f"args: {problem}"
     else:
+        if config.listener != "proxy":
+            yield f"args: listener must be proxy, got {config.listener}: KubeRay asks the proxies how a pod is"
         yield from _size_problems(application, config, groups)
     if not is_loopback(str(arguments.get("host", "127.0.0.1"))) and not arguments.get("api_key_file"):
         yield f"it listens on {arguments.get('host')} without api_key_file"

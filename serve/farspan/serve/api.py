@@ -245,6 +245,10 @@ class Api:
             raise ApiError(408, message, code="body_too_slow") from None
         except ClientDisconnect:
             raise ClientGoneError from None
+        if not content and request.headers.get("upgrade"):
+            # Servers of HTTP/1.1 take what follows such a head for another protocol.
+            message = "the body was lost: send requests without Upgrade (in Java: HttpClient.Version.HTTP_1_1)"
+            raise ApiError(400, message, code="invalid_value", param="upgrade")
         if len(content) < _LARGE_BODY:
             return read_body(content, shape)
         # In a thread: other answers are on their way.

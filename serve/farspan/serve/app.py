@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation, RequestRouterConfig
@@ -28,7 +29,7 @@ from farspan.serve.agent import end_agents
 from farspan.serve.ingress import MOST_OPEN, Alone, Together
 from farspan.serve.keys import ApiKey, read_keys
 from farspan.serve.lineup import Place, line_up
-from farspan.serve.listener import KEEP_ALIVE_S
+from farspan.serve.listener import CLOSING_S, KEEP_ALIVE_S
 from farspan.serve.messages import WorkerInfo
 from farspan.serve.port import refuse_taken_port
 from farspan.serve.ranks import rank_options
@@ -98,7 +99,8 @@ def build_app(keys: tuple[ApiKey, ...], *configs: ServeConfig) -> Any:
         ray_actor_options={"num_cpus": _INGRESS_CPUS},
         graceful_shutdown_wait_loop_s=0.1,
         **_HEALTH,
-        **_lasting(max(config.drain_s for config in configs)),
+        # Serve does not see the answers of one that listens itself: it waits until that has closed.
+        **_lasting(max(config.drain_s for config in configs) + (CLOSING_S if _listens(configs) else 0.0)),
         **replicas_of(RoleConfig(), configs[0], scaled=scaled),
     )
     return ingress.bind(places[0] if len(places) == 1 else places, keys, *workers)
@@ -145,6 +147,7 @@ def run_app(config: ServeConfig, *more: ServeConfig) -> Iterator[Running]:
         ClusterError: the application did not become ready within start_timeout_s.
     """
     check_app(config, *more)
+    _refuse_several_machines(config)
     keys, key_file = read_keys(config)
     timeout_s = max(each.start_timeout_s for each in (config, *more))
     deadline_s = time.monotonic() + timeout_s
@@ -178,6 +181,21 @@ def update_app(running: Running, config: ServeConfig, *more: ServeConfig) -> Non
     _deploy((config, *more), keys, str(key_file), time.monotonic() + timeout_s)
 
 
+def _listens(configs: Sequence[ServeConfig]) -> bool:
+    """Whether the ingress does, and no proxy of Serve's."""
+    return configs[0].listener == "ingress"
+
+
+def _refuse_several_machines(config: ServeConfig) -> None:
+    if _listens((config,)) and (count := sum(node["Alive"] for node in ray.nodes())) > 1:
+        raise ConfigError(
+            "listener",
+            f"must be proxy on a cluster of several machines ({count} here): nobody knows where the ingress will run",
+            config.listener,
+            "use listener=proxy",
+        )
+
+
 def num_cpus(*configs: ServeConfig) -> float:
     """Logical CPUs the replicas ask Ray for."""
     return sum(
@@ -194,7 +212,7 @@ def _deploy(configs: Sequence[ServeConfig], keys: tuple[ApiKey, ...], key_file: 
     try:
         serve.start(
             # Whoever reaches a node with a worker reaches the endpoint, also while there is no head.
-            proxy_location=ProxyLocation.EveryNode if config.listener == "proxy" else ProxyLocation.Disabled,
+            proxy_location=ProxyLocation.Disabled if _listens(configs) else ProxyLocation.EveryNode,
             http_options=HTTPOptions(
                 host=config.host,
                 port=config.port,

@@ -6,19 +6,19 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import math
 import re
 import uuid
-from asyncio import TimerHandle
-from typing import cast
+from typing import Any, cast
 
 import uvicorn
 from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from farspan.errors import ClusterError
+from farspan.serve.connection import Connection
 from farspan.serve.faults import crowded
 from farspan.serve.port import listening_socket
 
@@ -26,10 +26,8 @@ KEEP_ALIVE_S = 75
 """How long a connection may say nothing after an answer."""
 _PLAIN_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}")
 _ID_HEADER = "x-request-id"
-# Of a head, or of what comes behind the last piece of a body.
-_MOST_LOOSE_BYTES = 65536
-# A connection that is used sees its end coming; one that is not may be cut off.
-_LEAVING_S = 1.0
+CLOSING_S = 3.0
+"""What `Listener.close` may take beyond the answers it waits for."""
 
 
 class Listener:
@@ -40,15 +38,16 @@ class Listener:
     def __init__(
         self, app: ASGIApp, host: str, port: int, *, most_open: int, head_timeout_s: float, drain_s: float
     ) -> None:
-        """`most_open`: requests at a time, further ones are refused with status 503; `head_timeout_s`: for all that
-        comes before a body; `drain_s`: how long answers may take that are not whole at the end.
+        """`most_open`: requests for something to be computed at a time, further ones are refused with status 503;
+        `head_timeout_s`: for all that comes before a body, and for the next byte of an answer to be taken; `drain_s`:
+        how long answers may take that are not whole at the end.
         """
         self._host, self._port = host, port
         self._serving: asyncio.Task[None] | None = None
         self._server = uvicorn.Server(
             uvicorn.Config(
                 Front(app, most_open),
-                http=_protocol(head_timeout_s),
+                http=cast(Any, functools.partial(Connection, head_timeout_s=head_timeout_s)),
                 ws="none",
                 loop="none",
                 lifespan="off",
@@ -89,7 +88,9 @@ class Listener:
 
 
 class Front:
-    """What Serve's proxy does before the application: each request has a name, and they are not more than so many."""
+    """What Serve's proxy does before the application: each request has a name, and those that want something computed
+    are not more than so many. Whoever asks how the endpoint is is always answered.
+    """
 
     def __init__(self, app: ASGIApp, most_open: int) -> None:
         self._app, self._most_open, self._num_open = app, most_open, 0
@@ -102,6 +103,8 @@ class Front:
                 MutableHeaders(scope=message).setdefault(_ID_HEADER, name)
             await send(message)
 
+        if scope["method"] != "POST":
+            return await self._app(scope, receive, tell)
         if self._num_open >= self._most_open:
             refusal = crowded(self._most_open)
             answer = JSONResponse(refusal.body(), status_code=refusal.status, headers=refusal.headers)
@@ -122,100 +125,3 @@ def _named(scope: Scope) -> str:
     others = [pair for pair in scope["headers"] if pair[0] != _ID_HEADER.encode()]
     scope["headers"] = [*others, (_ID_HEADER.encode(), name.encode())]
     return name
-
-
-def _protocol(head_timeout_s: float) -> type[HttpToolsProtocol]:
-    """uvicorn's, which has no clock for whoever connects and does not ask, or asks and does not read, and no limit for
-    what is neither a body nor a whole head.
-    """
-
-    class Punctual(HttpToolsProtocol):
-        _clock: TimerHandle | None = None
-        _reader_clock: TimerHandle | None = None
-        _num_loose = 0
-        _is_leaving = False
-
-        def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            # uvloop's are none by their class.
-            super().connection_made(cast(asyncio.Transport, transport))
-            self._await_head()
-
-        def data_received(self, data: bytes) -> None:
-            self._num_loose += len(data)
-            super().data_received(data)
-            if self._num_loose > _MOST_LOOSE_BYTES and not self.transport.is_closing():
-                self._refuse_head()
-            self._await_head()
-
-        def on_headers_complete(self) -> None:
-            self._num_loose = 0
-            self._stop_clock()
-            # Of an upgrade its parser takes what follows for the next request, and not for a body.
-            is_last = self._is_leaving or self.parser.should_upgrade()
-            if is_last:
-                self.headers.append((b"connection", b"close"))
-            super().on_headers_complete()
-            if is_last:
-                self.cycle.keep_alive = False
-
-        def shutdown(self) -> None:
-            # A request may be on its way: whoever asks now hears that it was the last time.
-            if self._is_answering():
-                super().shutdown()
-            elif not self._is_leaving:
-                self._is_leaving = True
-                self.loop.call_later(_LEAVING_S, self.shutdown)
-            else:
-                self.transport.close()
-
-        def on_body(self, body: bytes) -> None:
-            self._num_loose = 0
-            super().on_body(body)
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_clock()
-            self._stop_reader_clock()
-            super().connection_lost(exc)
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._await_reader(self.transport.get_write_buffer_size())
-
-        def resume_writing(self) -> None:
-            self._stop_reader_clock()
-            super().resume_writing()
-
-        def _await_head(self) -> None:
-            # Bytes that are no head do not lengthen it: the clock of a kept connection ends with the first one.
-            if self._clock is None and not self._is_answering() and not self.transport.is_closing():
-                self._clock = self.loop.call_later(head_timeout_s, self.transport.abort)
-
-        def _stop_clock(self) -> None:
-            if self._clock is not None:
-                self._clock.cancel()
-                self._clock = None
-
-        def _is_answering(self) -> bool:
-            return self.cycle is not None and not self.cycle.response_complete
-
-        def _refuse_head(self) -> None:
-            if self._is_answering():
-                self.transport.close()
-            else:
-                self.send_400_response(f"The head of a request must not have more than {_MOST_LOOSE_BYTES} bytes.")
-
-        def _await_reader(self, num_unsent: int) -> None:
-            self._reader_clock = self.loop.call_later(head_timeout_s, self._see_reader, num_unsent)
-
-        def _stop_reader_clock(self) -> None:
-            if self._reader_clock is not None:
-                self._reader_clock.cancel()
-                self._reader_clock = None
-
-        def _see_reader(self, before: int) -> None:
-            if (num_unsent := self.transport.get_write_buffer_size()) < before:
-                self._await_reader(num_unsent)
-            else:
-                self.transport.abort()
-
-    return Punctual

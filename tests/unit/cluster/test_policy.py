@@ -150,6 +150,7 @@ QUEUED = {"kueue.x-k8s.io/queue-name": "farspan"}
         (put(lambda m: of(m, "RayJob")["metadata"], "name", "n" * 48), "longer than 47"),
         (overriding("num_replcas: 1"), "num_replcas is not a key of a deployment"),
         (serve_text("EveryNode", "HeadOnly"), "proxy_location must be EveryNode"),
+        (serve_text("    api_key_file:", "    listener: ingress\n    api_key_file:"), "must be proxy, got ingress"),
         (serve_text("kv_bytes", "kv_bites"), "did you mean 'kv_bytes'?"),
         (serve_text("    api_key_file: /etc/farspan/api-keys/api_keys\n", ""), "without api_key_file"),
         (serve_text("farspan-decode", "farspan-decoder"), "no worker group offers farspan-decoder"),

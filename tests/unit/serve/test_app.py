@@ -135,6 +135,17 @@ def test_who_listens_stays_what_it_was_while_a_server_runs(folder, tmp_path, bef
     assert not ray.is_initialized()
 
 
+def test_an_ingress_listens_itself_on_one_machine_only(folder, tmp_path, monkeypatch):
+    keys = tmp_path / "keys"
+    keys.touch(mode=0o600)
+    keys.write_text("sk-test\n")
+    nodes = [{"Alive": True}, {"Alive": False}, {"Alive": True}]
+    monkeypatch.setattr(app.ray, "nodes", lambda: nodes)
+    config = ServeConfig(model=str(folder), port=free_port(), api_key_file=str(keys), listener="ingress")
+    with pytest.raises(ConfigError, match=r"listener: must be proxy .*\(2 here\)"), run_app(config):
+        raise AssertionError("it must not start")
+
+
 def test_the_wait_for_a_server_on_this_machine_takes_no_proxy(monkeypatch):
     class Ready(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -175,6 +186,7 @@ def free_port() -> int:
         ("objectives.max_wait_s=0", "objectives.max_wait_s: must be more than 0, got 0.0; use for example"),
         ("scaling.down_s=-1", "scaling.down_s: must lie in 0..inf, got -1.0; use scaling.down_s=0"),
         ("drain_s=-1", "drain_s: must lie in 0..inf, got -1.0; use drain_s=0"),
+        ("listener=ingres", "listener: must be one of proxy, ingress, got 'ingres'; did you mean 'ingress'?"),
         ("stream_interval_s=2", "stream_interval_s: must lie in 0..1, got 2.0; use stream_interval_s=1"),
         ("transfer.split=allways", "transfer.split: must be one of predicted, always, got 'allways'"),
         ("engine.tensor_parallel=0", "engine.tensor_parallel: must be at least 1, got 0; use engine.tensor_parallel=1"),

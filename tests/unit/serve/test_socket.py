@@ -74,3 +74,12 @@ def test_whoever_asks_the_ingress_without_serves_proxy_needs_a_key_all_the_same(
         assert client.get("/v1/models", headers={"authorization": "Bearer sk-one"}).status_code == 200
     assert told == {address: 200 if address in open_to_all else 401 for address in asked}
     assert served.workers.asked == []
+
+
+def test_a_body_that_is_lost_in_an_upgrade_is_told_as_such(served: Served, port: int):
+    headers = {"authorization": "Bearer sk-one", "connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c"}
+    asked = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+    told = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=asked, headers=headers, timeout=60)
+    assert (told.status_code, told.json()["error"]["param"]) == (400, "upgrade")
+    assert "without Upgrade" in told.json()["error"]["message"]
+    assert served.workers.asked == []
