@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import re
 import time
-import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol
@@ -39,11 +37,10 @@ from farspan.serve.spans import Spans, exporter_to
 from farspan.serve.stream import EventStream, collect, events
 from farspan.serve.text import TokenNames
 from farspan.serve.tools import told_by_tool
-from farspan.serve.trace import TraceBook
+from farspan.serve.trace import TraceBook, request_name
 from farspan.serve.ways import LengthWays, Ways
 from farspan.serve.wire import CompletionRequest, DetokenizeRequest, GenerationFields
 
-_PLAIN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _LARGE_BODY = 65_536
 _DEADLINE_HEADER = "x-farspan-deadline-s"
 _SESSION_HEADER = "x-session-id"
@@ -291,8 +288,7 @@ class Api:
             max_wait_s=self._config.objectives.max_wait_s,
             metrics=self._metrics,
         )
-        given = http.headers.get("x-request-id") or ""
-        public_id = given if _PLAIN_ID.fullmatch(given) else uuid.uuid4().hex
+        public_id = request_name(http.headers.get("x-request-id") or "")
         trace = self._traces.open(public_id, 0, caller.tenant, arrived_s)
         answering = Answering(question, around, caller, self._limits.of(heard.key), trace)
         reply = Reply(public_id, asked.model, question.style, self._token_names)

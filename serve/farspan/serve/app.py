@@ -100,7 +100,7 @@ def build_app(keys: tuple[ApiKey, ...], *configs: ServeConfig) -> Any:
         graceful_shutdown_wait_loop_s=0.1,
         **_HEALTH,
         # Serve does not see the answers of one that listens itself: it waits until that has closed.
-        **_lasting(max(config.drain_s for config in configs) + (CLOSING_S if _listens(configs) else 0.0)),
+        **_lasting(max(config.drain_s for config in configs) + (CLOSING_S if _listens(configs[0]) else 0.0)),
         **replicas_of(RoleConfig(), configs[0], scaled=scaled),
     )
     return ingress.bind(places[0] if len(places) == 1 else places, keys, *workers)
@@ -181,13 +181,13 @@ def update_app(running: Running, config: ServeConfig, *more: ServeConfig) -> Non
     _deploy((config, *more), keys, str(key_file), time.monotonic() + timeout_s)
 
 
-def _listens(configs: Sequence[ServeConfig]) -> bool:
+def _listens(config: ServeConfig) -> bool:
     """Whether the ingress does, and no proxy of Serve's."""
-    return configs[0].listener == "ingress"
+    return config.listener == "ingress"
 
 
 def _refuse_several_machines(config: ServeConfig) -> None:
-    if _listens((config,)) and (count := sum(node["Alive"] for node in ray.nodes())) > 1:
+    if _listens(config) and (count := sum(node["Alive"] for node in ray.nodes())) > 1:
         raise ConfigError(
             "listener",
             f"must be proxy on a cluster of several machines ({count} here): nobody knows where the ingress will run",
@@ -212,7 +212,7 @@ def _deploy(configs: Sequence[ServeConfig], keys: tuple[ApiKey, ...], key_file: 
     try:
         serve.start(
             # Whoever reaches a node with a worker reaches the endpoint, also while there is no head.
-            proxy_location=ProxyLocation.Disabled if _listens(configs) else ProxyLocation.EveryNode,
+            proxy_location=ProxyLocation.Disabled if _listens(config) else ProxyLocation.EveryNode,
             http_options=HTTPOptions(
                 host=config.host,
                 port=config.port,

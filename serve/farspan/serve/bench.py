@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 GOAL_OF_ENGINE, GOAL_PREFIX = 0.9, 0.2
 # Prompts of the two ways are never the same: nobody finds the other's, and no turn an earlier one's.
-_SEEDS_OF_HTTP, _SEEDS_OF_LISTENER = 1_000_000, 1000
+_SEEDS_OF_HTTP = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,23 +66,21 @@ def bench_serve(bench: ServeBench | None = None) -> list[dict[str, Any]]:
         num_weights, _ = write_checkpoint(bench.engine, folder)
         write_tokenizer(folder, bench.engine.settings["vocab_size"])
         log, rows = Path(scratch) / "engine.log", []
-        with contender(FARSPAN, folder, bench.engine, log) as engine:
-            with _served(bench, folder) as client:
-                rows += _throughput(bench, engine.ask, client)
-                rows += _prefix(bench, client)
-                colocated = asyncio.run(_interference(bench, client))
-            with _served(bench, folder, listener="ingress") as client:
-                rows += _throughput(bench, engine.ask, client, listener="ingress")
+        with _served(bench, folder) as client:
+            rows += _throughput(bench, folder, log, client)
+            rows += _prefix(bench, client)
+            colocated = asyncio.run(_interference(bench, client))
+        with _served(bench, folder, listener="ingress") as client:
+            rows += _throughput(bench, folder, log, client, listener="ingress")
         with _served(bench, folder, split=True) as client:
             split = asyncio.run(_interference(bench, client))
         if bench.engine.threads > 1:
             # An engine on every core leaves none for an endpoint. One that spares a core is slower, by both ways.
             few = max(1, bench.engine.turns - 1)
             sparing = replace(bench, engine=replace(bench.engine, threads=bench.engine.threads - 1, turns=few))
-            with contender(FARSPAN, folder, sparing.engine, log) as engine:
-                for listener in LISTENERS:
-                    with _served(sparing, folder, listener=listener) as client:
-                        rows += _throughput(sparing, engine.ask, client, listener=listener)
+            for listener in LISTENERS:
+                with _served(sparing, folder, listener=listener) as client:
+                    rows += _throughput(sparing, folder, log, client, listener=listener)
     rows += interference_rows(bench, colocated, split)
     return [{**row, "weights": num_weights} for row in rows]
 
@@ -122,12 +120,18 @@ def _served(bench: ServeBench, folder: Path, *, split: bool = False, listener: s
         yield BenchClient(running.url, running.model, key, bench.engine.deadline_s)
 
 
-def _throughput(bench: ServeBench, ask: Any, client: BenchClient, *, listener: str = "proxy") -> list[dict[str, Any]]:
+def _throughput(
+    bench: ServeBench, folder: Path, log: Path, client: BenchClient, *, listener: str = "proxy"
+) -> list[dict[str, Any]]:
+    """An engine of its own beside each endpoint: it has seen none of the prompts."""
+    with contender(FARSPAN, folder, bench.engine, log) as engine:
+        return _turns(bench, engine.ask, client, listener)
+
+
+def _turns(bench: ServeBench, ask: Any, client: BenchClient, listener: str) -> list[dict[str, Any]]:
     work, vocab_size = bench.work, bench.engine.settings["vocab_size"]
     bare, through = [], []
-    # One engine stands beside both endpoints.
-    first = LISTENERS.index(listener) * _SEEDS_OF_LISTENER
-    for turn in range(first, first + 1 + bench.engine.turns):
+    for turn in range(1 + bench.engine.turns):
         prompts, others = (work.prompts(vocab_size, seed + turn) for seed in (0, _SEEDS_OF_HTTP))
         contenders = {
             "engine": lambda prompts=prompts: ask(prompts, work.new_tokens, bench.engine.deadline_s)[0],
@@ -137,7 +141,7 @@ def _throughput(bench: ServeBench, ask: Any, client: BenchClient, *, listener: s
         took_s = {name: contenders[name]() for name in sorted(contenders, reverse=turn % 2 == 0)}
         logger.info("%s: engine %.2f s, HTTP (%s) %.2f s", work.name, took_s["engine"], listener, took_s["HTTP"])
         # The first turn of each compiles, and fills caches.
-        if turn > first:
+        if turn:
             bare.append(took_s["engine"])
             through.append(took_s["HTTP"])
     return throughput_rows(work, bench.engine.threads, listener, bare, through)

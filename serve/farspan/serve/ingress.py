@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,18 +37,28 @@ class Ingress(Api):
 
     def signals(self) -> dict[str, float]:
         """What the sizes of its deployments go by."""
-        self._guided.listen()
+        self.follow()
         return as_metrics(self._guided.guide.signals(self._metrics.num_open), self._label)
 
 
-class Alone(Ingress):
-    """The ingress of one model, as Serve makes and ends it."""
+class _Replica(ABC):
+    """What Serve asks of whatever answers clients, from its beginning to its end."""
 
     _listener: Listener | None = None
+    _is_open = False
 
-    def __init__(self, place: Place, keys: tuple[ApiKey, ...], prefill: Any, decode: Any) -> None:
-        super().__init__(place, keys, prefill, decode)
-        self._listener = _listener(self, (place,))
+    def _open(self, listener: Listener | None) -> None:
+        """Everything else is there."""
+        self._listener, self._is_open = listener, True
+
+    @abstractmethod
+    def follow(self) -> None: ...
+
+    @abstractmethod
+    def signals(self) -> dict[str, float]: ...
+
+    @abstractmethod
+    def close(self) -> None: ...
 
     async def check_health(self) -> None:
         """Asked by Serve before the first request, and again and again."""
@@ -62,15 +73,21 @@ class Alone(Ingress):
     async def __del__(self) -> None:
         if self._listener is not None:
             await self._listener.close()
-        # Absent when the model could not be opened.
-        if hasattr(self, "_spans"):
+        # Not where a model could not be opened.
+        if self._is_open:
             self.close()
 
 
-class Together(Several):
-    """One `Ingress` for each model, in one process. What a key may use holds for all of them together."""
+class Alone(Ingress, _Replica):
+    """The ingress of one model, as Serve makes and ends it."""
 
-    _listener: Listener | None = None
+    def __init__(self, place: Place, keys: tuple[ApiKey, ...], prefill: Any, decode: Any) -> None:
+        super().__init__(place, keys, prefill, decode)
+        self._open(_listener(self, (place,)))
+
+
+class Together(Several, _Replica):
+    """One `Ingress` for each model, in one process. What a key may use holds for all of them together."""
 
     def __init__(self, places: tuple[Place, ...], keys: tuple[ApiKey, ...], *workers: Any) -> None:
         """`workers`: the handles of prefill and decode, for one model after another."""
@@ -78,23 +95,14 @@ class Together(Several):
         roles = zip(workers[::2], workers[1::2], strict=True)
         self._ingresses = [Ingress(p, keys, *pair, limits) for p, pair in zip(places, roles, strict=True)]
         super().__init__(self._ingresses)
-        self._listener = _listener(self, places)
+        self._open(_listener(self, places))
 
-    async def check_health(self) -> None:
+    def follow(self) -> None:
         for ingress in self._ingresses:
             ingress.follow()
-        if self._listener is not None:
-            self._listener.start()
 
-    async def record_autoscaling_stats(self) -> dict[str, float]:
+    def signals(self) -> dict[str, float]:
         return {name: value for ingress in self._ingresses for name, value in ingress.signals().items()}
-
-    async def __del__(self) -> None:
-        if self._listener is not None:
-            await self._listener.close()
-        # Absent when a model could not be opened.
-        if hasattr(self, "_apis"):
-            self.close()
 
 
 def _listener(api: Api | Several, places: Sequence[Place]) -> Listener | None:

@@ -8,8 +8,6 @@ import asyncio
 import contextvars
 import functools
 import math
-import re
-import uuid
 from typing import Any, cast
 
 import uvicorn
@@ -21,10 +19,10 @@ from farspan.errors import ClusterError
 from farspan.serve.connection import Connection
 from farspan.serve.faults import crowded
 from farspan.serve.port import listening_socket
+from farspan.serve.trace import request_name
 
 KEEP_ALIVE_S = 75
 """How long a connection may say nothing after an answer."""
-_PLAIN_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}")
 _ID_HEADER = "x-request-id"
 CLOSING_S = 3.0
 """What `Listener.close` may take beyond the answers it waits for."""
@@ -119,9 +117,7 @@ class Front:
 def _named(scope: Scope) -> str:
     """The name a client gave a request, or else one that its application finds as if it had."""
     given = next((value for header, value in scope["headers"] if header == _ID_HEADER.encode()), b"")
-    if _PLAIN_ID.fullmatch(given):
-        return str(given, "ascii")
-    name = uuid.uuid4().hex
+    name = request_name(given.decode("latin-1"))
     others = [pair for pair in scope["headers"] if pair[0] != _ID_HEADER.encode()]
     scope["headers"] = [*others, (_ID_HEADER.encode(), name.encode())]
     return name

@@ -61,12 +61,6 @@ def client(port: int) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=f"http://{HOST}:{port}", trust_env=False, timeout=30)
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
 @pytest.mark.parametrize("given", ["mine-1", None, "", "of two words", "x" * 65, "smuggled\\r"])
 def test_each_request_has_a_name_that_application_and_client_know(given: str | None) -> None:
     async def ask() -> tuple[str, str]:
